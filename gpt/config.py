@@ -1,0 +1,292 @@
+"""What a run is made of: frozen dataclasses, filled from defaults, then a preset, then a TOML file, then the command line.
+
+Every value is checked when a dataclass is made, so that a Config that exists is a Config that can run.
+"""
+
+import difflib
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from gpt.errors import UserError
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which text, and how it is split."""
+
+    corpus: tuple[str, ...] = ()
+    """Text to train on: files, directories, globs, http(s) URLs, or python:stdlib (the interpreter's own library)."""
+    cache_dir: Path | None = None
+    """Where tokenized corpora and downloads are kept; by default a folder under the user's cache folder."""
+    val_fraction: float = 0.1
+    """Share of the text held out for validation: the tail of one document; of several, those a seeded hash picks."""
+    split_seed: int = 0
+    """Seed of the hash that picks the validation documents."""
+    encoding_errors: Literal["strict", "replace"] = "strict"
+    """What to do with bytes that are not UTF-8: refuse, or replace them with U+FFFD."""
+    max_corpus_bytes: int | None = None
+    """Read at most about this many bytes of text, whole documents, in the corpus's order."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.val_fraction < 1, f"val_fraction must lie between 0 and 1, not {self.val_fraction}")
+        require(self.max_corpus_bytes is None or self.max_corpus_bytes > 0, "max_corpus_bytes must be positive")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How text becomes tokens."""
+
+    tokenizer: str = "char"
+    """char (the corpus's own characters), byte, bpe (trained on the corpus), or a tiktoken encoding such as gpt2."""
+    bpe_vocab_size: int = 4096
+    """Size of the trained BPE vocabulary, the 256 bytes and the document token included."""
+
+    def __post_init__(self) -> None:
+        require(self.bpe_vocab_size >= 257, f"bpe_vocab_size must be at least 257, not {self.bpe_vocab_size}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder. The defaults are the modern block, equal to Qwen3's; PRESETS holds the older ones."""
+
+    n_layer: int = 6
+    """Number of blocks."""
+    n_head: int = 6
+    """Query heads."""
+    n_kv_head: int | None = None
+    """Key and value heads; fewer than n_head is grouped-query attention. None: n_head."""
+    n_embd: int = 384
+    """Width of the residual stream, C."""
+    head_dim: int | None = None
+    """Width of one head, D. None: n_embd / n_head."""
+    mlp_dim: int | None = None
+    """Hidden width of the MLP. None: 4 C, or for swiglu 8/3 C rounded up to a multiple of 64."""
+    seq_len: int = 256
+    """Context: the most tokens a training row or a prompt may have."""
+    vocab_size: int | None = None
+    """Rows of the embedding table. None: what the tokenizer has. More (a multiple of 64, say) is padding."""
+    position: Literal["rotary", "learned", "sinusoidal", "alibi", "none"] = "rotary"
+    """How positions enter: half-split rotary, a learned or sinusoidal table, ALiBi's linear bias, or not at all."""
+    rope_theta: float = 10000.0
+    """Base of the rotary wavelengths."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Kind of norm."""
+    norm_eps: float = 1e-6
+    """Added to the variance in a norm."""
+    norm_order: Literal["pre", "post"] = "pre"
+    """Norm before each sublayer (GPT-2 and later) or after the residual sum (the original Transformer)."""
+    activation: Literal["swiglu", "gelu", "gelu_tanh", "relu", "relu2"] = "swiglu"
+    """The MLP's non-linearity."""
+    bias: bool = False
+    """Biases in the linear layers and in LayerNorm."""
+    qk_norm: bool = True
+    """RMSNorm with a weight on each head's queries and keys."""
+    window: int | None = None
+    """Keys visible to a query, itself included. None: all before it."""
+    tied_embeddings: bool = False
+    """The output head shares the embedding table's weights."""
+    dropout: float = 0.0
+    """Dropout on embeddings, attention weights and both sublayers' outputs."""
+    init: Literal["gpt2", "xavier", "scaled"] = "scaled"
+    """Initial weights: GPT-2's N(0, 0.02); Xavier's uniform; or N(0, 1/sqrt(fan_in)) with zeroed output projections."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_dim", "seq_len", "vocab_size", "window"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
+        require(
+            self.head_dim is not None or self.n_embd % self.n_head == 0,
+            f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one, or set head_dim",
+        )
+        require(
+            self.n_head % self.kv_heads == 0,
+            f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}",
+        )
+        require(8 <= self.head_width <= 256, f"the head width must be 8 to 256, not {self.head_width}")
+        require(
+            self.position != "rotary" or self.head_width % 2 == 0,
+            f"rotary positions need an even head width, not {self.head_width}",
+        )
+        require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
+        require(self.norm_eps > 0, f"norm_eps must be positive, not {self.norm_eps}")
+        require(self.rope_theta > 1, f"rope_theta must be above 1, not {self.rope_theta}")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def mlp_width(self) -> int:
+        if self.mlp_dim is not None:
+            return self.mlp_dim
+        if self.activation == "swiglu":
+            return -(-8 * self.n_embd // (3 * 64)) * 64
+        return 4 * self.n_embd
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "modern": {},
+    # Radford et al. 2019, as released.
+    "gpt2": {
+        "position": "learned",
+        "norm": "layernorm",
+        "norm_eps": 1e-5,
+        "activation": "gelu_tanh",
+        "bias": True,
+        "qk_norm": False,
+        "tied_embeddings": True,
+        "init": "gpt2",
+    },
+    # Vaswani et al. 2017, the decoder without its cross-attention.
+    "transformer": {
+        "position": "sinusoidal",
+        "norm": "layernorm",
+        "norm_eps": 1e-5,
+        "norm_order": "post",
+        "activation": "relu",
+        "bias": True,
+        "qk_norm": False,
+        "tied_embeddings": True,
+        "init": "xavier",
+    },
+}
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How the weights move."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw for all weights; or muon for the blocks' matrices and Adam for the rest."""
+    learning_rate: float = 1e-3
+    """Peak rate: of every weight under adamw, of the matrices under muon."""
+    embedding_lr: float = 0.05
+    """Peak rate of the embeddings under muon."""
+    head_lr: float = 0.01
+    """Peak rate of the output head, norms and biases under muon."""
+    min_lr: float = 0.0
+    """Rate at the end of the schedule; every group ends at the same share of its peak."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: a cosine; stable and then a linear decay over the last decay_fraction; or constant."""
+    warmup_steps: int = 100
+    """Steps over which the rate rises linearly to its peak."""
+    decay_fraction: float = 0.4
+    """Share of the steps that wsd decays over."""
+    weight_decay: float = 0.1
+    """Decoupled decay of the matrices; norms, biases and embeddings' vectors are left alone."""
+    beta1: float = 0.9
+    """Adam's decay of the first moment."""
+    beta2: float = 0.95
+    """Adam's decay of the second moment."""
+    muon_momentum: float = 0.95
+    """Muon's Nesterov momentum."""
+    muon_ns_steps: int = 5
+    """Newton-Schulz steps in Muon's orthogonalisation."""
+    grad_clip: float = 1.0
+    """The gradient's norm is clipped to this; 0 turns it off."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "embedding_lr", "head_lr"):
+            require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+        require(
+            0 <= self.min_lr <= self.learning_rate,
+            f"min_lr must lie between 0 and learning_rate {self.learning_rate}, not {self.min_lr}",
+        )
+        require(self.warmup_steps >= 0, f"warmup_steps must be at least 0, not {self.warmup_steps}")
+        require(0 <= self.decay_fraction <= 1, f"decay_fraction must lie between 0 and 1, not {self.decay_fraction}")
+        require(self.weight_decay >= 0, f"weight_decay must be at least 0, not {self.weight_decay}")
+        require(self.grad_clip >= 0, f"grad_clip must be at least 0, not {self.grad_clip}")
+        require(self.muon_ns_steps >= 1, f"muon_ns_steps must be at least 1, not {self.muon_ns_steps}")
+        for name in ("beta1", "beta2", "muon_momentum"):
+            require(0 <= getattr(self, name) < 1, f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop: batches, steps, device, and where the run lives."""
+
+    batch_size: int = 16
+    """Rows per micro step."""
+    grad_accum_steps: int = 1
+    """Micro steps per optimizer step."""
+    max_steps: int = 2000
+    """Optimizer steps."""
+    seed: int = 1337
+    """Seed of weights, data order, dropout and samples."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the forward pass under autocast. auto: bfloat16 where a GPU has it, else float32."""
+    compile: bool = False
+    """torch.compile the model: faster steps after a start of tens of seconds; on a CPU it needs a C++ compiler."""
+    eval_interval: int = 250
+    """Steps between evaluations; the last step is always evaluated."""
+    eval_tokens: int | None = None
+    """Validation tokens an evaluation reads, always the same ones from the start. None: all."""
+    checkpoint_interval: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay on disk."""
+    run_dir: Path | None = None
+    """The folder that holds everything of the run. None: runs/ and the config file's name."""
+    resume: bool = False
+    """Go on from the run's newest checkpoint that verifies, or start where the run has none."""
+    resume_from: Path | None = None
+    """Go on from this checkpoint (or this run's newest)."""
+    overwrite: bool = False
+    """Delete what an earlier run left in the run directory."""
+    eval_only: bool = False
+    """Evaluate the newest checkpoint and stop."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "grad_accum_steps", "max_steps", "eval_interval", "checkpoint_interval", "keep_checkpoints"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        require(self.eval_tokens is None or self.eval_tokens >= 1, "eval_tokens must be at least 1")
+        require(not (self.resume and self.overwrite), "resume and overwrite contradict each other: give one")
+        require(self.seed >= 0, f"seed must be at least 0, not {self.seed}")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What the run shows."""
+
+    log_interval: int = 10
+    """Steps between lines of metrics.jsonl."""
+    sample_tokens: int = 200
+    """Tokens of the sample printed at each evaluation; 0 prints none."""
+    sample_prompt: str = ""
+    """Prompt of that sample."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases: off, offline (a folder in the run), or online."""
+    wandb_project: str = "gpt"
+    """Its project."""
+
+    def __post_init__(self) -> None:
+        require(self.log_interval >= 1, f"log_interval must be at least 1, not {self.log_interval}")
+        require(self.sample_tokens >= 0, f"sample_tokens must be at least 0, not {self.sample_tokens}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything of a run. The TOML tables are the fields' names."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    log: LogConfig = field(default_factory=LogConfig)
