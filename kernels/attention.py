@@ -1,0 +1,144 @@
+"""`attention`: the one public function. It checks its arguments and sends the call down one of three paths:
+
+triton      our own kernels, forward and backward, on a GPU (attention_forward.py, attention_backward.py)
+sdpa        torch's scaled_dot_product_attention, where its arguments allow (attention_sdpa.py)
+reference   plain PyTorch, which does everything (attention_reference.py)
+"""
+
+import logging
+import math
+
+import torch
+from torch import Tensor
+
+from kernels.attention_reference import attention_reference
+from kernels.attention_sdpa import attention_sdpa, why_not_sdpa
+from kernels.masks import CAUSAL, FAR, Mask
+
+log = logging.getLogger("kernels")
+
+IMPLEMENTATIONS = ("auto", "triton", "sdpa", "reference")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask = CAUSAL,
+    segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+):
+    """Scaled, masked softmax attention (https://arxiv.org/abs/1706.03762).
+
+    q (B, Tq, H, D); k (B, Tk, H_kv, D); v (B, Tk, H_kv, Dv), H a multiple of H_kv: head h attends to the keys of head
+    h // (H / H_kv). All of one dtype and device, any strides. Returns (B, Tq, H, Dv) in q's dtype and, with
+    `return_lse`, also lse (B, H, Tq) in float32.
+
+    Query i stands at position i + Tk - Tq: the last query at the last key. For each pair of positions
+    s = scale * q.k, then softcap * tanh(s / softcap), then - alibi_slopes[h] * |q - k|, then + bias; what the mask or
+    another segment hides is left out; then softmax, and dropout. A query that sees no key gives zeros.
+
+    mask          from `kernels.masks`, such as masks.CAUSAL & masks.sliding_window(256)
+    segment_ids   int32 (B, T), or a pair (B, Tq), (B, Tk): a query sees keys of its own segment only
+    scale         1 / sqrt(D) if None
+    softcap       positive, a bound on |s| (https://arxiv.org/abs/2408.00118)
+    alibi_slopes  (H,), constants (https://arxiv.org/abs/2108.12409)
+    bias          broadcasts to (B, H, Tq, Tk)
+    sinks         (H,), one logit for each head that joins the denominator (https://arxiv.org/abs/2309.17453)
+    dropout_p     the share of weights dropped, 0 <= p < 1; which ones depends on (seed, b, h, i, j) alone
+    seed          an int or a one-element int64 tensor; drawn from the device's generator if None
+    return_lse    also return log(sum(exp(s))), natural, sink included, before dropout; it carries gradients
+    impl          "triton", "sdpa", "reference", or "auto": Triton on a GPU from sm_80 up, else the fastest that is right
+
+    Raises ValueError or TypeError for arguments that do not fit, NotImplementedError for an `impl` that cannot do the
+    call, RuntimeError for one that cannot run here.
+    """
+    device_type = q.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    _check(q, k, v)
+    is_plain = segment_ids is None and softcap is None and alibi_slopes is None and bias is None and sinks is None
+    if not (is_plain and dropout_p == 0 and seed is None):
+        _check_features(q, k, segment_ids, softcap, alibi_slopes, bias, sinks, dropout_p, seed)
+
+    features = {"mask": mask, "segment_ids": segment_ids}
+    extras = {"softcap": softcap, "sinks": sinks, "dropout_p": dropout_p, "return_lse": return_lse}
+    if impl == "auto":
+        impl = "sdpa" if why_not_sdpa(q, k, **features, **extras) is None else "reference"
+    elif impl == "sdpa":
+        why_not = why_not_sdpa(q, k, **features, **extras)
+        if why_not is not None:
+            raise NotImplementedError(f'impl="sdpa": {why_not}')
+    elif impl == "triton":
+        raise NotImplementedError("later")
+    elif impl != "reference":
+        raise ValueError(f"impl {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+
+    features.update(scale=scale, alibi_slopes=alibi_slopes, bias=bias)
+    if impl == "sdpa":
+        return attention_sdpa(q, k, v, **features)
+    return attention_reference(q, k, v, **features, **extras, seed=seed)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise for tensors that do not belong together. Runs at every call: one comparison when all is well."""
+    if not (q.ndim == k.ndim == v.ndim == 4):
+        raise ValueError(f"q, k and v have the axes (B, T, H, D), not {q.ndim}, {k.ndim} and {v.ndim} axes")
+    B, Tq, H, D = q.shape
+    Bk, Tk, H_kv, Dk = k.shape
+    if B != Bk or D != Dk or v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit: they are (B, Tq, H, D), "
+            "(B, Tk, H_kv, D) and (B, Tk, H_kv, Dv)"
+        )
+    if H_kv == 0 or H % H_kv:
+        raise ValueError(f"{H} query heads do not divide into groups for {H_kv} key heads: H is a multiple of H_kv")
+    if not (q.dtype == k.dtype == v.dtype):
+        raise TypeError(f"q, k and v have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
+    if not q.dtype.is_floating_point:
+        raise TypeError(f"attention is for floating point tensors, not {q.dtype}")
+    if not (q.device == k.device == v.device):
+        raise ValueError(f"q, k and v are on one device, not {q.device}, {k.device} and {v.device}")
+    if Tq >= FAR or Tk >= FAR:
+        raise ValueError(f"sequences shorter than {FAR} are supported, not {Tq} and {Tk}")
+
+
+def _check_features(q, k, segment_ids, softcap, alibi_slopes, bias, sinks, dropout_p, seed) -> None:
+    """Raise for optional arguments that do not fit q and k."""
+    B, Tq, H, _ = q.shape
+    Tk = k.shape[1]
+    if segment_ids is not None:
+        is_pair = isinstance(segment_ids, tuple)
+        if not is_pair and Tq != Tk:
+            raise ValueError(f"with Tq {Tq} and Tk {Tk} segment_ids is a pair, for queries and for keys")
+        for ids, T in zip(segment_ids if is_pair else (segment_ids,), (Tq, Tk)):
+            if ids.shape != (B, T) or ids.dtype != torch.int32:
+                raise ValueError(f"segment_ids is int32 of shape {(B, T)}, not {ids.dtype} of {tuple(ids.shape)}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap is a positive number or None, not {softcap}")
+    for name, per_head in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+        if per_head is not None and per_head.shape != (H,):
+            raise ValueError(f"{name} has one value for each of {H} heads, not shape {tuple(per_head.shape)}")
+    if alibi_slopes is not None and alibi_slopes.requires_grad:
+        raise ValueError("alibi_slopes are constants without a gradient: detach them, or learn a bias")
+    if bias is not None:
+        full = (B, H, Tq, Tk)
+        if bias.ndim > 4 or any(n not in (1, m) for n, m in zip(bias.shape[::-1], full[::-1])):
+            raise ValueError(f"bias of shape {tuple(bias.shape)} does not broadcast to {full}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p is at least 0 and below 1, not {dropout_p}")
+    if isinstance(seed, Tensor) and (seed.numel() != 1 or seed.dtype != torch.int64):
+        raise ValueError(f"seed is an int or a one-element int64 tensor, not {seed.dtype} of {tuple(seed.shape)}")
+    for name, tensor in (("alibi_slopes", alibi_slopes), ("sinks", sinks), ("bias", bias)):
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device}, q on {q.device}")

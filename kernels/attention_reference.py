@@ -1,0 +1,142 @@
+"""Attention in plain PyTorch: the specification that every kernel is held to.
+
+Takes the same call as `kernels.attention` and does the same function exactly, at the price of a (B, H, Tq, Tk) matrix.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels.masks import CAUSAL, Mask
+
+_WORD = 0xFFFFFFFF
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask = CAUSAL,
+    segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    upcast: bool = True,
+):
+    """Scaled, masked softmax attention (https://arxiv.org/abs/1706.03762), differentiable by autograd.
+
+    q (B, Tq, H, D); k (B, Tk, H_kv, D); v (B, Tk, H_kv, Dv), H a multiple of H_kv. Returns (B, Tq, H, Dv) in q's
+    dtype and, if asked for, lse (B, H, Tq), natural logarithm, in float32 (float64 for float64 inputs). See
+    `kernels.attention` for the arguments. 16-bit inputs are computed in float32; `upcast=False` keeps the matrix
+    products in the inputs' own dtype, as plain PyTorch would: the yardstick that the kernels' errors are compared to.
+    """
+    B, Tq, H, D = q.shape
+    Tk, H_kv = k.shape[1], k.shape[2]
+    real = torch.float64 if q.dtype == torch.float64 else torch.float32
+    matmul = real if upcast else q.dtype
+    scale = 1 / math.sqrt(D) if scale is None else scale
+    with torch.autocast(q.device.type, enabled=False):
+        qh = q.to(matmul).transpose(1, 2)  # (B, H, Tq, D)
+        kh = k.to(matmul).repeat_interleave(H // H_kv, dim=2).transpose(1, 2)  # (B, H, Tk, D)
+        vh = v.to(matmul).repeat_interleave(H // H_kv, dim=2).transpose(1, 2)  # (B, H, Tk, Dv)
+
+        s = (qh @ kh.transpose(2, 3)).to(real) * scale  # (B, H, Tq, Tk)
+        if softcap is not None:
+            s = softcap * torch.tanh(s / softcap)
+        if alibi_slopes is not None:
+            s = s + alibi_term(alibi_slopes.to(real), Tq, Tk)
+        if bias is not None:
+            s = s + bias.to(real)
+        s = s.masked_fill(~visible_pairs(mask, segment_ids, Tq, Tk, q.device), -math.inf)
+
+        p, lse = _softmax(s, None if sinks is None else sinks.to(real))
+        if dropout_p > 0:
+            keep = dropout_keep(dropout_p, seed, (B, H, Tq, Tk), q.device)
+            p = p * keep / (1 - dropout_p)
+        out = (p.to(matmul) @ vh).transpose(1, 2).to(q.dtype)  # (B, Tq, H, Dv)
+    return (out, lse) if return_lse else out
+
+
+def _softmax(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Softmax over the last axis of s (B, H, Tq, Tk) and its log-sum-exp (B, H, Tq).
+
+    `sinks` (H,): one more logit for each head, which joins the denominator and nothing else. A row of -inf gives
+    zeros and -inf, with gradients of zero, where torch.softmax would give NaN.
+    """
+    B, H, Tq, Tk = s.shape
+    if sinks is not None:
+        s = torch.cat([s, sinks.view(1, H, 1, 1).expand(B, H, Tq, 1)], dim=-1)
+    if s.shape[-1] == 0:
+        return s, s.new_full((B, H, Tq), -math.inf)
+    # The pivot cancels, so it carries no gradient; it is kept finite so that -inf - -inf never arises.
+    pivot = s.detach().amax(dim=-1, keepdim=True)
+    pivot = pivot.masked_fill(pivot == -math.inf, 0.0)
+    e = torch.exp(s - pivot)
+    total = e.sum(dim=-1, keepdim=True)
+    is_empty = total == 0
+    total = total.masked_fill(is_empty, 1.0)
+    lse = (pivot + torch.log(total)).masked_fill(is_empty, -math.inf)
+    return (e / total)[..., :Tk], lse[..., 0]
+
+
+def query_positions(Tq: int, Tk: int, device) -> Tensor:
+    """Query i of Tq stands at i + Tk - Tq: the last query at the last key. (Tq, 1), int32."""
+    return torch.arange(Tk - Tq, Tk, device=device, dtype=torch.int32)[:, None]
+
+
+def alibi_term(slopes: Tensor, Tq: int, Tk: int) -> Tensor:
+    """-slope * |q - k| for slopes (H,): (H, Tq, Tk) (https://arxiv.org/abs/2108.12409)."""
+    k = torch.arange(Tk, device=slopes.device, dtype=torch.int32)
+    distance = (query_positions(Tq, Tk, slopes.device) - k).abs()
+    return -slopes[:, None, None] * distance
+
+
+def visible_pairs(mask: Mask, segment_ids, Tq: int, Tk: int, device) -> Tensor:
+    """Which keys each query attends to, by the mask and by segments: bool, broadcasts to (B, H, Tq, Tk)."""
+    visible = mask.dense(Tq, Tk, device)
+    if segment_ids is not None:
+        ids_q, ids_k = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+        visible = visible & (ids_q[:, None, :, None] == ids_k[:, None, None, :])
+    return visible
+
+
+def dropout_keep(p: float, seed: int | Tensor | None, shape: tuple[int, int, int, int], device) -> Tensor:
+    """Which entries of the (B, H, Tq, Tk) matrix survive dropout, as a function of (seed, b, h, i, j) alone.
+
+    Counter-based (the idea of https://doi.org/10.1145/2063384.2063405): two words that hash (seed, b, h, i) are the
+    key of row i, and entry j hashes j under that key. An entry is dropped where its 32 bits are below p * 2^32.
+    `seed`: an int, a one-element int64 tensor, or None, which draws one from the device's generator.
+    """
+    B, H, Tq, Tk = shape
+    if seed is None:
+        seed = torch.randint(2**63 - 1, (1,), device=device)
+    seed = torch.as_tensor(seed, device=device, dtype=torch.int64).view(())
+    b = torch.arange(B, device=device).view(B, 1, 1, 1)
+    h = torch.arange(H, device=device).view(1, H, 1, 1)
+    i = torch.arange(Tq, device=device).view(1, 1, Tq, 1)
+    j = torch.arange(Tk, device=device).view(1, 1, 1, Tk)
+    low = _mix(_mix(_mix(_mix(seed & _WORD) ^ b) ^ h) ^ i)
+    high = _mix(_mix(_mix(_mix(((seed >> 32) & _WORD) ^ low) ^ i) ^ h) ^ b)
+    bits = _mix(_mix(j ^ low) ^ high)
+    return bits >= dropout_threshold(p)
+
+
+def dropout_threshold(p: float) -> int:
+    """An entry is dropped where its 32 random bits are below this."""
+    return min(round(p * 2**32), _WORD)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit words in int64 that avalanches (lowbias32 of https://github.com/skeeto/hash-prospector)."""
+    x = x ^ (x >> 16)
+    x = (x * 0x21F0AAAD) & _WORD
+    x = x ^ (x >> 15)
+    x = (x * 0xD35A2D97) & _WORD
+    return x ^ (x >> 15)

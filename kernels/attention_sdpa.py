@@ -1,0 +1,98 @@
+"""Attention through torch's own F.scaled_dot_product_attention, where its arguments allow: the CPU's fast path.
+
+torch aligns `is_causal` to the first key and computes neither softcap, sinks nor lse; its dropout has another generator.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.attention_reference import alibi_term, visible_pairs
+from kernels.masks import CAUSAL, FULL, Mask
+
+# A mask keeps at most this many dense copies of itself, for as many lengths.
+MAX_DENSE = 16
+
+
+def why_not_sdpa(q, k, *, mask, segment_ids, softcap, sinks, dropout_p, return_lse) -> str | None:
+    """Why torch's function cannot do this call; None if it can."""
+    if softcap is not None or sinks is not None or dropout_p or return_lse:
+        return "torch's scaled_dot_product_attention has no softcap, no sinks, no lse and not our dropout"
+    if 0 in q.shape or 0 in k.shape:
+        return "torch's scaled_dot_product_attention takes no empty tensors"
+    if may_be_blind(mask, segment_ids, q.shape[1], k.shape[1], q.device):
+        return "under this mask a query may see no key, where torch's scaled_dot_product_attention promises nothing"
+    return None
+
+
+def may_be_blind(mask: Mask, segment_ids, Tq: int, Tk: int, device) -> bool:
+    """Whether some query might see no key at all."""
+    if isinstance(segment_ids, tuple):
+        return True
+    if Tq <= Tk and mask.shows_itself:
+        return False
+    if mask is FULL and segment_ids is None:
+        return False
+    if segment_ids is not None or mask.tensors or torch.compiler.is_compiling():
+        return True
+    return _dense(mask, Tq, Tk, device)[1]
+
+
+def attention_sdpa(q, k, v, *, mask=CAUSAL, segment_ids=None, scale=None, alibi_slopes=None, bias=None) -> Tensor:
+    """The call of `kernels.attention`, for what `why_not_sdpa` lets through."""
+    B, Tq, H, D = q.shape
+    Tk, H_kv = k.shape[1], k.shape[2]
+    needs_no_mask = mask is FULL or (mask is CAUSAL and Tq == 1)
+    if needs_no_mask and segment_ids is None and alibi_slopes is None and bias is None:
+        if Tq == 1 and H != H_kv:
+            # One query: the heads of a group are queries of one head, and no key is read twice.
+            out = F.scaled_dot_product_attention(
+                q.reshape(B, H_kv, H // H_kv, D), k.transpose(1, 2), v.transpose(1, 2), scale=scale
+            )  # (B, H_kv, H / H_kv, Dv)
+            return out.reshape(B, 1, H, v.shape[3])
+        attn_mask, is_causal = None, False
+    elif mask is CAUSAL and Tq == Tk and segment_ids is None and alibi_slopes is None and bias is None:
+        attn_mask, is_causal = None, True
+    else:
+        attn_mask, is_causal = _attn_mask(q, Tk, mask, segment_ids, alibi_slopes, bias), False
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=H != H_kv,
+    )  # (B, H, Tq, Dv)
+    return out.transpose(1, 2)
+
+
+def _attn_mask(q: Tensor, Tk: int, mask: Mask, segment_ids, alibi_slopes, bias) -> Tensor:
+    """What torch adds to the scores, or a bool tensor of what is visible; broadcasts to (B, H, Tq, Tk)."""
+    Tq = q.shape[1]
+    if segment_ids is not None or mask.tensors or torch.compiler.is_compiling():
+        visible = visible_pairs(mask, segment_ids, Tq, Tk, q.device)
+    else:
+        visible = _dense(mask, Tq, Tk, q.device)[0]
+    if alibi_slopes is None and bias is None:
+        return visible
+    added = torch.zeros((), device=q.device)
+    if alibi_slopes is not None:
+        added = added + alibi_term(alibi_slopes.float(), Tq, Tk)
+    if bias is not None:
+        added = added + bias
+    return added.masked_fill(~visible, float("-inf")).to(q.dtype)
+
+
+def _dense(mask: Mask, Tq: int, Tk: int, device) -> tuple[Tensor, bool]:
+    """The mask as a bool tensor, and whether it leaves a query without a key; kept with the mask."""
+    kept = mask.dense_cache.get((Tq, Tk, device))
+    if kept is None:
+        visible = mask.dense(Tq, Tk, device)
+        kept = visible, not bool(visible.any(dim=-1).all())
+        # One query against a growing cache of keys never comes twice.
+        if Tq > 1:
+            while len(mask.dense_cache) >= MAX_DENSE:
+                mask.dense_cache.pop(next(iter(mask.dense_cache)))
+            mask.dense_cache[Tq, Tk, device] = kept
+    return kept
