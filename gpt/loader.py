@@ -1,0 +1,161 @@
+"""Token files to batches: training windows in a seeded order that resumes exactly, and one fixed validation pass."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpt.errors import UserError
+from gpt.tokenizer import Tokenizer
+
+IGNORED = -100  # the target that cross_entropy leaves out
+_ROUNDS = 6
+_AHEAD = 4096  # window starts computed at a time
+
+
+class TrainLoader:
+    """Endless training batches from tokens (N,).
+
+    An epoch cuts the tokens, from a random phase below seq_len on, into windows of seq_len + 1 that share their end
+    token with the next one's start, so that each token is predicted at most once: all but the fewer than 2 seq_len at
+    the two ends that fill no window. The windows come in a random order, a Feistel permutation that is computed and not
+    stored. Phase and order depend on (seed, epoch) alone.
+
+    Epochs follow each other without a seam, as one stream of windows. A step takes the next world_size * batch_size of
+    them, of which this rank gets its batch_size: the ranks together see what one process with the whole batch would.
+    """
+
+    def __init__(
+        self, tokens: np.ndarray, *, batch_size: int, seq_len: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if len(tokens) < seq_len + 1:
+            raise UserError(f"{len(tokens)} training tokens fill no window: seq_len {seq_len} needs {seq_len + 1}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not below world_size {world_size}")
+        self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
+        self.rank, self.world_size = rank, world_size
+        self._tokens = np.asarray(tokens)  # a plain view: slicing a memmap is slow
+        self._rows = np.lib.stride_tricks.sliding_window_view(self._tokens, seq_len + 1)  # (N - seq_len, seq_len + 1)
+        self._go_to(0, 0)
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, each (batch_size, seq_len) int64: the target is the token after the input."""
+        starts = self._next_starts(self.world_size * self.batch_size)
+        starts = starts[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+        rows = torch.from_numpy(self._rows[starts].astype(np.int64))  # (B, T + 1)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the next batch begins: windows used of the epoch, over all ranks; and what the order depends on."""
+        return {"epoch": self._epoch, "index": self._index, **self._order()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to where state_dict was taken. batch_size and world_size may differ from then."""
+        for name, value in self._order().items():
+            if state[name] != value:
+                raise UserError(f"the checkpoint's data order has {name} {state[name]}, this run has {value}: keep it")
+        if state["epoch"] < 0 or not 0 <= state["index"] <= _windows(len(self._tokens), self.seq_len, 0):
+            raise UserError(f"the checkpoint's place in the data is impossible: {state}")
+        self._go_to(state["epoch"], state["index"])
+
+    def _order(self) -> dict[str, int]:
+        return {"seed": self.seed, "seq_len": self.seq_len, "tokens": len(self._tokens)}
+
+    def _go_to(self, epoch: int, index: int) -> None:
+        words = np.frombuffer(hashlib.shake_256(f"{self.seed}:{epoch}".encode()).digest(8 + 8 * _ROUNDS), "<u8")
+        room = len(self._tokens) - self.seq_len  # window starts that there are
+        self._phase = int(words[0]) % min(self.seq_len, room)
+        self._count = _windows(len(self._tokens), self.seq_len, self._phase)
+        self._keys = words[1:]
+        self._epoch, self._index = epoch, index
+        self._ahead, self._ahead_from = np.empty(0, np.int64), index
+
+    def _next_starts(self, n: int) -> np.ndarray:
+        """Starts (n,) int64 of the next n windows of the stream."""
+        parts = []
+        while n:
+            if self._index == self._count:
+                self._go_to(self._epoch + 1, 0)
+            at = self._index - self._ahead_from
+            if at == len(self._ahead):
+                stop = min(self._index + _AHEAD, self._count)
+                order = permuted(np.arange(self._index, stop), self._count, self._keys)
+                self._ahead, self._ahead_from, at = self._phase + order * self.seq_len, self._index, 0
+            part = self._ahead[at : at + n]
+            self._index += len(part)
+            n -= len(part)
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def permuted(indices: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
+    """Where a keyed permutation of range(count) sends indices (n,); int64.
+
+    A Feistel network on the smallest square domain of a power of two that holds count, walked along its cycles until
+    inside (Black and Rogaway 2002). keys (rounds,) uint64.
+    """
+    half = np.uint64(max(1, -(-(count - 1).bit_length() // 2)))
+    mask = np.uint64((1 << int(half)) - 1)
+    values = indices.astype(np.uint64)
+    outside = np.arange(len(values))
+    while len(outside):
+        left, right = values[outside] >> half, values[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mixed(right ^ key) & mask)
+        values[outside] = (left << half) | right
+        outside = outside[values[outside] >= count]
+    return values.astype(np.int64)
+
+
+def validation_batches(
+    tokens: np.ndarray, *, batch_size: int, seq_len: int, max_tokens: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One pass over tokens (N,): inputs and targets (B, seq_len) int64, always the same, in the text's order.
+
+    Each token but the first is a target exactly once; with max_tokens, only the first max_tokens of them. The last row
+    is filled up with input 0 and target -100; the last batch may have fewer rows.
+    """
+    targets = _targets(tokens, max_tokens)
+    tokens = np.asarray(tokens)
+    per_batch = batch_size * seq_len
+    for start in range(0, targets, per_batch):
+        used = min(per_batch, targets - start)
+        rows = -(-used // seq_len)
+        x, y = np.zeros(rows * seq_len, np.int64), np.full(rows * seq_len, IGNORED, np.int64)
+        x[:used] = tokens[start : start + used]
+        y[:used] = tokens[start + 1 : start + 1 + used]
+        yield torch.from_numpy(x.reshape(rows, seq_len)), torch.from_numpy(y.reshape(rows, seq_len))
+
+
+def validation_targets(tokens: np.ndarray, tokenizer: Tokenizer, max_tokens: int | None = None) -> tuple[int, int]:
+    """(tokens, UTF-8 bytes of their text) of what validation_batches has as targets.
+
+    Bits per byte = mean loss in nats * tokens / ln 2 / bytes.
+    """
+    targets = _targets(tokens, max_tokens)
+    total = 0
+    for start in range(1, targets + 1, 1 << 20):
+        ids = np.asarray(tokens[start : min(start + (1 << 20), targets + 1)])
+        total += int(tokenizer.token_bytes[ids].sum())
+    return targets, total
+
+
+def _targets(tokens: np.ndarray, max_tokens: int | None) -> int:
+    if len(tokens) < 2:
+        raise UserError(f"the validation part has {len(tokens)} tokens, too few to predict any: give more text")
+    return min(len(tokens) - 1, max_tokens or len(tokens))
+
+
+def _windows(tokens: int, seq_len: int, phase: int) -> int:
+    """How many windows of seq_len + 1 that overlap by one fit behind phase."""
+    return (tokens - 1 - phase) // seq_len
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """A hash of each uint64 (the finaliser of MurmurHash3)."""
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+    return values ^ (values >> np.uint64(33))

@@ -1,0 +1,82 @@
+"""Token files: a header of 128 bytes, then the ids, little-endian, to be memory-mapped.
+
+magic "GPTSHARD" | version u32 | bytes per token u32 (2 or 4) | tokens u64 | tokenizer's fingerprint, 32 bytes |
+sha256 of the ids, 32 bytes | zeros.
+"""
+
+import hashlib
+import struct
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from gpt.errors import UserError
+from gpt.tokenizer import Tokenizer
+
+MAGIC = b"GPTSHARD"
+VERSION = 1
+HEADER_BYTES = 128
+_FIELDS = struct.Struct("<8sIIQ32s32s")
+_DTYPES = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+
+
+class ShardWriter:
+    """Writes one token file; the header, and with it a valid file, comes only with a `with` block that ends well."""
+
+    def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
+        self.tokens = 0
+        self._dtype = tokenizer.dtype.newbyteorder("<")
+        self._fingerprint = bytes.fromhex(tokenizer.fingerprint)
+        self._digest = hashlib.sha256()
+        self._file = open(path, "wb")  # noqa: SIM115
+        self._file.write(bytes(HEADER_BYTES))
+
+    def append(self, ids: np.ndarray) -> None:
+        """Add ids (n,) of the tokenizer."""
+        data = np.ascontiguousarray(ids, self._dtype).data
+        self._digest.update(data)
+        self._file.write(data)
+        self.tokens += len(ids)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        with self._file:
+            if kind is None:
+                width, digest = self._dtype.itemsize, self._digest.digest()
+                self._file.seek(0)
+                self._file.write(_FIELDS.pack(MAGIC, VERSION, width, self.tokens, self._fingerprint, digest))
+
+
+def read_tokens(path: Path, tokenizer: Tokenizer, *, verify: bool = False) -> np.memmap:
+    """The ids of a token file, (tokens,) uint16 or uint32, mapped read-only.
+
+    verify: also compare the ids with their checksum, about a second per GB. Raises UserError for a file that is none of
+    ours, is truncated or damaged, or holds another tokenizer's ids.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            header = file.read(HEADER_BYTES)
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"cannot read the token file {path}: {error.strerror or error}") from None
+    if len(header) < HEADER_BYTES or not header.startswith(MAGIC):
+        raise UserError(f"{path} is no token file of this program, or was never finished")
+    _, version, width, tokens, fingerprint, digest = _FIELDS.unpack_from(header)
+    if version != VERSION or width not in _DTYPES:
+        raise UserError(
+            f"{path} is a token file of version {version}, {width} bytes per token; known is {VERSION}, 2 or 4"
+        )
+    if tokens == 0 or size != HEADER_BYTES + tokens * width:
+        raise UserError(
+            f"the token file {path} is damaged: {size} bytes cannot hold its {tokens} tokens of {width} bytes"
+        )
+    if fingerprint.hex() != tokenizer.fingerprint:
+        raise UserError(f"the token file {path} was made by another tokenizer: prepare the text again with this one")
+    ids = np.memmap(path, _DTYPES[width], "r", HEADER_BYTES, (tokens,))
+    if verify and hashlib.sha256(ids).digest() != digest:
+        raise UserError(f"the token file {path} is damaged: its tokens do not match their checksum")
+    return ids
