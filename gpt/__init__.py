@@ -1,0 +1,25 @@
+"""A GPT: a decoder-only language model to train on your own text and to generate from.
+
+model, tokenizer = gpt.load("runs/x")
+for piece in gpt.generate(model, tokenizer, ["ROMEO:"], gpt.SamplingConfig(max_new_tokens=200)):
+    print(piece.text, end="")
+"""
+
+from gpt.config import PRESETS, Config, ModelConfig
+from gpt.errors import UserError
+from gpt.generate import Piece, SamplingConfig, generate
+from gpt.model import GPT, KVCache
+from gpt.run import load
+
+__all__ = [
+    "GPT",
+    "PRESETS",
+    "Config",
+    "KVCache",
+    "ModelConfig",
+    "Piece",
+    "SamplingConfig",
+    "UserError",
+    "generate",
+    "load",
+]

@@ -3,11 +3,7 @@
 Every value is checked when a dataclass is made, so that a Config that exists is a Config that can run.
 """
 
-import difflib
-import tomllib
-import types
-import typing
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,7 +97,17 @@ class ModelConfig:
     """Initial weights: GPT-2's N(0, 0.02); Xavier's uniform; or N(0, 1/sqrt(fan_in)) with zeroed output projections."""
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_dim", "seq_len", "vocab_size", "window"):
+        for name in (
+            "n_layer",
+            "n_head",
+            "n_kv_head",
+            "n_embd",
+            "head_dim",
+            "mlp_dim",
+            "seq_len",
+            "vocab_size",
+            "window",
+        ):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
         require(
@@ -253,7 +259,14 @@ class TrainConfig:
     """Evaluate the newest checkpoint and stop."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "grad_accum_steps", "max_steps", "eval_interval", "checkpoint_interval", "keep_checkpoints"):
+        for name in (
+            "batch_size",
+            "grad_accum_steps",
+            "max_steps",
+            "eval_interval",
+            "checkpoint_interval",
+            "keep_checkpoints",
+        ):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         require(self.eval_tokens is None or self.eval_tokens >= 1, "eval_tokens must be at least 1")
         require(not (self.resume and self.overwrite), "resume and overwrite contradict each other: give one")

@@ -1,0 +1,32 @@
+# make quickstart   install into .venv, train a small model on Python's own source text, let it write
+# make test         install, then linter and tests
+# PYTHON=python3.12 picks the interpreter; 3.11 and 3.12 are supported.
+
+OK_VERSION = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(OK_VERSION)' 2>/dev/null && { echo $$p; break; }; done)
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: quickstart test lint install clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python train.py configs/quickstart.toml --overwrite
+	$(BIN)/python sample.py runs/quickstart --prompt "def " --max-new-tokens 800 --rolling
+
+test: $(VENV)/.installed lint
+	$(BIN)/python -m pytest -n 2 -q
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed and neither was found: install one, or run make PYTHON=/path/to/python"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache

@@ -1,0 +1,190 @@
+"""A TOML file and the command line into a Config: defaults, then a preset, then the file, then the flags.
+
+A wrong key or value is one sentence that names the file or the flag, whichever it came from.
+"""
+
+import contextlib
+import difflib
+import io
+import itertools
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+from gpt.config import PRESETS, Config, DataConfig, LogConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
+from gpt.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Train a GPT on a text corpus. Every key of the TOML file is also a flag here, and a flag wins."""
+
+    config_file: tyro.conf.Positional[Path | None] = None
+    """TOML file with the tables [data] [tokenizer] [model] [optim] [train] [log]."""
+    preset: Literal[tuple(PRESETS)] | None = None
+    """Model options to start from: modern (Qwen3's block), gpt2, or transformer (2017)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+TABLES = {f.name: f.default_factory for f in fields(Config)}
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A clause that offers the nearest known word, or an empty string."""
+    near = difflib.get_close_matches(word.lstrip("-").replace("-", "_"), [k.replace("-", "_") for k in known], n=1)
+    return f"; did you mean {'--' + near[0].replace('_', '-') if word.startswith('-') else near[0]!r}?" if near else ""
+
+
+def flag_names(kind: type) -> list[str]:
+    """Every flag of a dataclass of dataclasses, with underscores."""
+    names = []
+    for f in fields(kind):
+        names += [inner.name for inner in fields(f.default_factory)] if is_dataclass(f.default_factory) else [f.name]
+    return names
+
+
+def parse_flags(kind: type[T], argv: Sequence[str], *, default: T | None = None, prog: str) -> T:
+    """tyro over a dataclass with flat names. Raises UserError for an unknown flag or a bad value."""
+    known = flag_names(kind)
+    for word in argv:
+        name = word[2:].split("=")[0].replace("-", "_")
+        if word.startswith("--") and name != "help" and name.removeprefix("no_") not in known:
+            hint = did_you_mean(word.split("=")[0], known)
+            raise UserError(f"{word.split('=')[0]} is not an option of {prog}{hint} ({prog} --help lists them)")
+    extra = {} if default is None else {"default": default}
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(tyro.conf.OmitArgPrefixes[kind], args=list(argv), prog=prog, **extra)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # tyro draws its message as a box: a title, the message, a rule, help.
+        lines = [line.strip(" │") for line in box.getvalue().splitlines()[1:]]
+        message = " ".join(itertools.takewhile(lambda line: line.strip("─╰╯"), lines))
+        message = re.sub(r"^Error parsing (?=[^-])\w+: ", "", message)  # a dataclass's own sentence needs no preface
+        raise UserError(message or "the command line is wrong") from stop
+
+
+def convert(value: Any, kind: Any, where: str) -> Any:
+    """A TOML value as the annotated type; UserError that begins with `where` if it does not fit."""
+    options = typing.get_args(kind)
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        if value in ("none", "None"):
+            return None
+        return convert(value, next(o for o in options if o is not types.NoneType), where)
+    if typing.get_origin(kind) is Literal:
+        if value in options:
+            return value
+        raise UserError(f"{where} must be one of {', '.join(map(str, options))}, not {value!r}")
+    if typing.get_origin(kind) is tuple:
+        values = [value] if isinstance(value, str) else value
+        if isinstance(values, list) and all(isinstance(v, str) for v in values):
+            return tuple(values)
+        raise UserError(f"{where} must be a string or a list of strings, not {value!r}")
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and type(value) in (int, float):
+        return float(value)
+    if type(value) is kind:
+        return value
+    name = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", Path: "a path"}[kind]
+    raise UserError(f"{where} must be {name}, not {value!r}")
+
+
+def read_toml(path: Path) -> dict[str, dict[str, Any]]:
+    """The tables of a config file, every key known and every value of its type; [model] may name a preset."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the config file {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from error
+    checked: dict[str, dict[str, Any]] = {}
+    for table, values in tables.items():
+        if table not in TABLES or not isinstance(values, dict):
+            raise UserError(f"{path}: [{table}] is not a table of a config{did_you_mean(table, TABLES)}")
+        kinds = typing.get_type_hints(TABLES[table]) | ({"preset": Literal[tuple(PRESETS)]} if table == "model" else {})
+        checked[table] = {}
+        for key, value in values.items():
+            if key not in kinds:
+                home = next((t for t, cls in TABLES.items() if key in {f.name for f in fields(cls)}), None)
+                hint = f"; it belongs in [{home}]" if home else did_you_mean(key, kinds)
+                raise UserError(f"{path}: {key!r} is not a key of [{table}]{hint}")
+            checked[table][key] = convert(value, kinds[key], f"{path}: {key}")
+    return checked
+
+
+def _given(argv: Sequence[str], flag: str) -> str | None:
+    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+        if word == flag or word.startswith(flag + "="):
+            return word.partition("=")[2] or after
+    return None
+
+
+def load_config(argv: Sequence[str], prog: str = "train.py") -> Config:
+    """The Config that a command line asks for. Raises UserError.
+
+    With --resume or --eval-only and a run directory but no file, the run's own config.toml is the file.
+    """
+    path = Path(argv[0]) if argv and not argv[0].startswith("-") else None
+    run_dir = _given(argv, "--run-dir") or _given(argv, "--run_dir")
+    if path is None and run_dir and {"--resume", "--eval-only", "--eval_only"} & set(argv):
+        saved = Path(run_dir) / "config.toml"
+        path = saved if saved.exists() else None
+    tables = read_toml(path) if path else {}
+    model = dict(tables.get("model", {}))
+    preset = _given(argv, "--preset") or model.pop("preset", None)
+    model.pop("preset", None)
+    tables["model"] = {**PRESETS.get(preset or "modern", {}), **model}
+    try:
+        base = {name: cls(**tables.get(name, {})) for name, cls in TABLES.items()}
+    except UserError as error:
+        raise UserError(f"{path}: {error}" if path else str(error)) from error
+    arguments = parse_flags(Arguments, argv, default=Arguments(**base), prog=prog)
+    config = Config(**{name: getattr(arguments, name) for name in TABLES})
+    if config.train.run_dir is None:
+        name = path.stem if path else "gpt"
+        config = with_changes(config, "train", run_dir=Path("runs") / name)
+    return config
+
+
+def with_changes(config: Config, table: str, **changes: Any) -> Config:
+    """A copy of the config with some keys of one table changed."""
+    from dataclasses import replace
+
+    return replace(config, **{table: replace(getattr(config, table), **changes)})
+
+
+def write_toml(config: Config, path: Path) -> None:
+    """The resolved config as TOML that read_toml takes back; keys that are None are left out."""
+    import tomli_w
+
+    def plain(value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+    tables = {
+        table: {key: plain(value) for key, value in values.items() if value is not None}
+        for table, values in asdict(config).items()
+    }
+    path.write_bytes(tomli_w.dumps(tables).encode())
+
+
+def config_from_toml(path: Path) -> Config:
+    """The Config that a run's config.toml holds."""
+    tables = read_toml(path)
+    return Config(**{name: cls(**tables.get(name, {})) for name, cls in TABLES.items()})

@@ -1,0 +1,310 @@
+"""The decoder: one GPT that a ModelConfig turns into GPT-2, the original Transformer's decoder, or Qwen3's block.
+
+Shapes: B batch, T tokens, C = n_embd, H query heads, H_kv key and value heads, D head width, V vocabulary.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt.config import ModelConfig
+from kernels import attention, masks
+
+IGNORE_INDEX = -100  # targets with this value do not count in the loss
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in one fixed buffer per layer.
+
+    k, v: (n_layer, B, capacity, H_kv, D). `length` tokens of it are filled; GPT.forward appends and advances it.
+    """
+
+    def __init__(self, config: ModelConfig, batch_size: int, capacity: int, *, device: Any = None, dtype: Any = None):
+        shape = (config.n_layer, batch_size, capacity, config.kv_heads, config.head_width)
+        self.k = torch.empty(shape, device=device, dtype=dtype)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+        self.capacity = capacity
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, T, H_kv, D) of one layer behind what is there; all of that layer's keys and values so far."""
+        end = self.length + k.shape[1]
+        if end > self.capacity:
+            raise ValueError(f"the KV cache holds {self.capacity} tokens; {end} are too many")
+        self.k[layer, :, self.length : end] = k
+        self.v[layer, :, self.length : end] = v
+        return self.k[layer, :, :end], self.v[layer, :, :end]
+
+
+def sinusoidal_table(seq_len: int, width: int) -> Tensor:
+    """(seq_len, width) of sin and cos interleaved (Vaswani et al. 2017, section 3.5)."""
+    angles = torch.outer(torch.arange(seq_len).float(), 10000.0 ** (-torch.arange(0, width, 2).float() / width))
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, :width]
+
+
+def rotary_table(seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (seq_len, D): the D/2 angles twice, the first half's sines negated (Su et al. 2021).
+
+    The half-split pairing (i, i + D/2) is that of GPT-NeoX, Llama and Qwen3; with the signs folded into the table
+    a rotation is x * cos + roll(x, D/2) * sin.
+    """
+    angles = torch.outer(torch.arange(seq_len).double(), theta ** (-torch.arange(0, head_dim, 2).double() / head_dim))
+    cos, sin = angles.cos().float(), angles.sin().float()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on x (B, T, H, D); cos and sin (B or 1, T, 1, D) as rotary_table gives them."""
+    half = x.shape[-1] // 2
+    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
+
+
+def alibi_slopes(n_head: int) -> Tensor:
+    """(H,) slopes: a geometric sequence, for H not a power of two interleaved as in Press et al. 2022."""
+
+    def powers(n: int) -> list[float]:
+        return [2.0 ** (-8.0 * (i + 1) / n) for i in range(n)]
+
+    below = 2 ** int(math.log2(n_head))
+    return torch.tensor(powers(below) + powers(2 * below)[0::2][: n_head - below])
+
+
+def make_norm(config: ModelConfig, width: int) -> nn.Module:
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016)."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(width, eps=config.norm_eps)
+    return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
+
+
+class CausalSelfAttention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023) over one fused projection."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.kv_heads, config.head_width
+        self.dropout = config.dropout
+        self.mask = masks.CAUSAL if config.window is None else masks.sliding_window(config.window)
+        self.c_qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias)
+        self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        slopes = alibi_slopes(config.n_head) if config.position == "alibi" else None
+        self.register_buffer("slopes", slopes, persistent=False)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, segment_ids: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        B, T, _ = x.shape
+        heads = (self.n_head, self.n_kv_head, self.n_kv_head)
+        qkv = self.c_qkv(x).view(B, T, sum(heads), self.head_dim)
+        q, k, v = qkv.split(heads, dim=2)  # (B, T, H, D), (B, T, H_kv, D) twice
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)  # (B, T_k, H_kv, D)
+        y = attention(
+            q,
+            k,
+            v,
+            mask=self.mask,
+            segment_ids=segment_ids,
+            alibi_slopes=self.slopes,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.c_proj(y.reshape(B, T, self.n_head * self.head_dim))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    """Position-wise feed-forward: GELU, ReLU, ReLU^2 (So et al. 2021) or SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.activation = config.activation
+        gates = 2 if config.activation == "swiglu" else 1
+        self.c_fc = nn.Linear(config.n_embd, gates * config.mlp_width, bias=config.bias)
+        self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.c_fc(x)
+        if self.activation == "swiglu":
+            gate, up = h.chunk(2, dim=-1)
+            h = F.silu(gate) * up
+        elif self.activation == "relu2":
+            h = F.relu(h).square()
+        elif self.activation == "relu":
+            h = F.relu(h)
+        else:
+            h = F.gelu(h, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        return self.c_proj(h)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each with a residual; the norm stands before the sublayer or after the sum."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.pre_norm = config.norm_order == "pre"
+        self.attn_norm = make_norm(config, config.n_embd)
+        self.attn = CausalSelfAttention(config, layer)
+        self.mlp_norm = make_norm(config, config.n_embd)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, *context: Any) -> Tensor:
+        if self.pre_norm:
+            x = x + self.dropout(self.attn(self.attn_norm(x), *context))
+            return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = self.attn_norm(x + self.dropout(self.attn(x, *context)))
+        return self.mlp_norm(x + self.dropout(self.mlp(x)))
+
+
+class GPT(nn.Module):
+    """Tokens in, next-token logits out.
+
+    Raises ValueError where the config has no vocab_size, or a call has more tokens than seq_len.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("ModelConfig.vocab_size must be set to build a model")
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        # Vaswani et al. scale the embeddings up to stand beside sines and cosines of amplitude 1.
+        self.embed_scale = math.sqrt(config.n_embd) if config.position == "sinusoidal" else 1.0
+        if config.position == "learned":
+            self.position_embed = nn.Embedding(config.seq_len, config.n_embd)
+        elif config.position == "sinusoidal":
+            self.register_buffer("position_table", sinusoidal_table(config.seq_len, config.n_embd), persistent=False)
+        elif config.position == "rotary":
+            cos, sin = rotary_table(config.seq_len, config.head_width, config.rope_theta)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = make_norm(config, config.n_embd) if config.norm_order == "pre" else nn.Identity()
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied_embeddings:
+            self.head.weight = self.embed.weight
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw every weight anew, as config.init says.
+
+        gpt2: N(0, 0.02), the projections into the residual stream by a further 1 / sqrt(2 n_layer) (Radford et al.
+        2019). xavier: uniform (Glorot & Bengio 2010), embeddings N(0, 1/C). scaled: N(0, 1 / fan_in), so that
+        activations keep their size at any width (as in muP, Yang et al. 2022), and zeros for the head and for
+        the projections into the residual stream, so that each block starts as the identity and the loss as ln V.
+        """
+        C, init = self.config.n_embd, self.config.init
+        for name, weight in self.named_parameters():
+            if name.endswith("bias"):
+                weight.zero_()
+            elif weight.ndim == 1:
+                weight.fill_(1.0)
+            elif "embed" in name:  # also the head, when tied
+                std = {"gpt2": 0.02, "xavier": C**-0.5, "scaled": C**-0.5 if self.config.tied_embeddings else 1.0}[init]
+                weight.normal_(std=std)
+            elif init == "gpt2":
+                residual = name.endswith("c_proj.weight")
+                weight.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+            elif init == "xavier":
+                nn.init.xavier_uniform_(weight)
+            elif name.endswith("c_proj.weight") or name == "head.weight":
+                weight.zero_()
+            else:
+                weight.normal_(std=weight.shape[1] ** -0.5)
+
+    def hidden(
+        self,
+        idx: Tensor,
+        *,
+        positions: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """The last block's normalised output (B, T, C): what the head reads. Arguments as for forward."""
+        _, T = idx.shape
+        if cache is not None and segment_ids is not None:
+            raise ValueError("segment_ids and a cache do not go together: the cached tokens' segments are not kept")
+        start = cache.length if cache is not None else 0
+        if start + T > self.config.seq_len:
+            raise ValueError(f"{start + T} tokens are more than the context of {self.config.seq_len}")
+        # A slice, not an index, where positions simply count: no gather on the common road.
+        at = slice(start, start + T) if positions is None else positions
+
+        x = self.embed(idx) * self.embed_scale if self.embed_scale != 1.0 else self.embed(idx)  # (B, T, C)
+        rotary = None
+        if self.config.position == "learned":
+            x = x + self.position_embed.weight[at]
+        elif self.config.position == "sinusoidal":
+            x = x + self.position_table[at]
+        elif self.config.position == "rotary":
+            rotary = self.cos[at].unsqueeze(-2), self.sin[at].unsqueeze(-2)  # each (B or none, T, 1, D)
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, rotary, segment_ids, cache)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+    def forward(
+        self,
+        idx: Tensor,
+        *,
+        positions: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V) for idx (B, T), int64.
+
+        positions (B, T) or (T,): where each token stands in its document; by default they count from 0, or from the
+        cache's length. They choose rows of the position table; ALiBi knows only distances within the row.
+        segment_ids (B, T) int32: tokens attend within their own segment alone.
+        cache: earlier keys and values, to which this call's are appended.
+        """
+        return self.head(self.hidden(idx, positions=positions, segment_ids=segment_ids, cache=cache))
+
+    def loss(
+        self,
+        idx: Tensor,
+        targets: Tensor,
+        *,
+        positions: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Cross entropy in nats per token of targets (B, T), those equal to -100 left out; in fp32."""
+        logits = self(idx, positions=positions, segment_ids=segment_ids)  # (B, T, V)
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction
+        )
+
+    def num_parameters(self, *, embeddings: bool = True) -> int:
+        """Weights, shared ones once; embeddings=False leaves out the token and position tables (not an untied head)."""
+        count = sum(p.numel() for p in self.parameters())
+        if not embeddings:
+            count -= sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding))
+        return count
+
+    def flops_per_token(self, seq_len: int | None = None, *, training: bool = True) -> float:
+        """Floating-point operations of the matrix products for one token, the mean over rows of seq_len tokens.
+
+        Forward: 2 for each weight of a linear layer, and 4 H D for each key that a query sees: (T + 1) / 2 of them on
+        average when causal, fewer under a window. (Counts that take all T keys, as in Chowdhery et al. 2022, appendix B,
+        are higher.) Training is three times forward. Norms, activations and look-ups are not counted.
+        """
+        T = seq_len or self.config.seq_len
+        window = min(self.config.window or T, T)
+        visible_keys = (window * (window + 1) / 2 + (T - window) * window) / T
+        linear = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        scores = 4 * self.config.n_layer * self.config.n_head * self.config.head_width * visible_keys
+        return (3 if training else 1) * (2 * linear + scores)

@@ -1,0 +1,165 @@
+"""What a run shows and leaves behind: progress bar, metrics.jsonl, loss.png, and wandb where it is switched on."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from gpt.errors import UserError
+
+_IMPORTED = time.monotonic()
+
+
+def process_seconds() -> float:
+    """Wall seconds since this process began; where the system does not tell, since this module was imported."""
+    try:
+        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    except (OSError, ValueError, AttributeError, IndexError):
+        return time.monotonic() - _IMPORTED
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line that was cut short is left out."""
+    records = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+    return records
+
+
+def plot_losses(records: Iterable[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw training and validation loss over steps into a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    records = list(records)
+    train = [(r["step"], r["train_loss"]) for r in records if "train_loss" in r]
+    val = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    if train:
+        axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.45, linewidth=1, label="training")
+    if val:
+        axes.plot(*zip(*val, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
+        axes.annotate(
+            f"{val[-1][1]:.4f}", val[-1], textcoords="offset points", xytext=(0, 8), ha="right", color="tab:orange"
+        )
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    if train or val:
+        axes.legend()
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=120)
+    plt.close(figure)
+    temporary.replace(path)
+
+
+class Monitor:
+    """Lines of metrics.jsonl, a bar on a terminal (plain lines elsewhere), and wandb.
+
+    On resume from step n, records of later steps are dropped, so that the file reads as one run.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        max_steps: int,
+        resume_step: int = 0,
+        wandb: str = "off",
+        wandb_project: str = "gpt",
+        config: dict[str, Any] | None = None,
+    ):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.run_dir, self.max_steps = run_dir, max_steps
+        self.metrics_path = run_dir / "metrics.jsonl"
+        self.records = [r for r in read_metrics(self.metrics_path) if r["step"] <= resume_step]
+        self.file = self.metrics_path.open("w")
+        for record in self.records:
+            self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        self.console = Console(highlight=False)
+        self.last_line = -math.inf
+        self.progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.progress.add_task("train", total=max_steps, completed=resume_step, status="")
+        self.wandb = start_wandb(run_dir, wandb, wandb_project, config) if wandb != "off" else None
+        self.progress.start()
+
+    def say(self, text: str) -> None:
+        """Print above the bar, as it is."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        self.progress.update(self.task, completed=step)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """One line of metrics.jsonl; wall seconds are added. Shown in the bar, or as a line where there is none."""
+        record = {**record, "seconds": round(process_seconds(), 3)}
+        self.records.append(record)
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        if self.wandb is not None:
+            self.wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+        step = record["step"]
+        if "val_loss" in record:
+            self.say(
+                f"step {step}: validation loss {record['val_loss']:.4f} nats per token, "
+                f"{record['bits_per_byte']:.4f} bits per byte, {record['seconds']:.1f} s"
+            )
+        elif "train_loss" in record:
+            status = f"loss {record['train_loss']:.4f}  {record['tokens_per_second'] / 1000:.1f}k tokens/s"
+            self.progress.update(self.task, completed=step, status=status)
+            if self.progress.disable and step - self.last_line >= self.max_steps / 20:
+                self.last_line = step
+                self.say(f"step {step}/{self.max_steps}: {status}")
+
+    def plot(self) -> None:
+        """Draw loss.png from all records so far."""
+        plot_losses(self.records, self.run_dir / "loss.png", self.run_dir.resolve().name)
+
+    def close(self) -> None:
+        """Stop the bar, close the file, finish the wandb run."""
+        self.progress.stop()
+        self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def start_wandb(run_dir: Path, mode: str, project: str, config: dict[str, Any] | None) -> Any:
+    """A wandb run whose files stand in the run directory."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("wandb is not installed: pip install wandb, or leave --wandb off") from error
+    try:
+        return wandb.init(
+            project=project,
+            name=run_dir.resolve().name,
+            dir=run_dir,
+            mode=mode,
+            config=config,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    except Exception as error:  # wandb's errors share no narrower base
+        print(f"wandb {mode} could not start", file=sys.stderr)
+        raise UserError(f"wandb could not start: {error}; use --wandb offline or off") from error
