@@ -107,13 +107,14 @@ def prepare(
     place = cache / "corpora" / digest[:32]
     if place.is_dir():
         try:
-            return _open(place, sources, digest, fixed_tokenizer)
+            saved = fixed_tokenizer or load_tokenizer(place / "tokenizer.json")
+            return _open(place, sources, digest, saved, verify=True)
         except UserError as error:
             log.warning("%s: tokenizing again", error)
             shutil.rmtree(place, ignore_errors=True)
     with publish(place) as work:
-        _write(work, sources, data, tokenizer, fixed_tokenizer, progress)
-    return _open(place, sources, digest, fixed_tokenizer)
+        made = _write(work, sources, data, tokenizer, fixed_tokenizer, progress)
+    return _open(place, sources, digest, made, verify=False)
 
 
 def check_length(corpus: Corpus, seq_len: int) -> None:
@@ -158,15 +159,14 @@ def _digest(sources: list[Source], data: DataConfig, config: TokenizerConfig, fi
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
-def _open(place: Path, sources: list[Source], digest: str, fixed: Tokenizer | None) -> Corpus:
+def _open(place: Path, sources: list[Source], digest: str, tokenizer: Tokenizer, *, verify: bool) -> Corpus:
     """The corpus in a cache folder; UserError if anything in it is damaged."""
-    tokenizer = fixed or load_tokenizer(place / "tokenizer.json")
     try:
         counts = json.loads((place / "corpus.json").read_text())
         train_bytes, val_bytes = int(counts["train_bytes"]), int(counts["val_bytes"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"the tokenized corpus in {place} is damaged") from None
-    train, val = (read_tokens(place / f"{side}.tokens", tokenizer, verify=True) for side in ("train", "val"))
+    train, val = (read_tokens(place / f"{side}.tokens", tokenizer, verify=verify) for side in ("train", "val"))
     return Corpus(
         directory=place,
         tokenizer=tokenizer,
@@ -189,8 +189,8 @@ def _write(
     config: TokenizerConfig,
     fixed: Tokenizer | None,
     progress: Progress | None,
-) -> None:
-    """Make a corpus folder: tokenizer.json, train.tokens, val.tokens, corpus.json."""
+) -> Tokenizer:
+    """Make a corpus folder: tokenizer.json, train.tokens, val.tokens, corpus.json. Returns the tokenizer."""
     documents = _split(sources, data)
     tokenizer = fixed or _learn(documents, data, config, progress)
     tokenizer.save(folder / "tokenizer.json")
@@ -211,6 +211,7 @@ def _write(
     if not (train.tokens and val.tokens):
         raise UserError(f"the corpus {', '.join(data.corpus)} is too short to be split: give more text")
     (folder / "corpus.json").write_text(json.dumps(counts, indent=0))
+    return tokenizer
 
 
 def _split(sources: list[Source], data: DataConfig) -> list[_Document]:
@@ -278,7 +279,7 @@ def _pieces(documents: list[_Document], tokenizer: Tokenizer, errors: str) -> It
 def _encoded(documents: list[_Document], tokenizer: Tokenizer, errors: str) -> Iterator[tuple[_Piece, np.ndarray]]:
     """Each piece with its ids, in order. tiktoken works outside the interpreter's lock: it gets a thread per core."""
     pieces = _pieces(documents, tokenizer, errors)
-    threads = (os.cpu_count() or 1) if isinstance(tokenizer, BPETokenizer) else 1
+    threads = _cores() if isinstance(tokenizer, BPETokenizer) else 1
     waiting: deque[tuple[_Piece, Future[np.ndarray]]] = deque()
     pool = ThreadPoolExecutor(threads)
     try:
@@ -298,3 +299,8 @@ def _result(piece: _Piece, future: "Future[np.ndarray]") -> tuple[_Piece, np.nda
     except UnknownCharacter as error:
         position = piece.position + error.position
         raise UnknownCharacter(error.character, position, piece.source.name) from None
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

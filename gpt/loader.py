@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from gpt.errors import UserError
+from gpt.shards import read_tokens
 from gpt.tokenizer import Tokenizer
+
+__all__ = ["TrainLoader", "permuted", "read_tokens", "target_bytes", "validation_batches"]
 
 IGNORED = -100  # the target that cross_entropy leaves out
 _ROUNDS = 6
@@ -130,17 +133,17 @@ def validation_batches(
         yield torch.from_numpy(x.reshape(rows, seq_len)), torch.from_numpy(y.reshape(rows, seq_len))
 
 
-def validation_targets(tokens: np.ndarray, tokenizer: Tokenizer, max_tokens: int | None = None) -> tuple[int, int]:
-    """(tokens, UTF-8 bytes of their text) of what validation_batches has as targets.
+def target_bytes(tokens: np.ndarray, tokenizer: Tokenizer, max_tokens: int | None = None) -> int:
+    """UTF-8 bytes of the text that validation_batches has as targets.
 
-    Bits per byte = mean loss in nats * tokens / ln 2 / bytes.
+    Bits per byte = loss in nats, summed over the targets / (ln 2 * target_bytes).
     """
     targets = _targets(tokens, max_tokens)
     total = 0
     for start in range(1, targets + 1, 1 << 20):
         ids = np.asarray(tokens[start : min(start + (1 << 20), targets + 1)])
         total += int(tokenizer.token_bytes[ids].sum())
-    return targets, total
+    return total
 
 
 def _targets(tokens: np.ndarray, max_tokens: int | None) -> int:

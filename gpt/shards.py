@@ -76,7 +76,9 @@ def read_tokens(path: Path, tokenizer: Tokenizer, *, verify: bool = False) -> np
         )
     if fingerprint.hex() != tokenizer.fingerprint:
         raise UserError(f"the token file {path} was made by another tokenizer: prepare the text again with this one")
-    ids = np.memmap(path, _DTYPES[width], "r", HEADER_BYTES, (tokens,))
-    if verify and hashlib.sha256(ids).digest() != digest:
-        raise UserError(f"the token file {path} is damaged: its tokens do not match their checksum")
-    return ids
+    if verify:
+        with open(path, "rb") as file:
+            file.seek(HEADER_BYTES)
+            if hashlib.file_digest(file, "sha256").digest() != digest:
+                raise UserError(f"the token file {path} is damaged: its tokens do not match their checksum")
+    return np.memmap(path, _DTYPES[width], "r", HEADER_BYTES, (tokens,))

@@ -20,15 +20,12 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from gpt.config import TokenizerConfig
 from gpt.errors import UserError
-
-if TYPE_CHECKING:
-    import tokenizers
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +34,6 @@ OWN_KINDS = ("char", "byte", "bpe")
 FORMAT = "gpt-tokenizer"
 VERSION = 1
 MAX_VOCAB = 1 << 24
-
-# GPT-4's pre-splitting (cl100k_base), in the dialect that tiktoken and tokenizers read alike.
-PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-)
 
 # Where text may be cut without changing its ids: a letter or digit, then a blank or one of these marks. No pre-split
 # pattern that we know (GPT-2, cl100k, o200k, ours) has a piece that runs over such a place or looks across it.
@@ -272,6 +263,8 @@ def build_tokenizer(
     if kind == "byte":
         return ByteTokenizer()
     if kind == "bpe":
+        from gpt.bpe import PATTERN, merge_order, train_bpe
+
         tokens = merge_order(train_bpe(texts(), config.bpe_vocab_size - 1))
         size = len(tokens) + 1
         if size < config.bpe_vocab_size:
@@ -293,32 +286,6 @@ def check_name(name: str) -> None:
         near = difflib.get_close_matches(name, names, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"there is no tokenizer {name!r}: {hint}Known are {', '.join(names)}")
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int) -> "tokenizers.Tokenizer":
-    """A byte-level BPE of at most vocab_size tokens, the 256 bytes included; merges pairs seen at least twice."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-
-    model = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    model.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    model.train_from_iterator(_short(texts), trainer)
-    return model
-
-
-def merge_order(model: "tokenizers.Tokenizer") -> list[bytes]:
-    """A trained byte-level BPE's tokens as tiktoken ranks them: the 256 bytes, then what each merge made."""
-    vocab = model.get_vocab(with_added_tokens=False)
-    to_byte = {character: byte for byte, character in enumerate(_byte_characters())}
-    learned = [bytes(map(to_byte.__getitem__, token)) for token in sorted(vocab, key=vocab.__getitem__)]
-    return [bytes([i]) for i in range(256)] + [token for token in learned if len(token) > 1]
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -398,13 +365,6 @@ def _named(name: str) -> BPETokenizer:
     return BPETokenizer(name, encoding._pat_str, tokens, encoding._special_tokens)
 
 
-def _short(texts: Iterable[str]) -> Iterator[str]:
-    """Texts in segments of bounded length."""
-    for text in texts:
-        for start in range(0, len(text), _SEGMENT):
-            yield text[start : start + _SEGMENT]
-
-
 def _cut(text: str, start: int, end: int) -> int:
     """The last place in text[start + 1 : end + 1] where it may be cut, else end."""
     for first in (max(start + 1, end - 1000), start + 1):
@@ -417,10 +377,3 @@ def _cut(text: str, start: int, end: int) -> int:
 def _codes(text: str) -> np.ndarray:
     """Code points of the text's characters, uint32."""
     return np.frombuffer(text.encode("utf-32-le"), np.uint32)
-
-
-def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte in a byte-level BPE's vocabulary (Radford et al. 2019)."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]

@@ -1,0 +1,55 @@
+"""A byte-level BPE trained on text by the tokenizers library, in the form in which tiktoken encodes with it."""
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# GPT-4's pre-splitting (cl100k_base), in the dialect that tiktoken and tokenizers read alike.
+PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+
+_SEGMENT = 100_000  # characters; longer texts are handed over in parts
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> "tokenizers.Tokenizer":
+    """A byte-level BPE of at most vocab_size tokens, the 256 bytes included; merges pairs seen at least twice."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    model = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    model.train_from_iterator(_short(texts), trainer)
+    return model
+
+
+def merge_order(model: "tokenizers.Tokenizer") -> list[bytes]:
+    """A trained byte-level BPE's tokens as tiktoken ranks them: the 256 bytes, then what each merge made."""
+    vocab = model.get_vocab(with_added_tokens=False)
+    to_byte = {character: byte for byte, character in enumerate(_byte_characters())}
+    learned = [bytes(map(to_byte.__getitem__, token)) for token in sorted(vocab, key=vocab.__getitem__)]
+    return [bytes([i]) for i in range(256)] + [token for token in learned if len(token) > 1]
+
+
+def _short(texts: Iterable[str]) -> Iterator[str]:
+    """Texts in segments of bounded length."""
+    for text in texts:
+        for start in range(0, len(text), _SEGMENT):
+            yield text[start : start + _SEGMENT]
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that stands for each byte in a byte-level BPE's vocabulary (Radford et al. 2019)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
