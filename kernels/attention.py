@@ -15,9 +15,17 @@ from kernels.attention_reference import attention_reference
 from kernels.attention_sdpa import attention_sdpa, why_not_sdpa
 from kernels.masks import CAUSAL, FAR, Mask
 
+try:
+    from kernels import attention_triton
+
+    triton_missing = None
+except ImportError as error:  # macOS and Windows have no triton
+    triton_missing = error
+
 log = logging.getLogger("kernels")
 
 IMPLEMENTATIONS = ("auto", "triton", "sdpa", "reference")
+_announced: set[tuple[str, str]] = set()
 
 
 def attention(
@@ -57,7 +65,7 @@ def attention(
     dropout_p     the share of weights dropped, 0 <= p < 1; which ones depends on (seed, b, h, i, j) alone
     seed          an int or a one-element int64 tensor; drawn from the device's generator if None
     return_lse    also return log(sum(exp(s))), natural, sink included, before dropout; it carries gradients
-    impl          "triton", "sdpa", "reference", or "auto": Triton on a GPU from sm_80 up, else the fastest that is right
+    impl          "triton", "sdpa", "reference", or "auto": Triton on a GPU from sm_80 up, else the fastest
 
     Raises ValueError or TypeError for arguments that do not fit, NotImplementedError for an `impl` that cannot do the
     call, RuntimeError for one that cannot run here.
@@ -71,23 +79,76 @@ def attention(
     if not (is_plain and dropout_p == 0 and seed is None):
         _check_features(q, k, segment_ids, softcap, alibi_slopes, bias, sinks, dropout_p, seed)
 
-    features = {"mask": mask, "segment_ids": segment_ids}
-    extras = {"softcap": softcap, "sinks": sinks, "dropout_p": dropout_p, "return_lse": return_lse}
     if impl == "auto":
-        impl = "sdpa" if why_not_sdpa(q, k, **features, **extras) is None else "reference"
-    elif impl == "sdpa":
-        why_not = why_not_sdpa(q, k, **features, **extras)
-        if why_not is not None:
-            raise NotImplementedError(f'impl="sdpa": {why_not}')
-    elif impl == "triton":
-        raise NotImplementedError("later")
+        impl = _choose(q, k, v, mask, segment_ids, softcap, bias, sinks, dropout_p, return_lse)
+    elif impl in ("triton", "sdpa"):
+        _require(impl, q, k, v, mask, segment_ids, softcap, bias, sinks, dropout_p, return_lse)
     elif impl != "reference":
         raise ValueError(f"impl {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
 
-    features.update(scale=scale, alibi_slopes=alibi_slopes, bias=bias)
     if impl == "sdpa":
-        return attention_sdpa(q, k, v, **features)
-    return attention_reference(q, k, v, **features, **extras, seed=seed)
+        return attention_sdpa(q, k, v, mask, segment_ids, scale, alibi_slopes, bias)
+    features = {
+        "mask": mask,
+        "segment_ids": segment_ids,
+        "scale": scale,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "bias": bias,
+        "sinks": sinks,
+        "dropout_p": dropout_p,
+        "seed": seed,
+    }
+    if impl == "triton":
+        out, lse = attention_triton.attention_triton(q, k, v, **features)
+        return (out, lse) if return_lse else out
+    return attention_reference(q, k, v, **features, return_lse=return_lse)
+
+
+def _choose(q, k, v, mask, segment_ids, softcap, bias, sinks, dropout_p, return_lse) -> str:
+    """What "auto" means for this call: our kernels on a GPU, else torch's own attention, else the reference."""
+    if q.is_cuda:
+        why_not = _why_not_triton(q, v, bias)
+        if why_not is None:
+            _announce("triton", "")
+            return "triton"
+    else:
+        why_not = "no GPU"
+    why_not_torch = why_not_sdpa(q, k, mask, segment_ids, softcap, sinks, dropout_p, return_lse)
+    choice = "sdpa" if why_not_torch is None else "reference"
+    _announce(choice, why_not_torch or why_not)
+    return choice
+
+
+def _require(impl, q, k, v, mask, segment_ids, softcap, bias, sinks, dropout_p, return_lse) -> None:
+    """Raise where an explicit choice cannot do the call."""
+    if impl == "triton":
+        if triton_missing is not None:
+            raise RuntimeError(f'impl="triton" needs triton, which does not import here: {triton_missing}')
+        if not attention_triton.runs_on(q.device):
+            raise RuntimeError(
+                f'impl="triton" needs a GPU from sm_80 up, not {q.device}; on a CPU its kernels run in an interpreter '
+                "if TRITON_INTERPRET=1 is set before triton is imported"
+            )
+        why_not = _why_not_triton(q, v, bias)
+    else:
+        why_not = why_not_sdpa(q, k, mask, segment_ids, softcap, sinks, dropout_p, return_lse)
+    if why_not is not None:
+        raise NotImplementedError(f'impl="{impl}" cannot do this call: {why_not}')
+
+
+def _why_not_triton(q: Tensor, v: Tensor, bias: Tensor | None) -> str | None:
+    if triton_missing is not None:
+        return f"triton does not import here: {triton_missing}"
+    return attention_triton.why_not_triton(q, v, bias)
+
+
+def _announce(choice: str, reason: str) -> None:
+    """Log what "auto" chose, once for each choice and reason."""
+    if (choice, reason) in _announced or torch.compiler.is_compiling():
+        return
+    _announced.add((choice, reason))
+    log.info("attention runs on %s%s", choice, f": {reason}" if reason else "")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -96,7 +157,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q, k and v have the axes (B, T, H, D), not {q.ndim}, {k.ndim} and {v.ndim} axes")
     B, Tq, H, D = q.shape
     Bk, Tk, H_kv, Dk = k.shape
-    if B != Bk or D != Dk or v.shape[:3] != k.shape[:3]:
+    Bv, Tv, Hv, _ = v.shape
+    if not (Bk == B == Bv and Dk == D and Tv == Tk and Hv == H_kv):
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit: they are (B, Tq, H, D), "
             "(B, Tk, H_kv, D) and (B, Tk, H_kv, Dv)"

@@ -1,6 +1,6 @@
-"""Attention through torch's own F.scaled_dot_product_attention, where its arguments allow: the CPU's fast path.
+"""Attention through torch's own F.scaled_dot_product_attention, where it can: the CPU's fast path.
 
-torch aligns `is_causal` to the first key and computes neither softcap, sinks nor lse; its dropout has another generator.
+torch aligns `is_causal` to the first key, knows neither softcap, sinks nor lse, and drops out by another generator.
 """
 
 import torch
@@ -14,23 +14,21 @@ from kernels.masks import CAUSAL, FULL, Mask
 MAX_DENSE = 16
 
 
-def why_not_sdpa(q, k, *, mask, segment_ids, softcap, sinks, dropout_p, return_lse) -> str | None:
+def why_not_sdpa(q, k, mask, segment_ids, softcap, sinks, dropout_p, return_lse) -> str | None:
     """Why torch's function cannot do this call; None if it can."""
     if softcap is not None or sinks is not None or dropout_p or return_lse:
         return "torch's scaled_dot_product_attention has no softcap, no sinks, no lse and not our dropout"
-    if 0 in q.shape or 0 in k.shape:
+    Tq, Tk = q.shape[1], k.shape[1]
+    if Tk == 0 or q.numel() == 0:
         return "torch's scaled_dot_product_attention takes no empty tensors"
-    if may_be_blind(mask, segment_ids, q.shape[1], k.shape[1], q.device):
+    is_safe = Tq <= Tk and mask.shows_itself and not isinstance(segment_ids, tuple)
+    if not is_safe and may_be_blind(mask, segment_ids, Tq, Tk, q.device):
         return "under this mask a query may see no key, where torch's scaled_dot_product_attention promises nothing"
     return None
 
 
 def may_be_blind(mask: Mask, segment_ids, Tq: int, Tk: int, device) -> bool:
-    """Whether some query might see no key at all."""
-    if isinstance(segment_ids, tuple):
-        return True
-    if Tq <= Tk and mask.shows_itself:
-        return False
+    """Whether some query might see no key at all, for calls where not each sees itself."""
     if mask is FULL and segment_ids is None:
         return False
     if segment_ids is not None or mask.tensors or torch.compiler.is_compiling():
@@ -38,13 +36,13 @@ def may_be_blind(mask: Mask, segment_ids, Tq: int, Tk: int, device) -> bool:
     return _dense(mask, Tq, Tk, device)[1]
 
 
-def attention_sdpa(q, k, v, *, mask=CAUSAL, segment_ids=None, scale=None, alibi_slopes=None, bias=None) -> Tensor:
+def attention_sdpa(q, k, v, mask=CAUSAL, segment_ids=None, scale=None, alibi_slopes=None, bias=None) -> Tensor:
     """The call of `kernels.attention`, for what `why_not_sdpa` lets through."""
     B, Tq, H, D = q.shape
     Tk, H_kv = k.shape[1], k.shape[2]
     needs_no_mask = mask is FULL or (mask is CAUSAL and Tq == 1)
     if needs_no_mask and segment_ids is None and alibi_slopes is None and bias is None:
-        if Tq == 1 and H != H_kv:
+        if Tq == 1 and H_kv != H:
             # One query: the heads of a group are queries of one head, and no key is read twice.
             out = F.scaled_dot_product_attention(
                 q.reshape(B, H_kv, H // H_kv, D), k.transpose(1, 2), v.transpose(1, 2), scale=scale
@@ -62,7 +60,7 @@ def attention_sdpa(q, k, v, *, mask=CAUSAL, segment_ids=None, scale=None, alibi_
         attn_mask=attn_mask,
         is_causal=is_causal,
         scale=scale,
-        enable_gqa=H != H_kv,
+        enable_gqa=H_kv != H,
     )  # (B, H, Tq, Dv)
     return out.transpose(1, 2)
 

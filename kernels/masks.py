@@ -71,6 +71,7 @@ class Band(NamedTuple):
 
 
 EVERYTHING = Band()
+NOTHING = Band(k_begin=0, k_end=0)
 
 
 class _Predicate(NamedTuple):
@@ -129,6 +130,8 @@ class Mask:
         self.bands = _simplify(bands)
         self.ints = tuple(p for p in params if isinstance(p, int))
         self.tensors = tuple(p for p in params if not isinstance(p, int))
+        # What a custom operator gets of the mask beside its key: the bands, then the integers.
+        self.operands = tuple(int(n) for band in self.bands for n in band) + self.ints
         # Every query sees the key at its own position, if there is one: a row of such a mask is never empty.
         self.shows_itself = any(b.exact and b.least <= 0 <= b.most and b[2:6] == EVERYTHING[2:6] for b in self.bands)
         self.dense_cache: dict = {}
@@ -222,7 +225,7 @@ def _simplify(bands: tuple[Band, ...]) -> tuple[Band, ...]:
         kept.append(band)
     if len(kept) > MAX_BANDS:
         return (_hull(kept),)
-    return tuple(kept)
+    return tuple(kept) or (NOTHING,)
 
 
 def _hull(bands: Iterable[Band]) -> Band:
@@ -232,7 +235,7 @@ def _hull(bands: Iterable[Band]) -> Band:
 
 
 def everything(q, k):
-    return (q - k) == (q - k)
+    return q == q
 
 
 def causal(q, k):
@@ -244,7 +247,7 @@ def within_window(q, k, window):
 
 
 def is_sink_token(q, k, n):
-    return (k < n) & (q - k == q - k)
+    return k < n
 
 
 FULL = Mask(everything, bands=[Band(exact=True)])

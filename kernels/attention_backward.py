@@ -1,0 +1,279 @@
+"""Attention backward (https://arxiv.org/abs/2307.08691, section 3.2): three kernels, none of which adds atomically.
+
+prepare  for each query: delta = sum(out * dout) - dlse, and lse in base 2
+dkdv     one program for one tile of keys of one key head: it loops over the heads of the group and over the queries
+dq       one program for one tile of queries of one head
+
+With p = softmax and dp = dout v^T: dv = p^T dout, ds = p * (dp - delta), dk = scale * ds^T q, dq = scale * ds k. What
+lse receives as a gradient, dlse, adds p * dlse to ds, which is why delta takes it in.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.configs import block_dim
+from kernels.problem import Launch, Problem
+from kernels.tiles import (
+    LOG2E,
+    count_full,
+    count_partial,
+    dot,
+    dropout_keep,
+    full_tile,
+    load_tile,
+    logits,
+    partial_tile,
+    store_tile,
+    visible,
+    visits,
+)
+
+
+@triton.jit
+def prepare_kernel(out, dout, lse, dlse, delta, lse2, out_strides, dout_strides, dlse_strides, sizes,
+                   BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
+    """delta and lse2 (B, H, Tq) from out and dout (B, Tq, H, Dv), lse (B, H, Tq) and dlse, which may be None."""
+    tiles_m = tl.cdiv(sizes.Tq, BLOCK_M)
+    m = tl.program_id(0) % tiles_m
+    h = tl.cast(tl.program_id(0) // tiles_m % sizes.H, tl.int64)
+    b = tl.cast(tl.program_id(0) // tiles_m // sizes.H, tl.int64)
+    first = m * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)
+    inside = rows < sizes.Tq
+    out_base = out + b * out_strides[0] + h * out_strides[2]
+    dout_base = dout + b * dout_strides[0] + h * dout_strides[2]
+    o = load_tile(out_base, out_strides, first, sizes.Tq, sizes.Dv, BLOCK_M, BLOCK_DV, True, True).to(tl.float32)
+    do = load_tile(dout_base, dout_strides, first, sizes.Tq, sizes.Dv, BLOCK_M, BLOCK_DV, True, True).to(tl.float32)
+    d = tl.sum(o * do, 1)
+    if dlse is not None:
+        d -= tl.load(dlse + b * dlse_strides[0] + h * dlse_strides[1] + rows * dlse_strides[2], mask=inside, other=0.0)
+    row_of_all = (b * sizes.H + h) * sizes.Tq + rows
+    natural = tl.load(lse + row_of_all, mask=inside, other=0.0)
+    # A query that saw nothing gives exp2(s - inf) = 0 everywhere.
+    tl.store(lse2 + row_of_all, tl.where(natural == float("-inf"), float("inf"), natural * LOG2E), mask=inside)
+    tl.store(delta + row_of_all, d, mask=inside)
+
+
+@triton.jit
+def _dkdv_tile(dk, dv, k, v, q_base, do_base, lse2_base, delta_base, m, b, h, k_index, q_strides, do_strides, sizes,
+               masking, scoring, dropout, PREDICATE: tl.constexpr, MASKED: tl.constexpr, FOLD: tl.constexpr,
+               CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+               BLOCK_DV: tl.constexpr):  # fmt: skip
+    """Add one tile of queries to dk and dv. Everything is transposed: rows are keys, columns are queries."""
+    q_first = m * BLOCK_M
+    columns = q_first + tl.arange(0, BLOCK_M)
+    q_index = columns[None, :]
+    q_position = q_index + (sizes.Tk - sizes.Tq)
+    q = load_tile(q_base, q_strides, q_first, sizes.Tq, sizes.D, BLOCK_M, BLOCK_D, MASKED, CHECK_D)
+    do = load_tile(do_base, do_strides, q_first, sizes.Tq, sizes.Dv, BLOCK_M, BLOCK_DV, MASKED, CHECK_DV)
+    if MASKED:
+        lse2 = tl.load(lse2_base + columns, mask=columns < sizes.Tq, other=float("inf"))
+        delta = tl.load(delta_base + columns, mask=columns < sizes.Tq, other=0.0)
+    else:
+        lse2 = tl.load(lse2_base + columns)
+        delta = tl.load(delta_base + columns)
+
+    s = dot(k, tl.trans(q), tl.zeros((k.shape[0], BLOCK_M), tl.float32))
+    if FOLD:
+        p = tl.exp2(s * scoring.scale - lse2[None, :])
+    else:
+        s, slope = logits(s, scoring, b, h, q_position, k_index, q_index, k_index, sizes)
+        p = tl.exp2(s - lse2[None, :])
+    if MASKED:
+        seen = visible(masking, b, q_position, k_index, q_index, k_index, sizes, PREDICATE)
+        p = tl.where(seen, p, 0.0)
+    dp = dot(v, tl.trans(do), tl.zeros((k.shape[0], BLOCK_M), tl.float32))
+    if dropout.seed is not None:
+        keep = dropout_keep(dropout, b, h, q_index, k_index)
+        dv = dot(tl.where(keep, p * dropout.scale, 0.0).to(do.dtype), do, dv)
+        dp = tl.where(keep, dp * dropout.scale, 0.0)
+    else:
+        dv = dot(p.to(do.dtype), do, dv)
+    ds = p * (dp - delta[None, :])
+    if not FOLD:
+        ds = ds * slope
+    dk = dot(ds.to(q.dtype), q, dk)
+    return dk, dv
+
+
+@triton.jit
+def dkdv_kernel(q, k, v, dout, lse2, delta, dk, dv, visited, q_strides, k_strides, v_strides, dout_strides, dk_strides,
+                dv_strides, scale, sizes, masking, scoring, dropout, PREDICATE: tl.constexpr, FOLD: tl.constexpr,
+                CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
+    """dk (B, Tk, H_kv, D) and dv (B, Tk, H_kv, Dv), summed over the query heads of each group in a fixed order."""
+    tiles_n = tl.cdiv(sizes.Tk, BLOCK_N)
+    heads = sizes.H // sizes.GROUP
+    n = tl.program_id(0) % tiles_n
+    h_kv = tl.program_id(0) // tiles_n % heads
+    b = tl.program_id(0) // tiles_n // heads
+    first = n * BLOCK_N
+    last = tl.minimum(first + BLOCK_N, sizes.Tk) - 1
+    k_index = (first + tl.arange(0, BLOCK_N))[:, None]
+
+    b_long = tl.cast(b, tl.int64)
+    kv_long = tl.cast(h_kv, tl.int64)
+    k_base = k + b_long * k_strides[0] + kv_long * k_strides[2]
+    v_base = v + b_long * v_strides[0] + kv_long * v_strides[2]
+    k_tile = load_tile(k_base, k_strides, first, sizes.Tk, sizes.D, BLOCK_N, BLOCK_D, True, CHECK_D)
+    v_tile = load_tile(v_base, v_strides, first, sizes.Tk, sizes.Dv, BLOCK_N, BLOCK_DV, True, CHECK_DV)
+    acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    acc_v = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
+
+    spans = visits(masking.bands, first, last, sizes, BLOCK_M, False)
+    MASK_ALL: tl.constexpr = masking.segments_q is not None
+    for g in range(sizes.GROUP):
+        h = h_kv * sizes.GROUP + g
+        h_long = kv_long * sizes.GROUP + g
+        q_base = q + b_long * q_strides[0] + h_long * q_strides[2]
+        do_base = dout + b_long * dout_strides[0] + h_long * dout_strides[2]
+        lse2_base = lse2 + (b_long * sizes.H + h_long) * sizes.Tq
+        delta_base = delta + (b_long * sizes.H + h_long) * sizes.Tq
+        for i in range(count_full(spans)):
+            acc_k, acc_v = _dkdv_tile(acc_k, acc_v, k_tile, v_tile, q_base, do_base, lse2_base, delta_base,
+                                      full_tile(spans, i), b, h, k_index, q_strides, dout_strides, sizes, masking,
+                                      scoring, dropout, PREDICATE, MASK_ALL, FOLD, CHECK_D, CHECK_DV, BLOCK_M, BLOCK_D,
+                                      BLOCK_DV)  # fmt: skip
+        for i in range(count_partial(spans)):
+            acc_k, acc_v = _dkdv_tile(acc_k, acc_v, k_tile, v_tile, q_base, do_base, lse2_base, delta_base,
+                                      partial_tile(spans, i), b, h, k_index, q_strides, dout_strides, sizes, masking,
+                                      scoring, dropout, PREDICATE, True, FOLD, CHECK_D, CHECK_DV, BLOCK_M, BLOCK_D,
+                                      BLOCK_DV)  # fmt: skip
+    if visited is not None:
+        tl.store(visited + tl.program_id(0), count_full(spans) + count_partial(spans))
+
+    dk_base = dk + b_long * dk_strides[0] + kv_long * dk_strides[2]
+    dv_base = dv + b_long * dv_strides[0] + kv_long * dv_strides[2]
+    store_tile(dk_base, dk_strides, acc_k * scale, first, sizes.Tk, sizes.D, BLOCK_N, BLOCK_D)
+    store_tile(dv_base, dv_strides, acc_v, first, sizes.Tk, sizes.Dv, BLOCK_N, BLOCK_DV)
+
+
+@triton.jit
+def _dq_tile(dq, q, do, lse2, delta, k_base, v_base, n, b, h, q_index, k_strides, v_strides, sizes, masking, scoring,
+             dropout, PREDICATE: tl.constexpr, MASKED: tl.constexpr, FOLD: tl.constexpr, CHECK_D: tl.constexpr,
+             CHECK_DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
+    """Add one tile of keys to dq."""
+    k_first = n * BLOCK_N
+    k_index = (k_first + tl.arange(0, BLOCK_N))[None, :]
+    q_position = q_index + (sizes.Tk - sizes.Tq)
+    k = load_tile(k_base, k_strides, k_first, sizes.Tk, sizes.D, BLOCK_N, BLOCK_D, MASKED, CHECK_D)
+    v = load_tile(v_base, v_strides, k_first, sizes.Tk, sizes.Dv, BLOCK_N, BLOCK_DV, MASKED, CHECK_DV)
+    s = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
+    if FOLD:
+        p = tl.exp2(s * scoring.scale - lse2)
+    else:
+        s, slope = logits(s, scoring, b, h, q_position, k_index, q_index, k_index, sizes)
+        p = tl.exp2(s - lse2)
+    if MASKED:
+        seen = visible(masking, b, q_position, k_index, q_index, k_index, sizes, PREDICATE)
+        p = tl.where(seen, p, 0.0)
+    dp = dot(do, tl.trans(v), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
+    if dropout.seed is not None:
+        dp = tl.where(dropout_keep(dropout, b, h, q_index, k_index), dp * dropout.scale, 0.0)
+    ds = p * (dp - delta)
+    if not FOLD:
+        ds = ds * slope
+    return dot(ds.to(k.dtype), k, dq)
+
+
+@triton.jit
+def dq_kernel(q, k, v, dout, lse2, delta, dq, visited, q_strides, k_strides, v_strides, dout_strides, dq_strides, scale,
+              sizes, masking, scoring, dropout, PREDICATE: tl.constexpr, FOLD: tl.constexpr, CHECK_D: tl.constexpr,
+              CHECK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+              BLOCK_DV: tl.constexpr):  # fmt: skip
+    """dq (B, Tq, H, D)."""
+    tiles_m = tl.cdiv(sizes.Tq, BLOCK_M)
+    m = tiles_m - 1 - tl.program_id(0) % tiles_m
+    h = tl.program_id(0) // tiles_m % sizes.H
+    b = tl.program_id(0) // tiles_m // sizes.H
+    q_first = m * BLOCK_M
+    rows = q_first + tl.arange(0, BLOCK_M)
+    q_index = rows[:, None]
+    first = q_first + sizes.Tk - sizes.Tq
+    last = tl.minimum(q_first + BLOCK_M, sizes.Tq) - 1 + sizes.Tk - sizes.Tq
+
+    b_long = tl.cast(b, tl.int64)
+    h_long = tl.cast(h, tl.int64)
+    h_kv = h_long // sizes.GROUP
+    q_base = q + b_long * q_strides[0] + h_long * q_strides[2]
+    do_base = dout + b_long * dout_strides[0] + h_long * dout_strides[2]
+    k_base = k + b_long * k_strides[0] + h_kv * k_strides[2]
+    v_base = v + b_long * v_strides[0] + h_kv * v_strides[2]
+    q_tile = load_tile(q_base, q_strides, q_first, sizes.Tq, sizes.D, BLOCK_M, BLOCK_D, True, CHECK_D)
+    do_tile = load_tile(do_base, dout_strides, q_first, sizes.Tq, sizes.Dv, BLOCK_M, BLOCK_DV, True, CHECK_DV)
+    row_of_all = (b_long * sizes.H + h_long) * sizes.Tq + rows
+    lse2_rows = tl.load(lse2 + row_of_all, mask=rows < sizes.Tq, other=float("inf"))[:, None]
+    delta_rows = tl.load(delta + row_of_all, mask=rows < sizes.Tq, other=0.0)[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+
+    spans = visits(masking.bands, first, last, sizes, BLOCK_N, True)
+    MASK_ALL: tl.constexpr = masking.segments_q is not None
+    for i in range(count_full(spans)):
+        acc = _dq_tile(acc, q_tile, do_tile, lse2_rows, delta_rows, k_base, v_base, full_tile(spans, i), b, h, q_index,
+                       k_strides, v_strides, sizes, masking, scoring, dropout, PREDICATE, MASK_ALL, FOLD, CHECK_D,
+                       CHECK_DV, BLOCK_N, BLOCK_D, BLOCK_DV)  # fmt: skip
+    for i in range(count_partial(spans)):
+        acc = _dq_tile(acc, q_tile, do_tile, lse2_rows, delta_rows, k_base, v_base, partial_tile(spans, i), b, h,
+                       q_index, k_strides, v_strides, sizes, masking, scoring, dropout, PREDICATE, True, FOLD, CHECK_D,
+                       CHECK_DV, BLOCK_N, BLOCK_D, BLOCK_DV)  # fmt: skip
+    if visited is not None:
+        tl.store(visited + tl.program_id(0), count_full(spans) + count_partial(spans))
+
+    dq_base = dq + b_long * dq_strides[0] + h_long * dq_strides[2]
+    store_tile(dq_base, dq_strides, acc * scale, q_first, sizes.Tq, sizes.D, BLOCK_M, BLOCK_D)
+
+
+def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None):
+    """dq, dk, dv in q's dtype and dsinks (H,) in float32 (None without sinks), from the forward pass's out and lse."""
+    B, (Tq, Tk, H, _, D, Dv) = problem.B, problem.sizes
+    lse2, delta = (problem.empty(B, H, Tq, dtype=torch.float32) for _ in range(2))
+    dq = problem.empty(B, Tq, H, D)
+    dk, dv = problem.empty(B, Tk, problem.H_kv, D), problem.empty(B, Tk, problem.H_kv, Dv)
+    prepare_launch(problem, out, dout, lse, dlse, delta, lse2).run()
+    dkdv_launch(problem, dout, lse2, delta, dk, dv).run()
+    dq_launch(problem, dout, lse2, delta, dq).run()
+    dsinks = None
+    if problem.sinks is not None:
+        # The sink is a key whose value is zero, so that its dp is 0: ds = p * (0 - delta).
+        p_sink = torch.exp2(problem.sinks.float().view(1, H, 1) / math.log(2) - lse2)
+        dsinks = -(p_sink * delta).sum(dim=(0, 2))
+    return dq, dk, dv, dsinks
+
+
+def prepare_launch(problem: Problem, out, dout, lse, dlse, delta, lse2) -> Launch:
+    """The launch that fills delta and lse2 (B, H, Tq), float32."""
+    block_m = 64
+    grid = (math.ceil(problem.sizes.Tq / block_m) * problem.sizes.H * problem.B,)
+    args = {
+        "out": out,
+        "dout": dout,
+        "lse": lse,
+        "dlse": dlse,
+        "delta": delta,
+        "lse2": lse2,
+        "out_strides": out.stride(),
+        "dout_strides": dout.stride(),
+        "dlse_strides": () if dlse is None else dlse.stride(),
+        "sizes": problem.sizes,
+        "BLOCK_M": block_m,
+        "BLOCK_DV": block_dim(problem.sizes.Dv),
+    }
+    return Launch(prepare_kernel, grid, args, {"num_warps": 4})
+
+
+def dkdv_launch(problem: Problem, dout, lse2, delta, dk, dv, visited: Tensor | None = None) -> Launch:
+    """The launch that fills dk and dv."""
+    args = {"dk": dk, "dv": dv, "dk_strides": dk.stride(), "dv_strides": dv.stride(), "visited": visited}
+    args |= {"dout": dout, "dout_strides": dout.stride(), "lse2": lse2, "delta": delta, "scale": problem.scale}
+    return problem.launch(dkdv_kernel, "dkdv", problem.sizes.Tk, problem.H_kv, rows_are_queries=False, **args)
+
+
+def dq_launch(problem: Problem, dout, lse2, delta, dq, visited: Tensor | None = None) -> Launch:
+    """The launch that fills dq."""
+    args = {"dq": dq, "dq_strides": dq.stride(), "visited": visited}
+    args |= {"dout": dout, "dout_strides": dout.stride(), "lse2": lse2, "delta": delta, "scale": problem.scale}
+    return problem.launch(dq_kernel, "dq", problem.sizes.Tq, problem.sizes.H, rows_are_queries=True, **args)

@@ -1,0 +1,126 @@
+"""Attention forward: FlashAttention-2's online softmax (https://arxiv.org/abs/2307.08691), one program for one tile of
+queries of one head. Logits and their running maximum are in base 2: exp2 is the hardware's exponential.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.problem import Launch, Problem
+from kernels.tiles import (
+    FLOOR,
+    LOG2E,
+    count_full,
+    count_partial,
+    dot,
+    dropout_keep,
+    full_tile,
+    load_tile,
+    logits,
+    partial_tile,
+    store_tile,
+    visible,
+    visits,
+)
+
+
+@triton.jit
+def _tile(acc, l_i, m_i, q, k_base, v_base, n, b, h, q_index, k_strides, v_strides, sizes, masking, scoring, dropout,
+          PREDICATE: tl.constexpr, MASKED: tl.constexpr, FOLD: tl.constexpr, CHECK_D: tl.constexpr,
+          CHECK_DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
+    """One tile of keys: (acc, l_i, m_i) before it to the same after it."""
+    k_first = n * BLOCK_N
+    k_index = (k_first + tl.arange(0, BLOCK_N))[None, :]
+    q_position = q_index + (sizes.Tk - sizes.Tq)
+    k = load_tile(k_base, k_strides, k_first, sizes.Tk, sizes.D, BLOCK_N, BLOCK_D, MASKED, CHECK_D)
+    s = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
+    if FOLD:
+        scale = scoring.scale
+    else:
+        s, _ = logits(s, scoring, b, h, q_position, k_index, q_index, k_index, sizes)
+        scale = 1.0
+    if MASKED:
+        seen = visible(masking, b, q_position, k_index, q_index, k_index, sizes, PREDICATE)
+        s = tl.where(seen, s, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(s, 1) * scale)
+    p = tl.exp2(s * scale - m_new[:, None])
+    alpha = tl.exp2(m_i - m_new)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    if dropout.seed is not None:
+        p = tl.where(dropout_keep(dropout, b, h, q_index, k_index), p * dropout.scale, 0.0)
+    v = load_tile(v_base, v_strides, k_first, sizes.Tk, sizes.Dv, BLOCK_N, BLOCK_DV, MASKED, CHECK_DV)
+    acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
+    return acc, l_i, m_new
+
+
+@triton.jit
+def forward_kernel(q, k, v, out, lse, sinks, visited, q_strides, k_strides, v_strides, out_strides, sizes, masking,
+                   scoring, dropout, PREDICATE: tl.constexpr, FOLD: tl.constexpr, CHECK_D: tl.constexpr,
+                   CHECK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                   BLOCK_DV: tl.constexpr):  # fmt: skip
+    """out (B, Tq, H, Dv) and lse (B, H, Tq). `visited`: int32, one count of tiles for each program, or None."""
+    tiles_m = tl.cdiv(sizes.Tq, BLOCK_M)
+    # The last queries see the most keys under a causal mask: the long programs start first.
+    m = tiles_m - 1 - tl.program_id(0) % tiles_m
+    h = tl.program_id(0) // tiles_m % sizes.H
+    b = tl.program_id(0) // tiles_m // sizes.H
+    q_first = m * BLOCK_M
+    q_index = (q_first + tl.arange(0, BLOCK_M))[:, None]
+    first = q_first + sizes.Tk - sizes.Tq
+    last = tl.minimum(q_first + BLOCK_M, sizes.Tq) - 1 + sizes.Tk - sizes.Tq
+
+    b_long = tl.cast(b, tl.int64)
+    h_long = tl.cast(h, tl.int64)
+    h_kv = h_long // sizes.GROUP
+    q_base = q + b_long * q_strides[0] + h_long * q_strides[2]
+    k_base = k + b_long * k_strides[0] + h_kv * k_strides[2]
+    v_base = v + b_long * v_strides[0] + h_kv * v_strides[2]
+    q_tile = load_tile(q_base, q_strides, q_first, sizes.Tq, sizes.D, BLOCK_M, BLOCK_D, True, CHECK_D)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+    m_i = tl.full((BLOCK_M,), FLOOR, tl.float32)
+    if sinks is not None:
+        # The sink is a key that has been seen already, with a value of zero.
+        sink = tl.load(sinks + h).to(tl.float32) * LOG2E
+        m_i = tl.maximum(m_i, sink)
+        l_i = tl.exp2(sink - m_i)
+
+    spans = visits(masking.bands, first, last, sizes, BLOCK_N, True)
+    # Segments are not known to the bands, so that every tile needs the predicate.
+    MASK_ALL: tl.constexpr = masking.segments_q is not None
+    for i in range(count_full(spans)):
+        acc, l_i, m_i = _tile(acc, l_i, m_i, q_tile, k_base, v_base, full_tile(spans, i), b, h, q_index, k_strides,
+                              v_strides, sizes, masking, scoring, dropout, PREDICATE, MASK_ALL, FOLD, CHECK_D, CHECK_DV,
+                              BLOCK_N, BLOCK_D, BLOCK_DV)  # fmt: skip
+    for i in range(count_partial(spans)):
+        acc, l_i, m_i = _tile(acc, l_i, m_i, q_tile, k_base, v_base, partial_tile(spans, i), b, h, q_index, k_strides,
+                              v_strides, sizes, masking, scoring, dropout, PREDICATE, True, FOLD, CHECK_D, CHECK_DV,
+                              BLOCK_N, BLOCK_D, BLOCK_DV)  # fmt: skip
+    if visited is not None:
+        tl.store(visited + tl.program_id(0), count_full(spans) + count_partial(spans))
+
+    # A query that saw nothing has l_i = 0 and acc = 0: its output is 0 and its lse -inf.
+    acc = acc / tl.where(l_i == 0, 1.0, l_i)[:, None]
+    out_base = out + b_long * out_strides[0] + h_long * out_strides[2]
+    store_tile(out_base, out_strides, acc, q_first, sizes.Tq, sizes.Dv, BLOCK_M, BLOCK_DV)
+    rows = q_first + tl.arange(0, BLOCK_M)
+    lse_rows = (b_long * sizes.H + h_long) * sizes.Tq + rows
+    tl.store(lse + lse_rows, (m_i + tl.log2(l_i)) / LOG2E, mask=rows < sizes.Tq)
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """out (B, Tq, H, Dv) in q's dtype and lse (B, H, Tq) in float32, natural logarithm."""
+    Tq, _, H, _, _, Dv = problem.sizes
+    out = problem.empty(problem.B, Tq, H, Dv)
+    lse = problem.empty(problem.B, H, Tq, dtype=torch.float32)
+    forward_launch(problem, out, lse).run()
+    return out, lse
+
+
+def forward_launch(problem: Problem, out: Tensor, lse: Tensor, visited: Tensor | None = None) -> Launch:
+    """The launch that fills out and lse; `visited` (programs,) int32 gets the number of tiles each program visited."""
+    outputs = {"out": out, "lse": lse, "sinks": problem.sinks, "visited": visited, "out_strides": out.stride()}
+    Tq, H = problem.sizes.Tq, problem.sizes.H
+    return problem.launch(forward_kernel, "forward", Tq, H, rows_are_queries=True, **outputs)

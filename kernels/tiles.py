@@ -1,0 +1,281 @@
+"""What the attention kernels share, as device functions: which tiles to visit, loads, scores, dropout bits.
+
+Positions and indices: query i stands at position i + Tk - Tq, key j at position j. A tile is a number: tile n of keys
+holds the keys n * BLOCK_N to (n + 1) * BLOCK_N - 1.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LOG2E = tl.constexpr(1.4426950408889634)
+# The running maximum starts here, not at -inf, so that differences of maxima are never NaN.
+FLOOR = tl.constexpr(-3.0e38)
+
+
+class Sizes(NamedTuple):
+    """Lengths, heads (H query heads, GROUP of them for each key head) and head dims."""
+
+    Tq: int
+    Tk: int
+    H: int
+    GROUP: int
+    D: int
+    Dv: int
+
+
+class Masking(NamedTuple):
+    """A mask's operands, beside its predicate, which is a constant of the kernel.
+
+    bands: seven integers for each `masks.Band`; ints: the mask's integers; rows: its tensors (B,); segments_q (B, Tq)
+    and segments_k (B, Tk): contiguous, or both None.
+    """
+
+    bands: tuple
+    ints: tuple
+    rows: tuple
+    segments_q: object
+    segments_k: object
+
+
+class Scoring(NamedTuple):
+    """How dot products become logits in base 2. What is None is compiled away.
+
+    logit = dot * scale, or softcap * tanh(dot * scale), then alibi_slopes (H,) and bias, which lies bias_strides
+    (b, h, q, k) elements apart. The factor log2(e) is in scale, or in softcap where there is one.
+    """
+
+    scale: float
+    softcap: float | None
+    alibi_slopes: object
+    bias: object
+    bias_strides: tuple
+
+
+class Dropout(NamedTuple):
+    """seed: int64 (1,), or None for no dropout; below threshold of 32 bits an entry is dropped; scale: 1 / (1 - p)."""
+
+    seed: object
+    threshold: int
+    scale: float
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b in float32. The interpreter would multiply bfloat16 as raw integers, so there it is widened."""
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def load_tile(base, strides, first, n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr,
+              CHECK_ROWS: tl.constexpr, CHECK_COLS: tl.constexpr):  # fmt: skip
+    """Rows first to first + ROWS - 1 of a (T, D) matrix whose axes lie strides[1] and strides[3] elements apart.
+
+    What lies outside (n_rows, n_cols) is never touched and reads as 0. The one long step is taken in 64 bits.
+    """
+    rows = tl.arange(0, ROWS)
+    cols = tl.arange(0, COLS)
+    start = base + tl.cast(first, tl.int64) * strides[1]
+    pointers = start + rows[:, None] * strides[1] + cols[None, :] * strides[3]
+    if CHECK_ROWS and CHECK_COLS:
+        return tl.load(pointers, mask=(first + rows < n_rows)[:, None] & (cols < n_cols)[None, :], other=0.0)
+    elif CHECK_ROWS:
+        return tl.load(pointers, mask=(first + rows < n_rows)[:, None], other=0.0)
+    elif CHECK_COLS:
+        return tl.load(pointers, mask=(cols < n_cols)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def store_tile(base, strides, tile, first, n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Write a tile where it lies within (n_rows, n_cols), in the output's dtype."""
+    rows = tl.arange(0, ROWS)
+    cols = tl.arange(0, COLS)
+    start = base + tl.cast(first, tl.int64) * strides[1]
+    pointers = start + rows[:, None] * strides[1] + cols[None, :] * strides[3]
+    inside = (first + rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _span(bands, r: tl.constexpr, first, last, sizes, BLOCK: tl.constexpr, OVER_KEYS: tl.constexpr):
+    """The tiles that band r asks for: begin, full_begin, full_end, end; those from full_begin on are wholly in it.
+
+    `first`, `last`: the positions of the rows of this program. OVER_KEYS: they are queries, and the tiles hold keys;
+    otherwise they are keys, and the tiles hold queries.
+    """
+    least = bands[7 * r]
+    most = bands[7 * r + 1]
+    is_exact = bands[7 * r + 6]
+    if OVER_KEYS:
+        near, far, shift, total = -most, -least, 0, sizes.Tk
+        begin, end = bands[7 * r + 2], bands[7 * r + 3]
+        own_begin, own_end = bands[7 * r + 4], bands[7 * r + 5]
+    else:
+        near, far, shift, total = least, most, sizes.Tk - sizes.Tq, sizes.Tq
+        begin, end = bands[7 * r + 4], bands[7 * r + 5]
+        own_begin, own_end = bands[7 * r + 2], bands[7 * r + 3]
+    is_within = (own_begin <= first) & (last < own_end) & (is_exact != 0)
+    full_begin = tl.maximum(tl.maximum(begin, last + near) - shift, 0)
+    full_end = tl.minimum(tl.minimum(end, first + far + 1) - shift, total)
+    first = tl.maximum(first, own_begin)
+    last = tl.minimum(last, own_end - 1)
+    begin = tl.maximum(tl.maximum(begin, first + near) - shift, 0)
+    end = tl.minimum(tl.minimum(end, last + far + 1) - shift, total)
+    # From indices to tiles; what is empty ends where it begins.
+    end = tl.where((first <= last) & (begin < end), (end + BLOCK - 1) // BLOCK, 0)
+    begin = tl.minimum(begin // BLOCK, end)
+    full_begin = tl.minimum((full_begin + BLOCK - 1) // BLOCK, end)
+    full_end = tl.minimum(tl.where(is_within, tl.maximum(full_end, 0) // BLOCK, 0), end)
+    return begin, full_begin, tl.maximum(full_end, full_begin), end
+
+
+@triton.jit
+def visits(bands, first, last, sizes, BLOCK: tl.constexpr, OVER_KEYS: tl.constexpr):
+    """The tiles to visit for rows at positions first to last, each once, whichever bands share it.
+
+    Returns one flat tuple of four tiles (begin, full_begin, full_end, end) for each band, in ascending order and
+    disjoint: tiles from full_begin to full_end - 1 need no predicate.
+    """
+    spans = ()
+    for r in tl.static_range(len(bands) // 7):
+        spans += _span(bands, r, first, last, sizes, BLOCK, OVER_KEYS)
+    if len(bands) == 7:
+        return spans
+    disjoint = ()
+    done = 0  # all tiles before this one are taken care of
+    for _ in tl.static_range(len(bands) // 7):
+        # Of the spans that reach further, the one that begins first; of those, the one with the longest full part.
+        begin, full_begin, full_end, end = done, done, done, done
+        found = False
+        for r in tl.static_range(len(bands) // 7):
+            begin_r = tl.maximum(spans[4 * r], done)
+            end_r = spans[4 * r + 3]
+            full_end_r = spans[4 * r + 2]
+            is_first = (begin_r < begin) | ((begin_r == begin) & (full_end_r > full_end))
+            is_better = (begin_r < end_r) & ((found == 0) | is_first)
+            begin = tl.where(is_better, begin_r, begin)
+            full_begin = tl.where(is_better, spans[4 * r + 1], full_begin)
+            full_end = tl.where(is_better, full_end_r, full_end)
+            end = tl.where(is_better, end_r, end)
+            found = found | is_better
+        full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
+        full_end = tl.maximum(full_end, full_begin)
+        disjoint += (begin, full_begin, full_end, end)
+        done = tl.maximum(done, end)
+    return disjoint
+
+
+@triton.jit
+def count_full(spans):
+    """How many tiles need no predicate."""
+    n = spans[2] - spans[1]
+    for r in tl.static_range(1, len(spans) // 4):
+        n += spans[4 * r + 2] - spans[4 * r + 1]
+    return n
+
+
+@triton.jit
+def count_partial(spans):
+    """How many tiles need the predicate."""
+    n = spans[3] - spans[0] - count_full(spans)
+    for r in tl.static_range(1, len(spans) // 4):
+        n += spans[4 * r + 3] - spans[4 * r]
+    return n
+
+
+@triton.jit
+def full_tile(spans, i):
+    """The i-th tile that needs no predicate."""
+    tile = spans[1] + i
+    for r in tl.static_range(1, len(spans) // 4):
+        i -= spans[4 * r - 2] - spans[4 * r - 3]
+        tile = tl.where(i >= 0, spans[4 * r + 1] + i, tile)
+    return tile
+
+
+@triton.jit
+def partial_tile(spans, i):
+    """The i-th tile that needs the predicate: left of the first full part, right of it, left of the second, ..."""
+    tile = spans[0] + i
+    for r in tl.static_range(len(spans) // 4):
+        if r > 0:
+            i -= spans[4 * r - 1] - spans[4 * r - 2]
+            tile = tl.where(i >= 0, spans[4 * r] + i, tile)
+        i -= spans[4 * r + 1] - spans[4 * r]
+        tile = tl.where(i >= 0, spans[4 * r + 2] + i, tile)
+    return tile
+
+
+@triton.jit
+def visible(masking, b, q, k, q_index, k_index, sizes, PREDICATE: tl.constexpr):
+    """Which pairs of a tile take part. q, k: positions that broadcast to the tile; q_index, k_index: indices alike."""
+    params = masking.ints
+    for r in tl.static_range(len(masking.rows)):
+        params += (tl.load(masking.rows[r] + b),)
+    seen = PREDICATE(q, k, params) & (k_index < sizes.Tk)
+    if masking.segments_q is not None:
+        row = tl.cast(b, tl.int64)
+        ids_q = tl.load(masking.segments_q + row * sizes.Tq + q_index, mask=q_index < sizes.Tq, other=0)
+        ids_k = tl.load(masking.segments_k + row * sizes.Tk + k_index, mask=k_index < sizes.Tk, other=0)
+        seen = seen & (ids_q == ids_k)
+    return seen
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent in float32, to about one rounding step of x near 0 as well (a series there)."""
+    x2 = x * x
+    series = -0.05396825396825397 + x2 * (0.021869488536155203 - x2 * 0.008863235529902197)
+    series = x + x * x2 * (-0.3333333333333333 + x2 * (0.13333333333333333 + x2 * series))
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def logits(s, scoring, b, h, q, k, q_index, k_index, sizes):
+    """From dot products s to logits in base 2; also the derivative of softcap (1.0 without it)."""
+    slope = 1.0
+    s = s * scoring.scale
+    if scoring.softcap is not None:
+        t = tanh(s)
+        slope = 1.0 - t * t
+        s = t * scoring.softcap
+    if scoring.alibi_slopes is not None:
+        s -= tl.load(scoring.alibi_slopes + h).to(tl.float32) * LOG2E * tl.abs(q - k).to(tl.float32)
+    if scoring.bias is not None:
+        stride_b, stride_h, stride_q, stride_k = scoring.bias_strides
+        base = scoring.bias + tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h
+        pointers = base + tl.cast(q_index, tl.int64) * stride_q + tl.cast(k_index, tl.int64) * stride_k
+        bias = tl.load(pointers, mask=(q_index < sizes.Tq) & (k_index < sizes.Tk), other=0.0)
+        s += bias.to(tl.float32) * LOG2E
+    return s, slope
+
+
+@triton.jit
+def _mix(x):
+    """A bijection of 32-bit words that avalanches; the same as attention_reference._mix."""
+    x = x ^ (x >> 16)
+    x = x * 0x21F0AAAD
+    x = x ^ (x >> 15)
+    x = x * 0xD35A2D97
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def dropout_keep(dropout, b, h, q_index, k_index):
+    """Which entries of a tile survive dropout; the same function as attention_reference.dropout_keep."""
+    seed = tl.load(dropout.seed)
+    b = tl.cast(b, tl.uint32)
+    h = tl.cast(h, tl.uint32)
+    i = q_index.to(tl.uint32)
+    low = _mix(_mix(_mix(_mix(tl.cast(seed & 0xFFFFFFFF, tl.uint32)) ^ b) ^ h) ^ i)
+    high = _mix(_mix(_mix(_mix(tl.cast((seed >> 32) & 0xFFFFFFFF, tl.uint32) ^ low) ^ i) ^ h) ^ b)
+    bits = _mix(_mix(k_index.to(tl.uint32) ^ low) ^ high)
+    return bits >= tl.cast(dropout.threshold, tl.uint32)
