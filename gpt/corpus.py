@@ -6,8 +6,9 @@
 The cache key is a hash of the sources' bytes, the tokenizer's settings, the split and the format, so that nothing is
 ever out of date. Text is never held whole: it passes through in chunks.
 
-Documents: each file is one. The tokenizer's document token, where it has one, stands before each document. A character
-tokenizer gets one only for several documents, so that one text gives exactly its characters.
+Documents: each file is one. The tokenizer's document token, where it has one, stands before each document; the
+held-out tail of a document is no new one. A character tokenizer gets the token only for several documents, so that one
+text gives exactly its characters.
 Split: one document at its tail. Of several, a seeded hash of each one's bytes decides, so that a document keeps its
 side when the corpus grows. Text is kept as it stands, blanks and line ends too; nothing but blanks is refused.
 """

@@ -58,10 +58,11 @@ class TrainLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to where state_dict was taken. batch_size and world_size may differ from then."""
         for name, value in self._order().items():
-            if state[name] != value:
-                raise UserError(f"the checkpoint's data order has {name} {state[name]}, this run has {value}: keep it")
-        if state["epoch"] < 0 or not 0 <= state["index"] <= _windows(len(self._tokens), self.seq_len, 0):
-            raise UserError(f"the checkpoint's place in the data is impossible: {state}")
+            if state.get(name) != value:
+                raise UserError(
+                    f"the checkpoint's data order has {name} {state.get(name)}, this run has {value}: give it the same "
+                    "text, tokenizer, seed and seq_len"
+                )
         self._go_to(state["epoch"], state["index"])
 
     def _order(self) -> dict[str, int]:
@@ -69,10 +70,12 @@ class TrainLoader:
 
     def _go_to(self, epoch: int, index: int) -> None:
         words = np.frombuffer(hashlib.shake_256(f"{self.seed}:{epoch}".encode()).digest(8 + 8 * _ROUNDS), "<u8")
-        room = len(self._tokens) - self.seq_len  # window starts that there are
-        self._phase = int(words[0]) % min(self.seq_len, room)
-        self._count = _windows(len(self._tokens), self.seq_len, self._phase)
-        self._keys = words[1:]
+        starts = len(self._tokens) - self.seq_len  # where a window can start
+        phase = int(words[0]) % min(self.seq_len, starts)
+        count = (starts - 1 - phase) // self.seq_len + 1
+        if not 0 <= index <= count or epoch < 0:
+            raise UserError(f"the checkpoint's place in the data, window {index} of {count}, epoch {epoch}, is none")
+        self._phase, self._count, self._keys = phase, count, words[1:]
         self._epoch, self._index = epoch, index
         self._ahead, self._ahead_from = np.empty(0, np.int64), index
 
@@ -150,11 +153,6 @@ def _targets(tokens: np.ndarray, max_tokens: int | None) -> int:
     if len(tokens) < 2:
         raise UserError(f"the validation part has {len(tokens)} tokens, too few to predict any: give more text")
     return min(len(tokens) - 1, max_tokens or len(tokens))
-
-
-def _windows(tokens: int, seq_len: int, phase: int) -> int:
-    """How many windows of seq_len + 1 that overlap by one fit behind phase."""
-    return (tokens - 1 - phase) // seq_len
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:

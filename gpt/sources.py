@@ -135,7 +135,7 @@ def find_sources(data: DataConfig, downloads: Path, progress: Progress | None = 
     cap = data.max_corpus_bytes
     found: dict[str, Source] = {}
     total = 0
-    for source in (source for spec in data.corpus for source in _expand(spec, downloads, progress)):
+    for source in (source for spec in data.corpus for source in _named(spec, downloads, progress)):
         key = os.path.realpath(source.path)
         if source.size == 0 or key in found:
             continue
@@ -150,13 +150,22 @@ def find_sources(data: DataConfig, downloads: Path, progress: Progress | None = 
     return list(found.values())
 
 
-def _expand(spec: str, downloads: Path, progress: Progress | None) -> Iterable[Source]:
+def _named(spec: str, downloads: Path, progress: Progress | None) -> Iterator[Source]:
     """The documents of one entry of data.corpus, in order."""
+    try:
+        yield from _expand(spec, downloads, progress)
+    except OSError as error:
+        raise UserError(f"cannot read the corpus {spec}: {error.strerror or error}") from None
+
+
+def _expand(spec: str, downloads: Path, progress: Progress | None) -> Iterable[Source]:
+    if not spec.strip():
+        raise UserError("the corpus has an entry without a name: give a file, folder, glob or URL")
     if spec == STDLIB:
         return _stdlib()
     if re.match(r"https?://", spec, re.IGNORECASE):
         return [download(spec, downloads, progress)]
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))
     if path.is_dir():
         return _texts(spec, [path])
     if path.exists():
@@ -173,14 +182,17 @@ def _file(path: Path) -> Source:
 
 
 def _texts(spec: str, roots: list[Path]) -> list[Source]:
-    """The text files at and below roots, sorted; says how many files were left out."""
+    """The text files at and below roots, sorted by path; says how many entries were left out."""
     files: set[Path] = set()
     hidden = 0
     for root in roots:
-        below = list(_walk(root)) if root.is_dir() else [root]
-        seen = [path for path in below if not _is_hidden(path.relative_to(root))]
-        files.update(seen)
-        hidden += len(below) - len(seen)
+        if not root.is_dir():
+            files.add(root)
+            continue
+        for folder, folders, names in os.walk(root, onerror=_fail):
+            hidden += sum(name.startswith(".") for name in folders + names)
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            files.update(Path(folder, name) for name in names if not name.startswith("."))
     texts = [path for path in sorted(files) if path.is_file() and not _is_binary(path)]
     if hidden or len(texts) < len(files):
         log.warning("%s: left out %d hidden and %d binary files", spec, hidden, len(files) - len(texts))
@@ -189,25 +201,14 @@ def _texts(spec: str, roots: list[Path]) -> list[Source]:
     return [_file(path) for path in texts]
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    def fail(error: OSError) -> None:
-        raise UserError(f"cannot list the folder {error.filename}: {error.strerror}")
-
-    for root, _, names in os.walk(folder, onerror=fail):
-        yield from (Path(root, name) for name in names)
-
-
-def _is_hidden(relative: Path) -> bool:
-    return any(part.startswith(".") for part in relative.parts)
+def _fail(error: OSError) -> None:
+    raise error
 
 
 def _is_binary(path: Path) -> bool:
     """Whether a file's start shows that it is no text: a NUL, or not UTF-8 and with control characters."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(_HEAD)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    with open(path, "rb") as file:
+        head = file.read(_HEAD)
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:

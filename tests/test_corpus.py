@@ -1,0 +1,891 @@
+"""Corpora: where text comes from, how it is split and tokenized, the cache, and every bad input's sentence."""
+
+import codecs
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt import corpus as module
+from gpt import shards, sources
+from gpt import tokenizer as tokenizer_module
+from gpt.config import DataConfig, TokenizerConfig
+from gpt.corpus import Corpus, cache_folder, check_length, prepare, read_tokens
+from gpt.errors import UserError
+from gpt.shards import HEADER_BYTES, ShardWriter
+from gpt.sources import STDLIB, Source, download, find_sources
+from gpt.tokenizer import DOCUMENT, ByteTokenizer, CharTokenizer, UnknownCharacter
+
+POEM = "The quick brown fox — naïve, 日本語 — jumps over\nthe lazy dog 🙂.\n" * 40
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(corpus, tokenizer, key=value ...) prepares a corpus with a cache of the test's own."""
+
+    def make(corpus: object, tokenizer: str = "char", *, fixed=None, progress=None, size=300, **data) -> Corpus:
+        names = corpus if isinstance(corpus, tuple) else (corpus,)
+        config = DataConfig(tuple(map(str, names)), tmp_path / "cache", **data)
+        return prepare(config, TokenizerConfig(tokenizer, size), fixed_tokenizer=fixed, progress=progress)
+
+    return make
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def sides(corpus: Corpus) -> tuple[str, str]:
+    """The text of both parts, read back."""
+    return tuple(corpus.tokenizer.decode(read_tokens(path, corpus.tokenizer)) for path in (corpus.train, corpus.val))
+
+
+def folder_of(root: Path, count: int = 40) -> Path:
+    for i in range(count):
+        write(root / f"{i:02}.txt", f"document number {i}, " * (i % 5 + 1))
+    return root
+
+
+# --- one document -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_one_document_is_split_at_its_tail_without_loss(tmp_path, make, kind):
+    corpus = make(write(tmp_path / "poem.txt", POEM), kind)
+    train, val = sides(corpus)
+    assert train + val == POEM
+    assert (len(train.encode()), len(val.encode())) == (corpus.train_bytes, corpus.val_bytes)
+    assert 0 <= int(0.9 * len(POEM.encode())) - corpus.train_bytes < 4
+    assert corpus.documents == 1
+    digest = hashlib.sha256(POEM.encode()).hexdigest()
+    assert corpus.sources == ((str(tmp_path / "poem.txt"), len(POEM.encode()), digest),)
+
+
+def test_ascii_is_split_where_everyone_splits_it(tmp_path, make):
+    """Tiny Shakespeare's split: text[:int(0.9 * n)] and the rest; exactly its characters, no document token."""
+    for n in (10, 11, 1115, 1_115_394 // 40):
+        text = ("First Citizen:\nBefore we proceed any further, hear me speak.\n" * n)[:n]
+        corpus = make(write(tmp_path / f"{n}.txt", text))
+        assert sides(corpus) == (text[: int(0.9 * n)], text[int(0.9 * n) :])
+        assert (corpus.train_tokens, corpus.val_tokens) == (int(0.9 * n), n - int(0.9 * n))
+        assert corpus.tokenizer.characters == "".join(sorted(set(text)))
+        assert corpus.tokenizer.document_token is None
+
+
+@given(text=st.text(st.sampled_from("ab\né日🙂"), min_size=2, max_size=40), fraction=st.floats(0.01, 0.99))
+@settings(max_examples=60, deadline=None)
+def test_a_split_falls_between_characters_and_leaves_both_sides_some(tmp_path_factory, text, fraction):
+    if not text.strip():
+        text = "x" + text
+    path = write(tmp_path_factory.mktemp("split") / "text", text)
+    for chunk in (1, 5, 1 << 20):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sources, "_CHUNK", chunk)
+            document = module._split([Source("text", path, 0, sha256="")], DataConfig(val_fraction=fraction))[0]
+            parts = list(document.parts("strict"))
+        train = "".join(text for side, text in parts if side == "train")
+        val = "".join(text for side, text in parts if side == "val")
+        assert train
+        assert val
+        assert train + val == text
+        assert [side for side, _ in parts] == sorted(side for side, _ in parts)
+        at, cut = len(train.encode()), int(len(text.encode()) * (1 - fraction))
+        assert cut - 4 < at <= max(cut, len(text[0].encode()))
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+def test_document_token_stands_before_the_text_and_not_before_its_tail(tmp_path, make, kind):
+    corpus = make(write(tmp_path / "poem.txt", POEM), kind)
+    document = corpus.tokenizer.document_token
+    train, val = read_tokens(corpus.train, corpus.tokenizer), read_tokens(corpus.val, corpus.tokenizer)
+    assert np.flatnonzero(train == document).tolist() == [0]
+    assert document not in val
+
+
+def test_bpe_learns_from_the_training_part_alone(tmp_path, make):
+    text = "abcdefgh " * 900 + "zyxwvuts " * 100
+    corpus = make(write(tmp_path / "text", text), "bpe")
+    tokens = [bytes(corpus.tokenizer.decode_bytes([i])) for i in range(corpus.tokenizer.vocab_size)]
+    assert b" abcdefgh" in tokens
+    assert not any(b"zy" in token for token in tokens)
+
+
+def test_char_alphabet_comes_from_the_whole_text(tmp_path, make):
+    corpus = make(write(tmp_path / "text", "a" * 95 + "bcdef"))
+    assert corpus.tokenizer.characters == "abcdef"
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_reading_in_small_chunks_gives_the_same_tokens(tmp_path, make, kind, monkeypatch):
+    path = write(tmp_path / "poem.txt", POEM)
+    monkeypatch.setattr(tokenizer_module, "_SEGMENT", 200)
+    whole = make(path, kind)
+    tokens = [read_tokens(side, whole.tokenizer).copy() for side in (whole.train, whole.val)]
+    monkeypatch.setattr(sources, "_CHUNK", 7)
+    chunked = make(path, kind, fixed=whole.tokenizer)
+    assert chunked.directory != whole.directory
+    for side, ids in zip((chunked.train, chunked.val), tokens):
+        assert (read_tokens(side, whole.tokenizer) == ids).all()
+    # and they are what the tokenizer gives for the whole part at once
+    monkeypatch.undo()
+    train, _ = sides(whole)
+    assert whole.tokenizer.encode(train) == [i for i in tokens[0] if i != whole.tokenizer.document_token]
+
+
+def test_memory_stays_bounded(tmp_path, make):
+    """30 MB of text pass in chunks: the Python side never holds a tenth of it."""
+    import tracemalloc
+
+    line = b"It was the best of times, it was the worst of times,\n"
+    path = tmp_path / "large.txt"
+    with open(path, "wb") as file:
+        for _ in range(300):
+            file.write(line * 2000)
+    make(write(tmp_path / "warm.txt", POEM), "byte")
+    tracemalloc.start()
+    try:
+        make(path, "byte")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert path.stat().st_size > 30e6
+    assert peak < 16e6
+
+
+def test_whitespace_line_ends_and_controls_are_kept(tmp_path, make):
+    text = "  a\r\n\tb \n\n\x0c\r c\u2028d\x00 " * 20
+    assert "".join(sides(make(write(tmp_path / "text", text)))) == text
+
+
+def test_byte_order_mark_is_left_out_at_the_start_only(tmp_path, make):
+    corpus = make(write(tmp_path / "text", codecs.BOM_UTF8 + "hello \ufeff world\n".encode()))
+    assert "".join(sides(corpus)) == "hello \ufeff world\n"
+
+
+def test_special_token_in_the_text_stays_text(tmp_path, make):
+    for kind in ("byte", "bpe"):
+        corpus = make(write(tmp_path / "text", f"a {DOCUMENT} b\n" * 50), kind)
+        train = read_tokens(corpus.train, corpus.tokenizer)
+        assert (train == corpus.tokenizer.document_token).sum() == 1
+
+
+# --- several documents ------------------------------------------------------------------------------------------------
+
+
+def documents_of(path: Path, corpus: Corpus) -> list[str]:
+    ids = read_tokens(path, corpus.tokenizer)
+    assert ids[0] == corpus.tokenizer.document_token
+    starts = np.flatnonzero(ids == corpus.tokenizer.document_token)
+    return [corpus.tokenizer.decode(part) for part in np.split(ids, starts[1:])]
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_several_documents_are_separated_and_split_whole(tmp_path, make, kind):
+    folder = folder_of(tmp_path / "texts")
+    corpus = make(folder, kind)
+    train, val = documents_of(corpus.train, corpus), documents_of(corpus.val, corpus)
+    texts = [path.read_text() for path in sorted(folder.iterdir())]
+    assert corpus.documents == 40
+    assert train == [text for text in texts if text not in val]
+    assert val == [text for text in texts if text not in train]
+    assert 1 <= len(val) <= 12
+    assert sum(len(text) for text in train) == corpus.train_bytes
+
+
+def held_out(sources_: list[Source], **data) -> set[str]:
+    return {document.source.name for document in module._split(sources_, DataConfig(**data)) if document.cut == 0}
+
+
+def fakes(*names: object) -> list[Source]:
+    return [Source(str(name), Path("x"), 1, sha256=hashlib.sha256(str(name).encode()).hexdigest()) for name in names]
+
+
+def test_split_is_stable_when_the_corpus_grows_and_seeded():
+    few, many = held_out(fakes(*range(500))), held_out(fakes(*range(2000)))
+    assert few == many & {str(i) for i in range(500)}
+    assert 150 < len(many) < 250
+    assert 900 < len(held_out(fakes(*range(2000)), val_fraction=0.5)) < 1100
+    assert held_out(fakes(*range(500)), split_seed=1) != few
+    assert held_out(fakes(*reversed(range(500)))) == few
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.5, 0.999])
+@pytest.mark.parametrize("names", [(0, 1), (0, 1, 2), (0, 0), (0, 0, 0), (0, 0, 1)], ids=str)
+def test_both_sides_get_a_document(names, fraction):
+    documents = module._split(fakes(*names), DataConfig(val_fraction=fraction))
+    assert {document.cut for document in documents} == {0, float("inf")}
+
+
+def test_a_char_run_on_other_text_needs_no_document_token(tmp_path, make):
+    """An evaluated run brings its tokenizer: without a document token, documents follow each other."""
+    fixed = CharTokenizer("".join(sorted(set("document number 0123456789, "))))
+    corpus = make(folder_of(tmp_path / "texts"), "bpe", fixed=fixed)
+    assert corpus.tokenizer is fixed
+    assert corpus.train_tokens == corpus.train_bytes
+
+
+# --- folders, globs, lists --------------------------------------------------------------------------------------------
+
+
+def names(corpus: Corpus, root: Path) -> list[str]:
+    return [os.path.relpath(name, root) for name, _, _ in corpus.sources]
+
+
+@pytest.fixture
+def mixed(tmp_path) -> Path:
+    root = tmp_path / "mixed"
+    write(root / "b.txt", "text b")
+    write(root / "a.md", "text a")
+    write(root / "sub" / "deep" / "c.py", "text c")
+    write(root / "empty.txt", "")
+    write(root / ".hidden.txt", "hidden")
+    write(root / ".git" / "config", "hidden")
+    write(root / "cat.png", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR")
+    write(root / "short.bin", b"\x1f\x8b\x08\xff\xfe\x05")
+    (root / "broken").symlink_to(root / "nowhere")
+    os.mkfifo(root / "pipe")
+    return root
+
+
+def test_folder_is_read_in_order_without_hidden_and_binary_files(mixed, make, caplog):
+    corpus = make(mixed)
+    assert names(corpus, mixed) == ["a.md", "b.txt", "sub/deep/c.py"]
+    assert "left out 2 hidden and 4 binary files" in caplog.text
+
+
+def test_glob(mixed, make, tmp_path):
+    assert names(make(mixed / "*.[tm]*"), mixed) == ["a.md", "b.txt"]
+    assert names(make(mixed / "**" / "*.py", fixed=ByteTokenizer()), mixed) == ["sub/deep/c.py"]
+    assert names(make(mixed / "s*"), mixed) == ["sub/deep/c.py"]
+    literal = write(tmp_path / "odd[1]*.txt", "a file whose name has a glob's marks")
+    assert names(make(literal), tmp_path) == ["odd[1]*.txt"]
+
+
+def test_a_file_named_explicitly_is_read_whatever_it_is(mixed, make):
+    assert "".join(sides(make(mixed / ".hidden.txt"))) == "hidden"
+    corpus = make(mixed / "cat.png", encoding_errors="replace")
+    assert "".join(sides(corpus)) == "\ufffdPNG\r\n\x1a\n\x00\x00\x00\rIHDR"
+
+
+def test_several_entries_keep_their_order_and_each_file_counts_once(mixed, make):
+    corpus = make((mixed / "b.txt", mixed, mixed / "sub" / ".." / "a.md"))
+    assert names(corpus, mixed) == ["b.txt", "a.md", "sub/deep/c.py"]
+
+
+def test_home_is_expanded(tmp_path, make, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "text.txt", "hello world")
+    assert make("~/text.txt").train_bytes == 9
+
+
+# --- the cap ----------------------------------------------------------------------------------------------------------
+
+
+def test_cap_keeps_whole_documents_in_order(tmp_path, make):
+    for name in "abcd":
+        write(tmp_path / "texts" / name, name * 10)
+    assert [name[-1] for name, _, _ in make(tmp_path / "texts", max_corpus_bytes=35).sources] == ["a", "b", "c"]
+    assert [name[-1] for name, _, _ in make(tmp_path / "texts", max_corpus_bytes=30).sources] == ["a", "b", "c"]
+
+
+def test_cap_cuts_a_single_large_document_between_characters(tmp_path, make):
+    path = write(tmp_path / "text", "aé" * 50)
+    corpus = make(path, max_corpus_bytes=20)
+    assert "".join(sides(corpus)) == "aé" * 6 + "a"
+    assert corpus.sources[0][1:] == (20, hashlib.sha256(path.read_bytes()[:20]).hexdigest())
+    assert make(path).directory != corpus.directory
+
+
+# --- the interpreter's own library ------------------------------------------------------------------------------------
+
+
+def test_stdlib_is_the_interpreters_own_sources_in_a_fixed_order(make, tmp_path):
+    data = DataConfig((STDLIB,), max_corpus_bytes=6_000_000)
+    found = find_sources(data, tmp_path)
+    paths = [source.path.relative_to(sysconfig.get_path("stdlib")) for source in found]
+    assert paths == sorted(paths, key=lambda path: (len(path.parts), path))
+    assert {"abc.py", "typing.py", "argparse.py"} <= {str(path) for path in paths}
+    assert all(path.suffix == ".py" for path in paths)
+    assert not {"site-packages", "test", "tests", "idle_test"} & {part for path in paths for part in path.parts}
+    assert 3_000_000 < sum(source.size for source in found) <= 6_000_000
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch) -> Path:
+    """A standard library of the test's own."""
+    root = tmp_path / "lib"
+    write(root / "zlast.py", "z = 1\n")
+    write(root / "abc.py", "# -*- coding: latin-1 -*-\nname = 'caf\xe9'\n".encode("latin-1"))
+    write(root / "mark.py", codecs.BOM_UTF8 + "x = 'é'\n".encode())
+    write(root / "json" / "decoder.py", "y = 2\n")
+    for left_out in ("site-packages/a.py", "test/b.py", "json/tests/c.py", "idlelib/idle_test/d.py", "notes.txt"):
+        write(root / left_out, "left out")
+    write(root / "__pycache__" / "abc.cpython-311.pyc", b"\0")
+    write(root / "_sysconfigdata__linux_.py", "build_time_vars = {}\n")
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(root))
+    return root
+
+
+def test_stdlib_decodes_each_file_as_its_coding_line_says(library, make):
+    corpus = make(STDLIB)
+    assert [name for name, _, _ in corpus.sources] == [
+        f"{STDLIB}/{name}" for name in ("abc.py", "mark.py", "zlast.py", "json/decoder.py")
+    ]
+    text = "".join(sides(corpus))
+    assert "name = 'café'" in text
+    assert "x = 'é'" in text
+    assert "\ufeff" not in text
+
+
+def test_stdlib_with_an_unknown_coding_line(library, make):
+    write(library / "odd.py", "# coding: no-such-codec\n")
+    with pytest.raises(UserError, match=r"odd\.py: .*no-such-codec.*--encoding-errors replace"):
+        make(STDLIB)
+    assert "no-such-codec" in "".join(sides(make(STDLIB, encoding_errors="replace")))
+
+
+def test_stdlib_that_is_not_in_files(monkeypatch, tmp_path, make):
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(tmp_path / "python311.zip"))
+    with pytest.raises(UserError, match="no library in files"):
+        make(STDLIB)
+
+
+# --- bytes that are not UTF-8 -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [3, 4, 5, 1 << 20])  # a block never is shorter than a byte order mark
+@pytest.mark.parametrize(
+    ("content", "offset", "line"),
+    [
+        (b"ab\ncd\xff", 5, 2),
+        (b"\x80", 0, 1),
+        ("é\n日\n".encode() + b"\xe9t\xe9", 7, 3),
+        ("🙂".encode()[:3] + b"x", 0, 1),
+        (b"cut short " + "🙂".encode()[:3], 10, 1),
+        (codecs.BOM_UTF8 + b"abcd\n\xfe", 8, 2),
+    ],
+    ids=ascii,
+)
+def test_invalid_utf8_says_where(tmp_path, make, monkeypatch, content, offset, line, chunk):
+    monkeypatch.setattr(sources, "_CHUNK", chunk)
+    path = write(tmp_path / "bad.txt", content)
+    with pytest.raises(UserError) as caught:
+        make(path)
+    found = content[offset]
+    assert str(path) in str(caught.value)
+    assert f"byte {offset} (0x{found:02x}, in line {line})" in str(caught.value)
+    assert "--encoding-errors replace" in str(caught.value)
+
+
+def test_replaced_bytes_become_the_replacement_character(tmp_path, make):
+    corpus = make(write(tmp_path / "text", b"caf\xe9 and more\xff\xff text"), encoding_errors="replace")
+    assert "".join(sides(corpus)) == "caf\ufffd and more\ufffd\ufffd text"
+
+
+def test_utf16_is_recognised(tmp_path, make):
+    with pytest.raises(UserError, match="looks like UTF-16"):
+        make(write(tmp_path / "text", "hello".encode("utf-16")))
+
+
+def test_latin1_in_a_folder_is_refused_and_not_left_out(tmp_path, make):
+    write(tmp_path / "texts" / "a.txt", "plain")
+    write(tmp_path / "texts" / "b.txt", "caf\xe9".encode("latin-1"))
+    with pytest.raises(UserError, match=r"b\.txt is not valid UTF-8: byte 3"):
+        make(tmp_path / "texts")
+
+
+# --- other bad input --------------------------------------------------------------------------------------------------
+
+
+def test_no_corpus(make):
+    with pytest.raises(UserError, match=r"no corpus is given.*--corpus"):
+        make(())
+
+
+@pytest.mark.parametrize("entry", ["", " "], ids=repr)
+def test_entry_without_a_name(make, entry):
+    with pytest.raises(UserError, match="an entry without a name"):
+        make(entry)
+
+
+@pytest.mark.parametrize("entry", ["missing.txt", "no/such/folder", "no*match", "ftp://host/file", "\0", "x" * 5000])
+def test_missing_path(make, entry):
+    with pytest.raises(UserError, match=r"is not there|leads to no text file|cannot read"):
+        make(entry)
+
+
+def test_empty_file_names_it(tmp_path, make):
+    with pytest.raises(UserError, match=r"empty\.txt is empty"):
+        make(write(tmp_path / "empty.txt", b""))
+
+
+@pytest.mark.parametrize("content", [b" \n\t\r\n ", codecs.BOM_UTF8, "\u3000\u2028".encode()], ids=repr)
+def test_nothing_but_blanks_is_empty(tmp_path, make, content):
+    with pytest.raises(UserError, match="is empty: it holds nothing but blanks"):
+        make(write(tmp_path / "blank.txt", content))
+    assert list((tmp_path / "cache" / "corpora").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["char", "byte"])
+def test_one_character_cannot_be_split(tmp_path, make, kind):
+    with pytest.raises(UserError, match="too short to be split"):
+        make(write(tmp_path / "text", "日"), kind)
+
+
+def test_folder_without_text(tmp_path, make):
+    (tmp_path / "texts").mkdir()
+    with pytest.raises(UserError, match="leads to no text file"):
+        make(tmp_path / "texts")
+    write(tmp_path / "texts" / "a.png", b"\0")
+    with pytest.raises(UserError, match="leads to no text file"):
+        make(tmp_path / "texts")
+    write(tmp_path / "texts" / "a.txt", b"")
+    with pytest.raises(UserError, match="is empty"):
+        make(tmp_path / "texts")
+
+
+def test_pipe_is_refused(tmp_path, make):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="no regular file"):
+        make(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("entry", ["file", "folder"])
+def test_unreadable_path(tmp_path, make, monkeypatch, entry):
+    """Tests may run as root, whom no mode stops: the refusal is put in by hand."""
+    path = write(tmp_path / "texts" / "secret.txt", "text")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(sources, "open", refuse, raising=False)
+    with pytest.raises(UserError, match=r"cannot read .*texts.*Permission denied"):
+        make(path if entry == "file" else path.parent)
+
+
+def test_unreadable_subfolder_is_not_passed_over(tmp_path, make, monkeypatch):
+    write(tmp_path / "texts" / "a.txt", "text")
+    write(tmp_path / "texts" / "sub" / "b.txt", "text")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match="Permission denied"):
+        make(tmp_path / "texts")
+
+
+def test_unknown_tokenizer_is_refused_before_any_work(make):
+    with pytest.raises(UserError, match="did you mean gpt2"):
+        make("missing.txt", "gpt-2")
+
+
+def test_unknown_character_names_file_and_position(tmp_path, make, monkeypatch):
+    monkeypatch.setattr(sources, "_CHUNK", 10)
+    write(tmp_path / "texts" / "a.txt", "plain words")
+    path = write(tmp_path / "texts" / "b.txt", "plain words, and é")
+    fixed = CharTokenizer("".join(sorted(set("plain words, and"))))
+    with pytest.raises(UnknownCharacter, match=rf"'é' \(U\+00E9, .*\) at position 17 of {path}"):
+        make(tmp_path / "texts", fixed=fixed)
+
+
+def test_file_that_changes_while_it_is_read(tmp_path, make):
+    path = write(tmp_path / "text", POEM)
+
+    def change(what, done, total):
+        write(path, POEM.replace("quick", "quirk"))
+
+    with pytest.raises(UserError, match="is not what it was"):
+        make(path, progress=change)
+    assert list((tmp_path / "cache" / "corpora").iterdir()) == []
+
+
+def test_check_length(tmp_path, make):
+    corpus = make(write(tmp_path / "text", "0123456789" * 10))
+    check_length(corpus, 89)
+    with pytest.raises(UserError, match=r"training part has 90 tokens and seq_len 90 needs 91.*--seq-len"):
+        check_length(corpus, 90)
+    short = make(write(tmp_path / "short", "0123456789"))
+    with pytest.raises(UserError, match="validation part has 1 tokens"):
+        check_length(short, 4)
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_second_run_opens_what_the_first_made(tmp_path, make, kind, monkeypatch):
+    path = write(tmp_path / "poem.txt", POEM)
+    first = make(path, kind)
+    monkeypatch.setattr(module, "_write", None)
+    second = make(path, kind)
+    assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
+    same = ("directory", "train_tokens", "val_tokens", "train_bytes", "val_bytes", "documents", "sources", "digest")
+    assert [getattr(second, name) for name in same] == [getattr(first, name) for name in same]
+    moved = write(tmp_path / "elsewhere" / "copy.txt", POEM)  # by content, not by name
+    assert make(moved, kind).directory == first.directory
+    assert make(moved, kind).sources[0][0] == str(moved)
+
+
+def test_whatever_decides_the_tokens_is_in_the_key(tmp_path, make):
+    path = write(tmp_path / "poem.txt", POEM)
+    folder = folder_of(tmp_path / "texts", 5)
+    several = (folder, path)
+    corpora = [
+        make(path),
+        make(path, "byte"),
+        make(path, "bpe"),
+        make(path, "bpe", size=301),
+        make(path, val_fraction=0.2),
+        make(path, encoding_errors="replace"),
+        make(path, max_corpus_bytes=100),
+        make(path, "bpe", fixed=ByteTokenizer()),
+        make(several),
+        make(several, split_seed=1),
+        make(write(tmp_path / "other.txt", POEM + "!")),
+    ]
+    assert len({corpus.directory for corpus in corpora}) == len(corpora)
+    assert make(path, size=301).directory == corpora[0].directory  # no matter to a character tokenizer
+    assert make(path, split_seed=1).directory == corpora[0].directory  # nor to a single document
+
+
+def test_interrupted_write_leaves_nothing(tmp_path, make, monkeypatch):
+    path, cache = write(tmp_path / "poem.txt", POEM), tmp_path / "cache" / "corpora"
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "_CHUNK", 100)
+        calls = iter(range(1000))
+        append = ShardWriter.append
+
+        def stop(self, ids):
+            append(self, ids)
+            if next(calls) == 5:
+                raise KeyboardInterrupt
+
+        patch.setattr(ShardWriter, "append", stop)
+        with pytest.raises(KeyboardInterrupt):
+            make(path, "byte")
+    assert list(cache.iterdir()) == []
+    assert "".join(sides(make(path, "byte"))) == POEM
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from gpt.config import DataConfig, TokenizerConfig
+from gpt.corpus import prepare
+stop = lambda what, done, total: os._exit(9) if what == "tokenizing" else None
+prepare(DataConfig((sys.argv[1],), Path(sys.argv[2])), TokenizerConfig("char"), progress=stop)
+"""
+
+
+def test_killed_process_leaves_no_half_cache_and_is_cleared_away(tmp_path, make):
+    path, cache = write(tmp_path / "poem.txt", POEM), tmp_path / "cache"
+    done = subprocess.run([sys.executable, "-c", KILLED, path, cache])
+    assert done.returncode == 9
+    (left,) = (cache / "corpora").iterdir()
+    assert left.name.startswith(".writing-")
+    assert "".join(sides(make(path))) == POEM
+    assert left.exists()  # it might be another process at work
+    os.utime(left, (time.time() - 90_000,) * 2)
+    make(path, "byte")
+    assert not left.exists()
+
+
+def test_two_runs_at_once(tmp_path, make):
+    """Another process finishes the same corpus while this one is writing: its folder stays, this one's goes."""
+    path, inner = write(tmp_path / "poem.txt", POEM), []
+
+    def race(what, done, total):
+        if what == "tokenizing" and not inner:
+            inner.append(None)
+            inner[0] = make(path)
+            (inner[0].directory / "mark").touch()
+
+    outer = make(path, progress=race)
+    assert outer.directory == inner[0].directory
+    assert (outer.directory / "mark").exists()
+    assert "".join(sides(outer)) == POEM
+    assert len(list((tmp_path / "cache" / "corpora").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (name, damage)
+        for name in ("train.tokens", "val.tokens", "tokenizer.json", "corpus.json")
+        for damage in ("truncated", "flipped", "missing")
+        if (name, damage) != ("corpus.json", "flipped")  # a changed count is a count
+    ],
+)
+def test_damaged_cache_is_made_again(tmp_path, make, caplog, name, damage):
+    path = write(tmp_path / "poem.txt", POEM)
+    file = make(path, "byte").directory / name
+    content = file.read_bytes()
+    changed = content[:-2] + bytes([content[-2] ^ 1]) + content[-1:]
+    file.unlink()
+    if damage != "missing":
+        write(file, content[:-2] if damage == "truncated" else changed)
+    again = make(path, "byte")
+    assert "tokenizing again" in caplog.text
+    assert "".join(sides(again)) == POEM
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_cache_that_cannot_be_written(tmp_path, place):
+    """A file stands where the folder should be, which stops root too."""
+    write(tmp_path / "file", "in the way")
+    text = write(tmp_path / "poem.txt", POEM)
+    with pytest.raises(UserError, match=r"cannot write to the cache folder .*file.*--cache-dir"):
+        prepare(DataConfig((str(text),), tmp_path / place), TokenizerConfig("char"))
+
+
+def test_full_disk(tmp_path, make, monkeypatch):
+    def full(self, ids):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ShardWriter, "append", full)
+    with pytest.raises(UserError, match=r"cannot write to the cache folder .*No space left.*--cache-dir"):
+        make(write(tmp_path / "poem.txt", POEM))
+    assert list((tmp_path / "cache" / "corpora").iterdir()) == []
+
+
+def test_default_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert cache_folder(None) == Path("/somewhere/gpt-on-triton")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache_folder(None) == tmp_path / ".cache" / "gpt-on-triton"
+    assert cache_folder(Path("~/x")) == tmp_path / "x"
+    assert cache_folder(Path("here")) == Path.cwd() / "here"
+
+
+def test_progress_counts_to_the_end(tmp_path, make):
+    calls = []
+    make(write(tmp_path / "text", "abc " * 100), "bpe", progress=lambda *call: calls.append(call))
+    assert {what for what, _, _ in calls} == {"reading", "tokenizing"}
+    assert all(0 < done <= total == 400 for _, done, total in calls)
+    assert calls[-1] == ("tokenizing", 400, 400)
+
+
+# --- token files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shard(tmp_path) -> Path:
+    with ShardWriter(tmp_path / "x.tokens", ByteTokenizer()) as writer:
+        writer.append(np.arange(257))
+        writer.append(np.array([7], np.int64))
+    return tmp_path / "x.tokens"
+
+
+def test_shard_round_trip(shard):
+    tokens = read_tokens(shard, ByteTokenizer(), verify=True)
+    assert isinstance(tokens, np.memmap)
+    assert tokens.dtype == np.uint16
+    assert tokens.tolist() == [*range(257), 7]
+    assert shard.stat().st_size == HEADER_BYTES + 2 * 258
+    assert shard.read_bytes()[:20] == b"GPTSHARD" + bytes([1, 0, 0, 0, 2, 0, 0, 0, 2, 1, 0, 0])
+    with pytest.raises(ValueError, match="read-only"):
+        tokens[0] = 1
+
+
+def test_shard_of_a_large_vocabulary_is_uint32(tmp_path):
+    tokenizer = CharTokenizer("".join(map(chr, range(0xE000, 0xE000 + 70_000))))
+    with ShardWriter(tmp_path / "x.tokens", tokenizer) as writer:
+        writer.append(np.array([69_999, 0]))
+    tokens = read_tokens(tmp_path / "x.tokens", tokenizer)
+    assert tokens.dtype == np.uint32
+    assert tokens.tolist() == [69_999, 0]
+
+
+def test_shard_of_another_tokenizer_is_refused(shard):
+    with pytest.raises(UserError, match=r"x\.tokens was made by another tokenizer"):
+        read_tokens(shard, CharTokenizer("ab"))
+
+
+def edited(content: bytes, at: int, new: bytes) -> bytes:
+    return content[:at] + new + content[at + len(new) :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda c: b"", "no token file"),
+        (lambda c: c[:100], "no token file"),
+        (lambda c: edited(c, 0, b"NANOGPT!"), "no token file"),
+        (lambda c: edited(c, 8, b"\x02"), "version 2"),
+        (lambda c: edited(c, 12, b"\x03"), "3 bytes per token"),
+        (lambda c: c[:-1], "damaged"),
+        (lambda c: c + b"\0\0", "damaged"),
+        (lambda c: edited(c[:HEADER_BYTES], 16, bytes(8)), "damaged"),
+        (lambda c: edited(c, 16, b"\xff" * 8), "damaged"),
+        (lambda c: edited(c, 30, b"\x00\x01"), "another tokenizer"),
+        (lambda c: edited(c, HEADER_BYTES + 10, b"\xff"), "checksum"),
+    ],
+    ids=[
+        "empty",
+        "short",
+        "magic",
+        "version",
+        "width",
+        "cut",
+        "longer",
+        "no-tokens",
+        "count",
+        "fingerprint",
+        "flipped",
+    ],
+)
+def test_bad_shard_is_refused(shard, damage, message):
+    shard.write_bytes(damage(shard.read_bytes()))
+    with pytest.raises(UserError, match=message) as caught:
+        read_tokens(shard, ByteTokenizer(), verify=True)
+    assert str(shard) in str(caught.value)
+
+
+def test_unfinished_shard_is_refused(tmp_path):
+    def fail(path):
+        with ShardWriter(path, ByteTokenizer()) as writer:
+            writer.append(np.arange(10))
+            raise RuntimeError("out of luck")
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fail(tmp_path / "x.tokens")
+    with pytest.raises(UserError, match="never finished"):
+        read_tokens(tmp_path / "x.tokens", ByteTokenizer())
+
+
+def test_missing_shard(tmp_path):
+    with pytest.raises(UserError, match="cannot read the token file"):
+        read_tokens(tmp_path / "none.tokens", ByteTokenizer())
+    assert shards.VERSION == 1
+
+
+# --- downloads --------------------------------------------------------------------------------------------------------
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    requests = 0
+
+    def do_GET(self) -> None:
+        type(self).requests += 1
+        if self.path == "/moved":
+            self.send_response(302)
+            self.send_header("Location", "/text")
+            self.end_headers()
+            return
+        if self.path not in ("/text", "/short", "/empty", "/endless"):
+            self.send_error(404)
+            return
+        body = b"" if self.path == "/empty" else POEM.encode()
+        self.send_response(200)
+        if self.path != "/endless":  # no length: only reading tells
+            self.send_header("Content-Length", str(len(body) + 10 * (self.path == "/short")))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server of this machine; its address, and `requests` served."""
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(Handler, "requests", 0)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        httpd.url = f"http://127.0.0.1:{httpd.server_address[1]}"
+        yield httpd
+        httpd.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("page", ["text", "moved", "endless"])
+def test_url_is_fetched_once_and_its_hash_recorded(server, make, tmp_path, page):
+    url, calls = f"{server.url}/{page}", []
+    first = make(url, progress=lambda *call: calls.append(call))
+    digest, size = hashlib.sha256(POEM.encode()).hexdigest(), len(POEM.encode())
+    assert "".join(sides(first)) == POEM
+    assert first.sources == ((url, size, digest),)
+    assert (f"downloading {url}", size, 0 if page == "endless" else size) in calls
+    (record,) = (tmp_path / "cache" / "downloads").glob("*/record.json")
+    assert json.loads(record.read_text()) == {"url": url, "sha256": digest, "bytes": size}
+    served = Handler.requests
+    server.shutdown()
+    server.server_close()
+    assert make(url, "byte").sources == first.sources  # another tokenizer, no network
+    assert Handler.requests == served
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [("nothing", "404 Not Found"), ("short", "broke off after|IncompleteRead"), ("empty", "broke off after 0")],
+)
+def test_failed_download_leaves_nothing(server, make, tmp_path, page, message):
+    with pytest.raises(UserError, match=message) as caught:
+        make(f"{server.url}/{page}")
+    assert f"{server.url}/{page}" in str(caught.value)
+    assert list((tmp_path / "cache" / "downloads").iterdir()) == []
+
+
+@pytest.mark.parametrize("page", ["text", "endless"])
+def test_download_stops_at_the_size_limit(server, make, tmp_path, monkeypatch, page):
+    monkeypatch.setattr(sources, "MAX_DOWNLOAD_BYTES", 1000)
+    monkeypatch.setattr(sources, "_CHUNK", 100)
+    with pytest.raises(UserError, match="more than 1000 bytes"):
+        make(f"{server.url}/{page}")
+    assert list((tmp_path / "cache" / "downloads").iterdir()) == []
+
+
+def test_no_server(server, make):
+    url = f"{server.url}/text"
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(UserError, match=r"cannot download http://127.*check the address and the network"):
+        make(url)
+
+
+@pytest.mark.parametrize("url", ["http://", "http://[", "https://exa mple/x", "http://127.0.0.1:99999/x"])
+def test_impossible_url(make, url, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    with pytest.raises(UserError, match="cannot download"):
+        make(url)
+
+
+def test_silent_server_times_out(make, monkeypatch):
+    import socket
+
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(sources, "TIMEOUT_S", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(UserError, match="timed out"):
+        make(f"http://127.0.0.1:{silent.getsockname()[1]}/text")
+
+
+def test_damaged_download_is_refused(server, make, tmp_path):
+    url = f"{server.url}/text"
+    source = download(url, tmp_path / "cache" / "downloads")
+    write(source.path, POEM[:-1])
+    with pytest.raises(UserError, match="after deleting it if it is a download"):
+        make(url)
+    write(source.path.parent / "record.json", "{}")
+    with pytest.raises(UserError, match="is damaged: delete that folder"):
+        make(url)

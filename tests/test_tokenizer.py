@@ -1,0 +1,463 @@
+"""Tokenizers: round trips, special tokens that stay text, streaming, files that are refused, BPE against its source."""
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import regex
+import requests
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt import tokenizer as module
+from gpt.bpe import PATTERN, merge_order, train_bpe
+from gpt.config import TokenizerConfig
+from gpt.errors import UserError
+from gpt.tokenizer import (
+    DOCUMENT,
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    StreamDecoder,
+    UnknownCharacter,
+    build_tokenizer,
+    check_name,
+    load_tokenizer,
+)
+
+LINES = (
+    "First, the user's 3 files; then 12,345 more. Don't stop!\n\n"
+    "def main():\n    return {'naïve': 'café', '日本': '日本語。'}  # 🙂 👩‍👩‍👧\r\n\tend\n"
+)
+# Random words, so that there is something to merge.
+SYLLABLES = [a + b for a in "bdfgklmnprst" for b in ("a", "e", "i", "or", "un", "é")]
+RANDOM = random.Random(0)
+WORDS = "".join(
+    "".join(RANDOM.choices(SYLLABLES, k=RANDOM.randint(1, 4))) + RANDOM.choice(" ,.\n") for _ in range(3000)
+)
+TEXT = LINES * 10 + WORDS
+
+# Other people's pre-splitting patterns, as tiktoken has them.
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+CL100K = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+O200K = "|".join(
+    [
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+PATTERNS = {"ours": PATTERN, "gpt2": GPT2, "cl100k": CL100K, "o200k": O200K}
+
+# Text that provokes pre-splitting: blanks in runs, marks, contractions, combining marks, other scripts.
+nasty = st.text(st.sampled_from("aBsé日二ß1²Ⅷ _'’.,;:!?。/-\n\r\t\u00a0\u3000\u0301🙂"), max_size=40)
+anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+
+
+def make_bpe(size: int = 600) -> BPETokenizer:
+    return build_tokenizer(TokenizerConfig("bpe", size), lambda: [TEXT])
+
+
+def make_named() -> tiktoken.Encoding:
+    """A small encoding as tiktoken's own are made: an id that no token has, several special tokens."""
+    ranks = {token: i for i, token in enumerate(merge_order(train_bpe([TEXT], 300)))}
+    specials = {DOCUMENT: 301, "<|end|>": 300, "<|end|>!": 305}
+    return tiktoken.Encoding("small", pat_str=GPT2, mergeable_ranks=ranks, special_tokens=specials)
+
+
+@pytest.fixture
+def named(monkeypatch):
+    """The small encoding, under gpt2's name."""
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: make_named())
+    return build_tokenizer(TokenizerConfig("gpt2"), list)
+
+
+BPE = make_bpe()
+BYTE = ByteTokenizer()
+CHAR = CharTokenizer("".join(sorted(set(TEXT + DOCUMENT))), document_token=True)
+KINDS = [CHAR, BYTE, BPE]
+every_kind = pytest.mark.parametrize("tokenizer", KINDS, ids=["char", "byte", "bpe"])
+
+
+# --- round trips ------------------------------------------------------------------------------------------------------
+
+
+@given(text=anything | nasty)
+def test_byte_and_bpe_take_any_text(text):
+    for tokenizer in (BYTE, BPE):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode_bytes(ids) == text.encode()
+
+
+@given(text=st.text(st.sampled_from(sorted(set(TEXT))), max_size=80))
+def test_char_takes_any_text_of_its_characters(text):
+    ids = CHAR.encode(text)
+    assert len(ids) == len(text)
+    assert CHAR.decode(ids) == text
+
+
+@given(data=st.data())
+def test_any_ids_decode_and_token_bytes_counts_them(data):
+    for tokenizer in KINDS:
+        ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
+        text, raw = tokenizer.decode(ids), tokenizer.decode_bytes(ids)
+        assert text == raw.decode("utf-8", "replace")
+        assert len(raw) == tokenizer.token_bytes[ids].sum()
+
+
+@every_kind
+def test_array_and_list_agree(tokenizer):
+    array = tokenizer.encode_to_array(TEXT)
+    assert array.dtype == tokenizer.dtype == np.uint16
+    assert array.tolist() == tokenizer.encode(TEXT)
+    assert tokenizer.decode(array) == TEXT
+    assert tokenizer.encode("") == []
+    assert tokenizer.encode_to_array("").shape == (0,)
+
+
+@every_kind
+@pytest.mark.parametrize("wrong", [-1, 10**6])
+def test_ids_outside_the_vocabulary_raise(tokenizer, wrong):
+    with pytest.raises(ValueError, match=f"{wrong} is outside the vocabulary, 0 to {tokenizer.vocab_size - 1}"):
+        tokenizer.decode([0, wrong])
+
+
+@every_kind
+def test_lone_surrogate_is_refused(tokenizer):
+    with pytest.raises(UserError, match=r"U\+DC80 at position 2"):
+        tokenizer.encode("na\udc80ve")
+
+
+def test_dtype_grows_past_65536_ids():
+    everything = "".join(chr(c) for c in range(0x11000) if not 0xD800 <= c < 0xE000)[: 1 << 16]
+    assert CharTokenizer(everything).dtype == np.uint16
+    larger = CharTokenizer(everything, document_token=True)
+    assert larger.dtype == np.uint32
+    assert larger.encode_to_array(everything).tolist() == list(range(1 << 16))
+
+
+# --- character tokenizers ---------------------------------------------------------------------------------------------
+
+
+def test_char_alphabet_is_the_sorted_characters_of_all_texts():
+    tokenizer = build_tokenizer(TokenizerConfig("char"), lambda: ["hello\n", "wörld 🙂"], document_token=False)
+    assert tokenizer.characters == "\n dehlorwö🙂"
+    assert tokenizer.vocab_size == 11
+    assert tokenizer.document_token is None
+    assert tokenizer.encode("\n🙂") == [0, 10]
+    assert tokenizer.token_bytes.tolist() == [1] * 9 + [2, 4]
+
+
+def test_char_document_token_comes_last_and_only_if_asked_for():
+    tokenizer = build_tokenizer(TokenizerConfig("char"), lambda: ["abc"], document_token=True)
+    assert (tokenizer.document_token, tokenizer.vocab_size) == (3, 4)
+    assert tokenizer.decode([0, 3, 1]) == "ab"
+
+
+@pytest.mark.parametrize("character", ["é", "\x00", "\uffff", "🙂", "a"], ids=ascii)
+def test_char_names_the_character_that_it_lacks(character):
+    tokenizer = CharTokenizer("bdé" if character != "é" else "bd")
+    with pytest.raises(UnknownCharacter) as caught:
+        tokenizer.encode(f"bd{character}d")
+    assert caught.value.position == 2
+    for part in (f"U+{ord(character):04X}", repr(character), "position 2", "--tokenizer byte or bpe"):
+        assert part in str(caught.value)
+
+
+# --- special tokens ---------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_spelling_of_a_special_token_stays_text(tokenizer):
+    text = f"ab{DOCUMENT}ab"
+    ids = tokenizer.encode(text)
+    assert tokenizer.document_token not in ids
+    assert tokenizer.document_token not in tokenizer.encode_to_array(text)
+    assert tokenizer.decode(ids) == text
+
+
+@every_kind
+def test_special_token_if_asked_for(tokenizer):
+    ids = tokenizer.encode(f"a{DOCUMENT}b{DOCUMENT}", allow_special=True)
+    assert ids == [*tokenizer.encode("a"), tokenizer.document_token, *tokenizer.encode("b"), tokenizer.document_token]
+    assert tokenizer.decode(ids) == "ab"
+
+
+def test_without_a_document_token_its_spelling_is_text_even_if_asked_for():
+    tokenizer = CharTokenizer("".join(sorted(set(DOCUMENT))))
+    assert tokenizer.decode(tokenizer.encode(DOCUMENT, allow_special=True)) == DOCUMENT
+
+
+def test_several_special_tokens_the_longest_spelling_wins(named):
+    assert named.encode("<|end|>!<|end|>", allow_special=True) == [305, 300]
+    assert named.decode(named.encode("<|end|>!")) == "<|end|>!"
+    assert not {300, 301, 305} & set(named.encode(f"<|end|>!{DOCUMENT}"))
+
+
+# --- streaming --------------------------------------------------------------------------------------------------------
+
+
+@given(data=st.data())
+def test_stream_joins_to_decode(data):
+    for tokenizer in KINDS:
+        ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
+        stream = StreamDecoder(tokenizer)
+        assert "".join([stream.push(i) for i in ids] + [stream.flush()]) == tokenizer.decode(ids)
+
+
+def test_stream_never_shows_half_a_character():
+    stream = StreamDecoder(BYTE)
+    shown = [stream.push(byte) for byte in "é🙂z".encode()]
+    assert shown == ["", "é", "", "", "", "🙂", "z"]
+    assert stream.flush() == ""
+
+
+def test_stream_flush_ends_an_unfinished_character_and_starts_anew():
+    stream = StreamDecoder(BYTE)
+    assert [stream.push(byte) for byte in "🙂".encode()[:3]] == ["", "", ""]
+    assert stream.flush() == "\ufffd"
+    assert stream.push(ord("a")) == "a"
+
+
+# --- BPE --------------------------------------------------------------------------------------------------------------
+
+
+def test_bpe_has_exactly_the_size_asked_for():
+    assert BPE.vocab_size == 600
+    assert BPE.document_token == 599
+    assert BPE.token_bytes[:256].tolist() == [1] * 256
+    assert BPE.token_bytes[599] == 0
+    assert len(BPE.encode(TEXT)) < len(TEXT) / 2
+
+
+def test_bpe_of_a_small_text_is_smaller_and_says_so(caplog):
+    tokenizer = build_tokenizer(TokenizerConfig("bpe", 5000), lambda: ["abab abab"])
+    assert 257 < tokenizer.vocab_size < 270
+    assert f"bpe_vocab_size 5000: the vocabulary has {tokenizer.vocab_size} tokens" in caplog.text
+
+
+def test_bpe_of_the_smallest_size_is_bytes():
+    assert make_bpe(257).encode("aé") == list("aé".encode())
+
+
+def test_bpe_training_repeats():
+    assert make_bpe().fingerprint == BPE.fingerprint
+
+
+def test_bpe_merges_as_its_trainer_does():
+    """tiktoken with our ranks splits any text into the same tokens as the tokenizers library."""
+    trained = train_bpe([TEXT], 599)
+    vocab = trained.get_vocab()
+    learned = [token for token in sorted(vocab, key=vocab.get) if len(token) > 1]
+    strange = " the theth'LL don'T\t\n  \n12345 naïve日本語。🙂 {''}.,;: Ünseen"
+    for text in (TEXT, strange, TEXT[::-1], "  " * 50 + "x"):
+        theirs = trained.encode(text).tokens
+        ours = BPE.encode(text)
+        assert BPE.decode(ours) == text
+        assert [i if i >= 256 else None for i in ours] == [
+            256 + learned.index(token) if len(token) > 1 else None for token in theirs
+        ]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+@settings(max_examples=300)
+@given(text=nasty)
+def test_no_piece_runs_over_a_cut(pattern, text):
+    whole = regex.findall(pattern, text)
+    for match in module._CUT.finditer(text):
+        left, right = text[: match.start()], text[match.start() :]
+        assert regex.findall(pattern, left) + regex.findall(pattern, right) == whole
+
+
+@given(text=nasty, sizes=st.lists(st.integers(0, 9), max_size=20), longest=st.integers(1, 12))
+def test_segments_depend_on_the_text_alone(text, sizes, longest):
+    """However the text arrives in chunks, the segments are the same, bounded, and join to it."""
+    ends = np.cumsum([0, *sizes, len(text)])
+    chunks = [text[a:b] for a, b in itertools.pairwise(ends)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_SEGMENT", longest)
+        segments = list(BPE.segments(chunks))
+        assert segments == list(BPE.segments([text]))
+        assert "".join(segments) == text
+        assert all(0 < len(segment) <= longest for segment in segments)
+        assert BPE.decode(BPE.encode(text)) == text
+
+
+def test_long_text_in_segments_has_the_ids_of_the_whole(monkeypatch):
+    whole = BPE._encoding.encode_ordinary(TEXT)
+    monkeypatch.setattr(module, "_SEGMENT", 50)
+    assert len(list(BPE.segments([TEXT]))) > 50
+    assert BPE.encode(TEXT) == whole
+
+
+@pytest.mark.parametrize("unit", [" ", "\u3000", "a", "日", "\n"], ids=ascii)
+def test_a_million_characters_without_a_cut(unit):
+    """tiktoken alone overflows its regex stack on a run of a million blanks."""
+    text = unit * 1_000_000 + "x"
+    assert BPE.decode(BPE.encode_to_array(text)) == text
+
+
+# --- named encodings --------------------------------------------------------------------------------------------------
+
+
+def test_named_encoding_keeps_its_ids(named):
+    assert named.vocab_size == 306
+    assert named.document_token == 301
+    assert named.encode(TEXT) == make_named().encode_ordinary(TEXT)
+    assert named.decode([*named.encode("ab"), 302, 301, 305]) == "ab"  # 302 is nobody's
+    assert named.token_bytes[300:].tolist() == [0] * 6
+
+
+def test_gpt2_itself():
+    try:
+        if "TIKTOKEN_CACHE_DIR" not in os.environ:  # tiktoken itself would wait for a silent network for minutes
+            socket.create_connection(("openaipublic.blob.core.windows.net", 443), timeout=5).close()
+        tokenizer = build_tokenizer(TokenizerConfig("gpt2"), list)
+    except (OSError, UserError) as error:
+        pytest.skip(f"gpt2 cannot be had: {error}")
+    assert tokenizer.encode("Hello world") == [15496, 995]
+    assert (tokenizer.vocab_size, tokenizer.document_token) == (50257, 50256)
+    assert tokenizer.pattern == GPT2
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("gtp2", "did you mean gpt2"),
+        ("cl100k", "did you mean cl100k_base"),
+        ("bp", "did you mean bpe"),
+        ("", "Known are"),
+    ],
+)
+def test_unknown_name_lists_the_known(name, hint):
+    for call in (check_name, lambda name: build_tokenizer(TokenizerConfig(name), list)):
+        with pytest.raises(UserError, match=hint) as caught:
+            call(name)
+        assert "char, byte, bpe" in str(caught.value)
+        assert "o200k_base" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error", [requests.ConnectionError("no route"), requests.HTTPError("403"), ValueError("Hash mismatch")], ids=repr
+)
+def test_no_network_says_what_to_do(monkeypatch, error):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(tiktoken, "get_encoding", fail)
+    with pytest.raises(UserError, match="cl100k_base could not be downloaded") as caught:
+        build_tokenizer(TokenizerConfig("cl100k_base"), list)
+    assert "TIKTOKEN_CACHE_DIR" in str(caught.value)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["char", "char+document", "byte", "bpe", "named"])
+def test_save_and_load(tmp_path, kind, named, monkeypatch):
+    kinds = {"char": CharTokenizer("\n aé🙂"), "char+document": CHAR, "byte": BYTE, "bpe": BPE, "named": named}
+    tokenizer, path = kinds[kind], tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    monkeypatch.setattr(tiktoken, "get_encoding", None)  # the file is enough
+    loaded = load_tokenizer(path)
+    assert type(loaded) is type(tokenizer)
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert (loaded.vocab_size, loaded.document_token) == (tokenizer.vocab_size, tokenizer.document_token)
+    assert (loaded.token_bytes == tokenizer.token_bytes).all()
+    text = "a\n a" if kind == "char" else TEXT
+    assert loaded.encode(text) == tokenizer.encode(text)
+    assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+def test_fingerprint_is_of_the_saved_bytes_and_tells_tokenizers_apart(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    BPE.save(path)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == BPE.fingerprint
+    others = [CHAR, BYTE, BPE, make_bpe(599), CharTokenizer("ab"), CharTokenizer("ab", document_token=True)]
+    assert len({tokenizer.fingerprint for tokenizer in others}) == len(others)
+
+
+def damaged(tokenizer, **changes) -> bytes:
+    form = json.loads(tokenizer._serialized)
+    return json.dumps(form | changes).encode()
+
+
+TOKENS = json.loads(BPE._serialized)["tokens"]
+BAD_FILES = {
+    "empty": b"",
+    "truncated": BPE._serialized[:5000],
+    "not-json": b"\x80\x04\x95pickle",
+    "nested": b"[" * 100_000,
+    "a-list": b"[]",
+    "foreign": b'{"version": "1.0", "model": {"type": "BPE"}}',
+    "newer": damaged(BPE, version=2),
+    "other-kind": damaged(BPE, kind="sentencepiece"),
+    "kind-is-a-list": damaged(BPE, kind=["bpe"]),
+    "no-tokens": damaged(BPE, tokens=None),
+    "tokens-are-numbers": damaged(BPE, tokens=[1, 2]),
+    "token-twice": damaged(BPE, tokens=[*TOKENS, TOKENS[300]]),
+    "token-empty": damaged(BPE, tokens=[*TOKENS, ""], special_tokens={}),
+    "byte-missing": damaged(BPE, tokens=TOKENS[1:]),
+    "bad-base64": damaged(BPE, tokens=[*TOKENS[:-1], "*"]),
+    "bad-pattern": damaged(BPE, pattern="(unclosed"),
+    "no-pattern": damaged(BPE, pattern=7),
+    "special-taken": damaged(BPE, special_tokens={DOCUMENT: 5}),
+    "special-negative": damaged(BPE, special_tokens={DOCUMENT: -1}),
+    "special-huge": damaged(BPE, special_tokens={DOCUMENT: 10**12}),
+    "special-true": damaged(BPE, special_tokens={DOCUMENT: True}),
+    "special-twice": damaged(BPE, special_tokens={DOCUMENT: 599, "<|b|>": 599}),
+    "special-empty": damaged(BPE, special_tokens={"": 599}),
+    "special-list": damaged(BPE, special_tokens=[DOCUMENT]),
+    "chars-missing": damaged(CHAR, characters=None),
+    "chars-unsorted": damaged(CHAR, characters="ba"),
+    "chars-double": damaged(CHAR, characters="aab"),
+    "chars-surrogate": damaged(CHAR, characters="a\ud800"),
+    "chars-document": damaged(CHAR, document_token=1),
+}
+
+
+@pytest.mark.parametrize("content", BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_file_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["missing.json", "."])
+def test_file_that_cannot_be_read(tmp_path, place):
+    with pytest.raises(UserError, match="cannot read the tokenizer"):
+        load_tokenizer(tmp_path / place)
+
+
+def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "tokenizer.json"
+    BYTE.save(path)
+    monkeypatch.setattr(module.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        BPE.save(path)
+    assert load_tokenizer(path).fingerprint == BYTE.fingerprint
+    assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+def test_a_character_run_loads_no_tokenizer_library():
+    code = "import sys, gpt.corpus; print(sorted({'tiktoken', 'tokenizers', 'requests', 'rich'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
