@@ -12,7 +12,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -130,9 +130,11 @@ def read_toml(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _given(argv: Sequence[str], flag: str) -> str | None:
-    for word, after in zip(argv, [*argv[1:], ""], strict=True):
-        if word == flag or word.startswith(flag + "="):
-            return word.partition("=")[2] or after
+    """What a flag is set to, before tyro has read the line."""
+    for i, word in enumerate(argv):
+        name, _, value = word.partition("=")
+        if name.replace("_", "-") == flag:
+            return value or next(iter(argv[i + 1 : i + 2]), None)
     return None
 
 
@@ -142,7 +144,7 @@ def load_config(argv: Sequence[str], prog: str = "train.py") -> Config:
     With --resume or --eval-only and a run directory but no file, the run's own config.toml is the file.
     """
     path = Path(argv[0]) if argv and not argv[0].startswith("-") else None
-    run_dir = _given(argv, "--run-dir") or _given(argv, "--run_dir")
+    run_dir = _given(argv, "--run-dir")
     if path is None and run_dir and {"--resume", "--eval-only", "--eval_only"} & set(argv):
         saved = Path(run_dir) / "config.toml"
         path = saved if saved.exists() else None
@@ -165,14 +167,17 @@ def load_config(argv: Sequence[str], prog: str = "train.py") -> Config:
 
 def with_changes(config: Config, table: str, **changes: Any) -> Config:
     """A copy of the config with some keys of one table changed."""
-    from dataclasses import replace
-
     return replace(config, **{table: replace(getattr(config, table), **changes)})
 
 
 def write_toml(config: Config, path: Path) -> None:
-    """The resolved config as TOML that read_toml takes back; keys that are None are left out."""
+    """The resolved config as TOML that read_toml takes back; keys that are None are left out.
+
+    What was asked of this one start (resume, overwrite, ...) is left out too: the file is the run's recipe.
+    """
     import tomli_w
+
+    config = with_changes(config, "train", resume=False, resume_from=None, overwrite=False, eval_only=False)
 
     def plain(value: Any) -> Any:
         return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value

@@ -1,4 +1,4 @@
-"""What a run is made of: frozen dataclasses, filled from defaults, then a preset, then a TOML file, then the command line.
+"""What a run is made of: frozen dataclasses, filled from defaults, a preset, a TOML file and the command line.
 
 Every value is checked when a dataclass is made, so that a Config that exists is a Config that can run.
 """

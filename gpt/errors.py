@@ -21,6 +21,9 @@ def run_command(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = EXIT_USER
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        status = EXIT_STOPPED
     except BrokenPipeError:  # the reader of our output went away, as in `sample.py ... | head`
         sys.stderr.close()
         status = EXIT_DONE

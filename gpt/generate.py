@@ -78,6 +78,17 @@ def start_tokens(tokenizer: Tokenizer, prompt: str, first_token: int | None = No
         return [first_token or 0]
 
 
+def room_for(prompt: Sequence[int], config: SamplingConfig, context: int) -> int:
+    """How many tokens to generate. UserError where prompt and tokens pass the context and config.rolling is off."""
+    wanted = config.max_new_tokens or (500 if config.rolling else max(1, context - len(prompt)))
+    if len(prompt) + wanted > context and not config.rolling:
+        raise UserError(
+            f"the prompt's {len(prompt)} tokens and {wanted} new ones are more than the model's context of {context}: "
+            "lower --max-new-tokens, shorten the prompt, or add --rolling"
+        )
+    return wanted
+
+
 @torch.inference_mode()
 def generate_tokens(
     model: GPT, prompt: Sequence[int], config: SamplingConfig, *, vocab_size: int | None = None, stop: int | None = None
@@ -85,26 +96,22 @@ def generate_tokens(
     """Tokens that follow prompt, one by one, through a KV cache.
 
     vocab_size: the tokenizer's, where the model's table is padded beyond it. stop: a token that ends the text.
-    Raises UserError where the prompt leaves the context no room and config.rolling is off.
+    Raises UserError as room_for does.
     """
     context, device = model.config.seq_len, model.embed.weight.device
-    limit = config.max_new_tokens or (500 if config.rolling else context - len(prompt))
-    needed = len(prompt) + limit
-    if not config.rolling and (limit < 1 or needed > context):
-        raise UserError(
-            f"the prompt's {len(prompt)} tokens and {max(limit, 1)} new ones are more than the model's context of "
-            f"{context}: lower --max-new-tokens, shorten the prompt, or add --rolling"
-        )
+    count = room_for(prompt, config, context)
     generator = torch.Generator(device=device).manual_seed(config.seed)
-    cache_dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    # What the projections return under autocast is what the cache holds.
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    cache = KVCache(model.config, 1, min(context, len(prompt) + count), device=device, dtype=dtype)
     text = list(prompt)[-context:]
-    pending, cache = text, KVCache(model.config, 1, min(context, needed), device=device, dtype=cache_dtype)
-    for step in range(limit):
+    pending = text
+    for _ in range(count):
         if cache.length + len(pending) > cache.capacity:  # full: begin again with the newer half
             pending = text = text[-(context // 2 or 1) :]
             cache.length = 0
         idx = torch.tensor([pending], device=device)
-        logits = model.head(model.hidden(idx, cache=cache)[:, -1])[0, :vocab_size]
+        logits = model.head(model.hidden(idx, cache=cache)[:, -1])[0, :vocab_size]  # (V,)
         token = sample_token(logits, config, generator)
         if token == stop:
             return
@@ -119,9 +126,16 @@ def generate(
     """Continue each prompt in turn, yielding pieces as they come; the prompts themselves are not repeated.
 
     The text of prompt i is "".join(p.text for p in generate(...) if p.prompt == i). Generation ends at the document
-    token. The model is put into eval mode while it runs, and put back.
+    token. The model is put into eval mode while it runs, and put back. Raises UserError, at once, for a prompt with a
+    character that the tokenizer lacks or without room in the context.
     """
-    encoded = [start_tokens(tokenizer, prompt, first_token) for prompt in prompts]  # refuse before any work is done
+    encoded = [start_tokens(tokenizer, prompt, first_token) for prompt in prompts]
+    for tokens in encoded:
+        room_for(tokens, config, model.config.seq_len)
+    return _generate(model, tokenizer, encoded, config)
+
+
+def _generate(model: GPT, tokenizer: Tokenizer, encoded: list[list[int]], config: SamplingConfig) -> Iterator[Piece]:
     was_training = model.training
     model.eval()
     try:

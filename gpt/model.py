@@ -73,10 +73,17 @@ def alibi_slopes(n_head: int) -> Tensor:
     return torch.tensor(powers(below) + powers(2 * below)[0::2][: n_head - below])
 
 
+class RMSNorm(nn.RMSNorm):
+    """Zhang & Sennrich 2019. The weight is taken in the input's dtype, for which torch has a fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def make_norm(config: ModelConfig, width: int) -> nn.Module:
-    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016)."""
+    """RMSNorm or LayerNorm (Ba et al. 2016)."""
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(width, eps=config.norm_eps)
+        return RMSNorm(width, eps=config.norm_eps)
     return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
 
 
@@ -91,8 +98,8 @@ class CausalSelfAttention(nn.Module):
         self.mask = masks.CAUSAL if config.window is None else masks.sliding_window(config.window)
         self.c_qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias)
         self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         slopes = alibi_slopes(config.n_head) if config.position == "alibi" else None
         self.register_buffer("slopes", slopes, persistent=False)
 
@@ -299,8 +306,8 @@ class GPT(nn.Module):
         """Floating-point operations of the matrix products for one token, the mean over rows of seq_len tokens.
 
         Forward: 2 for each weight of a linear layer, and 4 H D for each key that a query sees: (T + 1) / 2 of them on
-        average when causal, fewer under a window. (Counts that take all T keys, as in Chowdhery et al. 2022, appendix B,
-        are higher.) Training is three times forward. Norms, activations and look-ups are not counted.
+        average when causal, fewer under a window. (Counts that take all T keys, as Chowdhery et al. 2022 do in
+        appendix B, are higher.) Training is three times forward. Norms, activations and look-ups are not counted.
         """
         T = seq_len or self.config.seq_len
         window = min(self.config.window or T, T)

@@ -3,12 +3,14 @@
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from gpt.checkpoint import list_checkpoints
+from gpt.config import Config
 from gpt.errors import UserError
 
 _IMPORTED = time.monotonic()
@@ -69,26 +71,17 @@ class Monitor:
     On resume from step n, records of later steps are dropped, so that the file reads as one run.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        *,
-        max_steps: int,
-        resume_step: int = 0,
-        wandb: str = "off",
-        wandb_project: str = "gpt",
-        config: dict[str, Any] | None = None,
-    ):
+    def __init__(self, config: Config, *, start_step: int = 0):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.run_dir, self.max_steps = run_dir, max_steps
-        self.metrics_path = run_dir / "metrics.jsonl"
-        self.records = [r for r in read_metrics(self.metrics_path) if r["step"] <= resume_step]
-        self.file = self.metrics_path.open("w")
-        for record in self.records:
-            self.file.write(json.dumps(record) + "\n")
+        self.run_dir, self.max_steps = config.train.run_dir, config.train.max_steps
+        path = self.run_dir / "metrics.jsonl"
+        self.records = [r for r in read_metrics(path) if r["step"] <= start_step]
+        self.file = path.open("w")
+        self.file.writelines(json.dumps(record) + "\n" for record in self.records)
         self.file.flush()
+        self.wandb = start_wandb(config) if config.log.wandb != "off" else None
         self.console = Console(highlight=False)
         self.last_line = -math.inf
         self.progress = Progress(
@@ -100,8 +93,7 @@ class Monitor:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.task = self.progress.add_task("train", total=max_steps, completed=resume_step, status="")
-        self.wandb = start_wandb(run_dir, wandb, wandb_project, config) if wandb != "off" else None
+        self.task = self.progress.add_task("train", total=self.max_steps, completed=start_step, status="")
         self.progress.start()
 
     def say(self, text: str) -> None:
@@ -110,7 +102,8 @@ class Monitor:
 
     def advance(self, step: int) -> None:
         """Move the bar."""
-        self.progress.update(self.task, completed=step)
+        if not self.progress.disable:
+            self.progress.update(self.task, completed=step)
 
     def log(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl; wall seconds are added. Shown in the bar, or as a line where there is none."""
@@ -133,33 +126,36 @@ class Monitor:
                 self.last_line = step
                 self.say(f"step {step}/{self.max_steps}: {status}")
 
-    def plot(self) -> None:
-        """Draw loss.png from all records so far."""
-        plot_losses(self.records, self.run_dir / "loss.png", self.run_dir.resolve().name)
-
     def close(self) -> None:
-        """Stop the bar, close the file, finish the wandb run."""
+        """Stop the bar, close the file, draw loss.png, finish the wandb run."""
         self.progress.stop()
         self.file.close()
+        plot_losses(self.records, self.run_dir / "loss.png", self.run_dir.resolve().name)
         if self.wandb is not None:
             self.wandb.finish()
 
+    def written(self) -> list[str]:
+        """Names of what the run directory now holds, the newest checkpoint in full."""
+        names = ["config.toml", "tokenizer.json", "metrics.jsonl", "loss.png"]
+        names += [f"checkpoints/{path.name}" for path in list_checkpoints(self.run_dir / "checkpoints")[:1]]
+        return names + ["wandb"] * (self.wandb is not None)
 
-def start_wandb(run_dir: Path, mode: str, project: str, config: dict[str, Any] | None) -> Any:
+
+def start_wandb(config: Config) -> Any:
     """A wandb run whose files stand in the run directory."""
+    run_dir, mode = config.train.run_dir, config.log.wandb
     try:
         import wandb
-    except ImportError as error:
-        raise UserError("wandb is not installed: pip install wandb, or leave --wandb off") from error
-    try:
+
         return wandb.init(
-            project=project,
+            project=config.log.wandb_project,
             name=run_dir.resolve().name,
             dir=run_dir,
             mode=mode,
-            config=config,
+            config=json.loads(json.dumps(asdict(config), default=str)),
             settings=wandb.Settings(silent=True, console="off"),
         )
-    except Exception as error:  # wandb's errors share no narrower base
-        print(f"wandb {mode} could not start", file=sys.stderr)
-        raise UserError(f"wandb could not start: {error}; use --wandb offline or off") from error
+    except ImportError as error:
+        raise UserError("wandb is not installed: pip install wandb, or leave --wandb off") from error
+    except wandb.Error as error:
+        raise UserError(f"wandb {mode} could not start ({error}): try --wandb offline, or off") from error

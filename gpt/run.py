@@ -1,13 +1,18 @@
-"""A run directory: what stands in it, how it is begun, and how a model comes back out of it."""
+"""A run directory and what it runs on: how a run is begun, gone on with, stopped, and how its model comes back."""
 
+import os
 import shutil
+import signal
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 
 import torch
 
-from gpt.checkpoint import load_weights, newest_checkpoint
+from gpt.checkpoint import load_weights, newest_checkpoint, verify
 from gpt.command_line import config_from_toml
-from gpt.config import Config
+from gpt.config import Config, TrainConfig
 from gpt.errors import UserError
 from gpt.model import GPT
 from gpt.tokenizer import Tokenizer, load_tokenizer
@@ -16,36 +21,58 @@ CONTENTS = ("config.toml", "tokenizer.json", "metrics.jsonl", "loss.png", "check
 
 
 def checkpoints_of(run_dir: Path) -> Path:
+    """Where a run keeps its checkpoints."""
     return run_dir / "checkpoints"
 
 
-def claim_run_dir(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make the run directory, or refuse. overwrite deletes what a run writes there and nothing else."""
+def _present(run_dir: Path) -> list[Path]:
+    return [run_dir / name for name in CONTENTS if (run_dir / name).exists()]
+
+
+def earlier_run(config: Config) -> tuple[Tokenizer | None, Path | None]:
+    """The tokenizer and the checkpoint that this run goes on from; None twice for one that begins anew.
+
+    Raises UserError where the run directory is taken and neither resume nor overwrite is given, where there is nothing
+    to evaluate, where the model asked for is not the run's, or a named checkpoint is damaged.
+    """
+    train = config.train
+    if train.resume_from is not None:
+        fault = verify(train.resume_from)
+        if fault:
+            raise UserError(f"cannot resume from {train.resume_from}: {fault}")
+        # A checkpoint stands in RUN/checkpoints/step_x.
+        source, checkpoint = train.resume_from.resolve().parent.parent, train.resume_from
+        if source != train.run_dir.resolve() and _present(train.run_dir) and not train.overwrite:
+            raise UserError(f"{train.run_dir} already holds another run: add --overwrite, or give another --run-dir")
+    elif train.eval_only or (train.resume and _present(train.run_dir)):
+        source = train.run_dir
+        checkpoint = read_run(source)[2] if train.eval_only else newest_checkpoint(checkpoints_of(source))
+        if checkpoint is None:
+            return None, None
+    elif _present(train.run_dir) and not (train.overwrite or train.resume):
+        raise UserError(
+            f"{train.run_dir} already holds a run: add --resume to go on, --overwrite to begin anew, "
+            "or give another --run-dir"
+        )
+    else:
+        return None, None
+    saved = asdict(config_from_toml(source / "config.toml").model)
+    for key, value in asdict(config.model).items():
+        if value != saved[key] and not (key == "vocab_size" and value is None):
+            raise UserError(f"{source} was trained with {key} {saved[key]}, not {value}: resume with the same model")
+    return load_tokenizer(source / "tokenizer.json"), checkpoint
+
+
+def claim_run_dir(train: TrainConfig) -> Path:
+    """Make the run directory; overwrite first deletes what a run writes there, and nothing else."""
     try:
-        present = [run_dir / name for name in CONTENTS if (run_dir / name).exists()]
-        if overwrite:
-            for path in present:
+        if train.overwrite:
+            for path in _present(train.run_dir):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        elif present and not resume:
-            raise UserError(
-                f"{run_dir} already holds a run: add --resume to go on, --overwrite to begin anew, or another --run-dir"
-            )
-        run_dir.mkdir(parents=True, exist_ok=True)
+        train.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot use the run directory {run_dir}: {error.strerror}") from error
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that a name asks for; auto takes a GPU where there is one. Raises UserError for one that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {name!r} cannot be used here: {reason}") from error
-    return device
+        raise UserError(f"cannot use the run directory {train.run_dir}: {error.strerror}") from error
+    return train.run_dir
 
 
 def read_run(run_dir: Path) -> tuple[Config, Tokenizer, Path]:
@@ -56,7 +83,7 @@ def read_run(run_dir: Path) -> tuple[Config, Tokenizer, Path]:
         raise UserError(f"{run_dir} is not a run directory: it has no config.toml")
     checkpoint = newest_checkpoint(checkpoints_of(run_dir))
     if checkpoint is None:
-        raise UserError(f"{run_dir} has no checkpoint yet: train it first, or wait for its first checkpoint")
+        raise UserError(f"{run_dir} has no checkpoint yet: train it first, or wait for its first one")
     return config_from_toml(run_dir / "config.toml"), load_tokenizer(run_dir / "tokenizer.json"), checkpoint
 
 
@@ -66,6 +93,54 @@ def load(run_dir: str | Path, device: str = "auto") -> tuple[GPT, Tokenizer]:
     Raises UserError where the directory holds no run, no checkpoint, or a damaged one.
     """
     config, tokenizer, checkpoint = read_run(Path(run_dir))
+    place = pick_device(device)
     model = GPT(config.model)
     load_weights(checkpoint, model)
-    return model.eval().to(pick_device(device)), tokenizer
+    return model.eval().to(place), tokenizer
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a name asks for; auto takes a GPU where there is one. UserError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
+    """The autocast context of a dtype's name; auto is bfloat16 where a GPU has it, else float32, with no cast."""
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return nullcontext() if dtype == "float32" else torch.autocast(device.type, dtype=getattr(torch, dtype))
+
+
+def require_compiler(device: torch.device) -> None:
+    """UserError where torch.compile would fail for want of a C++ compiler."""
+    compilers = [os.environ.get("CXX"), "c++", "g++", "clang++"]
+    if device.type == "cpu" and not any(c and shutil.which(c) for c in compilers):
+        raise UserError("--compile needs a C++ compiler on a CPU and none was found: install g++, or leave it out")
+
+
+class StopRequest:
+    """Notes the first SIGINT or SIGTERM in `signal`, for the loop to end in order; the second ends the process.
+
+    close() gives the signals back to who had them before.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.signal = number
+
+    def close(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,129 @@
+"""Checkpoints: complete or absent, verified before use, and nothing in them that could run."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from gpt import checkpoint as ck
+from gpt.config import ModelConfig, OptimConfig
+from gpt.errors import UserError
+from gpt.model import GPT
+from gpt.optim import build_optimizers
+
+
+def trained(optimizer: str = "adamw", steps: int = 2, **options):
+    """A model and its optimizers after a few steps."""
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(**{"n_layer": 1, "n_head": 2, "n_embd": 16, "seq_len": 8, "vocab_size": 11, **options}))
+    optimizers = build_optimizers(model, OptimConfig(optimizer=optimizer))
+    for _ in range(steps):
+        model.loss(torch.randint(11, (2, 8)), torch.randint(11, (2, 8))).backward()
+        for o in optimizers:
+            o.step()
+            o.zero_grad()
+    return model, optimizers
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("options", [{}, {"tied_embeddings": True, "bias": True}], ids=["untied", "tied"])
+def test_everything_comes_back_bit_for_bit(tmp_path, optimizer, options):
+    model, optimizers = trained(optimizer, **options)
+    path = ck.save_checkpoint(tmp_path, model, optimizers, {"step": 7, "note": [1, "x"]}, keep=2)
+    other, others = trained(optimizer, steps=0, **options)
+    assert ck.load_training_state(path, other, others) == {"step": 7, "note": [1, "x"]}
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+    saved, restored = ck.optimizer_tensors(model, optimizers), ck.optimizer_tensors(other, others)
+    assert saved.keys() == restored.keys()
+    assert all(torch.equal(saved[key], restored[key]) for key in saved)
+
+
+def test_only_the_newest_are_kept_and_nothing_temporary(tmp_path):
+    model, optimizers = trained()
+    for step in (5, 10, 200):
+        ck.save_checkpoint(tmp_path, model, optimizers, {"step": step}, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000010", "step_00000200"]
+
+
+def test_leftovers_of_a_killed_save_are_swept_and_never_loaded(tmp_path):
+    model, optimizers = trained()
+    (tmp_path / ".step_00000009.123.tmp").mkdir()
+    ck.save_checkpoint(tmp_path, model, optimizers, {"step": 5}, keep=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000005"]
+
+
+def test_a_failed_write_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+    model, optimizers = trained()
+    good = ck.save_checkpoint(tmp_path, model, optimizers, {"step": 5}, keep=1)
+
+    def no_space(tensors, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(ck, "save_file", no_space)
+    with pytest.raises(UserError, match=r"step_00000006.*No space left on device"):
+        ck.save_checkpoint(tmp_path, model, optimizers, {"step": 6}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000005"]
+    assert ck.verify(good) is None
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ck.FILES)
+@pytest.mark.parametrize(
+    "damage", [truncate, flip, lambda path: path.unlink()], ids=["truncated", "flipped", "deleted"]
+)
+def test_a_damaged_file_is_named_and_the_older_checkpoint_taken(tmp_path, name, damage):
+    model, optimizers = trained()
+    older = ck.save_checkpoint(tmp_path, model, optimizers, {"step": 5}, keep=2)
+    newer = ck.save_checkpoint(tmp_path, model, optimizers, {"step": 6}, keep=2)
+    damage(newer / name)
+    said = []
+    assert ck.newest_checkpoint(tmp_path, said.append) == older
+    assert len(said) == 1 and name in said[0] and "step_00000006" in said[0]
+    shutil.rmtree(older)
+    with pytest.raises(UserError, match=name):
+        ck.newest_checkpoint(tmp_path, said.append)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"model.safetensors": 3}', "not json"], ids=["empty", "list", "short", "text"]
+)
+def test_a_damaged_manifest_is_a_fault_not_a_traceback(tmp_path, text):
+    model, optimizers = trained()
+    path = ck.save_checkpoint(tmp_path, model, optimizers, {"step": 5}, keep=2)
+    (path / ck.MANIFEST).write_text(text)
+    assert "manifest.json" in ck.verify(path)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    model, optimizers = trained()
+    path = ck.save_checkpoint(tmp_path, model, optimizers, {"step": 5}, keep=2)
+    with pytest.raises(UserError, match=r"blocks\.1"):
+        ck.load_weights(path, trained(n_layer=2)[0])
+    with pytest.raises(UserError, match=r"embed\.weight has shape \(11, 16\), the model wants \(13, 16\)"):
+        ck.load_weights(path, trained(vocab_size=13, steps=0)[0])
+
+
+def test_the_files_are_safetensors_and_json(tmp_path):
+    model, optimizers = trained()
+    path = ck.save_checkpoint(tmp_path, model, optimizers, {"step": 5}, keep=2)
+    assert sorted(p.name for p in path.iterdir()) == sorted([*ck.FILES, ck.MANIFEST])
+    for name in ("state.json", ck.MANIFEST):
+        json.loads((path / name).read_text())
+
+
+def test_random_generators_come_back():
+    state = ck.rng_state(torch.device("cpu"))
+    first = torch.rand(3)
+    ck.restore_rng(json.loads(json.dumps(state)), torch.device("cpu"))
+    assert torch.equal(first, torch.rand(3))

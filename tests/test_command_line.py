@@ -1,0 +1,107 @@
+"""Defaults, preset, file, flags, in this order; what is written reads back; every recipe is sound."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from gpt.command_line import TABLES, config_from_toml, load_config, write_toml
+from gpt.config import Config
+from gpt.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_command_line_wins_over_the_file_over_the_preset(tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text('[model]\npreset = "gpt2"\nn_layer = 3\nn_head = 4\nnorm_eps = 1e-3\n')
+    model = load_config([str(file), "--n-head", "8"]).model
+    assert (model.position, model.norm_eps, model.n_layer, model.n_head) == ("learned", 1e-3, 3, 8)
+    assert load_config([str(file), "--preset", "transformer"]).model.position == "sinusoidal"
+    assert load_config([str(file), "--preset=transformer"]).model.norm_eps == 1e-3
+
+
+def test_dashes_and_underscores_are_one(tmp_path):
+    assert load_config(["--n_layer", "2", "--n-head", "3"]).model.n_layer == 2
+
+
+def test_the_run_directory_is_named_after_the_recipe(tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text("")
+    assert load_config([str(file)]).train.run_dir == Path("runs/recipe")
+    assert load_config([str(file), "--run-dir", "x/y"]).train.run_dir == Path("x/y")
+    assert load_config([]).train.run_dir == Path("runs/gpt")
+
+
+def test_names_are_flat_so_no_two_tables_share_one():
+    names = [f.name for cls in TABLES.values() for f in fields(cls)]
+    assert len(names) == len(set(names))
+
+
+def test_every_value_has_a_description():
+    """--help shows each field's docstring; tyro reads them from the source."""
+    import ast
+
+    tree = ast.parse((ROOT / "gpt/config.py").read_text())
+    for cls in [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name != "Config"]:
+        for item, after in zip(cls.body, cls.body[1:]):
+            if isinstance(item, ast.AnnAssign):
+                assert isinstance(after, ast.Expr), f"{cls.name}.{item.target.id} has no docstring"
+
+
+def test_help_lists_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        load_config(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for cls in TABLES.values():
+        for f in fields(cls):
+            assert "--" + f.name.replace("_", "-") in text
+
+
+def test_a_resolved_config_reads_back(tmp_path):
+    config = load_config(
+        ["--corpus", "a b.txt", "c", "--window", "7", "--run-dir", "x", "--resume", "--dropout", "0.25"]
+    )
+    write_toml(config, tmp_path / "config.toml")
+    back = config_from_toml(tmp_path / "config.toml")
+    assert (back.data, back.tokenizer, back.model, back.optim, back.log) == (
+        config.data,
+        config.tokenizer,
+        config.model,
+        config.optim,
+        config.log,
+    )
+    assert not back.train.resume, "what was asked of one start is not part of the recipe"
+
+
+def test_resume_without_a_file_takes_the_runs_own(tmp_path):
+    write_toml(load_config(["--n-layer", "2"]), tmp_path / "config.toml")
+    assert load_config(["--run-dir", str(tmp_path), "--resume"]).model.n_layer == 2
+    assert load_config(["--run-dir", str(tmp_path)]).model.n_layer == Config().model.n_layer
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_recipe_loads(path):
+    load_config([str(path)])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[modle]\nn_layer = 1", r"\[modle\] is not a table of a config; did you mean 'model'\?"),
+        ("n_layer = 1", r"\[n_layer\] is not a table"),
+        ("[model]\nn_layer = true", "n_layer must be a whole number, not True"),
+        ("[model]\nn_layer = 1.5", "n_layer must be a whole number, not 1.5"),
+        ("[data]\ncorpus = 3", "corpus must be a string or a list of strings, not 3"),
+        ("[train]\nrun_dir = 3", "run_dir must be a path, not 3"),
+        ("[train]\nresume = 'yes'", "resume must be true or false, not 'yes'"),
+        ('[model]\npreset = "gpt9"', "preset must be one of modern, gpt2, transformer"),
+    ],
+    ids=lambda value: value.replace("\n", " ") if "=" in value and "[" in value else "",
+)
+def test_a_wrong_file_is_named_with_its_fault(tmp_path, text, message):
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=f"bad.toml: {message}"):
+        load_config([str(file)])

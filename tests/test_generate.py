@@ -1,0 +1,185 @@
+"""Drawing tokens, the cache, the context's edge, and streaming."""
+
+import pytest
+import torch
+
+from gpt.config import PRESETS, ModelConfig, TokenizerConfig
+from gpt.errors import UserError
+from gpt.generate import Piece, SamplingConfig, generate, generate_tokens, sample_token, start_tokens
+from gpt.model import GPT
+from gpt.tokenizer import build_tokenizer
+
+TEXT = "the quick brown fox\njumps over the lazy dog: é漢🙂"
+
+
+def tokenizer_of(kind: str = "char", text: str = TEXT, document_token: bool = False):
+    return build_tokenizer(TokenizerConfig(tokenizer=kind), lambda: [text], document_token=document_token)
+
+
+def model_of(tokenizer, seq_len: int = 32, **options) -> GPT:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        n_layer=2, n_head=2, n_embd=32, seq_len=seq_len, **{"vocab_size": tokenizer.vocab_size, **options}
+    )
+    model = GPT(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(std=0.3).add_(1.0 if weight.ndim == 1 else 0.0)
+    return model
+
+
+def text_of(pieces: list[Piece], prompt: int = 0) -> str:
+    return "".join(piece.text for piece in pieces if piece.prompt == prompt)
+
+
+def histogram(config: SamplingConfig, logits: torch.Tensor, draws: int = 4000) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.tensor([sample_token(logits, config, generator) for _ in range(draws)])
+    return torch.bincount(drawn, minlength=len(logits)) / draws
+
+
+LOGITS = torch.tensor([0.1, 2.0, -1.0, 1.5, 0.7])
+
+
+def test_temperature_divides_the_logits():
+    seen = histogram(SamplingConfig(temperature=0.5), LOGITS)
+    torch.testing.assert_close(seen, (LOGITS / 0.5).softmax(-1), atol=0.03, rtol=0)
+
+
+def test_temperature_zero_is_greedy():
+    assert histogram(SamplingConfig(temperature=0.0), LOGITS, 10)[1] == 1
+
+
+def test_top_k_keeps_the_k_likeliest():
+    expected = torch.tensor([0.0, 2.0, 0.0, 1.5, 0.7]).exp() * torch.tensor([0, 1, 0, 1, 1])
+    seen = histogram(SamplingConfig(temperature=1.0, top_k=3), LOGITS)
+    torch.testing.assert_close(seen, expected / expected.sum(), atol=0.03, rtol=0)
+    assert seen[0] == seen[2] == 0
+
+
+def test_top_p_keeps_the_fewest_that_reach_p():
+    """Probabilities 0.5, 0.3, 0.15, 0.05: 0.79 needs two tokens, 0.81 three, and a tiny p still one."""
+    logits = torch.tensor([0.05, 0.3, 0.5, 0.15]).log()
+    for p, kept in ((0.79, {1, 2}), (0.81, {1, 2, 3}), (1e-6, {2}), (1.0, {0, 1, 2, 3})):
+        seen = histogram(SamplingConfig(temperature=1.0, top_p=p), logits, 2000)
+        assert set(seen.nonzero().flatten().tolist()) == kept
+
+
+def test_top_k_and_top_p_together():
+    logits = torch.tensor([0.05, 0.3, 0.5, 0.15]).log()
+    seen = histogram(SamplingConfig(temperature=1.0, top_k=3, top_p=0.6), logits, 2000)
+    torch.testing.assert_close(seen, torch.tensor([0.0, 0.375, 0.625, 0.0]), atol=0.04, rtol=0)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_cached_greedy_tokens_are_the_uncached_ones(preset):
+    tokenizer = tokenizer_of()
+    model = model_of(tokenizer, **PRESETS[preset]).eval()
+    prompt = tokenizer.encode("the quick")
+    tokens = list(generate_tokens(model, prompt, SamplingConfig(temperature=0.0)))
+    assert len(prompt) + len(tokens) == 32
+    text = list(prompt)
+    for token in tokens:
+        assert token == int(model(torch.tensor([text]))[0, -1].argmax())
+        text.append(token)
+
+
+def test_same_seed_same_text_and_the_global_generator_is_left_alone():
+    tokenizer = tokenizer_of()
+    model = model_of(tokenizer)
+    state = torch.get_rng_state()
+    texts = [
+        text_of(list(generate(model, tokenizer, ["the"], SamplingConfig(temperature=1.0, seed=seed))))
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_several_prompts_each_as_if_alone():
+    tokenizer = tokenizer_of()
+    model = model_of(tokenizer)
+    config = SamplingConfig(max_new_tokens=12)
+    together = list(generate(model, tokenizer, ["the ", "dog", ""], config))
+    for i, prompt in enumerate(["the ", "dog", ""]):
+        assert text_of(together, i) == text_of(list(generate(model, tokenizer, [prompt], config)))
+
+
+def test_past_the_context_is_an_error_unless_rolling():
+    tokenizer = tokenizer_of()
+    model = model_of(tokenizer)
+    with pytest.raises(UserError, match=r"3 tokens and 30 new ones are more than the model's context of 32.*--rolling"):
+        generate(model, tokenizer, ["the"], SamplingConfig(max_new_tokens=30))
+    with pytest.raises(UserError, match="40 tokens and 1 new"):
+        generate(model, tokenizer, ["t" * 40], SamplingConfig())
+    pieces = list(generate(model, tokenizer, ["t" * 40], SamplingConfig(max_new_tokens=100, rolling=True)))
+    assert sum(piece.token is not None for piece in pieces) == 100
+
+
+def test_rolling_begins_again_with_the_newer_half():
+    """At the edge of a context of 8 the next token is the one that the last 4 alone call for."""
+    tokenizer = tokenizer_of()
+    model = model_of(tokenizer, seq_len=8).eval()
+    prompt = tokenizer.encode("the quic")
+    first, second = generate_tokens(model, prompt, SamplingConfig(max_new_tokens=2, temperature=0.0, rolling=True))
+    assert first == int(model(torch.tensor([prompt]))[0, -1].argmax())
+    assert second == int(model(torch.tensor([[*prompt[-3:], first]]))[0, -1].argmax())
+
+
+def test_padding_of_the_vocabulary_is_never_drawn():
+    tokenizer = tokenizer_of()
+    model = model_of(tokenizer, vocab_size=tokenizer.vocab_size + 500)
+    pieces = list(generate(model, tokenizer, [""], SamplingConfig(temperature=5.0, max_new_tokens=31)))
+    assert all(piece.token is None or piece.token < tokenizer.vocab_size for piece in pieces)
+
+
+def test_streamed_text_is_never_half_a_character():
+    """A byte model's random output, bytes and all, joins to the decoding of the whole."""
+    tokenizer = tokenizer_of("byte")
+    model = model_of(tokenizer, seq_len=64)
+    pieces = list(generate(model, tokenizer, ["é"], SamplingConfig(temperature=3.0, max_new_tokens=60)))
+    tokens = [piece.token for piece in pieces if piece.token is not None]
+    assert text_of(pieces) == tokenizer.decode_bytes(tokens).decode("utf-8", "replace")
+
+
+def test_generation_ends_at_the_document_token():
+    tokenizer = tokenizer_of("byte")
+    model = model_of(tokenizer)
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.norm.weight.zero_()  # all logits are equal: greedy takes token 0, unless the document token is lifted
+    model.head.bias = torch.nn.Parameter(torch.zeros(tokenizer.vocab_size))
+    assert len(list(generate(model, tokenizer, ["a"], SamplingConfig(temperature=0.0, max_new_tokens=5)))) == 6
+    model.head.bias.data[tokenizer.document_token] = 1.0
+    pieces = list(generate(model, tokenizer, ["a"], SamplingConfig(temperature=0.0, max_new_tokens=5)))
+    assert [piece.token for piece in pieces] == [None]
+
+
+def test_an_empty_prompt_starts_somewhere():
+    assert start_tokens(tokenizer_of("byte"), "") == [tokenizer_of("byte").document_token]
+    assert start_tokens(tokenizer_of(), "") == tokenizer_of().encode("\n")
+    assert start_tokens(tokenizer_of(text="abc"), "", first_token=2) == [2]
+
+
+def test_an_unknown_character_is_named():
+    tokenizer = tokenizer_of()
+    with pytest.raises(UserError, match="Q"):
+        generate(model_of(tokenizer), tokenizer, ["Quick"], SamplingConfig())
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"temperature": -0.1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}, {"max_new_tokens": 0}, {"seed": -1}],
+    ids=str,
+)
+def test_bad_sampling_values_are_refused(bad):
+    with pytest.raises(UserError, match=next(iter(bad))):
+        SamplingConfig(**bad)
+
+
+def test_training_mode_is_put_back():
+    tokenizer = tokenizer_of()
+    model = model_of(tokenizer).train()
+    next(generate(model, tokenizer, ["the"], SamplingConfig()))
+    list(generate(model, tokenizer, ["the"], SamplingConfig(max_new_tokens=2)))
+    assert model.training

@@ -1,0 +1,115 @@
+"""Schedules in closed form, Muon against the singular value decomposition, groups as documented."""
+
+import math
+
+import pytest
+import torch
+
+from gpt.config import ModelConfig, OptimConfig
+from gpt.model import GPT
+from gpt.optim import Muon, build_optimizers, lr_scale, orthogonalize, set_learning_rate
+
+
+def tiny_model(**options) -> GPT:
+    torch.manual_seed(0)
+    return GPT(ModelConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 16, "seq_len": 8, "vocab_size": 11, **options}))
+
+
+def test_warmup_then_cosine():
+    config = OptimConfig(schedule="cosine", warmup_steps=10, learning_rate=1.0, min_lr=0.1)
+    scales = [lr_scale(step, 110, config) for step in range(111)]
+    assert scales[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert scales[10:] == pytest.approx([0.1 + 0.9 * (1 + math.cos(math.pi * i / 100)) / 2 for i in range(101)])
+
+
+def test_warmup_stable_decay():
+    config = OptimConfig(schedule="wsd", warmup_steps=5, decay_fraction=0.25, learning_rate=2.0, min_lr=0.5)
+    scales = [lr_scale(step, 100, config) for step in range(101)]
+    assert scales[4:75] == [1.0] * 71
+    assert scales[75:] == pytest.approx([1 - 0.75 * i / 25 for i in range(26)])
+
+
+def test_constant_schedule_ignores_min_lr():
+    config = OptimConfig(schedule="constant", warmup_steps=0)
+    assert {lr_scale(step, 50, config) for step in range(50)} == {1.0}
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 48, 16), (2, 16, 64)], ids=str)
+def test_orthogonalize_sends_singular_values_near_one(shape):
+    """Directions stay, and every singular value that is not tiny lands where the quintic iteration sends it."""
+    G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    U, S, V = torch.linalg.svd(G.double(), full_matrices=False)
+    x = S / (S.square().sum(-1, keepdim=True).sqrt() + 1e-7)
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
+    torch.testing.assert_close(orthogonalize(G, 5).double(), U @ torch.diag_embed(x) @ V, atol=2e-4, rtol=0)
+    assert x.max() < 1.3
+    assert x[S > 0.1 * S.max()].min() > 0.6
+
+
+def test_muon_step_is_the_written_rule():
+    """Two steps of momentum, Nesterov, decay and scaling, done by hand on one tall matrix."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, 4, generator=generator)
+    p = torch.nn.Parameter(weight.clone())
+    muon = Muon([p], lr=0.1, momentum=0.9, weight_decay=0.5)
+    buffer = torch.zeros_like(weight)
+    for _ in range(2):
+        grad = torch.randn(12, 4, generator=generator)
+        p.grad = grad.clone()
+        muon.step()
+        buffer = 0.9 * buffer + 0.1 * grad
+        update = orthogonalize(0.1 * grad + 0.9 * buffer)
+        weight = weight * (1 - 0.1 * 0.5) - 0.1 * math.sqrt(3) * update
+    torch.testing.assert_close(p.detach(), weight, atol=1e-5, rtol=1e-5)
+
+
+def test_muon_treats_queries_keys_and_values_apart():
+    grad = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
+    whole, parts = torch.nn.Parameter(torch.zeros(24, 8)), [torch.nn.Parameter(torch.zeros(n, 8)) for n in (16, 4, 4)]
+    whole.grad = grad.clone()
+    for p, g in zip(parts, grad.split((16, 4, 4)), strict=True):
+        p.grad = g.clone()
+    Muon([{"params": [whole], "row_splits": (16, 4, 4)}], lr=1.0).step()
+    Muon(parts, lr=1.0).step()
+    torch.testing.assert_close(whole.detach(), torch.cat([p.detach() for p in parts]))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    "preset", [{}, {"bias": True, "position": "learned", "tied_embeddings": True}], ids=["modern", "old"]
+)
+def test_every_weight_has_exactly_one_group(optimizer, preset):
+    model = tiny_model(**preset)
+    optimizers = build_optimizers(model, OptimConfig(optimizer=optimizer))
+    grouped = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
+
+
+def test_only_matrices_decay_under_adamw():
+    model = tiny_model(bias=True, norm="layernorm")
+    (adamw,) = build_optimizers(model, OptimConfig(weight_decay=0.3))
+    for group in adamw.param_groups:
+        assert group["weight_decay"] == (0.3 if group["params"][0].ndim >= 2 else 0.0)
+        assert len({p.ndim >= 2 for p in group["params"]}) == 1
+
+
+def test_adamw_is_torchs_own_rule():
+    """One step on a known gradient, by the formula of Loshchilov & Hutter (2019)."""
+    model = tiny_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    (adamw,) = build_optimizers(model, OptimConfig(learning_rate=0.01, weight_decay=0.1))
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.5)
+    adamw.step()
+    for name, p in model.named_parameters():
+        decay = 0.1 if p.ndim >= 2 else 0.0
+        torch.testing.assert_close(p.detach(), before[name] * (1 - 0.01 * decay) - 0.01, atol=1e-6, rtol=1e-6)
+
+
+def test_set_learning_rate_scales_every_peak():
+    config = OptimConfig(optimizer="muon", learning_rate=0.02, embedding_lr=0.3, head_lr=0.004)
+    optimizers = build_optimizers(tiny_model(), config)
+    set_learning_rate(optimizers, 0.5)
+    rates = [group["lr"] for o in optimizers for group in o.param_groups]
+    assert rates == pytest.approx([0.01, 0.01, 0.15, 0.002])
