@@ -19,7 +19,7 @@ from gpt.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED, UserError, run_co
 from gpt.generate import SamplingConfig, generate
 from gpt.loader import TrainLoader, read_tokens, target_bytes, validation_batches
 from gpt.model import GPT
-from gpt.monitor import Monitor
+from gpt.monitor import CorpusProgress, Monitor
 from gpt.optim import build_optimizers, lr_scale, set_learning_rate
 from gpt.run import StopRequest, autocast, checkpoints_of, claim_run_dir, earlier_run, pick_device, require_compiler
 from gpt.tokenizer import Tokenizer
@@ -29,16 +29,16 @@ from gpt.tokenizer import Tokenizer
 def evaluate(model: GPT, tokens: Any, tokenizer: Tokenizer, config: Config) -> dict[str, float]:
     """Loss over the validation slice, each of its tokens but the first once, in windows of the context."""
     device, T, limit = model.embed.weight.device, config.model.seq_len, config.train.eval_tokens
-    nats, count = torch.zeros((), dtype=torch.float64, device=device), 0
+    nats, count = 0.0, 0
     rows = max(config.train.batch_size, 8192 // T)
     model.eval()
     for x, y in validation_batches(tokens, batch_size=rows, seq_len=T, max_tokens=limit):
         with autocast(device, config.train.dtype):
-            nats += model.loss(x.to(device), y.to(device), reduction="sum")
+            nats += float(model.loss(x.to(device), y.to(device), reduction="sum"))
         count += int((y >= 0).sum())
     model.train()
-    bits = float(nats) / math.log(2)
-    return {"val_loss": float(nats) / count, "bits_per_byte": bits / max(1, target_bytes(tokens, tokenizer, limit))}
+    bits = nats / math.log(2)
+    return {"val_loss": nats / count, "bits_per_byte": bits / max(1, target_bytes(tokens, tokenizer, limit))}
 
 
 def show_sample(model: GPT, tokenizer: Tokenizer, config: Config, monitor: Monitor, first_token: int) -> None:
@@ -66,7 +66,8 @@ def main(config: Config) -> int:
     tokenizer, checkpoint = earlier_run(config)
 
     # Data.
-    corpus = prepare(config.data, config.tokenizer, fixed_tokenizer=tokenizer)
+    with CorpusProgress() as progress:
+        corpus = prepare(config.data, config.tokenizer, fixed_tokenizer=tokenizer, progress=progress)
     tokenizer = corpus.tokenizer
     check_length(corpus, config.model.seq_len)
     config = with_changes(config, "model", vocab_size=config.model.vocab_size or tokenizer.vocab_size)

@@ -1,8 +1,10 @@
 """What a run shows and leaves behind: progress bar, metrics.jsonl, loss.png, and wandb where it is switched on."""
 
 import json
+import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -65,6 +67,35 @@ def plot_losses(records: Iterable[dict[str, Any]], path: Path, title: str) -> No
     temporary.replace(path)
 
 
+class CorpusProgress:
+    """A bar with bytes per second and time left for each stage of reading a corpus; on a terminal only.
+
+    Called as progress(what, bytes done, bytes in all), which is what gpt.corpus.prepare does.
+    """
+
+    def __init__(self) -> None:
+        self.progress = None
+        self.tasks: dict[str, Any] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self.progress is None:  # the usual second start reads nothing: no import for it
+            from rich.progress import DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+            columns = ("{task.description}", DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            self.progress = Progress(*columns, transient=True, disable=not sys.stdout.isatty())
+            self.progress.start()
+        if what not in self.tasks:
+            self.tasks[what] = self.progress.add_task(what, total=total)
+        self.progress.update(self.tasks[what], completed=done, total=total)
+
+    def __enter__(self) -> "CorpusProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+
 class Monitor:
     """Lines of metrics.jsonl, a bar on a terminal (plain lines elsewhere), and wandb.
 
@@ -95,6 +126,11 @@ class Monitor:
         )
         self.task = self.progress.add_task("train", total=self.max_steps, completed=start_step, status="")
         self.progress.start()
+        self.handler = logging.Handler()
+        self.handler.emit = lambda record: self.say(record.getMessage())
+        for name in ("kernels", "gpt"):
+            logging.getLogger(name).addHandler(self.handler)
+            logging.getLogger(name).setLevel(logging.INFO)
 
     def say(self, text: str) -> None:
         """Print above the bar, as it is."""
@@ -129,6 +165,8 @@ class Monitor:
     def close(self) -> None:
         """Stop the bar, close the file, draw loss.png, finish the wandb run."""
         self.progress.stop()
+        for name in ("kernels", "gpt"):
+            logging.getLogger(name).removeHandler(self.handler)
         self.file.close()
         plot_losses(self.records, self.run_dir / "loss.png", self.run_dir.resolve().name)
         if self.wandb is not None:
