@@ -101,13 +101,16 @@ def forward_kernel(q, k, v, out, lse, sinks, visited, q_strides, k_strides, v_st
     if visited is not None:
         tl.store(visited + tl.program_id(0), count_full(spans) + count_partial(spans))
 
-    # A query that saw nothing has l_i = 0 and acc = 0: its output is 0 and its lse -inf.
-    acc = acc / tl.where(l_i == 0, 1.0, l_i)[:, None]
+    # A query that saw nothing has l_i = 0: its output is 0 and its lse -inf.
+    is_empty = l_i == 0
+    l_i = tl.where(is_empty, 1.0, l_i)
+    acc = acc / l_i[:, None]
     out_base = out + b_long * out_strides[0] + h_long * out_strides[2]
     store_tile(out_base, out_strides, acc, q_first, sizes.Tq, sizes.Dv, BLOCK_M, BLOCK_DV)
     rows = q_first + tl.arange(0, BLOCK_M)
     lse_rows = (b_long * sizes.H + h_long) * sizes.Tq + rows
-    tl.store(lse + lse_rows, (m_i + tl.log2(l_i)) / LOG2E, mask=rows < sizes.Tq)
+    natural = tl.where(is_empty, float("-inf"), (m_i + tl.log2(l_i)) / LOG2E)
+    tl.store(lse + lse_rows, natural, mask=rows < sizes.Tq)
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,10 @@ def attention_sdpa(q, k, v, mask=CAUSAL, segment_ids=None, scale=None, alibi_slo
         attn_mask, is_causal = None, True
     else:
         attn_mask, is_causal = _attn_mask(q, Tk, mask, segment_ids, alibi_slopes, bias), False
+    # A branch and no `enable_gqa=H_kv != H`: under torch.compile that would be a symbol, which torch does not take.
+    grouped = {}
+    if H != H_kv:
+        grouped["enable_gqa"] = True
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -60,7 +64,7 @@ def attention_sdpa(q, k, v, mask=CAUSAL, segment_ids=None, scale=None, alibi_slo
         attn_mask=attn_mask,
         is_causal=is_causal,
         scale=scale,
-        enable_gqa=H_kv != H,
+        **grouped,
     )  # (B, H, Tq, Dv)
     return out.transpose(1, 2)
 
@@ -74,9 +78,10 @@ def _attn_mask(q: Tensor, Tk: int, mask: Mask, segment_ids, alibi_slopes, bias) 
         visible = _dense(mask, Tq, Tk, q.device)[0]
     if alibi_slopes is None and bias is None:
         return visible
-    added = torch.zeros((), device=q.device)
+    real = torch.float64 if q.dtype == torch.float64 else torch.float32
+    added = torch.zeros((), dtype=real, device=q.device)
     if alibi_slopes is not None:
-        added = added + alibi_term(alibi_slopes.float(), Tq, Tk)
+        added = added + alibi_term(alibi_slopes.to(real), Tq, Tk)
     if bias is not None:
         added = added + bias
     return added.masked_fill(~visible, float("-inf")).to(q.dtype)

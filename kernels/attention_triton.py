@@ -9,6 +9,9 @@ from kernels.attention_forward import forward
 from kernels.masks import Mask
 from kernels.problem import Problem
 
+# Whether the kernels run in numpy. The choice fell when they were defined.
+INTERPRETED = triton.knobs.runtime.interpret
+
 
 def why_not_triton(q: Tensor, v: Tensor, bias: Tensor | None) -> str | None:
     """Why our kernels cannot do this call; None if they can."""
@@ -27,8 +30,8 @@ def why_not_triton(q: Tensor, v: Tensor, bias: Tensor | None) -> str | None:
 def runs_on(device: torch.device) -> bool:
     """Whether the kernels run on this device: a GPU from sm_80 (or CDNA 3) up, or the interpreter for the CPU."""
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and triton.knobs.runtime.interpret
+        return torch.cuda.get_device_properties(device).major >= 8
+    return device.type == "cpu" and INTERPRETED
 
 
 def attention_triton(q, k, v, *, mask: Mask, segment_ids, scale, softcap, alibi_slopes, bias, sinks, dropout_p, seed):

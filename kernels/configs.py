@@ -28,6 +28,9 @@ class Config(NamedTuple):
     num_stages: int
 
 
+INTERPRETER = Config(64, 64, 4, 1)
+
+
 def architecture(device: torch.device) -> str:
     """The table's name for what a device is; "interpreter" for the CPU, on which kernels run in numpy."""
     if device.type != "cuda":
@@ -47,7 +50,7 @@ def choose(arch: str, dtype: torch.dtype, D: int, Dv: int, kernel: str) -> Confi
     """The tile of `kernel` ("forward", "dkdv" or "dq") for head dims that round up to powers of two."""
     width = max(block_dim(D), block_dim(Dv))
     if arch == "interpreter":
-        return Config(64, 64, 4, 1)
+        return INTERPRETER
     bits = 32 if dtype == torch.float32 else 16
     for limit, config in TABLE[arch][kernel, bits]:
         if width <= limit:

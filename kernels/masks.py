@@ -20,6 +20,7 @@ tile is visited.
 
 import functools
 import linecache
+import types
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -212,7 +213,12 @@ def _compile(expression: str) -> _Predicate:
 
 @functools.cache
 def _jitted(fn: Callable):
-    return fn if hasattr(fn, "fn") else triton.jit(fn)
+    if hasattr(fn, "fn"):
+        return fn
+    if not any(value is tl for value in fn.__globals__.values()):
+        # The interpreter insists on `triton.language` among a function's globals.
+        fn = types.FunctionType(fn.__code__, {**fn.__globals__, "tl": tl}, fn.__name__, fn.__defaults__, fn.__closure__)
+    return triton.jit(fn)
 
 
 def _simplify(bands: tuple[Band, ...]) -> tuple[Band, ...]:

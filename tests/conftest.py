@@ -1,0 +1,51 @@
+"""Where tests run: on the GPU if there is one that Triton supports, otherwise on the CPU, kernels in the interpreter."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# `benchmarks` and the tests' own helpers are not installed; `gpt` and `kernels` need not be either.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+WHY_NO_GPU = "no GPU from sm_80 up: tests marked gpu are deselected, kernels run in Triton's interpreter"
+
+if not HAS_GPU:
+    # Triton decides when a kernel is defined, so this must come before it is imported.
+    assert "triton" not in sys.modules, "triton was imported before TRITON_INTERPRET could be set"
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_configure(config):
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if workers > 1:
+        torch.set_num_threads(
+            max(1, len(os.sched_getaffinity(0)) // workers) if hasattr(os, "sched_getaffinity") else 1
+        )
+
+
+def pytest_report_header(config):
+    return f"kernels run on {torch.cuda.get_device_name()}" if HAS_GPU else WHY_NO_GPU
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """With a GPU, `-m gpu` also selects whatever runs on the `device`; without one, drop what is marked gpu."""
+    if HAS_GPU:
+        for item in items:
+            if "device" in item.fixturenames:
+                item.add_marker("gpu")
+        return
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        config.hook.pytest_deselected(items=marked)
+        items[:] = [item for item in items if item not in marked]
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where a kernel runs here."""
+    return "cuda" if HAS_GPU else "cpu"

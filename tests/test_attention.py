@@ -1,0 +1,194 @@
+"""The Triton kernels against the reference: out, lse and every gradient, over shapes, dtypes, masks and layouts."""
+
+import pytest
+import torch
+
+from kernels import attention, attention_reference, configs, masks
+from tests.attention_checks import Case, assert_close, check, make_inputs, run
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+WINDOW_AND_SINKS = masks.CAUSAL & (masks.sliding_window(40) | masks.sink_tokens(3))
+
+
+@pytest.mark.parametrize("T", [1, 17, 63, 64, 65, 128, 129, 203], ids="T{}".format)
+def test_square_causal(T, device):
+    check(Case(T, T, dtype=(FP32, FP16, BF16)[T % 3]), device)
+
+
+@pytest.mark.parametrize(
+    ("Tq", "Tk"), [(1, 129), (1, 1), (63, 200), (200, 63), (129, 1), (5, 64), (64, 5)], ids=lambda n: str(n)
+)
+@pytest.mark.parametrize("mask", [masks.CAUSAL, masks.FULL], ids=["causal", "full"])
+def test_not_square(Tq, Tk, mask, device):
+    """Queries line up with the last keys; with more queries than keys the first ones see nothing under CAUSAL."""
+    check(Case(Tq, Tk, H=1, mask=mask), device)
+
+
+@pytest.mark.parametrize(
+    "mask", [masks.CAUSAL, masks.FULL, masks.sliding_window(40), WINDOW_AND_SINKS], ids=["causal", "full", "win", "w&s"]
+)
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=lambda d: str(d).removeprefix("torch."))
+def test_masks_in_every_dtype(mask, dtype, device):
+    check(Case(111, 150, mask=mask, dtype=dtype, D=32, seed=1), device)
+
+
+@pytest.mark.parametrize(
+    ("D", "Dv", "dtype"),
+    [
+        (8, None, BF16),
+        (24, None, FP16),
+        (40, None, FP32),
+        (64, None, BF16),
+        (80, None, FP16),
+        (96, None, BF16),
+        (128, None, FP16),
+        (192, 128, BF16),
+        (256, None, BF16),
+        (256, None, FP32),
+        (24, 40, FP32),
+        (64, 8, FP16),
+        (16, 192, FP32),
+    ],
+)
+def test_head_dims(D, Dv, dtype, device):
+    check(Case(70, 70, H=1, D=D, Dv=Dv, dtype=dtype), device)
+
+
+@pytest.mark.parametrize(("H", "H_kv"), [(1, 1), (4, 4), (6, 2), (5, 1)], ids=lambda n: str(n))
+def test_groups_of_heads(H, H_kv, device):
+    check(Case(40, 70, B=2, H=H, H_kv=H_kv, mask=masks.sliding_window(30)), device)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "heads first", "strided"])
+def test_layouts(layout, device):
+    check(Case(70, 70, B=2, H=2, H_kv=2, D=24, Dv=40, layout=layout), device)
+
+
+def test_one_projection_and_broadcast_batch(device):
+    """q, k and v as slices of one tensor, as a fused projection gives them, and a k, v shared by the whole batch."""
+    qkv = torch.randn(2, 66, 6, 16, device=device, requires_grad=True)
+    shared = torch.randn(1, 66, 4, 16, device=device, requires_grad=True)
+    for fn in (lambda x, y: (*x.split(2, dim=2),), lambda x, y: (x[:, :, :2], *y.expand(2, -1, -1, -1).split(2, 2))):
+        grads = []
+        for options in ({"impl": "triton"}, {"impl": "reference"}):
+            out = attention(*fn(qkv, shared), **options)
+            grads.append((out, *torch.autograd.grad(out.square().sum(), (qkv, shared), allow_unused=True)))
+        for ours, reference in zip(*grads):
+            torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gain", [5.0, 1e-4])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
+def test_large_and_small_inputs(gain, dtype, device):
+    check(Case(100, 100, gain=gain, dtype=dtype), device)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, 1.3])
+def test_scale(scale, device):
+    check(Case(70, 90, scale=scale), device)
+
+
+@pytest.mark.parametrize(("B", "Tq", "Tk"), [(0, 5, 5), (2, 0, 5), (2, 5, 0)])
+@pytest.mark.parametrize("impl", ["triton", "reference", "auto"])
+def test_nothing(B, Tq, Tk, impl, device):
+    """No rows, no queries or no keys: empty tensors or zeros, and gradients of zero."""
+    q = torch.randn(B, Tq, 2, 16, device=device, requires_grad=True)
+    k = torch.randn(B, Tk, 1, 16, device=device, requires_grad=True)
+    out, lse = attention(q, k, k, return_lse=True, impl=impl)
+    assert out.shape == (B, Tq, 2, 16) and lse.shape == (B, 2, Tq)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+    out.sum().backward()
+    assert (q.grad == 0).all() and (k.grad == 0).all()
+
+
+def test_rows_that_see_nothing(device):
+    """Zeros and lse -inf, with gradients of zero, wherever such rows lie in a tile."""
+    nobody_sees_odd = masks.Mask(even_queries)
+    inputs = make_inputs(Case(70, 70, mask=nobody_sees_odd), device)
+    ours = run(attention, inputs, impl="triton")
+    odd = slice(1, None, 2)
+    assert (ours["out"][:, odd] == 0).all() and (ours["lse"][..., odd] == -torch.inf).all()
+    assert (ours["dq"][:, odd] == 0).all()
+    check(Case(70, 70, mask=nobody_sees_odd), device)
+
+
+def even_queries(q, k):
+    return (q % 2 == 0) & (k <= q)
+
+
+@pytest.mark.parametrize(
+    "tile", sorted({c[:2] for table in configs.TABLE.values() for entry in table.values() for _, c in entry}), ids=str
+)
+def test_every_tile_of_the_table(tile, device, monkeypatch):
+    """Every tile size that any GPU uses gives the right numbers."""
+    if device == "cuda":
+        monkeypatch.setattr(configs, "choose", lambda *_: configs.Config(*tile, 4, 1))
+    else:
+        monkeypatch.setattr(configs, "INTERPRETER", configs.Config(*tile, 4, 1))
+    T = 2 * max(tile) + 5
+    check(Case(T, T, H=1, mask=masks.sliding_window(max(tile)), dtype=FP16), device)
+
+
+def test_the_choice_of_tile_is_pure():
+    for arch in configs.SHARED_MEMORY:
+        for dtype in (FP32, FP16, BF16):
+            for D in (8, 24, 64, 65, 128, 256):
+                for kernel in ("forward", "dkdv", "dq"):
+                    first, again = (configs.choose(arch, dtype, D, D, kernel) for _ in range(2))
+                    assert first == again
+    with pytest.raises(ValueError, match="8 to 256"):
+        configs.choose("sm_80", FP32, 512, 512, "forward")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [1024, 4099])
+@pytest.mark.parametrize("D", [64, 128])
+def test_long_on_a_gpu(T, D, device):
+    check(Case(T, T, B=2, H=4, H_kv=2, D=D, dtype=BF16), device)
+
+
+@pytest.mark.gpu
+def test_same_bits_again_on_a_gpu(device):
+    """Nothing is added atomically: the same inputs give the same bits."""
+    inputs = make_inputs(Case(1000, 1000, B=2, H=8, H_kv=2, D=64, dtype=BF16), device)
+    first = run(attention, inputs, impl="triton")
+    for _ in range(200):
+        again = run(attention, inputs, impl="triton")
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.gpu
+def test_offsets_past_two_to_the_31(device):
+    """A row of the batch that starts more than 2^31 elements into its memory."""
+    memory = torch.empty(2, 2**31 + 64 * 64, dtype=FP16, device=device)
+    far = memory[1, -64 * 64 :].view(1, 64, 1, 64).normal_()
+    strided = far.expand(2, 64, 1, 64)
+    torch.testing.assert_close(attention(strided, strided, strided)[1:], attention(far.clone(), far, far))
+
+
+def test_reference_against_torch():
+    """The specification itself, against torch's attention in float64 where the two mean the same."""
+    q, k, v = (torch.randn(2, 9, 4, 8, dtype=torch.float64) for _ in range(3))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True
+    ).transpose(1, 2)
+    out, lse = attention_reference(q, k, v, return_lse=True)
+    torch.testing.assert_close(out, expected)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / 8**0.5
+    scores = scores.masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), -torch.inf)
+    torch.testing.assert_close(lse, torch.logsumexp(scores, dim=-1))
+
+
+def test_the_rule_itself():
+    """It accepts what plain PyTorch would do and refuses a small systematic error."""
+    truth = torch.randn(1000, dtype=torch.float64)
+    plain = truth.to(BF16)
+    assert_close("out", plain, plain, truth, BF16)
+    with pytest.raises(AssertionError, match="out: error"):
+        assert_close("out", (truth + 0.05).to(BF16), plain, truth, BF16)
+    with pytest.raises(AssertionError, match="out: error nan"):
+        assert_close("out", torch.full_like(plain, torch.nan), plain, truth, BF16)
+    # One large error of plain PyTorch does not excuse a small one everywhere.
+    plain[0] += 1
+    with pytest.raises(AssertionError, match="out: RMS error"):
+        assert_close("out", (truth + 0.06).to(BF16), plain, truth, BF16)

@@ -1,0 +1,135 @@
+"""What attention does beside masks: softcap, ALiBi, bias, sinks, segments, dropout, lse; alone and together."""
+
+import pytest
+import torch
+
+from kernels import attention, attention_reference, masks
+from kernels.attention_reference import dropout_keep
+from tests.attention_checks import Case, check, make_inputs, run
+
+FEATURES = ("softcap", "alibi", "bias", "sinks", "segments", "dropout")
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_each_alone(feature, device):
+    check(Case(70, 90, features=(feature,)), device)
+
+
+@pytest.mark.parametrize("mask", [masks.CAUSAL, masks.FULL, masks.sliding_window(30)], ids=["causal", "full", "win"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=["float32", "float16", "bfloat16"])
+def test_all_together(mask, dtype, device):
+    check(Case(65, 80, D=24, Dv=8, mask=mask, dtype=dtype, features=FEATURES), device)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (4, 1), (2, 4, 5), (1, 2, 1, 1), (3, 1, 4, 5)], ids=str)
+def test_bias_of_any_shape_that_broadcasts(shape, device):
+    q, k, v = (torch.randn(3, T, 2, 8, device=device) for T in (4, 5, 5))
+    bias = torch.randn(shape, device=device)
+    expected = attention_reference(q, k, v, bias=bias)
+    for impl in ("triton", "auto"):
+        torch.testing.assert_close(attention(q, k, v, bias=bias, impl=impl), expected)
+
+
+def test_bias_of_minus_infinity_hides(device):
+    """Also where it hides all: such a row is zero, as one that the mask leaves empty."""
+    q, k, v = (torch.randn(1, 6, 1, 8, device=device) for _ in range(3))
+    bias = torch.zeros(6, 6, device=device)
+    bias[2] = -torch.inf
+    out, lse = attention(q, k, v, bias=bias, impl="triton", return_lse=True)
+    assert (out[:, 2] == 0).all() and (lse[..., 2] == -torch.inf).all()
+    torch.testing.assert_close(out, attention_reference(q, k, v, bias=bias))
+
+
+def test_sinks_of_minus_infinity_are_none(device):
+    q, k, v = (torch.randn(1, 6, 2, 8, device=device) for _ in range(3))
+    sinks = torch.full((2,), -torch.inf, device=device)
+    torch.testing.assert_close(attention(q, k, v, sinks=sinks, impl="triton"), attention(q, k, v, impl="triton"))
+
+
+def test_lse_alone_is_differentiable(device):
+    q, k, v = (torch.randn(1, 70, 1, 16, device=device, requires_grad=True) for _ in range(3))
+    grads = []
+    for impl in ("triton", "reference"):
+        _, lse = attention(q, k, v, return_lse=True, impl=impl)
+        grads.append(torch.autograd.grad(lse.square().sum(), (q, k, v), allow_unused=True, materialize_grads=True))
+    for ours, reference in zip(*grads):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_two_halves_merge_by_lse(device):
+    """What lse is for: attention over two halves of the keys, put together, is attention over all of them."""
+    q, k, v = (torch.randn(1, 70, 2, 16, device=device) for _ in range(3))
+    parts = [
+        attention(q, k[:, half], v[:, half], mask=masks.FULL, return_lse=True, impl="triton")
+        for half in (slice(0, 33), slice(33, 70))
+    ]
+    lse = torch.stack([lse for _, lse in parts])  # (2, B, H, T)
+    weights = torch.softmax(lse, dim=0).transpose(2, 3)[..., None]  # (2, B, T, H, 1)
+    merged = sum(w * out for w, (out, _) in zip(weights, parts))
+    torch.testing.assert_close(merged, attention_reference(q, k, v, mask=masks.FULL))
+
+
+def test_a_mask_with_a_value_for_each_row(device):
+    """Prefix attention by a predicate of one's own: the first n keys are seen by all, n given for each row."""
+    prefix = masks.Mask(in_prefix, torch.tensor([3, 40, 0], dtype=torch.int32, device=device))
+    check(Case(70, 70, B=3, H=1, mask=masks.CAUSAL | prefix), device)
+    assert (masks.CAUSAL | prefix).dense(5, 5, device)[1, 0].all()
+
+
+def in_prefix(q, k, length):
+    return k < length
+
+
+def test_a_mask_of_ones_own(device):
+    """Predicate, integers and bands; forward, backward and reference come from it."""
+    band = masks.Band(least=0, most=50, exact=False)
+    dilated = masks.Mask(dilated_window, 51, 3, bands=[band])
+    check(Case(90, 130, mask=dilated, dtype=BF16), device)
+    check(Case(90, 130, mask=dilated & masks.sliding_window(20) | masks.sink_tokens(2)), device)
+
+
+def dilated_window(q, k, window, step):
+    return (q >= k) & (q - k < window) & ((q - k) % step == 0)
+
+
+def test_packed_documents_stay_apart(device):
+    """A row of packed documents gives what each document gives by itself."""
+    lengths = [30, 1, 39]
+    q, k, v = (torch.randn(1, 70, 2, 16, device=device) for _ in range(3))
+    ids = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths)).int().view(1, 70).to(device)
+    for impl in ("triton", "auto"):
+        out = attention(q, k, v, segment_ids=ids, impl=impl)
+        alone = [attention_reference(*(x[None, ids[0] == n] for x in (q[0], k[0], v[0]))) for n in range(3)]
+        torch.testing.assert_close(out, torch.cat(alone, dim=1))
+
+
+def test_dropout_is_a_function_of_place_and_seed(device):
+    """The same entries fall for any tile size and in any batch that holds the same row; another seed, other entries."""
+    keep = dropout_keep(0.3, 7, (2, 2, 40, 50), device)
+    assert torch.equal(keep[:1, :1, :9, :11], dropout_keep(0.3, torch.tensor([7]), (1, 1, 9, 11), device))
+    assert not torch.equal(keep, dropout_keep(0.3, 8, (2, 2, 40, 50), device))
+    q, k, v = (torch.randn(1, 40, 2, 16, device=device) for _ in range(3))
+    first, again, other = (attention(q, k, v, dropout_p=0.3, seed=seed, impl="triton") for seed in (7, 7, 8))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    drawn = [attention(q, k, v, dropout_p=0.3, impl="triton") for _ in range(2)]
+    assert not torch.equal(*drawn)
+
+
+def test_dropout_is_uniform():
+    """Shares by key, by query and of neighbours that both survive are within five standard deviations of chance."""
+    p, n = 0.25, 1000
+    keep = dropout_keep(p, 3, (2, 2, n, n), "cpu").double()
+    for axes in ((0, 1, 2), (0, 1, 3)):
+        assert (keep.mean(axes) - (1 - p)).abs().max() < 5 * (p * (1 - p) / (4 * n)) ** 0.5
+    for pairs in (keep[..., 1:] * keep[..., :-1], keep[..., 1:, :] * keep[..., :-1, :], keep[0] * keep[1]):
+        assert abs(pairs.mean() - (1 - p) ** 2) < 5 / pairs.numel() ** 0.5
+
+
+def test_dropout_keeps_the_mean(device):
+    inputs = make_inputs(Case(64, 64, mask=masks.FULL), device)
+    out = torch.stack([
+        run(attention_reference, inputs, dropout_p=0.5, seed=seed)["out"] for seed in range(400)
+    ])  # fmt: skip
+    expected = run(attention_reference, inputs)["out"]
+    assert (out.mean(0) - expected).abs().max() < 6 * (out.std(0) / 20).max()

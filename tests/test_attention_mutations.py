@@ -1,0 +1,65 @@
+"""The checks can fail: kernels broken on purpose are found out, by the very check that the other tests use."""
+
+from unittest import mock
+
+import pytest
+import triton
+import triton.language as tl
+
+from kernels import attention_backward, attention_forward, masks, problem, tiles
+from kernels.attention_triton import INTERPRETED
+from tests.attention_checks import Case, check
+
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED, reason="the interpreter alone takes a kernel's parts from its module anew"
+)
+
+CASE = Case(130, 130, H=1, mask=masks.sliding_window(70))
+
+
+def test_unbroken(device):
+    check(CASE, device)
+
+
+def test_mask_flipped(device):
+    flipped = masks.Mask(before_itself, 70, bands=masks.sliding_window(70).bands)
+    real = masks.predicate
+    with (
+        mock.patch.object(masks, "predicate", lambda key: real(flipped.key) if key == CASE.mask.key else real(key)),
+        pytest.raises(AssertionError),
+    ):
+        check(CASE, device)
+
+
+def before_itself(q, k, window):
+    return (q > k) & (q - k < window)
+
+
+def test_scale_dropped(device):
+    real = problem.Problem.scoring
+    with (
+        mock.patch.object(problem.Problem, "scoring", lambda self: real(self)._replace(scale=problem.LOG2E)),
+        pytest.raises(AssertionError),
+    ):
+        check(CASE, device)
+
+
+@pytest.mark.parametrize("module", [attention_forward, attention_backward], ids=["forward", "backward"])
+@pytest.mark.parametrize("which", ["count_full", "count_partial"])
+def test_tile_skipped(module, which, device):
+    replacement = {"count_full": one_full_less, "count_partial": one_partial_less}[which]
+    with mock.patch.object(module, which, replacement), pytest.raises(AssertionError):
+        check(CASE, device)
+
+
+count_full, count_partial = tiles.count_full, tiles.count_partial
+
+
+@triton.jit
+def one_full_less(spans):
+    return tl.maximum(count_full(spans) - 1, 0)
+
+
+@triton.jit
+def one_partial_less(spans):
+    return tl.maximum(count_partial(spans) - 1, 0)
