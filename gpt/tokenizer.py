@@ -240,9 +240,7 @@ class StreamDecoder:
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for an unfinished character. The decoder is then as new."""
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return text
+        return self._decoder.decode(b"", final=True)
 
 
 def build_tokenizer(

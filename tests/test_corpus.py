@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpt import corpus as module
@@ -26,6 +26,8 @@ from gpt.errors import UserError
 from gpt.shards import HEADER_BYTES, ShardWriter
 from gpt.sources import STDLIB, Source, download, find_sources
 from gpt.tokenizer import DOCUMENT, ByteTokenizer, CharTokenizer, UnknownCharacter
+
+calm = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 
 POEM = "The quick brown fox — naïve, 日本語 — jumps over\nthe lazy dog 🙂.\n" * 40
 
@@ -86,7 +88,7 @@ def test_ascii_is_split_where_everyone_splits_it(tmp_path, make):
 
 
 @given(text=st.text(st.sampled_from("ab\né日🙂"), min_size=2, max_size=40), fraction=st.floats(0.01, 0.99))
-@settings(max_examples=60, deadline=None)
+@settings(calm, max_examples=60)
 def test_a_split_falls_between_characters_and_leaves_both_sides_some(tmp_path_factory, text, fraction):
     if not text.strip():
         text = "x" + text
@@ -170,7 +172,9 @@ def test_whitespace_line_ends_and_controls_are_kept(tmp_path, make):
     assert "".join(sides(make(write(tmp_path / "text", text)))) == text
 
 
-def test_byte_order_mark_is_left_out_at_the_start_only(tmp_path, make):
+@pytest.mark.parametrize("chunk", [3, 9, 1 << 20])  # a block begins at the second mark, or at neither
+def test_byte_order_mark_is_left_out_at_the_start_only(tmp_path, make, monkeypatch, chunk):
+    monkeypatch.setattr(sources, "_CHUNK", chunk)
     corpus = make(write(tmp_path / "text", codecs.BOM_UTF8 + "hello \ufeff world\n".encode()))
     assert "".join(sides(corpus)) == "hello \ufeff world\n"
 
@@ -295,18 +299,29 @@ def test_home_is_expanded(tmp_path, make, monkeypatch):
 
 
 def test_cap_keeps_whole_documents_in_order(tmp_path, make):
-    for name in "abcd":
-        write(tmp_path / "texts" / name, name * 10)
-    assert [name[-1] for name, _, _ in make(tmp_path / "texts", max_corpus_bytes=35).sources] == ["a", "b", "c"]
-    assert [name[-1] for name, _, _ in make(tmp_path / "texts", max_corpus_bytes=30).sources] == ["a", "b", "c"]
+    root = tmp_path / "texts"
+    for name, size in {"a": 10, "b": 10, "c": 10, "d": 10, "e": 1}.items():
+        write(root / name, name * size)
+
+    def kept(corpus: object, cap: int) -> str:
+        return "".join(name[-1] for name, _, _ in make(corpus, max_corpus_bytes=cap).sources)
+
+    assert kept(root, 41) == "abcde"
+    assert kept(root, 35) == "abc"  # not e, though it would fit
+    assert kept(root, 30) == "abc"
+    assert kept((root / "a", root / "a", root), 20) == "ab"  # a file named twice counts once
 
 
 def test_cap_cuts_a_single_large_document_between_characters(tmp_path, make):
     path = write(tmp_path / "text", "aé" * 50)
-    corpus = make(path, max_corpus_bytes=20)
-    assert "".join(sides(corpus)) == "aé" * 6 + "a"
-    assert corpus.sources[0][1:] == (20, hashlib.sha256(path.read_bytes()[:20]).hexdigest())
-    assert make(path).directory != corpus.directory
+    for errors in ("strict", "replace"):
+        corpus = make(path, max_corpus_bytes=20, encoding_errors=errors)
+        assert "".join(sides(corpus)) == "aé" * 6 + "a"
+    start = path.read_bytes()[:20]
+    assert corpus.sources[0][1:] == (20, hashlib.sha256(start).hexdigest())
+    # A file that ends there ends in half a character, which is another text.
+    other = make(write(tmp_path / "start", start), encoding_errors="replace")
+    assert "".join(sides(other)) == "aé" * 6 + "a\ufffd"
 
 
 # --- the interpreter's own library ------------------------------------------------------------------------------------
@@ -402,7 +417,7 @@ def test_utf16_is_recognised(tmp_path, make):
 
 def test_latin1_in_a_folder_is_refused_and_not_left_out(tmp_path, make):
     write(tmp_path / "texts" / "a.txt", "plain")
-    write(tmp_path / "texts" / "b.txt", "caf\xe9".encode("latin-1"))
+    write(tmp_path / "texts" / "b.txt", "caf\xe9 noir".encode("latin-1"))
     with pytest.raises(UserError, match=r"b\.txt is not valid UTF-8: byte 3"):
         make(tmp_path / "texts")
 
@@ -737,27 +752,20 @@ def edited(content: bytes, at: int, new: bytes) -> bytes:
         (lambda c: edited(c[:HEADER_BYTES], 16, bytes(8)), "damaged"),
         (lambda c: edited(c, 16, b"\xff" * 8), "damaged"),
         (lambda c: edited(c, 30, b"\x00\x01"), "another tokenizer"),
-        (lambda c: edited(c, HEADER_BYTES + 10, b"\xff"), "checksum"),
     ],
-    ids=[
-        "empty",
-        "short",
-        "magic",
-        "version",
-        "width",
-        "cut",
-        "longer",
-        "no-tokens",
-        "count",
-        "fingerprint",
-        "flipped",
-    ],
+    ids=["empty", "short", "magic", "version", "width", "cut", "longer", "no-tokens", "count", "fingerprint"],
 )
 def test_bad_shard_is_refused(shard, damage, message):
     shard.write_bytes(damage(shard.read_bytes()))
     with pytest.raises(UserError, match=message) as caught:
-        read_tokens(shard, ByteTokenizer(), verify=True)
+        read_tokens(shard, ByteTokenizer())
     assert str(shard) in str(caught.value)
+
+
+def test_changed_token_is_found_by_the_checksum(shard):
+    shard.write_bytes(edited(shard.read_bytes(), HEADER_BYTES + 10, b"\xff"))
+    with pytest.raises(UserError, match=r"x\.tokens is damaged: .* checksum"):
+        read_tokens(shard, ByteTokenizer(), verify=True)
 
 
 def test_unfinished_shard_is_refused(tmp_path):
@@ -876,8 +884,10 @@ def test_silent_server_times_out(make, monkeypatch):
 
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(sources, "TIMEOUT_S", 0.05)
+    start = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(UserError, match="timed out"):
         make(f"http://127.0.0.1:{silent.getsockname()[1]}/text")
+    assert time.monotonic() - start < 2
 
 
 def test_damaged_download_is_refused(server, make, tmp_path):

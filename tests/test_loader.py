@@ -6,13 +6,15 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpt.errors import UserError
 from gpt.loader import TrainLoader, permuted, target_bytes, validation_batches
 from gpt.shards import ShardWriter, read_tokens
 from gpt.tokenizer import ByteTokenizer, CharTokenizer
+
+calm = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 
 KEYS = np.arange(1, 7, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 
@@ -36,12 +38,13 @@ def epoch_of(loader: TrainLoader) -> list[np.ndarray]:
 
 
 @given(count=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
-@settings(deadline=None)
+@calm
 def test_permutation_is_one(count, key):
     keys = KEYS ^ np.uint64(key)
     assert sorted(permuted(np.arange(count), count, keys).tolist()) == list(range(count))
 
 
+@calm
 @given(count=st.integers(1, 2**40), parts=st.lists(st.integers(0, 50), max_size=5))
 def test_permutation_computes_any_part_by_itself(count, parts):
     indices = np.array(sorted({part % count for part in parts}), np.int64)
@@ -79,7 +82,7 @@ def test_permutation_leaves_no_order():
     seed=st.integers(0, 2**32),
     world_size=st.integers(1, 3),
 )
-@settings(max_examples=60, deadline=None)
+@settings(calm, max_examples=60)
 def test_each_token_is_predicted_once_per_epoch(n, seq_len, batch_size, seed, world_size):
     """Over all ranks and three epochs: every window whole, no token twice, only the ends left out."""
     n = max(n, seq_len + 1)
@@ -220,7 +223,7 @@ def test_resume_in_another_order_is_refused(change, name):
         loader.load_state_dict(loader.state_dict() | change)
 
 
-@pytest.mark.parametrize("place", [{"index": 101}, {"index": -1}, {"epoch": -1}, {"index": 10**9}], ids=str)
+@pytest.mark.parametrize("place", [{"index": 100}, {"index": -1}, {"epoch": -1}, {"index": 10**9}], ids=str)
 def test_impossible_place_is_refused_and_changes_nothing(place):
     loader, twin = (TrainLoader(numbered(1000), batch_size=4, seq_len=10, seed=7) for _ in range(2))
     with pytest.raises(UserError, match="place in the data"):
@@ -255,6 +258,7 @@ def test_impossible_rank(rank, world_size):
 # --- validation -------------------------------------------------------------------------------------------------------
 
 
+@calm
 @given(
     n=st.integers(2, 300),
     seq_len=st.integers(1, 40),

@@ -14,7 +14,7 @@ import pytest
 import regex
 import requests
 import tiktoken
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpt import tokenizer as module
@@ -32,6 +32,8 @@ from gpt.tokenizer import (
     check_name,
     load_tokenizer,
 )
+
+calm = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 
 LINES = (
     "First, the user's 3 files; then 12,345 more. Don't stop!\n\n"
@@ -65,7 +67,8 @@ O200K = "|".join(
 PATTERNS = {"ours": PATTERN, "gpt2": GPT2, "cl100k": CL100K, "o200k": O200K}
 
 # Text that provokes pre-splitting: blanks in runs, marks, contractions, combining marks, other scripts.
-nasty = st.text(st.sampled_from("aBsé日二ß1²Ⅷ _'’.,;:!?。/-\n\r\t\u00a0\u3000\u0301🙂"), max_size=40)
+nasty = st.lists(st.sampled_from([*"aBsé日二ß1²Ⅷ _'’.,;:!?。/-\n\r\t\u00a0\u3000\u0301🙂", "a's", "B'LL", "!\n", "  "]))
+nasty = nasty.map("".join)
 anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
@@ -97,6 +100,7 @@ every_kind = pytest.mark.parametrize("tokenizer", KINDS, ids=["char", "byte", "b
 # --- round trips ------------------------------------------------------------------------------------------------------
 
 
+@calm
 @given(text=anything | nasty)
 def test_byte_and_bpe_take_any_text(text):
     for tokenizer in (BYTE, BPE):
@@ -105,6 +109,7 @@ def test_byte_and_bpe_take_any_text(text):
         assert tokenizer.decode_bytes(ids) == text.encode()
 
 
+@calm
 @given(text=st.text(st.sampled_from(sorted(set(TEXT))), max_size=80))
 def test_char_takes_any_text_of_its_characters(text):
     ids = CHAR.encode(text)
@@ -112,6 +117,7 @@ def test_char_takes_any_text_of_its_characters(text):
     assert CHAR.decode(ids) == text
 
 
+@calm
 @given(data=st.data())
 def test_any_ids_decode_and_token_bytes_counts_them(data):
     for tokenizer in KINDS:
@@ -213,6 +219,7 @@ def test_several_special_tokens_the_longest_spelling_wins(named):
 # --- streaming --------------------------------------------------------------------------------------------------------
 
 
+@calm
 @given(data=st.data())
 def test_stream_joins_to_decode(data):
     for tokenizer in KINDS:
@@ -276,7 +283,7 @@ def test_bpe_merges_as_its_trainer_does():
 
 
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
-@settings(max_examples=300)
+@settings(calm, max_examples=300)
 @given(text=nasty)
 def test_no_piece_runs_over_a_cut(pattern, text):
     whole = regex.findall(pattern, text)
@@ -285,6 +292,7 @@ def test_no_piece_runs_over_a_cut(pattern, text):
         assert regex.findall(pattern, left) + regex.findall(pattern, right) == whole
 
 
+@calm
 @given(text=nasty, sizes=st.lists(st.integers(0, 9), max_size=20), longest=st.integers(1, 12))
 def test_segments_depend_on_the_text_alone(text, sizes, longest):
     """However the text arrives in chunks, the segments are the same, bounded, and join to it."""
@@ -411,7 +419,7 @@ BAD_FILES = {
     "kind-is-a-list": damaged(BPE, kind=["bpe"]),
     "no-tokens": damaged(BPE, tokens=None),
     "tokens-are-numbers": damaged(BPE, tokens=[1, 2]),
-    "token-twice": damaged(BPE, tokens=[*TOKENS, TOKENS[300]]),
+    "token-twice": damaged(BPE, tokens=[*TOKENS, TOKENS[300]], special_tokens={}),
     "token-empty": damaged(BPE, tokens=[*TOKENS, ""], special_tokens={}),
     "byte-missing": damaged(BPE, tokens=TOKENS[1:]),
     "bad-base64": damaged(BPE, tokens=[*TOKENS[:-1], "*"]),
