@@ -41,11 +41,11 @@ def evaluate(model: GPT, tokens: Any, tokenizer: Tokenizer, config: Config) -> d
     return {"val_loss": nats / count, "bits_per_byte": bits / max(1, target_bytes(tokens, tokenizer, limit))}
 
 
-def show_sample(model: GPT, tokenizer: Tokenizer, config: Config, monitor: Monitor, first_token: int) -> None:
+def show_sample(model: GPT, tokenizer: Tokenizer, config: Config, monitor: Monitor) -> None:
     """Print what the model writes now. It draws from a generator of its own and changes nothing."""
     if config.log.sample_tokens:
         sampling = SamplingConfig(max_new_tokens=config.log.sample_tokens, rolling=True, seed=config.train.seed)
-        pieces = generate(model, tokenizer, [config.log.sample_prompt], sampling, first_token=first_token)
+        pieces = generate(model, tokenizer, [config.log.sample_prompt], sampling)
         text = config.log.sample_prompt + "".join(piece.text for piece in pieces)
         monitor.say("\n".join("  | " + line for line in text.split("\n")))
 
@@ -170,7 +170,7 @@ def main(config: Config) -> int:
                 monitor.log(record | numbers | {"tokens_per_second": round(rate, 1)})
             if evaluate_now:
                 monitor.log(record | evaluate(model, val_tokens, tokenizer, config))
-                show_sample(model, tokenizer, config, monitor, first_token=int(train_tokens[0]))
+                show_sample(model, tokenizer, config, monitor)
             if save_now:
                 save(step)
                 saved = step

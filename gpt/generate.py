@@ -66,18 +66,6 @@ def sample_token(logits: Tensor, config: SamplingConfig, generator: torch.Genera
     return int(drawn if index is None else index[drawn])
 
 
-def start_tokens(tokenizer: Tokenizer, prompt: str, first_token: int | None = None) -> list[int]:
-    """The prompt's tokens; an empty prompt starts from the document token, else a newline, else first_token, else 0."""
-    if prompt:
-        return tokenizer.encode(prompt)
-    if tokenizer.document_token is not None:
-        return [tokenizer.document_token]
-    try:
-        return tokenizer.encode("\n")
-    except UserError:  # a character tokenizer whose corpus had no line break
-        return [first_token or 0]
-
-
 def room_for(prompt: Sequence[int], config: SamplingConfig, context: int) -> int:
     """How many tokens to generate. UserError where prompt and tokens pass the context and config.rolling is off."""
     wanted = config.max_new_tokens or (500 if config.rolling else max(1, context - len(prompt)))
@@ -120,16 +108,15 @@ def generate_tokens(
         pending = [token]
 
 
-def generate(
-    model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], config: SamplingConfig, *, first_token: int | None = None
-) -> Iterator[Piece]:
+def generate(model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], config: SamplingConfig) -> Iterator[Piece]:
     """Continue each prompt in turn, yielding pieces as they come; the prompts themselves are not repeated.
 
-    The text of prompt i is "".join(p.text for p in generate(...) if p.prompt == i). Generation ends at the document
-    token. The model is put into eval mode while it runs, and put back. Raises UserError, at once, for a prompt with a
-    character that the tokenizer lacks or without room in the context.
+    The text of prompt i is "".join(p.text for p in generate(...) if p.prompt == i). An empty prompt starts from the
+    tokenizer's start token. Generation ends at the document token. The model is put into eval mode while it runs, and
+    put back. Raises UserError, at once, for a prompt with a character that the tokenizer lacks or without room in the
+    context.
     """
-    encoded = [start_tokens(tokenizer, prompt, first_token) for prompt in prompts]
+    encoded = [tokenizer.encode(prompt) or [tokenizer.start_token] for prompt in prompts]
     for tokens in encoded:
         room_for(tokens, config, model.config.seq_len)
     return _generate(model, tokenizer, encoded, config)

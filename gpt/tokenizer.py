@@ -76,6 +76,11 @@ class Tokenizer:
         """The smallest of uint16 and uint32 that holds every id."""
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
+    @property
+    def start_token(self) -> int:
+        """What an empty prompt starts from: the document token; else a line break; else the corpus's first token."""
+        return 0 if self.document_token is None else self.document_token
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the saved form, in hex: equal tokenizers, and no others, share it."""
@@ -143,10 +148,13 @@ class Tokenizer:
 
 
 class CharTokenizer(Tokenizer):
-    """One id per character of a sorted alphabet, then the document token if there is one."""
+    """One id per character of a sorted alphabet, then the document token if there is one.
 
-    def __init__(self, characters: str, *, document_token: bool = False) -> None:
-        self.characters = characters
+    first: the character that the corpus begins with.
+    """
+
+    def __init__(self, characters: str, *, document_token: bool = False, first: str = "") -> None:
+        self.characters, self.first = characters, first
         pieces = [c.encode() for c in characters]
         super().__init__(
             [*pieces, b""] if document_token else pieces, {DOCUMENT: len(pieces)} if document_token else {}
@@ -162,8 +170,15 @@ class CharTokenizer(Tokenizer):
             raise UnknownCharacter(text[position], position)
         return ids.astype(self.dtype)
 
+    @property
+    def start_token(self) -> int:
+        if self.document_token is not None:
+            return self.document_token
+        return max(0, self.characters.find("\n" if "\n" in self.characters else self.first))
+
     def _form(self) -> dict[str, Any]:
-        return {"kind": "char", "characters": self.characters, "document_token": self.document_token is not None}
+        document = self.document_token is not None
+        return {"kind": "char", "characters": self.characters, "document_token": document, "first": self.first}
 
 
 class ByteTokenizer(Tokenizer):
@@ -254,10 +269,12 @@ def build_tokenizer(
     """
     kind = config.tokenizer
     if kind == "char":
-        seen = np.zeros(0x110000, bool)
+        seen, first = np.zeros(0x110000, bool), ""
         for text in texts():
             seen[_codes(text)] = True
-        return CharTokenizer("".join(map(chr, np.flatnonzero(seen).tolist())), document_token=document_token)
+            first = first or text[:1]
+        alphabet = "".join(map(chr, np.flatnonzero(seen).tolist()))
+        return CharTokenizer(alphabet, document_token=document_token, first=first)
     if kind == "byte":
         return ByteTokenizer()
     if kind == "bpe":
@@ -304,10 +321,11 @@ def _from_form(form: Any) -> Tokenizer:
     _check(form.get("version") == VERSION, f'"version" is {form.get("version")!r}, known is {VERSION}')
     kind = form.get("kind")
     if kind == "char":
-        characters, document = form.get("characters"), form.get("document_token")
+        characters, document, first = form.get("characters"), form.get("document_token"), form.get("first", "")
         _check(isinstance(characters, str) and isinstance(document, bool), '"characters" or "document_token" is wrong')
         _check(list(characters) == sorted(set(characters)), '"characters" are not sorted and distinct')
-        return CharTokenizer(characters, document_token=document)
+        _check(isinstance(first, str) and first in characters, '"first" is not one of "characters"')
+        return CharTokenizer(characters, document_token=document, first=first)
     if kind == "byte":
         return ByteTokenizer()
     _check(kind == "bpe", f'"kind" is {kind!r}, known are char, byte and bpe')

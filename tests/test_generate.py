@@ -5,9 +5,9 @@ import torch
 
 from gpt.config import PRESETS, ModelConfig, TokenizerConfig
 from gpt.errors import UserError
-from gpt.generate import Piece, SamplingConfig, generate, generate_tokens, sample_token, start_tokens
+from gpt.generate import Piece, SamplingConfig, generate, generate_tokens, sample_token
 from gpt.model import GPT
-from gpt.tokenizer import build_tokenizer
+from gpt.tokenizer import build_tokenizer, load_tokenizer
 
 TEXT = "the quick brown fox\njumps over the lazy dog: é漢🙂"
 
@@ -155,10 +155,22 @@ def test_generation_ends_at_the_document_token():
     assert [piece.token for piece in pieces] == [None]
 
 
-def test_an_empty_prompt_starts_somewhere():
-    assert start_tokens(tokenizer_of("byte"), "") == [tokenizer_of("byte").document_token]
-    assert start_tokens(tokenizer_of(), "") == tokenizer_of().encode("\n")
-    assert start_tokens(tokenizer_of(text="abc"), "", first_token=2) == [2]
+@pytest.mark.parametrize(
+    ("tokenizer", "start"),
+    [
+        (tokenizer_of("byte"), tokenizer_of("byte").document_token),
+        (tokenizer_of(document_token=True), tokenizer_of(document_token=True).document_token),
+        (tokenizer_of(), tokenizer_of().encode("\n")[0]),
+        (tokenizer_of(text="cab"), 2),
+    ],
+    ids=["byte-document", "char-document", "char-newline", "char-first"],
+)
+def test_an_empty_prompt_starts_as_a_document_does(tokenizer, start, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    assert load_tokenizer(tmp_path / "tokenizer.json").start_token == start
+    model, config = model_of(tokenizer).eval(), SamplingConfig(max_new_tokens=1, temperature=0.0)
+    (piece, _) = generate(model, tokenizer, [""], config)
+    assert piece.token == int(model(torch.tensor([[start]]))[0, 0, : tokenizer.vocab_size].argmax())
 
 
 def test_an_unknown_character_is_named():
