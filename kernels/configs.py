@@ -52,7 +52,7 @@ def choose(arch: str, dtype: torch.dtype, D: int, Dv: int, kernel: str) -> Confi
     if arch == "interpreter":
         return INTERPRETER
     bits = 32 if dtype == torch.float32 else 16
-    for limit, config in TABLE[arch][kernel, bits]:
+    for limit, config in TABLE[arch, bits, kernel]:
         if width <= limit:
             return config
     raise ValueError(f"head dims of {D} and {Dv} are not supported: 8 to 256 are")
@@ -63,13 +63,59 @@ def block_dim(D: int) -> int:
     return max(16, 1 << (D - 1).bit_length())
 
 
-# arch -> (kernel, bits of an input) -> (largest head dim, config), ascending.
-_SMALL = {
-    ("forward", 16): [(64, Config(128, 64, 4, 3)), (128, Config(128, 64, 8, 2)), (256, Config(64, 32, 4, 2))],
-    ("dkdv", 16): [(64, Config(64, 64, 4, 2)), (128, Config(32, 64, 4, 2)), (256, Config(32, 32, 4, 1))],
-    ("dq", 16): [(64, Config(64, 64, 4, 2)), (128, Config(64, 32, 4, 2)), (256, Config(32, 32, 4, 1))],
-    ("forward", 32): [(64, Config(64, 32, 4, 2)), (128, Config(32, 32, 4, 2)), (256, Config(16, 32, 4, 1))],
-    ("dkdv", 32): [(64, Config(32, 32, 4, 1)), (128, Config(32, 16, 4, 1)), (256, Config(16, 16, 4, 1))],
-    ("dq", 32): [(64, Config(32, 32, 4, 1)), (128, Config(32, 16, 4, 1)), (256, Config(16, 16, 4, 1))],
+def _rows(forward: list, dkdv: list, dq: list) -> dict:
+    """Configs for head dims up to 64, 128 and 256, for each kernel."""
+    return {
+        name: [(limit, Config(*config)) for limit, config in zip((64, 128, 256), configs)]
+        for name, configs in (("forward", forward), ("dkdv", dkdv), ("dq", dq))
+    }
+
+
+# float32 multiplies outside the matrix units: small tiles, the same everywhere.
+_FLOAT32 = _rows(
+    forward=[(64, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 1)],
+    dkdv=[(32, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)],
+    dq=[(32, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)],
+)
+
+# What decides, by what the compiler reports (benchmarks/compile_report.py): no spill first, then the largest tile, then
+# loads in flight. Two programs of four warps hide each other's softmax, so that is preferred where registers allow.
+_16_BIT = {
+    "sm_80": _rows(
+        forward=[(128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)],
+        dkdv=[(32, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)],
+        dq=[(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 8, 1)],
+    ),
+    "sm_89": _rows(
+        forward=[(128, 64, 4, 3), (128, 64, 8, 3), (64, 32, 8, 2)],
+        dkdv=[(32, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)],
+        dq=[(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 8, 1)],
+    ),
+    "sm_90": _rows(
+        forward=[(128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 2)],
+        dkdv=[(32, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)],
+        dq=[(128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1)],
+    ),
+    "sm_100": _rows(
+        forward=[(128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)],
+        dkdv=[(32, 128, 8, 2), (32, 128, 8, 1), (32, 32, 8, 1)],
+        dq=[(128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)],
+    ),
+    "sm_120": _rows(
+        forward=[(128, 64, 4, 3), (128, 64, 8, 3), (64, 32, 8, 2)],
+        dkdv=[(32, 128, 8, 2), (64, 64, 8, 1), (32, 32, 8, 1)],
+        dq=[(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 8, 1)],
+    ),
+    "gfx942": _rows(
+        forward=[(128, 64, 4, 2), (128, 64, 4, 2), (64, 32, 4, 2)],
+        dkdv=[(32, 64, 4, 1), (32, 64, 4, 2), (16, 32, 4, 1)],
+        dq=[(64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)],
+    ),
 }
-TABLE = dict.fromkeys(SHARED_MEMORY, _SMALL)
+# (arch, bits of an input, kernel) -> (largest head dim, config), ascending.
+TABLE = {
+    (arch, bits, kernel): row
+    for arch in SHARED_MEMORY
+    for bits, rows in ((16, _16_BIT[arch]), (32, _FLOAT32))
+    for kernel, row in rows.items()
+}

@@ -116,9 +116,10 @@ def even_queries(q, k):
     return (q % 2 == 0) & (k <= q)
 
 
-@pytest.mark.parametrize(
-    "tile", sorted({c[:2] for table in configs.TABLE.values() for entry in table.values() for _, c in entry}), ids=str
-)
+TILES = sorted({config[:2] for row in configs.TABLE.values() for _, config in row})
+
+
+@pytest.mark.parametrize("tile", TILES, ids="{0[0]}x{0[1]}".format)
 def test_every_tile_of_the_table(tile, device, monkeypatch):
     """Every tile size that any GPU uses gives the right numbers."""
     if device == "cuda":

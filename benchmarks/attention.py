@@ -1,0 +1,263 @@
+"""Attention, timed: `python -m benchmarks.attention`, on a GPU.
+
+Forward and backward TFLOP/s of our kernels beside torch's scaled_dot_product_attention pinned to FlashAttention-2 and
+to cuDNN, and FlexAttention, in one process on the same tensors. Every round times each of them once, in an order that
+rotates, so that a clock that drifts is shared by all; medians are reported, with the median of the paired ratios. The
+result goes to results/<device>.json with the clocks, the driver and the versions it was measured under.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kernels import attention, masks
+
+RESULTS = Path(__file__).parent / "results"
+WINDOW = 512
+MASKS = {"causal": masks.CAUSAL, "full": masks.FULL, "window": masks.sliding_window(WINDOW)}
+OURS, FLASH, CUDNN, FLEX = "ours", "sdpa flash", "sdpa cudnn", "flex"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of the table. `tokens`: B * T; `width`: H * D (FlashAttention's own benchmark has 16k and 2048)."""
+
+    D: int
+    T: int
+    mask: str
+    direction: str
+    tokens: int = 16384
+    width: int = 2048
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return max(1, self.tokens // self.T), self.T, self.width // self.D, self.D
+
+    def flops(self) -> float:
+        """Of the matrix products that the mask needs, as FlashAttention counts: a causal mask needs half of T * T.
+
+        Forward has two products of 2 * D operations for each pair of positions, backward five.
+        """
+        B, T, H, D = self.shape
+        pairs = {"full": T * T, "causal": T * T / 2, "window": min(WINDOW, T) * T - min(WINDOW, T) ** 2 / 2}[self.mask]
+        return B * H * pairs * 2 * D * (2 if self.direction == "forward" else 5)
+
+
+@dataclass
+class Row:
+    """What was measured: medians in milliseconds, TFLOP/s, and how many times as fast as each other ours was."""
+
+    setting: Setting
+    milliseconds: dict[str, float]
+    tflops: dict[str, float]
+    speedup: dict[str, float]
+    missing: dict[str, str]
+
+
+def sdpa_on(backend: SDPBackend) -> Callable:
+    """torch's attention pinned to one back end, for (B, T, H, D) tensors."""
+
+    def call(q, k, v, mask: str):
+        with sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=mask == "causal")
+        return out.transpose(1, 2)
+
+    return call
+
+
+def flex() -> Callable:
+    """FlexAttention, compiled, with its block mask made once for each length."""
+    import torch._functorch.config
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    # Backward passes are timed again and again on one graph, which donated buffers would forbid.
+    torch._functorch.config.donated_buffer = False
+    compiled = torch.compile(flex_attention, dynamic=False)
+    rules = {
+        "causal": lambda b, h, q, k: q >= k,
+        "window": lambda b, h, q, k: (q >= k) & (q - k < WINDOW),
+    }
+    block_masks: dict = {}
+
+    def call(q, k, v, mask: str):
+        T = q.shape[1]
+        if mask != "full" and (mask, T) not in block_masks:
+            block_masks[mask, T] = create_block_mask(rules[mask], None, None, T, T, device=q.device)
+        out = compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=block_masks.get((mask, T)))
+        return out.transpose(1, 2)
+
+    return call
+
+
+def contenders() -> dict[str, Callable]:
+    """Each takes (q, k, v, mask's name). The first is ours."""
+    return {
+        OURS: lambda q, k, v, mask: attention(q, k, v, mask=MASKS[mask], impl="triton"),
+        FLASH: sdpa_on(SDPBackend.FLASH_ATTENTION),
+        CUDNN: sdpa_on(SDPBackend.CUDNN_ATTENTION),
+        FLEX: flex(),
+    }
+
+
+class EventTimer:
+    """Milliseconds of GPU time of one call, by events, with the L2 cache emptied before it."""
+
+    def __init__(self):
+        self.scratch = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+
+    def __call__(self, fn: Callable) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.scratch.zero_()
+        start.record()
+        fn()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+def prepare(
+    setting: Setting, contenders: dict[str, Callable], device: str
+) -> tuple[dict[str, Callable], dict[str, str]]:
+    """What to time for each contender, and why the missing ones are missing. All must compute the same thing."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn() -> torch.Tensor:
+        return torch.randn(setting.shape, generator=generator, device=device, dtype=torch.bfloat16)
+
+    q, k, v = (randn().requires_grad_() for _ in range(3))
+    dout = randn()
+    calls, missing, expected = {}, {}, None
+    for name, contender in contenders.items():
+        if setting.mask == "window" and name in (FLASH, CUDNN):
+            missing[name] = "no sliding window"
+            continue
+        try:
+            out = contender(q, k, v, setting.mask)
+            grads = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+        except RuntimeError as error:
+            if name == OURS:
+                raise
+            missing[name] = str(error).splitlines()[0]
+            continue
+        results = [out.detach(), *grads]
+        if expected is None:
+            expected = results
+        for ours, theirs in zip(expected, results):
+            difference = (ours.float() - theirs.float()).norm() / ours.float().norm()
+            assert difference < 0.02, f"{name} computes something else than {OURS}: {difference:.3f} apart"
+        if setting.direction == "forward":
+            calls[name] = lambda f=contender: f(q.detach(), k.detach(), v.detach(), setting.mask)
+        else:
+            calls[name] = lambda out=out: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+    return calls, missing
+
+
+def measure(setting: Setting, contenders: dict[str, Callable], timer: Callable, rounds: int, device: str) -> Row:
+    """Time one setting: `rounds` rounds, after three that do not count."""
+    calls, missing = prepare(setting, contenders, device)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for n in range(-3, rounds):
+        turn = n % len(names)
+        for name in names[turn:] + names[:turn]:
+            elapsed = timer(calls[name])
+            if n >= 0:
+                times[name].append(elapsed)
+    medians = {name: statistics.median(each) for name, each in times.items()}
+    tflops = {name: setting.flops() / median / 1e9 for name, median in medians.items()}
+    speedup = {
+        name: statistics.median(theirs / ours for ours, theirs in zip(times[OURS], times[name]))
+        for name in names
+        if name != OURS
+    }
+    return Row(setting, medians, tflops, speedup, missing)
+
+
+def conditions() -> dict[str, str]:
+    """Versions, driver, and the GPU's clocks, power limit and temperature now."""
+    import triton
+
+    found = {"torch": torch.__version__, "triton": triton.__version__, "cuda": str(torch.version.cuda)}
+    found["cudnn"] = str(torch.backends.cudnn.version())
+    fields = ["driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu"]
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+    try:
+        values = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().split(", ")
+    except (OSError, subprocess.CalledProcessError) as error:
+        return found | {"nvidia-smi": f"not read: {error}"}
+    return found | dict(zip(fields, values))
+
+
+def write(rows: list[Row], device: str, before: dict, after: dict, folder: Path) -> Path:
+    """results/<device>.json."""
+    path = folder / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+    record = {
+        "benchmark": "attention",
+        "device": device,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "dtype": "bfloat16",
+        "conditions_before": before,
+        "conditions_after": after,
+        "rows": [asdict(row) for row in rows],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def show(rows: list[Row], device: str) -> None:
+    """The table, in TFLOP/s."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"attention, bf16, TFLOP/s on {device}")
+    names = [OURS, FLASH, CUDNN, FLEX]
+    for heading in ("", "mask", "D", "T", *names, f"{OURS} / flash", f"{OURS} / cudnn"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        s = row.setting
+        speeds = [f"{row.tflops[name]:.0f}" if name in row.tflops else "-" for name in names]
+        ratios = [f"{row.speedup[name]:.2f}" if name in row.speedup else "-" for name in (FLASH, CUDNN)]
+        table.add_row(s.direction, s.mask, str(s.D), str(s.T), *speeds, *ratios)
+    Console().print(table)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__.splitlines()[0])
+    parser.add_argument("--head-dims", nargs="*", type=int, default=[64, 128])
+    parser.add_argument("--lengths", nargs="*", type=int, default=[1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--masks", nargs="*", default=["causal", "full", "window"], choices=list(MASKS))
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder to write to")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("benchmarks.attention needs a GPU and found none: nothing measured")
+        return 0
+    device = torch.cuda.get_device_name()
+    before, timer, everyone = conditions(), EventTimer(), contenders()
+    rows = []
+    for D in args.head_dims:
+        for mask in args.masks:
+            for T in args.lengths:
+                for direction in ("forward", "backward"):
+                    rows.append(measure(Setting(D, T, mask, direction), everyone, timer, args.rounds, "cuda"))
+    show(rows, device)
+    for name, reason in sorted({item for row in rows for item in row.missing.items()}):
+        print(f"{name}: {reason}")
+    print(f"written to {write(rows, device, before, conditions(), args.results)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Every default configuration compiles ahead of time for every target, within its limits; no GPU is needed.
+
+The compiler runs in a process of its own, without TRITON_INTERPRET: the choice falls when a kernel is defined.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from kernels import configs
+
+TARGETS = sorted(configs.SHARED_MEMORY)
+KERNELS = ("forward", "dkdv", "dq")
+# One tile too large: what it spills shows that the test can see a spill.
+TOO_LARGE = {"target": "sm_90", "kernel": "dkdv", "dtype": "bf16", "D": 128, "config": [128, 128, 4, 2]}
+
+
+def cases() -> list[dict]:
+    """D 64 and 128 in bf16 for every target and kernel, and a few of other dtypes, head dims and masks."""
+    found = [
+        {"target": target, "kernel": kernel, "dtype": "bf16", "D": D, "mask": mask}
+        for target in TARGETS
+        for kernel in KERNELS
+        for D, mask in ((64, "causal"), (128, "window+sinks"))
+    ]
+    found += [
+        {"target": target, "kernel": kernel, "dtype": "bf16", "D": 256}
+        for target in ("sm_89", "gfx942")
+        for kernel in KERNELS
+    ]
+    found += [{"target": "sm_89", "kernel": kernel, "dtype": "fp32", "D": 64} for kernel in KERNELS]
+    found += [{"target": "sm_90", "kernel": kernel, "dtype": "fp16", "D": 80, "mask": "full"} for kernel in KERNELS]
+    return [*found, TOO_LARGE]
+
+
+def compiled() -> list[dict]:
+    """The compiler's report on each case, in their order."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.compile_report", "--json", "--cases", json.dumps(cases())],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def faults(report: dict) -> list[str]:
+    """What is wrong with a kernel: too much shared memory, a spill, or a matrix product outside the matrix units.
+
+    For 16-bit inputs and head dims up to 128 nothing may spill, and the chip's own instruction must be there: mma.sync,
+    wgmma, tcgen05, mfma. For float32 it must not, as it would round.
+    """
+    case, found = report["case"], []
+    is_lean = case["dtype"] != "fp32" and case["D"] <= 128
+    if not 0 < report["shared"] <= configs.SHARED_MEMORY[case["target"]]:
+        found.append(f"{report['shared']} bytes of shared memory")
+    if is_lean and report["spilled"]:
+        found.append(f"{report['spilled']} bytes of registers spilled")
+    if is_lean and not report["matrix_instructions"]:
+        found.append("no matrix instruction")
+    if case["dtype"] == "fp32" and report["matrix_instructions"]:
+        found.append("a matrix instruction on float32")
+    return [f"{case} in {report['config']}: {fault}" for fault in found]
+
+
+def test_every_default_compiles():
+    """One test, so that the compiler runs once. The tile that is too large shows that a spill would be seen."""
+    *reports, too_large = compiled()
+    assert len(reports) == len(cases()) - 1
+    assert [fault for report in reports for fault in faults(report)] == []
+    assert any("spilled" in fault for fault in faults(too_large))
+
+
+def test_faults_are_found():
+    case = {"target": "sm_89", "kernel": "dq", "dtype": "fp16", "D": 128, "mask": "causal", "config": None}
+    report = {"case": case, "config": [64, 64, 4, 2], "shared": 99 << 10, "spilled": 0, "matrix_instructions": 1}
+    assert faults(report) == []
+    assert len(faults(report | {"shared": (99 << 10) + 1, "spilled": 4, "matrix_instructions": 0})) == 3
+    assert len(faults(report | {"case": case | {"dtype": "fp32"}})) == 1
+    assert faults(report | {"case": case | {"D": 256}, "spilled": 4}) == []
