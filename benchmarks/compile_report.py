@@ -24,7 +24,7 @@ from kernels.problem import Launch, Problem
 
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 89, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
-KERNELS = ("forward", "dkdv", "dq")
+KERNELS = ("forward", "dkdv", "dq")  # and "prepare", which has no matrix product
 MATRIX_INSTRUCTION = {
     "sm_80": "mma.sync",
     "sm_89": "mma.sync",
@@ -38,13 +38,17 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel for one target. `config` overrides the table: (block_m, block_n, num_warps, num_stages)."""
+    """One kernel for one target. `config` overrides the table: (block_m, block_n, num_warps, num_stages).
+
+    variant: "plain"; "features", with everything that `attention` can do at once; "one", where each length is 1.
+    """
 
     target: str
     kernel: str
     dtype: str
     D: int
     mask: str = "causal"
+    variant: str = "plain"
     config: tuple[int, int, int, int] | None = None
 
 
@@ -90,34 +94,46 @@ MASKS = {
 
 def launch_of(case: Case) -> Launch:
     """The launch that this case stands for, on tensors without memory."""
-    B, T, H, H_kv = 2, 2048, 4, 2
+    B, T, H, H_kv = (1, 1, 1, 1) if case.variant == "one" else (2, 2048, 4, 2)
     mask = MASKS[case.mask]
 
     def tensor(*shape, dtype=DTYPES[case.dtype]):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     q, k, v = tensor(B, T, H, case.D), tensor(B, T, H_kv, case.D), tensor(B, T, H_kv, case.D)
-    problem = Problem(
-        q, k, v, mask.key, len(mask.bands), list(mask.operands), [], None, None, case.D**-0.5, 0.0, None, None, None,
-        0.0, None, arch=case.target,
-    )  # fmt: skip
     rows = tensor(B, H, T, dtype=torch.float32)
+    segments = softcap = slopes = bias = sinks = seed = None
+    dropout_p = 0.0
+    if case.variant == "features":
+        mask = mask | masks.Mask(in_prefix, tensor(B, dtype=torch.int32))
+        segments, softcap, dropout_p = tensor(B, T, dtype=torch.int32), 30.0, 0.1
+        slopes, bias, sinks, seed = rows[0, :, 0], rows[0, :, None], rows[0, :, 0], tensor(1, dtype=torch.int64)
+    problem = Problem(
+        q, k, v, mask.key, len(mask.bands), list(mask.operands), list(mask.tensors), segments, segments, case.D**-0.5,
+        softcap or 0.0, slopes, bias, sinks, dropout_p, seed, arch=case.target,
+    )  # fmt: skip
     if case.kernel == "forward":
         return attention_forward.forward_launch(problem, q, rows)
     if case.kernel == "dkdv":
         return attention_backward.dkdv_launch(problem, q, rows, rows, k, v)
-    return attention_backward.dq_launch(problem, q, rows, rows, q)
+    if case.kernel == "dq":
+        return attention_backward.dq_launch(problem, q, rows, rows, q)
+    return attention_backward.prepare_launch(problem, q, q, rows, rows, rows, rows)
+
+
+def in_prefix(q, k, length):
+    return k < length
 
 
 def compile_case(case: Case) -> Report:
     """Compile one case and read what came of it."""
     triton.runtime.driver.set_active(_Device(case.target))
     launch = launch_of(case)
-    constants, options = dict(launch.args), dict(launch.options)
+    args, options = dict(launch.args), dict(launch.options)
     if case.config is not None:
-        constants["BLOCK_M"], constants["BLOCK_N"], options["num_warps"], options["num_stages"] = case.config
-    compiled = launch.kernel.warmup(grid=launch.grid, **constants, **options)
-    config = constants["BLOCK_M"], constants["BLOCK_N"], options["num_warps"], options["num_stages"]
+        args["BLOCK_M"], args["BLOCK_N"], options["num_warps"], options["num_stages"] = case.config
+    compiled = launch.kernel.warmup(grid=launch.grid, **args, **options)
+    config = args["BLOCK_M"], args.get("BLOCK_N", 0), options["num_warps"], options.get("num_stages", 0)
     assembly = compiled.asm["amdgcn" if case.target == "gfx942" else "ptx"]
     registers, spilled = (_amd_usage if case.target == "gfx942" else _nvidia_usage)(compiled, case.target)
     found = assembly.count(MATRIX_INSTRUCTION[case.target])

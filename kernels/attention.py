@@ -76,8 +76,8 @@ def attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check(q, k, v)
     is_plain = segment_ids is None and softcap is None and alibi_slopes is None and bias is None and sinks is None
-    if not (is_plain and dropout_p == 0 and seed is None):
-        _check_features(q, k, segment_ids, softcap, alibi_slopes, bias, sinks, dropout_p, seed)
+    if not (is_plain and dropout_p == 0 and seed is None and not mask.tensors):
+        _check_features(q, k, mask, segment_ids, softcap, alibi_slopes, bias, sinks, dropout_p, seed)
 
     if impl == "auto":
         impl = _choose(q, k, v, mask, segment_ids, softcap, bias, sinks, dropout_p, return_lse)
@@ -152,7 +152,7 @@ def _announce(choice: str, reason: str) -> None:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise for tensors that do not belong together. Runs at every call: one comparison when all is well."""
+    """Raise for tensors that do not belong together. It runs at every call, so it is quick: a microsecond."""
     if not (q.ndim == k.ndim == v.ndim == 4):
         raise ValueError(f"q, k and v have the axes (B, T, H, D), not {q.ndim}, {k.ndim} and {v.ndim} axes")
     B, Tq, H, D = q.shape
@@ -175,7 +175,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"sequences shorter than {FAR} are supported, not {Tq} and {Tk}")
 
 
-def _check_features(q, k, segment_ids, softcap, alibi_slopes, bias, sinks, dropout_p, seed) -> None:
+def _check_features(q, k, mask, segment_ids, softcap, alibi_slopes, bias, sinks, dropout_p, seed) -> None:
     """Raise for optional arguments that do not fit q and k."""
     B, Tq, H, _ = q.shape
     Tk = k.shape[1]
@@ -201,6 +201,10 @@ def _check_features(q, k, segment_ids, softcap, alibi_slopes, bias, sinks, dropo
         raise ValueError(f"dropout_p is at least 0 and below 1, not {dropout_p}")
     if isinstance(seed, Tensor) and (seed.numel() != 1 or seed.dtype != torch.int64):
         raise ValueError(f"seed is an int or a one-element int64 tensor, not {seed.dtype} of {tuple(seed.shape)}")
-    for name, tensor in (("alibi_slopes", alibi_slopes), ("sinks", sinks), ("bias", bias)):
+    for row in mask.tensors:
+        if row.shape != (B,):
+            raise ValueError(f"a tensor in a mask has one value for each of {B} rows, not shape {tuple(row.shape)}")
+    pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids,)
+    for tensor in (alibi_slopes, sinks, bias, *pair, *mask.tensors):
         if tensor is not None and tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device}, q on {q.device}")
+            raise ValueError(f"all tensors are on one device, not {q.device} and {tensor.device}")

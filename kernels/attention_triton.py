@@ -39,7 +39,6 @@ def attention_triton(q, k, v, *, mask: Mask, segment_ids, scale, softcap, alibi_
     segments_q = segments_k = None
     if segment_ids is not None:
         segments_q, segments_k = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-        segments_q, segments_k = segments_q.contiguous(), segments_k.contiguous()
     if dropout_p == 0:
         seed = None
     elif seed is None:
@@ -53,17 +52,22 @@ def attention_triton(q, k, v, *, mask: Mask, segment_ids, scale, softcap, alibi_
         mask.key,
         len(mask.bands),
         list(mask.operands),
-        list(mask.tensors),
-        segments_q,
-        segments_k,
+        [row.contiguous() for row in mask.tensors],
+        _packed(segments_q),
+        _packed(segments_k),
         q.shape[3] ** -0.5 if scale is None else scale,
         softcap or 0.0,
-        alibi_slopes,
+        _packed(alibi_slopes),
         bias,
-        sinks,
+        _packed(sinks),
         dropout_p,
         seed,
     )
+
+
+def _packed(small: Tensor | None) -> Tensor | None:
+    """One or two numbers for a head or a position: not worth strides of their own in the kernels."""
+    return None if small is None else small.contiguous()
 
 
 @torch.library.custom_op("triton_attention::forward", mutates_args=())

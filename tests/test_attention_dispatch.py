@@ -107,6 +107,10 @@ def test_kept_masks_are_few():
     assert 0 < len(mask.dense_cache) <= 16
 
 
+def first_keys(q, k, n):
+    return k < n
+
+
 REFUSED = [
     ({"inputs": [torch.zeros(2, 7, 4)] * 3}, ValueError, "axes"),
     ({"inputs": [torch.zeros(1, 7, 3, 8), *[torch.zeros(1, 7, 2, 8)] * 2]}, ValueError, "multiple of H_kv"),
@@ -125,6 +129,8 @@ REFUSED = [
     ({"sinks": torch.zeros(4, 1)}, ValueError, "each of 4 heads"),
     ({"bias": torch.zeros(3, 7)}, ValueError, "broadcast"),
     ({"bias": torch.zeros(1, 1, 1, 7, 7)}, ValueError, "broadcast"),
+    ({"bias": torch.zeros(7, 7, device="meta")}, ValueError, "one device"),
+    ({"mask": masks.Mask(first_keys, torch.zeros(3, dtype=torch.int32))}, ValueError, "each of 2 rows"),
     ({"dropout_p": 1.0}, ValueError, "below 1"),
     ({"dropout_p": -0.1}, ValueError, "below 1"),
     ({"dropout_p": 0.1, "seed": torch.zeros(2, dtype=torch.int64)}, ValueError, "one-element int64"),

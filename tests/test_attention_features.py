@@ -47,6 +47,14 @@ def test_sinks_of_minus_infinity_are_none(device):
     torch.testing.assert_close(attention(q, k, v, sinks=sinks, impl="triton"), attention(q, k, v, impl="triton"))
 
 
+def test_strided_values_of_heads(device):
+    """Slopes and sinks that are columns of something larger."""
+    q, k, v = (torch.randn(1, 6, 2, 8, device=device) for _ in range(3))
+    columns = torch.rand(2, 3, device=device)
+    options = {"alibi_slopes": columns[:, 1], "sinks": columns[:, 2]}
+    torch.testing.assert_close(attention(q, k, v, **options, impl="triton"), attention_reference(q, k, v, **options))
+
+
 def test_lse_alone_is_differentiable(device):
     q, k, v = (torch.randn(1, 70, 1, 16, device=device, requires_grad=True) for _ in range(3))
     grads = []
