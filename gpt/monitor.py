@@ -134,7 +134,7 @@ class Monitor:
 
     def say(self, text: str) -> None:
         """Print above the bar, as it is."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(text, markup=False, emoji=False, soft_wrap=True)
 
     def advance(self, step: int) -> None:
         """Move the bar."""

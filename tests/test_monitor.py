@@ -1,0 +1,81 @@
+"""The metrics file, the picture and the clock."""
+
+import json
+import subprocess
+import sys
+
+from gpt.command_line import load_config
+from gpt.monitor import Monitor, plot_losses, process_seconds, read_metrics
+
+
+def record(step: int, **values) -> dict:
+    return {"step": step, "tokens": 10 * step, "tokens_per_second": 5.0, **values}
+
+
+def monitor_in(folder, start_step: int = 0) -> Monitor:
+    return Monitor(load_config(["--run-dir", str(folder), "--max-steps", "20"]), start_step=start_step)
+
+
+def test_resume_drops_later_records_and_a_line_cut_short(tmp_path, capsys):
+    monitor = monitor_in(tmp_path)
+    for step in (1, 2, 3):
+        monitor.log(record(step, train_loss=1.0 / step))
+    monitor.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "train')
+    monitor = monitor_in(tmp_path, start_step=2)
+    monitor.log(record(3, train_loss=9.0))
+    monitor.close()
+    assert [(r["step"], r["train_loss"]) for r in read_metrics(tmp_path / "metrics.jsonl")] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, 9.0),
+    ]
+
+
+def test_a_pipe_gets_plain_lines_without_control_characters(tmp_path, capsys):
+    monitor = monitor_in(tmp_path)
+    monitor.log(record(10, train_loss=1.25))
+    monitor.log(record(10, val_loss=1.5, bits_per_byte=2.0))
+    monitor.say("[bold]as it is[/bold] :smile:")
+    monitor.close()
+    output = capsys.readouterr().out
+    assert "step 10/20: loss 1.2500" in output
+    assert "step 10: validation loss 1.5000 nats per token, 2.0000 bits per byte" in output
+    assert "[bold]as it is[/bold] :smile:" in output
+    assert "\x1b" not in output
+
+
+def test_the_plot_shows_both_losses(tmp_path):
+    from matplotlib import image
+
+    records = [record(step, train_loss=3.0 / step) for step in range(1, 50)]
+    plot_losses(records, tmp_path / "train.png", "run")
+    plot_losses([*records, record(49, val_loss=1.0)], tmp_path / "both.png", "run")
+    train, both = (image.imread(tmp_path / name)[..., :3] for name in ("train.png", "both.png"))
+    assert train.shape == both.shape == (540, 960, 3)
+    orange = lambda picture: ((abs(picture - [1.0, 0.498, 0.055])).sum(-1) < 0.05).sum()
+    assert orange(train) == 0
+    assert orange(both) > 20
+    assert not list(tmp_path.glob("*tmp*"))
+
+
+def test_an_empty_run_still_draws(tmp_path):
+    plot_losses([], tmp_path / "loss.png", "run")
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_seconds_count_from_the_start_of_the_process():
+    code = "import time; t = time.time(); import gpt.monitor as m; print(m.process_seconds(), time.time() - t)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    since_start, since_code = map(float, done.stdout.split())
+    assert since_code - 0.02 < since_start < since_code + 5
+    assert process_seconds() > 0
+
+
+def test_metrics_are_json_lines(tmp_path, capsys):
+    monitor = monitor_in(tmp_path)
+    monitor.log(record(1, train_loss=0.5))
+    monitor.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line).keys() == {"step", "tokens", "tokens_per_second", "train_loss", "seconds"}
