@@ -135,12 +135,12 @@ def compile_case(case: Case) -> Report:
     compiled = launch.kernel.warmup(grid=launch.grid, **args, **options)
     config = args["BLOCK_M"], args.get("BLOCK_N", 0), options["num_warps"], options.get("num_stages", 0)
     assembly = compiled.asm["amdgcn" if case.target == "gfx942" else "ptx"]
-    registers, spilled = (_amd_usage if case.target == "gfx942" else _nvidia_usage)(compiled, case.target)
+    registers, spilled = (_amd_usage if case.target == "gfx942" else _nvidia_usage)(compiled)
     found = assembly.count(MATRIX_INSTRUCTION[case.target])
     return Report(case, config, compiled.metadata.shared, registers, spilled, found)
 
 
-def _amd_usage(compiled, target: str) -> tuple[int, int]:
+def _amd_usage(compiled) -> tuple[int, int]:
     """Vector registers and bytes of scratch memory of a thread."""
     assembly = compiled.asm["amdgcn"]
 
@@ -150,7 +150,7 @@ def _amd_usage(compiled, target: str) -> tuple[int, int]:
     return value("vgpr_count"), max(value("private_segment_fixed_size"), 4 * value("vgpr_spill_count"))
 
 
-def _nvidia_usage(compiled, target: str) -> tuple[int, int]:
+def _nvidia_usage(compiled) -> tuple[int, int]:
     """Registers of a thread and bytes that it spills, by cuobjdump; where there is a stack, ptxas counts the spills."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
@@ -163,14 +163,23 @@ def _nvidia_usage(compiled, target: str) -> tuple[int, int]:
         ptx = Path(folder, "kernel.ptx")
         ptx.write_text(compiled.asm["ptx"])
         arch = re.search(r"\.target (\S+?),?\s", compiled.asm["ptx"])[1]
-        ptxas = tools / ("ptxas-blackwell" if TARGETS[target].arch >= 100 else "ptxas")
-        log = _output([ptxas, "-v", f"-arch={arch}", ptx, "-o", Path(folder, "again.cubin")])
+        log = _assembled(tools, arch, ptx)
         return registers, int(re.search(r"(\d+) bytes spill stores", log)[1])
 
 
-def _output(command: list) -> str:
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
+def _assembled(tools: Path, arch: str, ptx: Path) -> str:
+    """What `ptxas -v` says. Triton brings two of them, and which one takes a target depends on its version."""
+    for name in ("ptxas-blackwell", "ptxas"):
+        command = [tools / name, "-v", f"-arch={arch}", ptx, "-o", ptx.with_suffix(".cubin")]
+        if (tools / name).exists() and (log := _output(command, check=name == "ptxas")):
+            return log
+    raise FileNotFoundError(f"no ptxas in {tools}")
+
+
+def _output(command: list, check: bool = True) -> str:
+    """What a command prints; nothing if it fails and `check` is off."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=check)
+    return done.stdout + done.stderr if done.returncode == 0 else ""
 
 
 def compile_all(cases: list[Case], processes: int = 2) -> list[Report]:

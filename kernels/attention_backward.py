@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.configs import block_dim
-from kernels.problem import Launch, Problem
+from kernels.problem import Launch, Problem, within_reach
 from kernels.tiles import (
     LOG2E,
     count_full,
@@ -230,6 +230,7 @@ def dq_kernel(q, k, v, dout, lse2, delta, dq, visited, q_strides, k_strides, v_s
 def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None):
     """dq, dk, dv in q's dtype and dsinks (H,) in float32 (None without sinks), from the forward pass's out and lse."""
     B, (Tq, Tk, H, _, D, Dv) = problem.B, problem.sizes
+    dout = within_reach(dout)
     lse2, delta = (problem.empty(B, H, Tq, dtype=torch.float32) for _ in range(2))
     dq = problem.empty(B, Tq, H, D)
     dk, dv = problem.empty(B, Tk, problem.H_kv, D), problem.empty(B, Tk, problem.H_kv, Dv)

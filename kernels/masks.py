@@ -280,3 +280,14 @@ def sink_tokens(n: int) -> Mask:
     if n < 0:
         raise ValueError(f"sink_tokens takes 0 or more, not {n}")
     return Mask(is_sink_token, n, bands=[Band(k_end=n, exact=True)])
+
+
+def segment_ids(cu_seqlens: torch.Tensor, T: int) -> torch.Tensor:
+    """Segment ids (1, T) int32 of documents packed end to end in one row.
+
+    cu_seqlens (n + 1,): where each document begins and the last one ends, as in [0, 30, 31, 70]. What lies behind the
+    last document, the padding, is a segment of its own.
+    """
+    positions = torch.arange(T, device=cu_seqlens.device)
+    ends = cu_seqlens[1:].to(torch.int64)
+    return torch.searchsorted(ends, positions, right=True).to(torch.int32)[None]

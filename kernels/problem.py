@@ -28,6 +28,11 @@ class Launch(NamedTuple):
             self.kernel[self.grid](**self.args, **self.options)
 
 
+def within_reach(x: Tensor) -> Tensor:
+    """x (B, T, H, D), copied if positions or elements lie so far apart that a tile of them would span 2^31 elements."""
+    return x if max(x.stride(1), x.stride(3)) < 2**31 // configs.MAX_TILE_EXTENT else x.contiguous()
+
+
 @dataclass
 class Problem:
     """q (B, Tq, H, D), k (B, Tk, H_kv, D), v (B, Tk, H_kv, Dv), and the rest of `kernels.attention`'s arguments.
@@ -55,6 +60,7 @@ class Problem:
     arch: str | None = None
 
     def __post_init__(self):
+        self.q, self.k, self.v = within_reach(self.q), within_reach(self.k), within_reach(self.v)
         B, Tq, H, D = self.q.shape
         _, Tk, H_kv, Dv = self.v.shape
         self.B, self.H_kv = B, H_kv

@@ -1,4 +1,4 @@
-"""Where tests run: on the GPU if there is one that Triton supports, otherwise on the CPU, kernels in the interpreter."""
+"""Where tests run: on a GPU that Triton supports if there is one, else on the CPU with kernels in the interpreter."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-WHY_NO_GPU = "no GPU from sm_80 up: tests marked gpu are deselected, kernels run in Triton's interpreter"
+WHY_NO_GPU = "no GPU from sm_80 up: tests marked gpu were deselected, kernels ran in Triton's interpreter"
 
 if not HAS_GPU:
     # Triton decides when a kernel is defined, so this must come before it is imported.
@@ -27,8 +27,8 @@ def pytest_configure(config):
         )
 
 
-def pytest_report_header(config):
-    return f"kernels run on {torch.cuda.get_device_name()}" if HAS_GPU else WHY_NO_GPU
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(f"kernels ran on {torch.cuda.get_device_name()}" if HAS_GPU else WHY_NO_GPU)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels import attention, attention_reference, configs, masks
+from kernels.problem import within_reach
 from tests.attention_checks import Case, assert_close, check, make_inputs, run
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -159,12 +160,17 @@ def test_same_bits_again_on_a_gpu(device):
 
 
 @pytest.mark.gpu
-def test_offsets_past_two_to_the_31(device):
-    """A row of the batch that starts more than 2^31 elements into its memory."""
+def test_rows_more_than_two_to_the_31_apart(device):
     memory = torch.empty(2, 2**31 + 64 * 64, dtype=FP16, device=device)
-    far = memory[1, -64 * 64 :].view(1, 64, 1, 64).normal_()
-    strided = far.expand(2, 64, 1, 64)
-    torch.testing.assert_close(attention(strided, strided, strided)[1:], attention(far.clone(), far, far))
+    far = memory[:, -64 * 64 :].unflatten(1, (64, 1, 64)).normal_()
+    torch.testing.assert_close(attention(far, far, far, impl="triton"), attention(*[far.clone()] * 3, impl="triton"))
+
+
+def test_positions_far_apart_are_copied():
+    """A tile of positions that spans more than 2^31 elements is not addressed in 32 bits."""
+    near, far = (torch.empty(1, device="meta").as_strided((2, 3, 1, 8), (8, step, 8, 1)) for step in (2**22, 2**24))
+    assert within_reach(near) is near
+    assert within_reach(far).stride() == (24, 8, 8, 1)
 
 
 def test_reference_against_torch():

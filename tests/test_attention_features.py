@@ -105,7 +105,9 @@ def test_packed_documents_stay_apart(device):
     """A row of packed documents gives what each document gives by itself."""
     lengths = [30, 1, 39]
     q, k, v = (torch.randn(1, 70, 2, 16, device=device) for _ in range(3))
-    ids = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths)).int().view(1, 70).to(device)
+    ids = masks.segment_ids(torch.tensor([0, 30, 31, 70], device=device), 70)
+    assert ids[0].bincount().tolist() == lengths
+    assert masks.segment_ids(torch.tensor([0, 2, 3]), 5).tolist() == [[0, 0, 1, 2, 2]]
     for impl in ("triton", "auto"):
         out = attention(q, k, v, segment_ids=ids, impl=impl)
         alone = [attention_reference(*(x[None, ids[0] == n] for x in (q[0], k[0], v[0]))) for n in range(3)]
