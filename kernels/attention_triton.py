@@ -1,5 +1,7 @@
 """The Triton path as PyTorch operators: eager, autograd, torch.compile, activation checkpointing."""
 
+import contextlib
+
 import torch
 import triton
 from torch import Tensor
@@ -70,6 +72,11 @@ def _packed(small: Tensor | None) -> Tensor | None:
     return None if small is None else small.contiguous()
 
 
+def _on_device_of(x: Tensor):
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
 @torch.library.custom_op("triton_attention::forward", mutates_args=())
 def _forward(
     q: Tensor,
@@ -90,12 +97,12 @@ def _forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """A custom operator takes no objects: a mask comes as its key, its numbers and its tensors."""
-    return forward(
-        Problem(
-            q, k, v, mask, n_bands, mask_ints, mask_rows, segments_q, segments_k, scale, softcap, alibi_slopes, bias,
-            sinks, dropout_p, seed,
-        )
+    problem = Problem(
+        q, k, v, mask, n_bands, mask_ints, mask_rows, segments_q, segments_k, scale, softcap, alibi_slopes, bias,
+        sinks, dropout_p, seed,
     )  # fmt: skip
+    with _on_device_of(q):
+        return forward(problem)
 
 
 @_forward.register_fake
@@ -132,7 +139,8 @@ def _backward(
         q, k, v, mask, n_bands, mask_ints, mask_rows, segments_q, segments_k, scale, softcap, alibi_slopes, bias,
         sinks, dropout_p, seed,
     )  # fmt: skip
-    dq, dk, dv, dsinks = backward(problem, out, lse, dout, dlse)
+    with _on_device_of(q):
+        dq, dk, dv, dsinks = backward(problem, out, lse, dout, dlse)
     return dq, dk, dv, q.new_empty(0, dtype=torch.float32) if dsinks is None else dsinks
 
 

@@ -19,6 +19,7 @@ tile is visited.
 """
 
 import functools
+import itertools
 import linecache
 import types
 from collections.abc import Callable, Iterable
@@ -82,6 +83,7 @@ class _Predicate(NamedTuple):
     triton: object | None
 
 
+_RESERVED = {"mask", "q", "k", "p", "tl"}  # what the compiled function itself calls things
 _LEAVES: dict[str, Callable] = {}  # name -> a user's or a built-in predicate, f(q, k, *params)
 _PREDICATES: dict[str, _Predicate] = {}  # a mask's key -> its compiled predicate
 
@@ -96,12 +98,12 @@ class Mask:
 
     fn      f(q, k, *params) -> bool, in the operators that integers, tensors and Triton share (+ - * // % & | ~ and
             comparisons). It is evaluated on broadcasting blocks of int32 positions. A function decorated with
-            `triton.jit` will do as well.
+            `triton.jit` will do as well. Of negative numbers Triton's // and % round towards 0, Python's down.
     params  what fn takes after q and k: Python integers, or int32 tensors of shape (B,), one value for each row of the
             batch.
     bands   where the mask may be True: see `Band`. None: anywhere.
 
-    Raises TypeError for parameters of another kind, ValueError for bands that say nothing.
+    Raises TypeError for parameters of another kind, ValueError for numbers that no position reaches.
     """
 
     def __init__(self, fn: Callable, *params, bands: Iterable[Band] | None = None):
@@ -109,11 +111,13 @@ class Mask:
             is_row_tensor = isinstance(param, torch.Tensor) and param.dtype == torch.int32 and param.ndim == 1
             if not is_row_tensor and (not isinstance(param, int) or isinstance(param, bool)):
                 raise TypeError(f"a mask takes integers and int32 tensors of shape (B,), not {param!r}")
-            if isinstance(param, int) and not -FAR <= param <= FAR:
-                raise ValueError(f"a mask's integers lie within {FAR}, unlike {param}")
+        bands = (EVERYTHING,) if bands is None else tuple(bands)
+        for n in (*(p for p in params if isinstance(p, int)), *(n for band in bands for n in band)):
+            if not -FAR <= n <= FAR:
+                raise ValueError(f"a mask's integers lie between -{FAR} and {FAR}, unlike {n}")
         name = _register_leaf(fn)
         slots = "".join(f", {{{i}}}" for i in range(len(params)))
-        self._build(f"{name}(q, k{slots})", params, (EVERYTHING,) if bands is None else tuple(bands))
+        self._build(f"{name}(q, k{slots})", params, bands)
 
     @classmethod
     def _combine(cls, left: "Mask", operator: str, right: "Mask", bands: Iterable[Band]) -> "Mask":
@@ -137,15 +141,9 @@ class Mask:
         self.shows_itself = any(b.exact and b.least <= 0 <= b.most and b[2:6] == EVERYTHING[2:6] for b in self.bands)
         self.dense_cache: dict = {}
         # In the predicate's one tuple the integers come first, then the values of the row.
-        order, n_ints, n_tensors = [], 0, 0
-        for param in params:
-            if isinstance(param, int):
-                order.append(f"p[{n_ints}]")
-                n_ints += 1
-            else:
-                order.append(f"p[{len(self.ints) + n_tensors}]")
-                n_tensors += 1
-        self.key = template.format(*order)
+        ints, rows = itertools.count(), itertools.count(len(self.ints))
+        order = (next(ints if isinstance(p, int) else rows) for p in params)
+        self.key = template.format(*(f"p[{n}]" for n in order))
         if self.key not in _PREDICATES:
             _PREDICATES[self.key] = _compile(self.key)
 
@@ -177,12 +175,12 @@ class Mask:
 
 def _register_leaf(fn: Callable) -> str:
     """The name under which a predicate is known: its own, with a number after it where another one has that name."""
-    name = getattr(fn, "__name__", "mask")
+    name = getattr(fn, "__name__", "")
     if not name.isidentifier():
         raise ValueError("a mask's predicate is a named function: Triton reads its source, so a lambda will not do")
     n = 1
     unique = name
-    while _LEAVES.setdefault(unique, fn) is not fn:
+    while unique in _RESERVED or _LEAVES.setdefault(unique, fn) is not fn:
         n += 1
         unique = f"{name}_{n}"
     return unique
