@@ -236,7 +236,8 @@ class TrainConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the forward pass under autocast. auto: bfloat16 where a GPU has it, else float32."""
+    """Precision of the forward pass under autocast. auto: bfloat16 where it runs on matrix units
+    (GPUs from sm_80 up, CPUs with AMX), else float32."""
     compile: bool = False
     """torch.compile the model: faster steps after a start of tens of seconds; on a CPU it needs a C++ compiler."""
     eval_interval: int = 250

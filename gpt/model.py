@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.config import ModelConfig
+from gpt.eager import ReLUSquaredFunction, RMSNormFunction, RotateFunction, by_hand
 from kernels import attention, masks
 
 IGNORE_INDEX = -100  # targets with this value do not count in the loss
@@ -57,10 +58,13 @@ def rotary_table(seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, Ten
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on x (B, T, H, D); cos and sin (B or 1, T, 1, D) as rotary_table gives them."""
+    """Rotary positions on x (B, T, H, D); cos and sin (B or none, T, 1, D) as rotary_table gives them."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    if by_hand(x):
+        return RotateFunction.apply(x, cos, sin)
     half = x.shape[-1] // 2
     swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
-    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
+    return torch.addcmul(x * cos, swapped, sin)
 
 
 def alibi_slopes(n_head: int) -> Tensor:
@@ -74,10 +78,13 @@ def alibi_slopes(n_head: int) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """Zhang & Sennrich 2019. The weight is taken in the input's dtype, for which torch has a fused kernel."""
+    """Zhang & Sennrich 2019. The weight is taken in the input's dtype, for which a GPU has a fused kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        weight = self.weight.to(x.dtype)
+        if by_hand(x):
+            return RMSNormFunction.apply(x, weight, self.eps)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 def make_norm(config: ModelConfig, width: int) -> nn.Module:
@@ -144,7 +151,7 @@ class MLP(nn.Module):
             gate, up = h.chunk(2, dim=-1)
             h = F.silu(gate) * up
         elif self.activation == "relu2":
-            h = F.relu(h).square()
+            h = ReLUSquaredFunction.apply(h) if by_hand(h) else F.relu(h).square()
         elif self.activation == "relu":
             h = F.relu(h)
         else:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.config import OptimConfig
+from gpt.device import multiplies_bfloat16
 
 
 def lr_scale(step: int, max_steps: int, config: OptimConfig) -> float:
@@ -34,18 +35,22 @@ def lr_scale(step: int, max_steps: int, config: OptimConfig) -> float:
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
-    """About U V^T of each matrix G = U S V^T; G (..., rows, cols). In bfloat16 on a GPU, in float32 on a CPU."""
+def orthogonalize(G: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
+    """About U V^T of each matrix G = U S V^T; G (..., rows, cols).
+
+    Computed in dtype; None: in bfloat16, which suffices, where the device multiplies it in hardware, else in float32.
+    """
     a, b, c = NEWTON_SCHULZ
-    X = G.bfloat16() if G.is_cuda else G.float()
+    X = G.to(dtype or (torch.bfloat16 if multiplies_bfloat16(G.device) else torch.float32))
+    X = X.flatten(0, -3) if X.ndim > 2 else X.unsqueeze(0)  # (matrices, rows, cols)
     tall = X.shape[-2] > X.shape[-1]
     if tall:
         X = X.mT
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
-    return (X.mT if tall else X).to(G.dtype)
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # a X + (b A + c A A) X
+    return (X.mT if tall else X).to(G.dtype).reshape(G.shape)
 
 
 class Muon(torch.optim.Optimizer):

@@ -1,18 +1,15 @@
-"""A run directory and what it runs on: how a run is begun, gone on with, stopped, and how its model comes back."""
+"""A run directory: how a run is begun, gone on with, stopped, and how its model comes back."""
 
-import os
 import shutil
 import signal
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
-import torch
-
 from gpt.checkpoint import load_weights, newest_checkpoint, verify
 from gpt.command_line import config_from_toml
 from gpt.config import Config, TrainConfig
+from gpt.device import pick_device
 from gpt.errors import UserError
 from gpt.model import GPT
 from gpt.tokenizer import Tokenizer, load_tokenizer
@@ -97,32 +94,6 @@ def load(run_dir: str | Path, device: str = "auto") -> tuple[GPT, Tokenizer]:
     model = GPT(config.model)
     load_weights(checkpoint, model)
     return model.eval().to(place), tokenizer
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that a name asks for; auto takes a GPU where there is one. UserError for one that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
-    """The autocast context of a dtype's name; auto is bfloat16 where a GPU has it, else float32, with no cast."""
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return nullcontext() if dtype == "float32" else torch.autocast(device.type, dtype=getattr(torch, dtype))
-
-
-def require_compiler(device: torch.device) -> None:
-    """UserError where torch.compile would fail for want of a C++ compiler."""
-    compilers = [os.environ.get("CXX"), "c++", "g++", "clang++"]
-    if device.type == "cpu" and not any(c and shutil.which(c) for c in compilers):
-        raise UserError("--compile needs a C++ compiler on a CPU and none was found: install g++, or leave it out")
 
 
 class StopRequest:

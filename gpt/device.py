@@ -1,0 +1,44 @@
+"""What a run computes on: the device, its precision, and whether it can compile."""
+
+import functools
+import os
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from gpt.errors import UserError
+
+
+@functools.cache
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products run on matrix units: GPUs from sm_80 up, CPUs with AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a name asks for; auto takes a GPU where there is one. UserError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
+    """The autocast context of a dtype's name; auto is bfloat16 where the device multiplies it in hardware."""
+    if dtype == "auto":
+        dtype = "bfloat16" if multiplies_bfloat16(device) else "float32"
+    return nullcontext() if dtype == "float32" else torch.autocast(device.type, dtype=getattr(torch, dtype))
+
+
+def require_compiler(device: torch.device) -> None:
+    """UserError where torch.compile would fail for want of a C++ compiler."""
+    compilers = [os.environ.get("CXX"), "c++", "g++", "clang++"]
+    if device.type == "cpu" and not any(c and shutil.which(c) for c in compilers):
+        raise UserError("--compile needs a C++ compiler on a CPU and none was found: install g++, or leave it out")

@@ -1,0 +1,55 @@
+"""The gradients written by hand against finite differences and against the plain formulas."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gpt.eager import ReLUSquaredFunction, RMSNormFunction, RotateFunction
+from gpt.model import rotary_table, rotate
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def tables(T: int, D: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(t.double().unsqueeze(-2) for t in rotary_table(T, D, 100.0))
+
+
+def test_gradients_are_those_of_finite_differences():
+    assert torch.autograd.gradcheck(RMSNormFunction.apply, (random(2, 3, 5), random(5), 1e-3))
+    assert torch.autograd.gradcheck(RotateFunction.apply, (random(2, 3, 2, 6), *tables(3, 6)))
+    assert torch.autograd.gradcheck(ReLUSquaredFunction.apply, (random(4, 7),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_are_those_of_the_plain_formulas(dtype):
+    """To the rounding of the dtype, for values and gradients alike."""
+    eps = torch.finfo(dtype).eps
+    x, w = random(3, 7, 24, dtype=dtype), random(24, dtype=dtype)
+    ours, plain = RMSNormFunction.apply(x, w, 1e-6), F.rms_norm(x.double(), (24,), w.double(), 1e-6)
+    for one, other in [(ours, plain), *zip(gradients(ours, x, w), gradients(plain, x, w), strict=True)]:
+        assert (one - other).abs().max() <= 8 * eps * other.abs().max()
+    ours, plain = ReLUSquaredFunction.apply(x), F.relu(x.double()).square()
+    for one, other in [(ours, plain), *zip(gradients(ours, x), gradients(plain, x), strict=True)]:
+        assert (one - other).abs().max() <= 2 * eps * other.abs().max()
+
+
+def gradients(y: torch.Tensor, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    return [g.double() for g in torch.autograd.grad(y, inputs, weights)]
+
+
+def test_the_rotation_keeps_lengths_and_relative_angles():
+    x, y = random(1, 9, 1, 8), random(1, 9, 1, 8)
+    table = tables(9, 8)
+    a, b = rotate(x, *table)[0, :, 0], rotate(y, *table)[0, :, 0]
+    torch.testing.assert_close(a.norm(dim=-1), x[0, :, 0].norm(dim=-1))
+    shifted = (
+        rotate(x[:, :1].expand(1, 9, 1, 8), *table)[0, :, 0] @ rotate(y[:, :1].expand(1, 9, 1, 8), *table)[0, :, 0].T
+    )
+    for distance in range(8):
+        line = torch.diagonal(shifted, distance)
+        torch.testing.assert_close(line, line[:1].expand_as(line))
+    assert not torch.allclose(a @ b.T, (x[0, :, 0] @ y[0, :, 0].T))
