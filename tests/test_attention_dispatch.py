@@ -11,6 +11,7 @@ import torch
 from kernels import attention, attention_reference, masks
 from kernels import attention_triton as triton_path
 from kernels.attention_triton import INTERPRETED
+from tests.attention_checks import Case, assert_close, make_inputs
 
 on_cpu = pytest.mark.skipif(not INTERPRETED, reason="what auto means on a CPU")
 
@@ -178,3 +179,29 @@ def test_without_triton():
             raise AssertionError("impl='triton' ran")
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, timeout=120)
+
+
+@on_cpu
+@pytest.mark.parametrize("T", [1, 17, 256, 257], ids="T{}".format)
+@pytest.mark.parametrize("H_kv", [4, 1], ids="Hkv{}".format)
+def test_short_bfloat16_training_on_a_cpu_is_right(T, H_kv):
+    """Held to the rule for the kernels, under autocast too, which must not reach inside."""
+    for autocast in (False, True):
+        check_auto(Case(T, T, H=4, H_kv=H_kv, D=24, Dv=16, dtype=torch.bfloat16), autocast)
+
+
+def check_auto(case: Case, autocast: bool) -> None:
+    inputs = make_inputs(case, "cpu")
+
+    def run_plainly(fn, dtype=torch.bfloat16, **options):
+        leaves = [x.to(dtype).detach().requires_grad_() for x in inputs.differentiable.values()]
+        out = fn(*leaves, **options)
+        return [out, *torch.autograd.grad(out, leaves, inputs.dout.to(dtype))]
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours = run_plainly(attention)
+    truth = run_plainly(attention_reference, torch.float64)
+    plain = run_plainly(attention_reference, upcast=False)
+    for name, *tensors in zip(("out", "dq", "dk", "dv"), ours, plain, truth):
+        assert tensors[0].dtype == torch.bfloat16
+        assert_close(name, *tensors, torch.bfloat16)

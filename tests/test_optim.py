@@ -42,7 +42,9 @@ def test_orthogonalize_sends_singular_values_near_one(shape):
     x = S / (S.square().sum(-1, keepdim=True).sqrt() + 1e-7)
     for _ in range(5):
         x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
-    torch.testing.assert_close(orthogonalize(G, 5, torch.float32).double(), U @ torch.diag_embed(x) @ V, atol=2e-4, rtol=0)
+    torch.testing.assert_close(
+        orthogonalize(G, 5, torch.float32).double(), U @ torch.diag_embed(x) @ V, atol=2e-4, rtol=0
+    )
     assert x.max() < 1.3
     assert x[S > 0.1 * S.max()].min() > 0.6
 
