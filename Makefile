@@ -1,5 +1,6 @@
 # make quickstart   install into .venv, train a small model on Python's own source text, let it write
 # make test         install, then linter and tests
+# make slow         the tests that take minutes
 # PYTHON=python3.12 picks the interpreter; 3.11 and 3.12 are supported.
 
 OK_VERSION = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
@@ -7,7 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(OK_VERSIO
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test slow lint install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python train.py configs/quickstart.toml --overwrite
@@ -15,6 +16,9 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -n 2 -q
+
+slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

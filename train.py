@@ -9,6 +9,7 @@ import sys
 import time
 from typing import Any
 
+import gpt  # isort: skip  # noqa: F401 - before torch, whose threads' waiting it sets
 import torch
 
 from gpt.checkpoint import load_training_state, restore_rng, rng_state, save_checkpoint

@@ -5,6 +5,12 @@ for piece in gpt.generate(model, tokenizer, ["ROMEO:"], gpt.SamplingConfig(max_n
     print(piece.text, end="")
 """
 
+import os
+
+# libgomp's threads spin while they wait for each other, by default for milliseconds. Where another process wants the
+# core, the spinning keeps out the very thread that is waited for. It must be set before torch loads libgomp.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 from gpt.config import PRESETS, Config, ModelConfig
 from gpt.errors import UserError
 from gpt.generate import Piece, SamplingConfig, generate

@@ -51,6 +51,7 @@ def flags(**changes) -> list[str]:
         "warmup_steps": 2,
         "log_interval": 1,
         "sample_tokens": 0,
+        "dtype": "float32",
         **changes,
     }
     words = []
@@ -153,8 +154,17 @@ def test_low_precision_follows_float32(folder, capsys, dtype):
 
 
 def test_compiled_training_follows_eager(folder, capsys, monkeypatch):
-    """The graph is captured whole; Inductor's own C++ takes a minute and belongs to the slow tests."""
+    """The graph is captured whole; compiling it to machine code takes a minute and is one of the slow tests."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+    run(run_dir="eager", max_steps=3)
+    run("--compile", run_dir="compiled", max_steps=3)
+    for one, other in zip(lasting("eager"), lasting("compiled"), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs g++")
+def test_training_compiled_to_machine_code_follows_eager(folder, capsys):
     run(run_dir="eager", max_steps=3)
     run("--compile", run_dir="compiled", max_steps=3)
     for one, other in zip(lasting("eager"), lasting("compiled"), strict=True):
