@@ -23,7 +23,7 @@ from gpt.loader import TrainLoader, read_tokens, target_bytes, validation_batche
 from gpt.model import GPT
 from gpt.monitor import CorpusProgress, Monitor
 from gpt.optim import build_optimizers, lr_scale, set_learning_rate
-from gpt.run import StopRequest, checkpoints_of, claim_run_dir, earlier_run
+from gpt.run import StopRequest, checkpoints_of, claim_run_dir, earlier_run, write_provenance
 from gpt.tokenizer import Tokenizer
 
 
@@ -92,7 +92,8 @@ def main(config: Config) -> int:
         state = load_training_state(checkpoint, model, optimizers)
         start = state["step"]
         loader.load_state_dict(state["loader"])
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run was not in float16
+            scaler.load_state_dict(state["scaler"])
         restore_rng(state["rng"], device)
     if train.eval_only:
         result = evaluate(model, val_tokens, tokenizer, config)
@@ -104,6 +105,7 @@ def main(config: Config) -> int:
     run_dir = claim_run_dir(train)
     write_toml(config, run_dir / "config.toml")
     tokenizer.save(run_dir / "tokenizer.json")
+    write_provenance(corpus, run_dir / "corpus.json")
     stop = StopRequest()
     monitor = Monitor(config, start_step=start)
     tokens_per_step = train.batch_size * train.grad_accum_steps * config.model.seq_len

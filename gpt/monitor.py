@@ -174,7 +174,7 @@ class Monitor:
 
     def written(self) -> list[str]:
         """Names of what the run directory now holds, the newest checkpoint in full."""
-        names = ["config.toml", "tokenizer.json", "metrics.jsonl", "loss.png"]
+        names = ["config.toml", "tokenizer.json", "corpus.json", "metrics.jsonl", "loss.png"]
         names += [f"checkpoints/{path.name}" for path in list_checkpoints(self.run_dir / "checkpoints")[:1]]
         return names + ["wandb"] * (self.wandb is not None)
 

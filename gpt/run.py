@@ -1,5 +1,6 @@
 """A run directory: how a run is begun, gone on with, stopped, and how its model comes back."""
 
+import json
 import shutil
 import signal
 from dataclasses import asdict
@@ -9,12 +10,13 @@ from types import FrameType
 from gpt.checkpoint import load_weights, newest_checkpoint, verify
 from gpt.command_line import config_from_toml
 from gpt.config import Config, TrainConfig
+from gpt.corpus import Corpus
 from gpt.device import pick_device
 from gpt.errors import UserError
 from gpt.model import GPT
 from gpt.tokenizer import Tokenizer, load_tokenizer
 
-CONTENTS = ("config.toml", "tokenizer.json", "metrics.jsonl", "loss.png", "checkpoints", "wandb")
+CONTENTS = ("config.toml", "tokenizer.json", "corpus.json", "metrics.jsonl", "loss.png", "checkpoints", "wandb")
 
 
 def checkpoints_of(run_dir: Path) -> Path:
@@ -70,6 +72,13 @@ def claim_run_dir(train: TrainConfig) -> Path:
     except OSError as error:
         raise UserError(f"cannot use the run directory {train.run_dir}: {error.strerror}") from error
     return train.run_dir
+
+
+def write_provenance(corpus: Corpus, path: Path) -> None:
+    """What the run was trained on: every source with its size and SHA-256, and how it was split."""
+    sources = [{"name": name, "bytes": size, "sha256": sha256} for name, size, sha256 in corpus.sources]
+    counts = ("digest", "documents", "train_tokens", "val_tokens", "train_bytes", "val_bytes")
+    path.write_text(json.dumps({key: getattr(corpus, key) for key in counts} | {"sources": sources}, indent=1) + "\n")
 
 
 def read_run(run_dir: Path) -> tuple[Config, Tokenizer, Path]:

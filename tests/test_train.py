@@ -1,6 +1,7 @@
 """The training command as a user runs it: what it writes, what it refuses, how it stops and goes on."""
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -105,7 +106,9 @@ def test_thirty_steps_overfit_a_tiny_text(folder, capsys):
 def test_a_run_directory_holds_everything(folder, capsys):
     assert run(sample_tokens=5) == 0
     names = {path.name for path in (folder / "run").iterdir()}
-    assert names == {"config.toml", "tokenizer.json", "metrics.jsonl", "loss.png", "checkpoints"}
+    assert names == {"config.toml", "tokenizer.json", "corpus.json", "metrics.jsonl", "loss.png", "checkpoints"}
+    (source,) = json.loads((folder / "run/corpus.json").read_text())["sources"]
+    assert source == {"name": "text.txt", "bytes": len(TEXT), "sha256": hashlib.sha256(TEXT.encode()).hexdigest()}
     assert {p.name for p in (folder / "run/checkpoints").iterdir()} == {"step_00000010", "step_00000020"}
     assert (folder / "run/loss.png").read_bytes().startswith(b"\x89PNG")
     records = read_metrics(folder / "run/metrics.jsonl")
