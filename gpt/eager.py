@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 
 
 def by_hand(x: Tensor) -> bool:
-    """Whether these functions serve x better than the plain formulas."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether these functions serve x better than the plain formulas: in eager training on a CPU."""
+    return torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class RMSNormFunction(torch.autograd.Function):
