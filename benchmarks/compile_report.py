@@ -19,12 +19,13 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from kernels import attention_backward, attention_forward, configs, masks
+from kernels import attention_backward, attention_dbias, attention_forward, configs, masks
+from kernels.operators import call_of
 from kernels.problem import Launch, Problem
 
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 89, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
-KERNELS = ("forward", "dkdv", "dq")  # and "prepare", which has no matrix product
+KERNELS = ("forward", "dkdv", "dq")  # and "dbias", and "prepare", which has no matrix product
 MATRIX_INSTRUCTION = {
     "sm_80": "mma.sync",
     "sm_89": "mma.sync",
@@ -33,6 +34,7 @@ MATRIX_INSTRUCTION = {
     "sm_120": "mma.sync",
     "gfx942": "v_mfma",
 }
+COMMAND = "python -m benchmarks.compile_report --masks causal bigbird --write docs/compile_report.md"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -88,6 +90,7 @@ MASKS = {
     "full": masks.FULL,
     "causal": masks.CAUSAL,
     "window": masks.sliding_window(256),
+    "bigbird": masks.bigbird(256, 4, 2, seed=0),
     "window+sinks": masks.CAUSAL & (masks.sliding_window(256) | masks.sink_tokens(4)),
 }
 
@@ -100,7 +103,7 @@ def launch_of(case: Case) -> Launch:
     def tensor(*shape, dtype=DTYPES[case.dtype]):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    q, k, v = tensor(B, T, H, case.D), tensor(B, T, H_kv, case.D), tensor(B, T, H_kv, case.D)
+    q, k = tensor(B, T, H, case.D), tensor(B, T, H_kv, case.D)
     rows = tensor(B, H, T, dtype=torch.float32)
     segments = softcap = slopes = bias = sinks = seed = None
     dropout_p = 0.0
@@ -108,14 +111,15 @@ def launch_of(case: Case) -> Launch:
         mask = mask | masks.Mask(in_prefix, tensor(B, dtype=torch.int32))
         segments, softcap, dropout_p = tensor(B, T, dtype=torch.int32), 30.0, 0.1
         slopes, bias, sinks, seed = rows[0, :, 0], rows[0, :, None], rows[0, :, 0], tensor(1, dtype=torch.int64)
-    problem = Problem(
-        q, k, v, mask.key, len(mask.bands), list(mask.operands), list(mask.tensors), segments, segments, case.D**-0.5,
-        softcap or 0.0, slopes, bias, sinks, dropout_p, seed, arch=case.target,
-    )  # fmt: skip
+    features = {"segment_ids": segments, "softcap": softcap, "alibi_slopes": slopes, "bias": bias, "sinks": sinks}
+    call = call_of(q, k, k, mask=mask, scale=None, dropout_p=dropout_p, seed=seed, **features)
+    problem = Problem(call, case.target)
     if case.kernel == "forward":
         return attention_forward.forward_launch(problem, q, rows)
     if case.kernel == "dkdv":
-        return attention_backward.dkdv_launch(problem, q, rows, rows, k, v)
+        return attention_backward.dkdv_launch(problem, q, rows, rows, k, k)
+    if case.kernel == "dbias":
+        return attention_dbias.dbias_launch(problem, q, rows, rows, rows[0, :, None])
     if case.kernel == "dq":
         return attention_backward.dq_launch(problem, q, rows, rows, q)
     return attention_backward.prepare_launch(problem, q, q, rows, rows, rows, rows)
@@ -188,6 +192,29 @@ def compile_all(cases: list[Case], processes: int = 2) -> list[Report]:
         return list(pool.map(compile_case, cases))
 
 
+def markdown(reports: list[Report]) -> str:
+    """The page docs/compile_report.md."""
+    lines = [
+        "# What the compiler makes of the kernels",
+        "",
+        f"By `{COMMAND}`",
+        f"with Triton {triton.__version__}: default tiles (BLOCK_M x BLOCK_N, warps, stages), registers and bytes",
+        "spilled of a thread, KiB of shared memory of a program out of what the chip has, and how often the chip's",
+        "matrix instruction stands in the code. No GPU is needed, and nothing here was timed.",
+        "",
+        "| target | kernel | inputs | D | mask | tile | registers | spilled | KiB of | matrix instructions |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in reports:
+        c, limit = r.case, configs.SHARED_MEMORY[r.case.target] >> 10
+        tile = "{}x{}, {} w, {} s".format(*r.config)
+        found = f"{r.matrix_instructions} {MATRIX_INSTRUCTION[c.target]}"
+        shared = f"{r.shared >> 10} / {limit}"
+        row = (c.target, c.kernel, c.dtype, c.D, c.mask, tile, r.registers, r.spilled, shared, found)
+        lines.append("| " + " | ".join(map(str, row)) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
@@ -197,6 +224,7 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="*", default=list(KERNELS), choices=list(KERNELS))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="one object a line, for programs")
+    parser.add_argument("--write", type=Path, default=None, help="a Markdown file to write the table to")
     parser.add_argument("--cases", type=json.loads, default=None, help="a JSON list of cases instead of the table's")
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
@@ -216,6 +244,9 @@ def main() -> None:
     if args.json:
         for report in reports:
             print(json.dumps(asdict(report)))
+        return
+    if args.write is not None:
+        args.write.write_text(markdown(reports), encoding="utf-8")
         return
     heading = ("target", "kernel", "dtype", "D", "mask", "tile", "KiB", "limit", "regs", "spilled", "")
     form = "{:8}{:9}{:6}{:>4}  {:14}{:18}{:>6}{:>6}{:>6}{:>9}  {}"

@@ -1,7 +1,8 @@
-"""`attention`: the one public function. It checks its arguments and sends the call down one of three paths:
+"""`attention`: the one public function. It checks its arguments and sends the call down one of four paths:
 
 triton      our own kernels, forward and backward, on a GPU (attention_forward.py, attention_backward.py)
 sdpa        torch's scaled_dot_product_attention, where its arguments allow (attention_sdpa.py)
+chunked     plain PyTorch in little memory, which does everything too, a piece at a time (attention_chunked.py)
 reference   plain PyTorch, which does everything (attention_reference.py)
 """
 
@@ -11,9 +12,11 @@ import math
 import torch
 from torch import Tensor
 
+from kernels.attention_chunked import attention_chunked
 from kernels.attention_reference import attention_reference
 from kernels.attention_sdpa import attention_sdpa, why_not_sdpa
-from kernels.masks import CAUSAL, FAR, Mask
+from kernels.mask import FAR, Mask
+from kernels.masks import CAUSAL, FULL
 
 try:
     from kernels import attention_triton
@@ -24,7 +27,9 @@ except ImportError as error:  # macOS and Windows have no triton
 
 log = logging.getLogger("kernels")
 
-IMPLEMENTATIONS = ("auto", "triton", "sdpa", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "sdpa", "chunked", "reference")
+# More scores than this are not held at once: a matrix of 16 MiB in float32.
+MOST_SCORES = 1 << 22
 _announced: set[tuple[str, str]] = set()
 
 
@@ -65,7 +70,7 @@ def attention(
     dropout_p     the share of weights dropped, 0 <= p < 1; which ones depends on (seed, b, h, i, j) alone
     seed          an int or a one-element int64 tensor; drawn from the device's generator if None
     return_lse    also return log(sum(exp(s))), natural, sink included, before dropout; it carries gradients
-    impl          "triton", "sdpa", "reference", or "auto": Triton on a GPU from sm_80 up, else the fastest
+    impl          "triton", "sdpa", "chunked", "reference", or "auto": Triton on a GPU from sm_80 up, else the fastest
 
     Raises ValueError or TypeError for arguments that do not fit, NotImplementedError for an `impl` that cannot do the
     call, RuntimeError for one that cannot run here.
@@ -80,10 +85,10 @@ def attention(
         _check_features(q, k, mask, segment_ids, softcap, alibi_slopes, bias, sinks, dropout_p, seed)
 
     if impl == "auto":
-        impl = _choose(q, k, v, mask, segment_ids, softcap, bias, sinks, dropout_p, return_lse)
+        impl = _choose(q, k, v, mask, segment_ids, softcap, alibi_slopes, bias, sinks, dropout_p, return_lse)
     elif impl in ("triton", "sdpa"):
-        _require(impl, q, k, v, mask, segment_ids, softcap, bias, sinks, dropout_p, return_lse)
-    elif impl != "reference":
+        _require(impl, q, k, v, mask, segment_ids, softcap, sinks, dropout_p, return_lse)
+    elif impl not in ("chunked", "reference"):
         raise ValueError(f"impl {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
 
     if impl == "sdpa":
@@ -99,28 +104,41 @@ def attention(
         "dropout_p": dropout_p,
         "seed": seed,
     }
-    if impl == "triton":
-        out, lse = attention_triton.attention_triton(q, k, v, **features)
+    if impl in ("triton", "chunked"):
+        run = attention_chunked if impl == "chunked" else attention_triton.attention_triton
+        out, lse = run(q, k, v, **features)
         return (out, lse) if return_lse else out
     return attention_reference(q, k, v, **features, return_lse=return_lse)
 
 
-def _choose(q, k, v, mask, segment_ids, softcap, bias, sinks, dropout_p, return_lse) -> str:
-    """What "auto" means for this call: our kernels on a GPU, else torch's own attention, else the reference."""
+def _choose(q, k, v, mask, segment_ids, softcap, alibi_slopes, bias, sinks, dropout_p, return_lse) -> str:
+    """What "auto" means for this call: our kernels on a GPU, else torch's own attention, else plain PyTorch.
+
+    Neither torch's attention with a mask nor the reference is given a matrix of more than MOST_SCORES.
+    """
     if q.is_cuda:
-        why_not = _why_not_triton(q, v, bias)
+        why_not = _why_not_triton(q, v)
         if why_not is None:
             _announce("triton", "")
             return "triton"
     else:
         why_not = "no GPU"
-    why_not_torch = why_not_sdpa(q, k, mask, segment_ids, softcap, sinks, dropout_p, return_lse)
-    choice = "sdpa" if why_not_torch is None else "reference"
+    Tq, Tk = q.shape[1], k.shape[1]
+    is_plain = segment_ids is None and alibi_slopes is None and bias is None
+    has_matrix = not (is_plain and (mask is FULL or (mask is CAUSAL and Tq == Tk)))
+    if has_matrix and Tq * Tk > MOST_SCORES:
+        why_not_torch = "torch's scaled_dot_product_attention would need a matrix of queries by keys"
+    else:
+        why_not_torch = why_not_sdpa(q, k, mask, segment_ids, softcap, sinks, dropout_p, return_lse)
+    if why_not_torch is None:
+        choice = "sdpa"
+    else:
+        choice = "reference" if q.shape[0] * q.shape[2] * Tq * Tk <= MOST_SCORES else "chunked"
     _announce(choice, why_not_torch or why_not)
     return choice
 
 
-def _require(impl, q, k, v, mask, segment_ids, softcap, bias, sinks, dropout_p, return_lse) -> None:
+def _require(impl, q, k, v, mask, segment_ids, softcap, sinks, dropout_p, return_lse) -> None:
     """Raise where an explicit choice cannot do the call."""
     if impl == "triton":
         if triton_missing is not None:
@@ -130,17 +148,17 @@ def _require(impl, q, k, v, mask, segment_ids, softcap, bias, sinks, dropout_p, 
                 f'impl="triton" needs a GPU from sm_80 up, not {q.device}; on a CPU its kernels run in an interpreter '
                 "if TRITON_INTERPRET=1 is set before triton is imported"
             )
-        why_not = _why_not_triton(q, v, bias)
+        why_not = _why_not_triton(q, v)
     else:
         why_not = why_not_sdpa(q, k, mask, segment_ids, softcap, sinks, dropout_p, return_lse)
     if why_not is not None:
         raise NotImplementedError(f'impl="{impl}" cannot do this call: {why_not}')
 
 
-def _why_not_triton(q: Tensor, v: Tensor, bias: Tensor | None) -> str | None:
+def _why_not_triton(q: Tensor, v: Tensor) -> str | None:
     if triton_missing is not None:
         return f"triton does not import here: {triton_missing}"
-    return attention_triton.why_not_triton(q, v, bias)
+    return attention_triton.why_not_triton(q, v)
 
 
 def _announce(choice: str, reason: str) -> None:

@@ -6,6 +6,7 @@ dq       one program for one tile of queries of one head
 
 With p = softmax and dp = dout v^T: dv = p^T dout, ds = p * (dp - delta), dk = scale * ds^T q, dq = scale * ds k. What
 lse receives as a gradient, dlse, adds p * dlse to ds, which is why delta takes it in.
+The gradient of a bias is in attention_dbias.py.
 """
 
 import math
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.attention_dbias import bias_gradient
 from kernels.configs import block_dim
 from kernels.problem import Launch, Problem, within_reach
 from kernels.tiles import (
@@ -26,6 +28,7 @@ from kernels.tiles import (
     full_tile,
     load_tile,
     logits,
+    narrow,
     partial_tile,
     store_tile,
     visible,
@@ -89,14 +92,14 @@ def _dkdv_tile(dk, dv, k, v, q_base, do_base, lse2_base, delta_base, m, b, h, k_
     dp = dot(v, tl.trans(do), tl.zeros((k.shape[0], BLOCK_M), tl.float32))
     if dropout.seed is not None:
         keep = dropout_keep(dropout, b, h, q_index, k_index)
-        dv = dot(tl.where(keep, p * dropout.scale, 0.0).to(do.dtype), do, dv)
+        dv = dot(narrow(tl.where(keep, p * dropout.scale, 0.0), do.dtype), do, dv)
         dp = tl.where(keep, dp * dropout.scale, 0.0)
     else:
-        dv = dot(p.to(do.dtype), do, dv)
+        dv = dot(narrow(p, do.dtype), do, dv)
     ds = p * (dp - delta[None, :])
     if not FOLD:
         ds = ds * slope
-    dk = dot(ds.to(q.dtype), q, dk)
+    dk = dot(narrow(ds, q.dtype), q, dk)
     return dk, dv
 
 
@@ -124,8 +127,7 @@ def dkdv_kernel(q, k, v, dout, lse2, delta, dk, dv, visited, q_strides, k_stride
     acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
 
-    spans = visits(masking.bands, first, last, sizes, BLOCK_M, False)
-    MASK_ALL: tl.constexpr = masking.segments_q is not None
+    spans = visits(masking, b, n, first, last, sizes, BLOCK_M, False)
     for g in range(sizes.GROUP):
         h = h_kv * sizes.GROUP + g
         h_long = kv_long * sizes.GROUP + g
@@ -136,7 +138,7 @@ def dkdv_kernel(q, k, v, dout, lse2, delta, dk, dv, visited, q_strides, k_stride
         for i in range(count_full(spans)):
             acc_k, acc_v = _dkdv_tile(acc_k, acc_v, k_tile, v_tile, q_base, do_base, lse2_base, delta_base,
                                       full_tile(spans, i), b, h, k_index, q_strides, dout_strides, sizes, masking,
-                                      scoring, dropout, PREDICATE, MASK_ALL, FOLD, CHECK_D, CHECK_DV, BLOCK_M, BLOCK_D,
+                                      scoring, dropout, PREDICATE, False, FOLD, CHECK_D, CHECK_DV, BLOCK_M, BLOCK_D,
                                       BLOCK_DV)  # fmt: skip
         for i in range(count_partial(spans)):
             acc_k, acc_v = _dkdv_tile(acc_k, acc_v, k_tile, v_tile, q_base, do_base, lse2_base, delta_base,
@@ -177,7 +179,7 @@ def _dq_tile(dq, q, do, lse2, delta, k_base, v_base, n, b, h, q_index, k_strides
     ds = p * (dp - delta)
     if not FOLD:
         ds = ds * slope
-    return dot(ds.to(k.dtype), k, dq)
+    return dot(narrow(ds, k.dtype), k, dq)
 
 
 @triton.jit
@@ -210,11 +212,10 @@ def dq_kernel(q, k, v, dout, lse2, delta, dq, visited, q_strides, k_strides, v_s
     delta_rows = tl.load(delta + row_of_all, mask=rows < sizes.Tq, other=0.0)[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
-    spans = visits(masking.bands, first, last, sizes, BLOCK_N, True)
-    MASK_ALL: tl.constexpr = masking.segments_q is not None
+    spans = visits(masking, b, m, first, last, sizes, BLOCK_N, True)
     for i in range(count_full(spans)):
         acc = _dq_tile(acc, q_tile, do_tile, lse2_rows, delta_rows, k_base, v_base, full_tile(spans, i), b, h, q_index,
-                       k_strides, v_strides, sizes, masking, scoring, dropout, PREDICATE, MASK_ALL, FOLD, CHECK_D,
+                       k_strides, v_strides, sizes, masking, scoring, dropout, PREDICATE, False, FOLD, CHECK_D,
                        CHECK_DV, BLOCK_N, BLOCK_D, BLOCK_DV)  # fmt: skip
     for i in range(count_partial(spans)):
         acc = _dq_tile(acc, q_tile, do_tile, lse2_rows, delta_rows, k_base, v_base, partial_tile(spans, i), b, h,
@@ -227,8 +228,8 @@ def dq_kernel(q, k, v, dout, lse2, delta, dq, visited, q_strides, k_strides, v_s
     store_tile(dq_base, dq_strides, acc * scale, q_first, sizes.Tq, sizes.D, BLOCK_M, BLOCK_D)
 
 
-def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None):
-    """dq, dk, dv in q's dtype and dsinks (H,) in float32 (None without sinks), from the forward pass's out and lse."""
+def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, wants_dbias: bool):
+    """dq, dk, dv in q's dtype, dsinks and dbias in float32 or None, from the forward pass's out and lse."""
     B, (Tq, Tk, H, _, D, Dv) = problem.B, problem.sizes
     dout = within_reach(dout)
     lse2, delta = (problem.empty(B, H, Tq, dtype=torch.float32) for _ in range(2))
@@ -237,12 +238,12 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
     prepare_launch(problem, out, dout, lse, dlse, delta, lse2).run()
     dkdv_launch(problem, dout, lse2, delta, dk, dv).run()
     dq_launch(problem, dout, lse2, delta, dq).run()
-    dsinks = None
-    if problem.sinks is not None:
+    dsinks, sinks = None, problem.call.sinks
+    if sinks is not None:
         # The sink is a key whose value is zero, so that its dp is 0: ds = p * (0 - delta).
-        p_sink = torch.exp2(problem.sinks.float().view(1, H, 1) / math.log(2) - lse2)
+        p_sink = torch.exp2(sinks.float().view(1, H, 1) / math.log(2) - lse2)
         dsinks = -(p_sink * delta).sum(dim=(0, 2))
-    return dq, dk, dv, dsinks
+    return dq, dk, dv, dsinks, bias_gradient(problem, dout, lse2, delta) if wants_dbias else None
 
 
 def prepare_launch(problem: Problem, out, dout, lse, dlse, delta, lse2) -> Launch:
@@ -269,12 +270,12 @@ def prepare_launch(problem: Problem, out, dout, lse, dlse, delta, lse2) -> Launc
 def dkdv_launch(problem: Problem, dout, lse2, delta, dk, dv, visited: Tensor | None = None) -> Launch:
     """The launch that fills dk and dv."""
     args = {"dk": dk, "dv": dv, "dk_strides": dk.stride(), "dv_strides": dv.stride(), "visited": visited}
-    args |= {"dout": dout, "dout_strides": dout.stride(), "lse2": lse2, "delta": delta, "scale": problem.scale}
+    args |= {"dout": dout, "dout_strides": dout.stride(), "lse2": lse2, "delta": delta, "scale": problem.call.scale}
     return problem.launch(dkdv_kernel, "dkdv", problem.sizes.Tk, problem.H_kv, rows_are_queries=False, **args)
 
 
 def dq_launch(problem: Problem, dout, lse2, delta, dq, visited: Tensor | None = None) -> Launch:
     """The launch that fills dq."""
     args = {"dq": dq, "dq_strides": dq.stride(), "visited": visited}
-    args |= {"dout": dout, "dout_strides": dout.stride(), "lse2": lse2, "delta": delta, "scale": problem.scale}
+    args |= {"dout": dout, "dout_strides": dout.stride(), "lse2": lse2, "delta": delta, "scale": problem.call.scale}
     return problem.launch(dq_kernel, "dq", problem.sizes.Tq, problem.sizes.H, rows_are_queries=True, **args)

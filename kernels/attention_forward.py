@@ -18,6 +18,7 @@ from kernels.tiles import (
     full_tile,
     load_tile,
     logits,
+    narrow,
     partial_tile,
     store_tile,
     visible,
@@ -50,7 +51,7 @@ def _tile(acc, l_i, m_i, q, k_base, v_base, n, b, h, q_index, k_strides, v_strid
     if dropout.seed is not None:
         p = tl.where(dropout_keep(dropout, b, h, q_index, k_index), p * dropout.scale, 0.0)
     v = load_tile(v_base, v_strides, k_first, sizes.Tk, sizes.Dv, BLOCK_N, BLOCK_DV, MASKED, CHECK_DV)
-    acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
+    acc = dot(narrow(p, v.dtype), v, acc * alpha[:, None])
     return acc, l_i, m_new
 
 
@@ -87,12 +88,10 @@ def forward_kernel(q, k, v, out, lse, sinks, visited, q_strides, k_strides, v_st
         m_i = tl.maximum(m_i, sink)
         l_i = tl.exp2(sink - m_i)
 
-    spans = visits(masking.bands, first, last, sizes, BLOCK_N, True)
-    # Segments are not known to the bands, so that every tile needs the predicate.
-    MASK_ALL: tl.constexpr = masking.segments_q is not None
+    spans = visits(masking, b, m, first, last, sizes, BLOCK_N, True)
     for i in range(count_full(spans)):
         acc, l_i, m_i = _tile(acc, l_i, m_i, q_tile, k_base, v_base, full_tile(spans, i), b, h, q_index, k_strides,
-                              v_strides, sizes, masking, scoring, dropout, PREDICATE, MASK_ALL, FOLD, CHECK_D, CHECK_DV,
+                              v_strides, sizes, masking, scoring, dropout, PREDICATE, False, FOLD, CHECK_D, CHECK_DV,
                               BLOCK_N, BLOCK_D, BLOCK_DV)  # fmt: skip
     for i in range(count_partial(spans)):
         acc, l_i, m_i = _tile(acc, l_i, m_i, q_tile, k_base, v_base, partial_tile(spans, i), b, h, q_index, k_strides,
@@ -124,6 +123,6 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def forward_launch(problem: Problem, out: Tensor, lse: Tensor, visited: Tensor | None = None) -> Launch:
     """The launch that fills out and lse; `visited` (programs,) int32 gets the number of tiles each program visited."""
-    outputs = {"out": out, "lse": lse, "sinks": problem.sinks, "visited": visited, "out_strides": out.stride()}
+    outputs = {"out": out, "lse": lse, "sinks": problem.call.sinks, "visited": visited, "out_strides": out.stride()}
     Tq, H = problem.sizes.Tq, problem.sizes.H
     return problem.launch(forward_kernel, "forward", Tq, H, rows_are_queries=True, **outputs)

@@ -110,18 +110,22 @@ def visible_pairs(mask: Mask, segment_ids, Tq: int, Tk: int, device) -> Tensor:
 def dropout_keep(p: float, seed: int | Tensor | None, shape: tuple[int, int, int, int], device) -> Tensor:
     """Which entries of the (B, H, Tq, Tk) matrix survive dropout, as a function of (seed, b, h, i, j) alone.
 
-    Counter-based (the idea of https://doi.org/10.1145/2063384.2063405): two words that hash (seed, b, h, i) are the
-    key of row i, and entry j hashes j under that key. An entry is dropped where its 32 bits are below p * 2^32.
     `seed`: an int, a one-element int64 tensor, or None, which draws one from the device's generator.
     """
-    B, H, Tq, Tk = shape
     if seed is None:
         seed = torch.randint(2**63 - 1, (1,), device=device)
-    seed = torch.as_tensor(seed, device=device, dtype=torch.int64).view(())
-    b = torch.arange(B, device=device).view(B, 1, 1, 1)
-    h = torch.arange(H, device=device).view(1, H, 1, 1)
-    i = torch.arange(Tq, device=device).view(1, 1, Tq, 1)
-    j = torch.arange(Tk, device=device).view(1, 1, 1, Tk)
+    seed = torch.as_tensor(seed, device=device, dtype=torch.int64)
+    indices = (torch.arange(n, device=device).view(-1, *[1] * (3 - axis)) for axis, n in enumerate(shape))
+    return dropout_survivors(p, seed, *indices)
+
+
+def dropout_survivors(p: float, seed: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Which entries survive dropout, for indices (int64) that broadcast to their shape.
+
+    Counter-based (the idea of https://doi.org/10.1145/2063384.2063405): two words that hash (seed, b, h, i) are the
+    key of row i, and entry j hashes j under that key. An entry is dropped where its 32 bits are below p * 2^32.
+    """
+    seed = seed.view(())
     low = _mix(_mix(_mix(_mix(seed & _WORD) ^ b) ^ h) ^ i)
     high = _mix(_mix(_mix(_mix(((seed >> 32) & _WORD) ^ low) ^ i) ^ h) ^ b)
     bits = _mix(_mix(j ^ low) ^ high)

@@ -49,11 +49,15 @@ def architecture(device: torch.device) -> str:
 
 
 def choose(arch: str, dtype: torch.dtype, D: int, Dv: int, kernel: str) -> Config:
-    """The tile of `kernel` ("forward", "dkdv" or "dq") for head dims that round up to powers of two."""
+    """The tile of `kernel` ("forward", "dkdv", "dq" or "dbias") for head dims that round up to powers of two."""
     width = max(block_dim(D), block_dim(Dv))
     if arch == "interpreter":
         return INTERPRETER
     bits = 32 if dtype == torch.float32 else 16
+    # A tile of dbias holds what a tile of dq does, and its sum besides: the same one, with fewer columns.
+    if kernel == "dbias":
+        config = choose(arch, dtype, D, Dv, "dq")
+        return config._replace(block_n=min(config.block_n, 32), num_stages=1)
     for limit, config in TABLE[arch, bits, kernel]:
         if width <= limit:
             return config

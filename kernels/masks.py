@@ -1,4 +1,4 @@
-"""Every attention mask: a predicate in plain operators, and the tiles it needs.
+"""Every attention mask by name: a predicate in plain operators, and the tiles it needs. mask.py puts them together.
 
 A mask says which keys a query may attend to. It is written once, as a function of positions, and the same function
 runs inside the Triton kernels, in the PyTorch reference and in the picture of the mask::
@@ -14,228 +14,21 @@ therefore be negative, and a mask may leave a query without any key.
 **Tiles.** A mask also tells which tiles of the (query, key) plane hold a True, as a short list of `Band`s whose union
 covers every True. A band is a strip along the diagonal cut by a range of keys and a range of queries, so it says the
 same thing of rows (for the forward pass and dQ) and of columns (for dK and dV). The `&` of two masks intersects their
-bands and `|` joins the lists; both are arithmetic on integers, done once when the mask is built. Without bands every
-tile is visited.
+bands and `|` joins the lists; both are arithmetic on integers, done once when the mask is built. What bands cannot say
+(random blocks, layouts, strides) is found out by evaluating the predicate, once for each length and tile size, which
+gives lists of tiles: see tile_lists.py.
 """
 
 import functools
 import itertools
-import linecache
-import types
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Iterable
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # macOS and Windows have no triton: predicates still run on tensors
-    triton = tl = None
+from kernels.mask import MAX_BANDS, Band, Mask, Table, lookup
 
-# No position reaches this far: a bound at FAR is no bound. Sums of two stay within int32.
-FAR = 1 << 29
-# The kernels unroll over bands; a mask with more of them is covered by one wide band instead.
-MAX_BANDS = 6
-
-
-class Band(NamedTuple):
-    """The set of (q, k) with least <= q - k <= most, k_begin <= k < k_end and q_begin <= q < q_end, in positions.
-
-    `exact` says that the mask is True in all of the band, so that tiles inside it need no predicate.
-    """
-
-    least: int = -FAR
-    most: int = FAR
-    k_begin: int = -FAR
-    k_end: int = FAR
-    q_begin: int = -FAR
-    q_end: int = FAR
-    exact: bool = False
-
-    def __and__(self, other: "Band") -> "Band":
-        return Band(
-            max(self.least, other.least),
-            min(self.most, other.most),
-            max(self.k_begin, other.k_begin),
-            min(self.k_end, other.k_end),
-            max(self.q_begin, other.q_begin),
-            min(self.q_end, other.q_end),
-            self.exact and other.exact,
-        )
-
-    def is_empty(self) -> bool:
-        return self.least > self.most or self.k_begin >= self.k_end or self.q_begin >= self.q_end
-
-    def covers(self, other: "Band") -> bool:
-        """Whether `other` adds nothing: it lies within this band, and is not exact where this one is not."""
-        return (self & other)[:6] == other[:6] and (self.exact or not other.exact)
-
-
-EVERYTHING = Band()
-NOTHING = Band(k_begin=0, k_end=0)
-
-
-class _Predicate(NamedTuple):
-    """A predicate with all its parameters in one tuple, f(q, k, params): for tensors, and for Triton (None without)."""
-
-    python: Callable
-    triton: object | None
-
-
-_RESERVED = {"mask", "q", "k", "p", "tl"}  # what the compiled function itself calls things
-_LEAVES: dict[str, Callable] = {}  # name -> a user's or a built-in predicate, f(q, k, *params)
-_PREDICATES: dict[str, _Predicate] = {}  # a mask's key -> its compiled predicate
-
-
-def predicate(key: str) -> _Predicate:
-    """The predicate of every mask with this key. A custom operator takes no objects: masks reach it as their key."""
-    return _PREDICATES[key]
-
-
-class Mask:
-    """Which keys each query may attend to.
-
-    fn      f(q, k, *params) -> bool, in the operators that integers, tensors and Triton share (+ - * // % & | ~ and
-            comparisons). It is evaluated on broadcasting blocks of int32 positions. A function decorated with
-            `triton.jit` will do as well. Of negative numbers Triton's // and % round towards 0, Python's down.
-    params  what fn takes after q and k: Python integers, or int32 tensors of shape (B,), one value for each row of the
-            batch.
-    bands   where the mask may be True: see `Band`. None: anywhere.
-
-    Raises TypeError for parameters of another kind, ValueError for numbers that no position reaches.
-    """
-
-    def __init__(self, fn: Callable, *params, bands: Iterable[Band] | None = None):
-        for param in params:
-            is_row_tensor = isinstance(param, torch.Tensor) and param.dtype == torch.int32 and param.ndim == 1
-            if not is_row_tensor and (not isinstance(param, int) or isinstance(param, bool)):
-                raise TypeError(f"a mask takes integers and int32 tensors of shape (B,), not {param!r}")
-        bands = (EVERYTHING,) if bands is None else tuple(bands)
-        for n in (*(p for p in params if isinstance(p, int)), *(n for band in bands for n in band)):
-            if not -FAR <= n <= FAR:
-                raise ValueError(f"a mask's integers lie between -{FAR} and {FAR}, unlike {n}")
-        name = _register_leaf(fn)
-        slots = "".join(f", {{{i}}}" for i in range(len(params)))
-        self._build(f"{name}(q, k{slots})", params, bands)
-
-    @classmethod
-    def _combine(cls, left: "Mask", operator: str, right: "Mask", bands: Iterable[Band]) -> "Mask":
-        mask = cls.__new__(cls)
-        # The right side's parameters come after the left side's.
-        shift = len(left.params)
-        moved = right._template.format(*(f"{{{i + shift}}}" for i in range(len(right.params))))
-        mask._build(f"({left._template} {operator} {moved})", left.params + right.params, tuple(bands))
-        return mask
-
-    def _build(self, template: str, params: tuple, bands: tuple[Band, ...]) -> None:
-        """`template` is the mask's expression with numbered holes where its parameters go."""
-        self._template = template
-        self.params = params
-        self.bands = _simplify(bands)
-        self.ints = tuple(p for p in params if isinstance(p, int))
-        self.tensors = tuple(p for p in params if not isinstance(p, int))
-        # What a custom operator gets of the mask beside its key: the bands, then the integers.
-        self.operands = tuple(int(n) for band in self.bands for n in band) + self.ints
-        # Every query sees the key at its own position, if there is one: a row of such a mask is never empty.
-        self.shows_itself = any(b.exact and b.least <= 0 <= b.most and b[2:6] == EVERYTHING[2:6] for b in self.bands)
-        self.dense_cache: dict = {}
-        # In the predicate's one tuple the integers come first, then the values of the row.
-        ints, rows = itertools.count(), itertools.count(len(self.ints))
-        order = (next(ints if isinstance(p, int) else rows) for p in params)
-        self.key = template.format(*(f"p[{n}]" for n in order))
-        if self.key not in _PREDICATES:
-            _PREDICATES[self.key] = _compile(self.key)
-
-    def __and__(self, other: "Mask") -> "Mask":
-        return Mask._combine(self, "&", other, [a & b for a in self.bands for b in other.bands])
-
-    def __or__(self, other: "Mask") -> "Mask":
-        return Mask._combine(self, "|", other, self.bands + other.bands)
-
-    def __deepcopy__(self, memo) -> "Mask":
-        return self  # nothing in it changes
-
-    def __repr__(self) -> str:
-        return f"Mask({self._template.format(*self.params)})"
-
-    def visible(self, q, k):
-        """The predicate on tensors of positions that broadcast against (B, H, Tq, Tk); a bool tensor of that kind."""
-        rows = tuple(t.view(-1, 1, 1, 1) for t in self.tensors)
-        return _PREDICATES[self.key].python(q, k, self.ints + rows)
-
-    def dense(self, Tq: int, Tk: int, device="cpu") -> torch.Tensor:
-        """The whole mask as a bool tensor (1 or B, 1, Tq, Tk)."""
-        q = torch.arange(Tk - Tq, Tk, device=device, dtype=torch.int32)[:, None]
-        k = torch.arange(Tk, device=device, dtype=torch.int32)[None, :]
-        visible = self.visible(q, k)
-        batch = visible.shape[0] if visible.ndim == 4 else 1
-        return visible.expand(batch, 1, Tq, Tk)
-
-
-def _register_leaf(fn: Callable) -> str:
-    """The name under which a predicate is known: its own, with a number after it where another one has that name."""
-    name = getattr(fn, "__name__", "")
-    if not name.isidentifier():
-        raise ValueError("a mask's predicate is a named function: Triton reads its source, so a lambda will not do")
-    n = 1
-    unique = name
-    while unique in _RESERVED or _LEAVES.setdefault(unique, fn) is not fn:
-        n += 1
-        unique = f"{name}_{n}"
-    return unique
-
-
-def _compile(expression: str) -> _Predicate:
-    """Make `def mask(q, k, p): return <expression>` for tensors, and for Triton where there is one.
-
-    Triton reads a function's source through `inspect`, which finds it in `linecache`.
-    """
-    source = f"def mask(q, k, p):\n    return {expression}\n"
-    filename = f"<mask {expression}>"
-    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    code = compile(source, filename, "exec")
-
-    def build(leaves: dict) -> Callable:
-        namespace = {"__name__": __name__, "tl": tl, **leaves}
-        exec(code, namespace)
-        return namespace["mask"]
-
-    names = {name for name in code.co_consts[0].co_names if name in _LEAVES}
-    plain = {name: getattr(_LEAVES[name], "fn", _LEAVES[name]) for name in names}
-    if triton is None:
-        return _Predicate(build(plain), None)
-    jitted = {name: _jitted(_LEAVES[name]) for name in names}
-    return _Predicate(build(plain), triton.jit(build(jitted)))
-
-
-@functools.cache
-def _jitted(fn: Callable):
-    if hasattr(fn, "fn"):
-        return fn
-    if not any(value is tl for value in fn.__globals__.values()):
-        # The interpreter insists on `triton.language` among a function's globals.
-        fn = types.FunctionType(fn.__code__, {**fn.__globals__, "tl": tl}, fn.__name__, fn.__defaults__, fn.__closure__)
-    return triton.jit(fn)
-
-
-def _simplify(bands: tuple[Band, ...]) -> tuple[Band, ...]:
-    """Leave out empty bands and those that another one covers."""
-    kept: list[Band] = []
-    for band in bands:
-        if band.is_empty() or any(other.covers(band) for other in kept):
-            continue
-        kept = [other for other in kept if not band.covers(other)]
-        kept.append(band)
-    if len(kept) > MAX_BANDS:
-        return (_hull(kept),)
-    return tuple(kept) or (NOTHING,)
-
-
-def _hull(bands: Iterable[Band]) -> Band:
-    """The smallest band around all of them."""
-    least, most, k_begin, k_end, q_begin, q_end, _ = zip(*bands)
-    return Band(min(least), max(most), min(k_begin), max(k_end), min(q_begin), max(q_end), exact=False)
+# A table is kept as long as the process lives.
+MAX_TABLE = 1 << 24
 
 
 def everything(q, k):
@@ -278,6 +71,116 @@ def sink_tokens(n: int) -> Mask:
     if n < 0:
         raise ValueError(f"sink_tokens takes 0 or more, not {n}")
     return Mask(is_sink_token, n, bands=[Band(k_end=n, exact=True)])
+
+
+def is_prefix(q, k, length):
+    return k < length
+
+
+def prefix(lengths: torch.Tensor) -> Mask:
+    """The first keys of each row of the batch, for every query: lengths (B,) int32, on the device of the queries.
+
+    `CAUSAL | prefix(lengths)` is the mask of a prefix language model (https://arxiv.org/abs/1910.10683).
+    """
+    return Mask(is_prefix, lengths, bands=[Band(k_end=lengths, exact=True)])
+
+
+def is_global(q, k, table):
+    return (lookup(table, q) != 0) | (lookup(table, k) != 0)
+
+
+def global_tokens(positions: Iterable[int]) -> Mask:
+    """Tokens that all others attend to and that attend to all others (Longformer, https://arxiv.org/abs/2004.05150).
+
+    Meant for composition: `CAUSAL & (sliding_window(256) | global_tokens([0, 77]))`.
+    """
+    positions = sorted({int(n) for n in positions})
+    if positions and not 0 <= positions[0] <= positions[-1] < MAX_TABLE:
+        raise ValueError(
+            f"global_tokens takes positions from 0 to {MAX_TABLE - 1}, not {positions[0]}..{positions[-1]}"
+        )
+    bands: list[Band] | None = []
+    for _, run in itertools.groupby(enumerate(positions), lambda pair: pair[1] - pair[0]):
+        run = [position for _, position in run]
+        begin, end = run[0], run[-1] + 1
+        bands += [Band(k_begin=begin, k_end=end, exact=True), Band(q_begin=begin, q_end=end, exact=True)]
+    marks = [0] * (positions[-1] + 1 if positions else 0)
+    for n in positions:
+        marks[n] = 1
+    return Mask(is_global, Table(marks), bands=bands if len(bands) <= MAX_BANDS else None)
+
+
+def is_strided(q, k, stride):
+    return (q - k) % stride == 0
+
+
+@functools.lru_cache(maxsize=256)
+def strided(stride: int) -> Mask:
+    """Keys a multiple of `stride` away, before and after (Sparse Transformers, https://arxiv.org/abs/1904.10509).
+
+    Meant for composition: `sliding_window(512) & strided(4)` is a dilated window, `CAUSAL & (sliding_window(128) |
+    strided(128))` the strided pattern of that paper.
+    """
+    if stride < 1:
+        raise ValueError(f"strided takes 1 or more, not {stride}")
+    return Mask(is_strided, stride, bands=[Band(exact=True)] if stride == 1 else None)
+
+
+def is_random_block(q, k, block, random, seed):
+    # The blocks up to the query's own, n of them, are dealt into `random` shares; one of each share is drawn by a hash
+    # of (seed, n, share). So it depends on no length, and the share of a key is known without a loop.
+    n = q * (q >= 0) // block + 1
+    own = k // block
+    share = ((own + 1) * random - 1) // n
+    begin = n * share // random
+    size = n * (share + 1) // random - begin
+    x = (n * 0x2545F491 + share) * 0x5BD1E995 + seed
+    x = (x ^ (x >> 15)) * 0x2C1B3C6D
+    x = (x ^ (x >> 12)) * 0x297A2D39
+    drawn = begin + ((x >> 9) & 0xFFFF) % size
+    return (q >= 0) & (own < n) & (own == drawn)
+
+
+@functools.lru_cache(maxsize=256)
+def random_blocks(random: int, seed: int, block: int = 64) -> Mask:
+    """For each block of queries `random` of the blocks of keys up to it, drawn by `seed`; all, while there are fewer.
+
+    Which ones depends on (seed, the block of queries) alone, so that a longer sequence does not change them.
+    """
+    if random < 0 or block < 1:
+        raise ValueError(f"random_blocks takes 0 or more blocks of 1 or more keys, not {random} of {block}")
+    if random == 0:
+        return sink_tokens(0)
+    return Mask(is_random_block, block, random, seed, bands=[Band(least=1 - block, q_begin=0)], indexed=True)
+
+
+@functools.lru_cache(maxsize=256)
+def bigbird(window: int, global_: int, random: int, seed: int, block: int = 64) -> Mask:
+    """BigBird for a decoder: window, global tokens and random blocks, all causal (https://arxiv.org/abs/2007.14062).
+
+    The last `window` keys (the query's own included), the first `global_` ones, and `random_blocks` of `block` keys.
+    """
+    return CAUSAL & (sliding_window(window) | sink_tokens(global_) | random_blocks(random, seed, block))
+
+
+def is_in_layout(q, k, block, n_rows, n_columns, layout):
+    row = q * (q >= 0) // block
+    column = k // block
+    inside = (q >= 0) & (row < n_rows) & (column < n_columns)
+    return inside & (lookup(layout, row * n_columns + column) != 0)
+
+
+def block_sparse(layout: torch.Tensor, block: int) -> Mask:
+    """Blocks of `block` queries by `block` keys: layout (rows, columns), not 0 where the queries of a row of blocks, by
+    their positions, see the keys of a column. What lies outside the layout is not seen.
+    """
+    if layout.ndim != 2 or layout.numel() > MAX_TABLE or block < 1:
+        raise ValueError(
+            f"layout is a matrix of {MAX_TABLE} blocks at most, not {tuple(layout.shape)}, of {block} keys"
+        )
+    n_rows, n_columns = layout.shape
+    table = Table((layout != 0).flatten().int().tolist())
+    return Mask(is_in_layout, block, n_rows, n_columns, table)
 
 
 def segment_ids(cu_seqlens: torch.Tensor, T: int) -> torch.Tensor:

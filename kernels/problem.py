@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels import configs, masks
+from kernels import configs, mask
 from kernels.attention_reference import dropout_threshold
+from kernels.mask import STANDS_FOR
+from kernels.operators import Call
+from kernels.tile_lists import tile_lists
 from kernels.tiles import Dropout, Masking, Scoring, Sizes
 
 LOG2E = math.log2(math.e)
@@ -33,60 +35,38 @@ def within_reach(x: Tensor) -> Tensor:
     return x if max(x.stride(1), x.stride(3)) < 2**31 // configs.MAX_TILE_EXTENT else x.contiguous()
 
 
-@dataclass
 class Problem:
-    """q (B, Tq, H, D), k (B, Tk, H_kv, D), v (B, Tk, H_kv, Dv), and the rest of `kernels.attention`'s arguments.
+    """A call, for one architecture: that of its tensors if None."""
 
-    mask: the key of the predicate; mask_ints: the bands, then the mask's integers; mask_rows: its tensors (B,).
-    softcap, dropout_p: 0 for none. seed: int64 (1,).
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: str
-    n_bands: int
-    mask_ints: list[int]
-    mask_rows: list[Tensor]
-    segments_q: Tensor | None
-    segments_k: Tensor | None
-    scale: float
-    softcap: float
-    alibi_slopes: Tensor | None
-    bias: Tensor | None
-    sinks: Tensor | None
-    dropout_p: float
-    seed: Tensor | None
-    arch: str | None = None
-
-    def __post_init__(self):
-        self.q, self.k, self.v = within_reach(self.q), within_reach(self.k), within_reach(self.v)
-        B, Tq, H, D = self.q.shape
-        _, Tk, H_kv, Dv = self.v.shape
+    def __init__(self, call: Call, arch: str | None = None):
+        q, k, v = (within_reach(x) for x in call[:3])
+        self.call = call._replace(q=q, k=k, v=v)
+        B, Tq, H, D = q.shape
+        _, Tk, H_kv, Dv = v.shape
         self.B, self.H_kv = B, H_kv
         self.sizes = Sizes(Tq, Tk, H, H // H_kv, D, Dv)
-        self.arch = self.arch or configs.architecture(self.q.device)
+        self.arch = arch or configs.architecture(q.device)
 
     def launch(self, kernel: Callable, name: str, n_rows: int, heads: int, rows_are_queries: bool, **args) -> Launch:
         """`kernel` with one program for each tile of n_rows rows of each head, and what all kernels take."""
         D, Dv = self.sizes.D, self.sizes.Dv
-        config = configs.choose(self.arch, self.q.dtype, D, Dv, name)
+        config = configs.choose(self.arch, self.call.q.dtype, D, Dv, name)
         tiles = math.ceil(n_rows / (config.block_m if rows_are_queries else config.block_n))
         block_d, block_dv = configs.block_dim(D), configs.block_dim(Dv)
         operands = {
-            "q": self.q,
-            "k": self.k,
-            "v": self.v,
-            "q_strides": self.q.stride(),
-            "k_strides": self.k.stride(),
-            "v_strides": self.v.stride(),
+            "q": self.call.q,
+            "k": self.call.k,
+            "v": self.call.v,
+            "q_strides": self.call.q.stride(),
+            "k_strides": self.call.k.stride(),
+            "v_strides": self.call.v.stride(),
             "sizes": self.sizes,
-            "masking": self.masking(),
+            "masking": self.masking(config.block_m, config.block_n, rows_are_queries),
             "scoring": self.scoring(),
             "dropout": self.dropout(),
         }
         constants = {
-            "PREDICATE": masks.predicate(self.mask).triton,
+            "PREDICATE": mask.predicate(self.call.mask).triton,
             "FOLD": self.folds(),
             "CHECK_D": block_d != D,
             "CHECK_DV": block_dv != Dv,
@@ -98,29 +78,46 @@ class Problem:
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         return Launch(kernel, (tiles * heads * self.B,), {**operands, **args, **constants}, options)
 
-    def masking(self) -> Masking:
-        n = 7 * self.n_bands
-        bands, ints = tuple(self.mask_ints[:n]), tuple(self.mask_ints[n:])
-        return Masking(bands, ints, tuple(self.mask_rows), self.segments_q, self.segments_k)
+    def masking(self, block_m: int, block_n: int, over_keys: bool) -> Masking:
+        call, pattern = self.call, self.call.pattern()
+        numbers = pattern.ints[: 7 * call.n_bands]
+        band_rows = tuple(call.mask_rows[n - STANDS_FOR] if n >= STANDS_FOR else None for n in numbers)
+        lists: tuple = ()
+        if pattern.has_lists:
+            found = tile_lists(pattern, self.sizes.Tq, self.sizes.Tk, block_m, block_n, over_keys, call.q.device)
+            lists = found, found.stride(0) if found.shape[0] > 1 else 0, found.stride(1)
+        return Masking(
+            bands=() if lists else tuple(0 if n >= STANDS_FOR else n for n in numbers),
+            band_rows=band_rows if not lists and any(row is not None for row in band_rows) else (),
+            lists=lists,
+            ints=mask.with_tables(pattern.params, call.q.device),
+            rows=tuple(call.mask_rows),
+            segments_q=call.segments_q,
+            segments_k=call.segments_k,
+        )
 
     def folds(self) -> bool:
         """Whether the scale can wait for the exponent, one fused multiply-add: the maximum must commute with it."""
-        return self.softcap == 0 and self.alibi_slopes is None and self.bias is None and self.scale > 0
+        return (
+            self.call.softcap == 0 and self.call.alibi_slopes is None and self.call.bias is None and self.call.scale > 0
+        )
 
     def scoring(self) -> Scoring:
-        B, Tq, H, _ = self.q.shape
+        B, Tq, H, _ = self.call.q.shape
         bias, strides = None, ()
-        if self.bias is not None:
-            bias = self.bias.expand(B, H, Tq, self.sizes.Tk)
+        if self.call.bias is not None:
+            bias = self.call.bias.expand(B, H, Tq, self.sizes.Tk)
             strides = bias.stride()
-        if self.softcap:
-            return Scoring(self.scale / self.softcap, self.softcap * LOG2E, self.alibi_slopes, bias, strides)
-        return Scoring(self.scale * LOG2E, None, self.alibi_slopes, bias, strides)
+        if self.call.softcap:
+            return Scoring(
+                self.call.scale / self.call.softcap, self.call.softcap * LOG2E, self.call.alibi_slopes, bias, strides
+            )
+        return Scoring(self.call.scale * LOG2E, None, self.call.alibi_slopes, bias, strides)
 
     def dropout(self) -> Dropout:
-        if self.dropout_p == 0:
+        if self.call.dropout_p == 0:
             return Dropout(None, 0, 1.0)
-        return Dropout(self.seed, dropout_threshold(self.dropout_p), 1 / (1 - self.dropout_p))
+        return Dropout(self.call.seed, dropout_threshold(self.call.dropout_p), 1 / (1 - self.call.dropout_p))
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.q.dtype, device=self.q.device)
+        return torch.empty(shape, dtype=dtype or self.call.q.dtype, device=self.call.q.device)

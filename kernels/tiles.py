@@ -29,11 +29,15 @@ class Sizes(NamedTuple):
 class Masking(NamedTuple):
     """A mask's operands, beside its predicate, which is a constant of the kernel.
 
-    bands: seven integers for each `masks.Band`; ints: the mask's integers; rows: its tensors (B,); segments_q (B, Tq)
-    and segments_k (B, Tk): contiguous, or both None.
+    bands: seven integers for each `mask.Band`; band_rows: (), or as many tensors (B,) to read instead, or None each;
+    lists: (), or what tile_lists.py gives, with how far apart its batches and rows lie, instead of bands; ints: the
+    mask's integers and tables; rows: its tensors (B,); segments_q (B, Tq) and segments_k (B, Tk): contiguous, or both
+    None.
     """
 
     bands: tuple
+    band_rows: tuple
+    lists: tuple
     ints: tuple
     rows: tuple
     segments_q: object
@@ -72,6 +76,16 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """x (float32) in the dtype of an input, rounded to nearest. The interpreter would cut bfloat16 off instead."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def load_tile(base, strides, first, n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr,
               CHECK_ROWS: tl.constexpr, CHECK_COLS: tl.constexpr):  # fmt: skip
     """Rows first to first + ROWS - 1 of a (T, D) matrix whose axes lie strides[1] and strides[3] elements apart.
@@ -99,7 +113,7 @@ def store_tile(base, strides, tile, first, n_rows, n_cols, ROWS: tl.constexpr, C
     start = base + tl.cast(first, tl.int64) * strides[1]
     pointers = start + rows[:, None] * strides[1] + cols[None, :] * strides[3]
     inside = (first + rows < n_rows)[:, None] & (cols < n_cols)[None, :]
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)
+    tl.store(pointers, narrow(tile, base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -136,12 +150,23 @@ def _span(bands, r: tl.constexpr, first, last, sizes, BLOCK: tl.constexpr, OVER_
 
 
 @triton.jit
-def visits(bands, first, last, sizes, BLOCK: tl.constexpr, OVER_KEYS: tl.constexpr):
-    """The tiles to visit for rows at positions first to last, each once, whichever bands share it.
+def _bands_of_row(masking, b):
+    """The bands' numbers, those of row b of the batch where they differ from row to row."""
+    if len(masking.band_rows) == 0:
+        return masking.bands
+    else:
+        bands = ()
+        for i in tl.static_range(len(masking.bands)):
+            if masking.band_rows[i] is None:
+                bands += (masking.bands[i],)
+            else:
+                bands += (tl.load(masking.band_rows[i] + b),)
+        return bands
 
-    Returns one flat tuple of four tiles (begin, full_begin, full_end, end) for each band, in ascending order and
-    disjoint: tiles from full_begin to full_end - 1 need no predicate.
-    """
+
+@triton.jit
+def _visits_by_bands(bands, first, last, sizes, BLOCK: tl.constexpr, OVER_KEYS: tl.constexpr):
+    """The spans of all bands, put in order and cut so that no two share a tile."""
     spans = ()
     for r in tl.static_range(len(bands) // 7):
         spans += _span(bands, r, first, last, sizes, BLOCK, OVER_KEYS)
@@ -172,43 +197,70 @@ def visits(bands, first, last, sizes, BLOCK: tl.constexpr, OVER_KEYS: tl.constex
 
 
 @triton.jit
+def visits(masking, b, row, first, last, sizes, BLOCK: tl.constexpr, OVER_KEYS: tl.constexpr):
+    """The tiles to visit for tile `row` of the rows, at positions first to last, each once.
+
+    Returns a flat tuple for the four functions below: (full tiles, partial tiles, the list) where there are lists, else
+    four tiles (begin, full_begin, full_end, end) for each band, in ascending order and disjoint: tiles from full_begin
+    to full_end - 1 need no predicate.
+    """
+    if len(masking.lists) > 0:
+        tiles = masking.lists[0] + tl.cast(b, tl.int64) * masking.lists[1] + tl.cast(row, tl.int64) * masking.lists[2]
+        return tl.load(tiles), tl.load(tiles + 1), tiles + 2
+    else:  # Triton compiles what stands after an if, return or not
+        return _visits_by_bands(_bands_of_row(masking, b), first, last, sizes, BLOCK, OVER_KEYS)
+
+
+@triton.jit
 def count_full(spans):
     """How many tiles need no predicate."""
-    n = spans[2] - spans[1]
-    for r in tl.static_range(1, len(spans) // 4):
-        n += spans[4 * r + 2] - spans[4 * r + 1]
+    if len(spans) == 3:
+        n = spans[0]
+    else:
+        n = spans[2] - spans[1]
+        for r in tl.static_range(1, len(spans) // 4):
+            n += spans[4 * r + 2] - spans[4 * r + 1]
     return n
 
 
 @triton.jit
 def count_partial(spans):
     """How many tiles need the predicate."""
-    n = spans[3] - spans[0] - count_full(spans)
-    for r in tl.static_range(1, len(spans) // 4):
-        n += spans[4 * r + 3] - spans[4 * r]
+    if len(spans) == 3:
+        n = spans[1]
+    else:
+        n = spans[3] - spans[0] - count_full(spans)
+        for r in tl.static_range(1, len(spans) // 4):
+            n += spans[4 * r + 3] - spans[4 * r]
     return n
 
 
 @triton.jit
 def full_tile(spans, i):
     """The i-th tile that needs no predicate."""
-    tile = spans[1] + i
-    for r in tl.static_range(1, len(spans) // 4):
-        i -= spans[4 * r - 2] - spans[4 * r - 3]
-        tile = tl.where(i >= 0, spans[4 * r + 1] + i, tile)
+    if len(spans) == 3:
+        tile = tl.load(spans[2] + i)
+    else:
+        tile = spans[1] + i
+        for r in tl.static_range(1, len(spans) // 4):
+            i -= spans[4 * r - 2] - spans[4 * r - 3]
+            tile = tl.where(i >= 0, spans[4 * r + 1] + i, tile)
     return tile
 
 
 @triton.jit
 def partial_tile(spans, i):
     """The i-th tile that needs the predicate: left of the first full part, right of it, left of the second, ..."""
-    tile = spans[0] + i
-    for r in tl.static_range(len(spans) // 4):
-        if r > 0:
-            i -= spans[4 * r - 1] - spans[4 * r - 2]
-            tile = tl.where(i >= 0, spans[4 * r] + i, tile)
-        i -= spans[4 * r + 1] - spans[4 * r]
-        tile = tl.where(i >= 0, spans[4 * r + 2] + i, tile)
+    if len(spans) == 3:
+        tile = tl.load(spans[2] + spans[0] + i)
+    else:
+        tile = spans[0] + i
+        for r in tl.static_range(len(spans) // 4):
+            if r > 0:
+                i -= spans[4 * r - 1] - spans[4 * r - 2]
+                tile = tl.where(i >= 0, spans[4 * r] + i, tile)
+            i -= spans[4 * r + 1] - spans[4 * r]
+            tile = tl.where(i >= 0, spans[4 * r + 2] + i, tile)
     return tile
 
 

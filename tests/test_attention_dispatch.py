@@ -119,7 +119,7 @@ REFUSED = [
     ({"inputs": [torch.zeros(1, 7, 2, 8), torch.zeros(1, 7, 2, 9), torch.zeros(1, 7, 2, 8)]}, ValueError, "do not fit"),
     ({"inputs": [torch.zeros(1, 7, 2, 8), *[torch.zeros(1, 7, 2, 8).double()] * 2]}, TypeError, "one dtype"),
     ({"inputs": [torch.zeros(1, 7, 2, 8, dtype=torch.int32)] * 3}, TypeError, "floating point"),
-    ({"impl": "flash"}, ValueError, "auto, triton, sdpa, reference"),
+    ({"impl": "flash"}, ValueError, "auto, triton, sdpa, chunked, reference"),
     ({"segment_ids": torch.zeros(2, 7)}, ValueError, "int32"),
     ({"segment_ids": torch.zeros(2, 6, dtype=torch.int32)}, ValueError, "int32"),
     ({"inputs": qkv(3, 7), "segment_ids": torch.zeros(2, 7, dtype=torch.int32)}, ValueError, "pair"),
@@ -140,7 +140,6 @@ REFUSED = [
     ({"impl": "triton", "inputs": qkv(dtype=torch.float64)}, NotImplementedError, "float64"),
     ({"impl": "triton", "inputs": qkv(D=4)}, NotImplementedError, "head_dim 4"),
     ({"impl": "triton", "inputs": qkv(Dv=300)}, NotImplementedError, "head_dim 300"),
-    ({"impl": "triton", "bias": torch.zeros(7, 7, requires_grad=True)}, NotImplementedError, "gradient of bias"),
 ]
 
 

@@ -1,11 +1,15 @@
 """What attention does beside masks: softcap, ALiBi, bias, sinks, segments, dropout, lse; alone and together."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from kernels import attention, attention_reference, masks
+from kernels import attention, attention_backward, attention_dbias, attention_reference, masks
 from kernels.attention_reference import dropout_keep
-from tests.attention_checks import Case, check, make_inputs, run
+from kernels.operators import call_of
+from kernels.problem import Problem
+from tests.attention_checks import Case, check, make_inputs, padded_tiles, run
 
 FEATURES = ("softcap", "alibi", "bias", "sinks", "segments", "dropout")
 BF16 = torch.bfloat16
@@ -29,6 +33,41 @@ def test_bias_of_any_shape_that_broadcasts(shape, device):
     expected = attention_reference(q, k, v, bias=bias)
     for impl in ("triton", "auto"):
         torch.testing.assert_close(attention(q, k, v, bias=bias, impl=impl), expected)
+
+
+@pytest.mark.parametrize("axes", ["bhqk", "hqk", "qk", "bhq", "bhk", "bk", "q", "h", ""])
+def test_gradient_of_bias_of_any_shape_that_broadcasts(axes, device):
+    """One sum for each value of the bias, over all that it is broadcast to; no other feature in its way."""
+    check(Case(70, 90, B=2, features=("bias",), bias_axes=axes), device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["float32", "bfloat16"])
+def test_gradient_of_bias_among_all_features(dtype, device):
+    case = Case(70, 90, B=2, H=4, H_kv=2, D=24, Dv=40, dtype=dtype, mask=masks.sliding_window(40), bias_axes="qk")
+    check(replace(case, features=FEATURES), device)
+
+
+def test_a_bias_that_gets_no_gradient_costs_none(device, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("it was computed")
+
+    monkeypatch.setattr(attention_backward, "bias_gradient", refuse)
+    q, k, v = (torch.randn(1, 6, 1, 8, device=device, requires_grad=True) for _ in range(3))
+    attention(q, k, v, bias=torch.zeros(6, 6, device=device), impl="triton").sum().backward()
+
+
+def test_gradient_of_bias_visits_what_the_mask_needs(device):
+    """Of a window's 5 x 5 tiles 9, twice for two heads; for a bias of shape (T, T) one program has one tile."""
+    bias = torch.zeros(300, 300, device=device)
+    q, k = torch.randn(1, 300, 2, 16, device=device), torch.randn(1, 300, 1, 16, device=device)
+    features = dict.fromkeys(("segment_ids", "scale", "softcap", "alibi_slopes", "sinks", "seed"))
+    problem = Problem(call_of(q, k, k, mask=masks.sliding_window(30), bias=bias, dropout_p=0.0, **features))
+    rows = torch.zeros(1, 2, 300, device=device)
+    counts = torch.zeros(50, dtype=torch.int32, device=device)
+    launch = attention_dbias.dbias_launch(problem, q, rows, rows, bias.clone(), counts)
+    launch.run()
+    needed = padded_tiles(masks.sliding_window(30).dense(300, 300)[0, 0], launch).sum().item()
+    assert counts.sum().item() == 2 * needed
 
 
 def test_bias_of_minus_infinity_hides(device):

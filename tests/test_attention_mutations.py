@@ -6,7 +6,7 @@ import pytest
 import triton
 import triton.language as tl
 
-from kernels import attention_backward, attention_forward, masks, problem, tiles
+from kernels import attention_backward, attention_forward, mask, masks, problem, tile_lists, tiles
 from kernels.attention_triton import INTERPRETED
 from tests.attention_checks import Case, check
 
@@ -23,9 +23,9 @@ def test_unbroken(device):
 
 def test_mask_flipped(device):
     flipped = masks.Mask(before_itself, 70, bands=masks.sliding_window(70).bands)
-    real = masks.predicate
+    real = mask.predicate
     with (
-        mock.patch.object(masks, "predicate", lambda key: real(flipped.key) if key == CASE.mask.key else real(key)),
+        mock.patch.object(mask, "predicate", lambda key: real(flipped.key) if key == CASE.mask.key else real(key)),
         pytest.raises(AssertionError),
     ):
         check(CASE, device)
@@ -50,6 +50,27 @@ def test_tile_skipped(module, which, device):
     replacement = {"count_full": one_full_less, "count_partial": one_partial_less}[which]
     with mock.patch.object(module, which, replacement), pytest.raises(AssertionError):
         check(CASE, device)
+
+
+@pytest.mark.parametrize("module", [attention_forward, attention_backward], ids=["forward", "backward"])
+def test_tile_of_a_list_skipped(module, device):
+    case = Case(130, 130, H=1, mask=masks.CAUSAL & masks.strided(50))
+    check(case, device)
+    with mock.patch.object(module, "count_partial", one_partial_less), pytest.raises(AssertionError):
+        check(case, device)
+
+
+def test_tile_of_another_document_too_many_skipped(device):
+    """Lists made from segment ids as if two documents that share a tile did not."""
+    case = Case(130, 130, H=1, features=("segments",))
+    real = tile_lists._by_segments
+
+    def wrong(*args):
+        _, same = real(*args)
+        return same, same
+
+    with mock.patch.object(tile_lists, "_by_segments", wrong), pytest.raises(AssertionError):
+        check(case, device)
 
 
 count_full, count_partial = tiles.count_full, tiles.count_partial

@@ -5,6 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from kernels import attention, masks
+from kernels.operators import call_of
 
 WINDOW_AND_SINKS = masks.CAUSAL & (masks.sliding_window(5) | masks.sink_tokens(2))
 
@@ -13,30 +14,37 @@ def qkv(device, T=20, H=2, H_kv=1, D=16, **options):
     return [torch.randn(1, T, heads, D, device=device, requires_grad=True, **options) for heads in (H, H_kv, H_kv)]
 
 
+@pytest.mark.parametrize("name", ["triton_attention", "chunked_attention"])
 @pytest.mark.parametrize("features", [False, True], ids=["plain", "features"])
-def test_opcheck(features, device):
-    mask = WINDOW_AND_SINKS
-    rows, more = [], [None, None, 0.25, 0.0, None, None, None, 0.0, None]
+def test_opcheck(features, name, device):
+    arguments = dict.fromkeys(("segment_ids", "scale", "softcap", "alibi_slopes", "bias", "sinks", "seed"))
+    arguments |= {"mask": WINDOW_AND_SINKS, "dropout_p": 0.0}
     if features:
-        mask = masks.CAUSAL | masks.Mask(in_prefix, torch.tensor([3], dtype=torch.int32, device=device))
-        ids = torch.zeros(1, 20, dtype=torch.int32, device=device)
-        sinks = torch.randn(2, device=device, requires_grad=True)
-        slopes, bias = torch.rand(2, device=device), torch.randn(2, 20, 20, device=device)
-        rows = list(mask.tensors)
-        more = [ids, ids, 0.25, 3.0, slopes, bias, sinks, 0.2, torch.tensor([5], device=device)]
-    args = (*qkv(device), mask.key, len(mask.bands), list(mask.operands), rows, *more)
-    torch.library.opcheck(torch.ops.triton_attention.forward.default, args)
-    out, lse = torch.ops.triton_attention.forward(*args)
+        lengths = torch.tensor([3], dtype=torch.int32, device=device)
+        arguments |= {
+            "mask": masks.CAUSAL & masks.strided(2) | masks.prefix(lengths) | masks.Mask(in_prefix, lengths),
+            "segment_ids": torch.zeros(1, 20, dtype=torch.int32, device=device),
+            "softcap": 3.0,
+            "alibi_slopes": torch.rand(2, device=device),
+            "bias": torch.randn(2, 20, 1, device=device, requires_grad=True),
+            "sinks": torch.randn(2, device=device, requires_grad=True),
+            "dropout_p": 0.2,
+            "seed": 5,
+        }
+    args = tuple(call_of(*qkv(device), **arguments))
+    operators = getattr(torch.ops, name)
+    torch.library.opcheck(operators.forward.default, args)
+    out, lse = operators.forward(*args)
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
-    backward_args = (torch.randn_like(out), torch.randn_like(lse), out.detach(), lse.detach(), *detached)
-    torch.library.opcheck(torch.ops.triton_attention.backward.default, backward_args)
+    backward_args = (torch.randn_like(out), torch.randn_like(lse), out.detach(), lse.detach(), features, *detached)
+    torch.library.opcheck(operators.backward.default, backward_args)
 
 
 def in_prefix(q, k, length):
     return k < length
 
 
-@pytest.mark.parametrize("impl", ["triton", "auto", "reference"])
+@pytest.mark.parametrize("impl", ["triton", "auto", "chunked", "reference"])
 def test_compile_fullgraph(impl, device):
     """One graph, also as lengths change; the same numbers as without it."""
     torch._dynamo.reset()

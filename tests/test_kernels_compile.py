@@ -36,7 +36,13 @@ def cases() -> list[dict]:
     found += [
         {"target": target, "kernel": kernel, "dtype": "bf16", "D": 24, "variant": variant}
         for target, variant in (("sm_90", "features"), ("gfx942", "features"), ("sm_80", "one"))
-        for kernel in (*KERNELS, "prepare")
+        for kernel in (*KERNELS, "dbias", "prepare")
+    ]
+    # Lists of tiles in place of bands.
+    found += [
+        {"target": target, "kernel": kernel, "dtype": "bf16", "D": 64, "mask": "bigbird"}
+        for target in ("sm_80", "sm_90", "gfx942")
+        for kernel in KERNELS
     ]
     return [*found, TOO_LARGE]
 

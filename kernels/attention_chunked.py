@@ -1,0 +1,209 @@
+"""Attention in plain PyTorch and little memory, forward and backward: what a CPU takes where torch's own cannot.
+
+The same function as attention_reference.py, some queries of one row of the batch at a time and only the keys that they
+need, in float32 (float64 for float64 inputs). The backward pass computes the weights again, from lse.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.attention_reference import dropout_survivors
+from kernels.mask import evaluate
+from kernels.operators import Call, accumulated, call_of, define
+from kernels.tile_lists import tile_map
+
+# Scores of this many pairs, over all heads, are held at once.
+SCORES = 1 << 20
+# Which keys are needed is asked for tiles of this many queries and keys.
+TILE = 64
+MOST_ROWS = 256
+
+
+class Chunk(NamedTuple):
+    """Queries begin to end - 1 of row b of the batch, and the keys that any of them sees: a range, or indices."""
+
+    b: int
+    begin: int
+    end: int
+    keys: slice | Tensor
+
+    def indices(self, device) -> Tensor:
+        """The keys, int32."""
+        if isinstance(self.keys, Tensor):
+            return self.keys.int()
+        return torch.arange(self.keys.start, self.keys.stop, device=device, dtype=torch.int32)
+
+
+def attention_chunked(q: Tensor, k: Tensor, v: Tensor, **features) -> tuple[Tensor, Tensor]:
+    """out (B, Tq, H, Dv) and lse (B, H, Tq): see `kernels.attention`."""
+    return _forward(*call_of(q, k, v, **features))
+
+
+def _chunks(call: Call) -> Iterator[Chunk]:
+    B, Tq, H, _ = call.q.shape
+    Tk = call.k.shape[1]
+    needed = tile_map(call.pattern(), Tq, Tk, TILE, TILE, call.q.device).needed.cpu()
+    widest = int(needed.sum(2).max()) * TILE if needed.numel() else 0
+    rows = max(16, min(MOST_ROWS, SCORES // max(1, H * widest)))
+    rows = rows // TILE * TILE or rows // 16 * 16
+    for b in range(B):
+        of_row = needed[b if needed.shape[0] > 1 else 0]
+        for begin in range(0, Tq, rows):
+            end = min(begin + rows, Tq)
+            tiles = of_row[begin // TILE : (end - 1) // TILE + 1].any(0).nonzero()[:, 0].tolist()
+            yield Chunk(b, begin, end, _keys(tiles, Tk, call.q.device))
+
+
+def _keys(tiles: list[int], Tk: int, device) -> slice | Tensor:
+    if not tiles or tiles[-1] - tiles[0] + 1 == len(tiles):
+        return slice(tiles[0] * TILE, min((tiles[-1] + 1) * TILE, Tk)) if tiles else slice(0, 0)
+    starts = torch.tensor(tiles, device=device)[:, None] * TILE
+    keys = (starts + torch.arange(TILE, device=device)).flatten()
+    return keys[keys < Tk]
+
+
+def _by_group(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """(rows, H, D) to (heads, H / heads * rows, D): the queries of a group of heads are queries of one key head."""
+    rows, H, D = x.shape
+    return x.to(dtype).view(rows, heads, H // heads, D).permute(1, 2, 0, 3).reshape(heads, H // heads * rows, D)
+
+
+def _grouped(s: Tensor, heads: int) -> Tensor:
+    """(H, rows, keys) as (heads, H / heads * rows, keys)."""
+    H, rows, keys = s.shape
+    return s.view(heads, H // heads * rows, keys)
+
+
+def _from_group(x: Tensor, rows: int) -> Tensor:
+    """The way back: (heads, H / heads * rows, D) to (rows, H, D)."""
+    heads, n, D = x.shape
+    return x.view(heads * n // rows, rows, D).transpose(0, 1)
+
+
+def _logits(call: Call, chunk: Chunk, qg: Tensor, kg: Tensor) -> tuple[Tensor, Tensor | float]:
+    """(H, rows, keys), -inf where nothing is seen, and the derivative of softcap. qg, kg (H_kv, ..., D)."""
+    (_, Tq, H, _), Tk = call.q.shape, call.k.shape[1]
+    rows, device = chunk.end - chunk.begin, call.q.device
+    s = (qg @ kg.mT).view(H, rows, kg.shape[1]).mul_(call.scale)
+    slope = 1.0
+    if call.softcap:
+        t = s.div_(call.softcap).tanh_()
+        s, slope = t * call.softcap, 1 - t * t
+    k = chunk.indices(device)[None, :]
+    q = torch.arange(chunk.begin + Tk - Tq, chunk.end + Tk - Tq, device=device, dtype=torch.int32)[:, None]
+    if call.alibi_slopes is not None:
+        s -= call.alibi_slopes.to(s.dtype)[:, None, None] * (q - k).abs()
+    if call.bias is not None:
+        s += call.bias.expand(*call.q.shape[:1], H, Tq, Tk)[chunk.b, :, chunk.begin : chunk.end][..., chunk.keys]
+    one_row = [tensor[chunk.b : chunk.b + 1] for tensor in call.mask_rows]
+    seen = evaluate(call.mask, q, k, call.pattern().params, one_row).expand(1, 1, rows, k.shape[1])[0, 0]
+    if call.segments_q is not None:
+        own = call.segments_q[chunk.b, chunk.begin : chunk.end]
+        seen = seen & (own[:, None] == call.segments_k[chunk.b, chunk.keys])
+    return s.masked_fill_(~seen, -math.inf), slope
+
+
+def _survivors(call: Call, chunk: Chunk) -> Tensor:
+    """Which entries (H, rows, keys) survive dropout."""
+    device = call.q.device
+    h = torch.arange(call.q.shape[2], device=device).view(-1, 1, 1)
+    i = torch.arange(chunk.begin, chunk.end, device=device).view(1, -1, 1)
+    j = chunk.indices(device).long().view(1, 1, -1)
+    return dropout_survivors(call.dropout_p, call.seed, torch.tensor(chunk.b, device=device), h, i, j)
+
+
+def chunked_forward(call: Call) -> tuple[Tensor, Tensor]:
+    (B, Tq, H, _), (_, _, H_kv, Dv) = call.q.shape, call.v.shape
+    real = accumulated(call.q.dtype)
+    out, lse = call.q.new_empty(B, Tq, H, Dv), call.q.new_empty(B, H, Tq, dtype=real)
+    sinks = None if call.sinks is None else call.sinks.to(real).view(H, 1, 1)
+    for chunk in _chunks(call):
+        b, begin, end, keys = chunk
+        kg, vg = call.k[b, keys].to(real).transpose(0, 1), call.v[b, keys].to(real).transpose(0, 1)
+        s, _ = _logits(call, chunk, _by_group(call.q[b, begin:end], H_kv, real), kg)
+        pivot = s.amax(2, keepdim=True) if s.shape[2] else s.new_full((H, end - begin, 1), -math.inf)
+        if sinks is not None:
+            pivot = torch.maximum(pivot, sinks)
+        pivot = pivot.masked_fill(pivot == -math.inf, 0.0)
+        p = s.sub_(pivot).exp_()
+        total = p.sum(2, keepdim=True)
+        if sinks is not None:
+            total = total + torch.exp(sinks - pivot)
+        # A query that sees nothing: log(0) is the -inf of its lse, and its zeros are divided by 1.
+        lse[b, :, begin:end] = (pivot + torch.log(total))[..., 0]
+        p = p.div_(total.masked_fill(total == 0, 1.0))
+        if call.seed is not None:
+            p = p.mul_(_survivors(call, chunk)).div_(1 - call.dropout_p)
+        out[b, begin:end] = _from_group(_grouped(p, H_kv) @ vg, end - begin)
+    return out, lse
+
+
+def chunked_backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, wants_dbias: bool):
+    """dq, dk, dv, and dsinks and dbias or None."""
+    H, H_kv = call.q.shape[2], call.k.shape[2]
+    real = accumulated(call.q.dtype)
+    dq = torch.empty_like(call.q, memory_format=torch.contiguous_format)
+    dk, dv = (torch.zeros(x.shape, dtype=real, device=x.device) for x in (call.k, call.v))
+    dsinks = None if call.sinks is None else torch.zeros(H, dtype=real, device=dq.device)
+    dbias = torch.zeros(call.bias.shape, dtype=real, device=dq.device) if wants_dbias else None
+    for chunk in _chunks(call):
+        b, begin, end, keys = chunk
+        rows = end - begin
+        kg, vg = call.k[b, keys].to(real).transpose(0, 1), call.v[b, keys].to(real).transpose(0, 1)
+        qg, dog = (_by_group(x[b, begin:end], H_kv, real) for x in (call.q, dout))
+        delta = (out[b, begin:end].to(real) * dout[b, begin:end].to(real)).sum(2).T[..., None]  # (H, rows, 1)
+        if dlse is not None:
+            delta = delta - dlse[b, :, begin:end, None]
+        lse_rows = lse[b, :, begin:end, None]
+        lse_rows = lse_rows.masked_fill(lse_rows == -math.inf, math.inf)
+        s, slope = _logits(call, chunk, qg, kg)
+        p = s.sub_(lse_rows).exp_()  # (H, rows, keys)
+        dp = (dog @ vg.mT).view(p.shape)
+        if call.seed is not None:
+            scale = _survivors(call, chunk).to(real).div_(1 - call.dropout_p)
+            dp = dp.mul_(scale)
+            weights = p * scale
+        else:
+            weights = p
+        _add(dv[b], keys, _grouped(weights, H_kv).mT @ dog)
+        ds = dp.sub_(delta).mul_(p)
+        if dsinks is not None:
+            dsinks -= (torch.exp(call.sinks.to(real)[:, None, None] - lse_rows) * delta).sum((1, 2))
+        if dbias is not None:
+            _add_to_bias(dbias, chunk, ds)
+        ds = _grouped(ds.mul_(slope), H_kv)
+        dq[b, begin:end] = _from_group(ds @ kg, rows).mul_(call.scale)
+        _add(dk[b], keys, (ds.mT @ qg).mul_(call.scale))
+    return dq, dk.to(call.k.dtype), dv.to(call.v.dtype), dsinks, dbias
+
+
+def _add(total: Tensor, keys: slice | Tensor, part: Tensor) -> None:
+    """total (Tk, H_kv, D) += part (H_kv, keys, D)."""
+    if isinstance(keys, Tensor):
+        total.index_add_(0, keys, part.transpose(0, 1))
+    else:
+        total[keys] += part.transpose(0, 1)
+
+
+def _add_to_bias(dbias: Tensor, chunk: Chunk, ds: Tensor) -> None:
+    """Add ds (H, rows, keys), summed over what the bias is broadcast along."""
+    dbias = dbias.view((1,) * (4 - dbias.ndim) + tuple(dbias.shape))
+    dbias = dbias[chunk.b if dbias.shape[0] > 1 else 0]
+    along = [axis for axis, n in enumerate(dbias.shape) if n == 1]
+    if along:
+        ds = ds.sum(along, keepdim=True)
+    if dbias.shape[1] > 1:
+        dbias = dbias[:, chunk.begin : chunk.end]
+    if dbias.shape[2] == 1:
+        dbias += ds
+    elif isinstance(chunk.keys, Tensor):
+        dbias.index_add_(2, chunk.keys, ds)
+    else:
+        dbias[..., chunk.keys] += ds
+
+
+_forward, _ = define("chunked_attention", chunked_forward, chunked_backward)

@@ -1,0 +1,179 @@
+"""Attention as PyTorch operators: what eager mode, autograd, torch.compile and activation checkpointing build on.
+
+`define` makes a pair of operators, forward and backward, of two functions. The kernels have one such pair, and the
+chunked path another; both take the same arguments.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.mask import Mask
+from kernels.tile_lists import Pattern
+
+
+class Call(NamedTuple):
+    """One call as an operator gets it, which takes no objects: a mask comes as its key, its numbers and its tensors.
+
+    q (B, Tq, H, D), k (B, Tk, H_kv, D), v (B, Tk, H_kv, Dv), and the rest of `kernels.attention`'s arguments.
+
+    mask        the key of the predicate
+    n_bands     mask_ints begins with this many bands; then come the predicate's integers
+    indexed     whether the tiles to visit come from the predicate, as lists
+    mask_rows   the mask's tensors (B,)
+    softcap, dropout_p    0 for none
+    seed        int64 (1,)
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: str
+    n_bands: int
+    indexed: bool
+    mask_ints: list[int]
+    mask_rows: list[Tensor]
+    segments_q: Tensor | None
+    segments_k: Tensor | None
+    scale: float
+    softcap: float
+    alibi_slopes: Tensor | None
+    bias: Tensor | None
+    sinks: Tensor | None
+    dropout_p: float
+    seed: Tensor | None
+
+    def pattern(self) -> Pattern:
+        return Pattern(
+            self.mask, self.n_bands, self.indexed, tuple(self.mask_ints), tuple(self.mask_rows), self.segments_q,
+            self.segments_k,
+        )  # fmt: skip
+
+
+_CALL = (
+    "Tensor q, Tensor k, Tensor v, str mask, SymInt n_bands, bool indexed, SymInt[] mask_ints, Tensor[] mask_rows, "
+    "Tensor? segments_q, Tensor? segments_k, float scale, float softcap, Tensor? alibi_slopes, Tensor? bias, "
+    "Tensor? sinks, float dropout_p, Tensor? seed"
+)
+_FORWARD = f"({_CALL}) -> (Tensor, Tensor)"
+_BACKWARD = (
+    f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool wants_dbias, {_CALL})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def accumulated(dtype: torch.dtype) -> torch.dtype:
+    """What lse and the gradients of bias and sinks come in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def define(name: str, forward: Callable, backward: Callable) -> tuple[Callable, Callable]:
+    """The operators `name`::forward and ::backward, differentiable once.
+
+    forward(call) -> out (B, Tq, H, Dv), lse (B, H, Tq)
+    backward(call, out, lse, dout, dlse, wants_dbias) -> dq, dk, dv, dsinks, dbias; dlse may be None, as may the last
+    two of its results.
+    """
+
+    def forward_op(*args):
+        return forward(Call(*args))
+
+    def backward_op(dout, dlse, out, lse, wants_dbias, *args):
+        *grads, dsinks, dbias = backward(Call(*args), out, lse, dout, dlse, wants_dbias)
+        # An operator returns tensors: empty ones where there is nothing to return.
+        nothing = out.new_empty(0)
+        return *grads, nothing if dsinks is None else dsinks, out.new_empty(0) if dbias is None else dbias
+
+    def gradients(ctx, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+        out, lse, *tensors = ctx.saved_tensors
+        n_rows, constants = ctx.constants
+        tensors, rows = tensors[: len(tensors) - n_rows], tensors[len(tensors) - n_rows :]
+        call = Call(**dict(zip(_TENSORS, tensors)), **constants, mask_rows=rows)
+        if dout is None:
+            dout = torch.zeros_like(out)
+        wants_dbias = ctx.needs_input_grad[Call._fields.index("bias")]
+        dq, dk, dv, dsinks, dbias = backward_op(dout, dlse, out, lse, wants_dbias, *call)
+        grads = {"q": dq, "k": dk, "v": dv, "mask_rows": [None] * n_rows}
+        if call.sinks is not None:
+            grads["sinks"] = dsinks.to(call.sinks.dtype)
+        if wants_dbias:
+            grads["bias"] = dbias.to(call.bias.dtype)
+        return tuple(grads.get(name) for name in Call._fields)
+
+    forward_op = torch.library.custom_op(f"{name}::forward", forward_op, mutates_args=(), schema=_FORWARD)
+    backward_op = torch.library.custom_op(f"{name}::backward", backward_op, mutates_args=(), schema=_BACKWARD)
+    forward_op.register_fake(_fake_forward)
+    backward_op.register_fake(_fake_backward)
+    forward_op.register_autograd(gradients, setup_context=_save)
+    backward_op.register_autograd(_no_second_gradient)
+    return forward_op, backward_op
+
+
+_TENSORS = ("q", "k", "v", "segments_q", "segments_k", "alibi_slopes", "bias", "sinks", "seed")
+
+
+def _save(ctx, inputs, output) -> None:
+    call = Call(*inputs)._asdict()
+    rows = call.pop("mask_rows")
+    tensors = [call.pop(name) for name in _TENSORS]
+    ctx.save_for_backward(*output, *tensors, *rows)
+    ctx.constants = len(rows), call
+    # An output that nobody differentiates brings None, not a tensor of zeros.
+    ctx.set_materialize_grads(False)
+
+
+def _no_second_gradient(ctx, *grads):
+    raise NotImplementedError('attention has no second derivative in the kernels: impl="reference" has one')
+
+
+def _fake_forward(q, k, v, *args):
+    B, Tq, H, _ = q.shape
+    return q.new_empty(B, Tq, H, v.shape[3]), q.new_empty(B, H, Tq, dtype=accumulated(q.dtype))
+
+
+def _fake_backward(dout, dlse, out, lse, wants_dbias, *args):
+    call = Call(*args)
+    q, k, v = call[:3]
+    real = accumulated(q.dtype)
+    dsinks = q.new_empty(0) if call.sinks is None else q.new_empty(call.sinks.shape, dtype=real)
+    dbias = q.new_empty(call.bias.shape, dtype=real) if wants_dbias else q.new_empty(0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks, dbias
+
+
+def call_of(q, k, v, *, mask: Mask, segment_ids, scale, softcap, alibi_slopes, bias, sinks, dropout_p, seed) -> Call:
+    """The arguments of `kernels.attention` as an operator takes them."""
+    segments_q = segments_k = None
+    if segment_ids is not None:
+        segments_q, segments_k = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    if dropout_p == 0:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(2**63 - 1, (1,), device=q.device)
+    elif isinstance(seed, int):
+        seed = torch.full((1,), seed, dtype=torch.int64, device=q.device)
+    return Call(
+        q,
+        k,
+        v,
+        mask.key,
+        len(mask.bands),
+        mask.indexed,
+        list(mask.operands),
+        [_packed(row) for row in mask.tensors],
+        _packed(segments_q),
+        _packed(segments_k),
+        q.shape[3] ** -0.5 if scale is None else scale,
+        softcap or 0.0,
+        _packed(alibi_slopes),
+        bias,
+        _packed(sinks),
+        dropout_p,
+        seed,
+    )
+
+
+def _packed(small: Tensor | None) -> Tensor | None:
+    """One or two numbers for a head or a position: not worth strides of their own in the kernels."""
+    return None if small is None else small.contiguous()

@@ -1,0 +1,169 @@
+"""Which tiles of the (query, key) plane hold a True, as lists: for what bands cannot say, and for packed documents.
+
+Tile m of queries holds the queries m * block_m to (m + 1) * block_m - 1, tile n of keys likewise.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.mask import STANDS_FOR, Band, evaluate
+
+# The predicate is evaluated on this many pairs of positions at a time.
+PAIRS = 1 << 22
+# Segment ids fall into this many classes. Tiles without a class in common share no document.
+CLASSES = 64
+
+
+class Pattern(NamedTuple):
+    """Who sees whom, as an operator gets it: of a mask its key, its numbers and its tensors; segment ids or None.
+
+    ints: seven for each band, then those of the predicate; tensors: int32 (B,) each.
+    """
+
+    key: str
+    n_bands: int
+    indexed: bool
+    ints: tuple[int, ...]
+    tensors: tuple[Tensor, ...]
+    segments_q: Tensor | None
+    segments_k: Tensor | None
+
+    @property
+    def has_lists(self) -> bool:
+        return self.indexed or self.segments_q is not None
+
+    @property
+    def params(self) -> tuple[int, ...]:
+        return self.ints[7 * self.n_bands :]
+
+    def bands(self) -> list[Band]:
+        """With tensors (B,) where a number stands for one."""
+        numbers = [self.tensors[n - STANDS_FOR] if n >= STANDS_FOR else n for n in self.ints[: 7 * self.n_bands]]
+        return [Band(*numbers[7 * r : 7 * r + 7]) for r in range(self.n_bands)]
+
+
+class TileMap(NamedTuple):
+    """(B or 1, tiles of queries, tiles of keys), bool: which tiles hold a True, and which of them hold nothing else."""
+
+    needed: Tensor
+    full: Tensor
+
+
+def tile_lists(pattern: Pattern, Tq: int, Tk: int, block_m: int, block_n: int, over_keys: bool, device) -> Tensor:
+    """For each tile of rows how many tiles are full, how many are partial, then those tiles, each kind in order.
+
+    int32 (B or 1, tiles of rows, 2 + tiles of columns). `over_keys`: rows are queries, and columns keys; otherwise the
+    other way round. A tile counts as full only if none of its columns lies beyond the end.
+    """
+    if pattern.tensors or pattern.segments_q is not None:
+        return _lists(tile_map(pattern, Tq, Tk, block_m, block_n, device), Tq, Tk, block_m, block_n, over_keys)
+    return _kept_lists(pattern, Tq, Tk, block_m, block_n, over_keys, device)
+
+
+@functools.lru_cache(maxsize=128)
+def _kept_lists(pattern: Pattern, Tq: int, Tk: int, block_m: int, block_n: int, over_keys: bool, device) -> Tensor:
+    return _lists(tile_map(pattern, Tq, Tk, block_m, block_n, device), Tq, Tk, block_m, block_n, over_keys)
+
+
+def _lists(tiles: TileMap, Tq: int, Tk: int, block_m: int, block_n: int, over_keys: bool) -> Tensor:
+    needed, full = tiles
+    if not over_keys:
+        needed, full = needed.mT, full.mT
+    length, block = (Tk, block_n) if over_keys else (Tq, block_m)
+    full = full & needed
+    if length % block:
+        full = full & (torch.arange(full.shape[2], device=full.device) < full.shape[2] - 1)
+    kind = 2 - needed.int() - full.int()  # 0 full, 1 partial, 2 not needed
+    counts = torch.stack([full.sum(2), (needed & ~full).sum(2)], dim=2)
+    return torch.cat([counts, kind.argsort(dim=2, stable=True)], dim=2).int()
+
+
+def tile_map(pattern: Pattern, Tq: int, Tk: int, block_m: int, block_n: int, device) -> TileMap:
+    """Never short of a tile; exact for a mask, and with segments wherever no class of ids holds two of a row."""
+    needed, full = _by_bands(pattern.bands(), Tq, Tk, block_m, block_n, device)
+    if pattern.indexed:
+        needed, full = _by_predicate(pattern, Tq, Tk, block_m, block_n, device)
+    if pattern.segments_q is not None:
+        shared, same = _by_segments(pattern.segments_q, pattern.segments_k, block_m, block_n)
+        needed, full = needed & shared, full & same
+    return TileMap(needed, full)
+
+
+def _by_bands(bands: Iterable[Band], Tq: int, Tk: int, block_m: int, block_n: int, device) -> TileMap:
+    """From the corners of tiles alone: the differences q - k within a rectangle of positions have no gaps."""
+    q_first = (torch.arange(0, Tq, block_m, device=device) + Tk - Tq)[:, None]
+    k_first = torch.arange(0, Tk, block_n, device=device)[None, :]
+    q_last, k_last = (q_first + block_m - 1).clamp(max=Tk - 1), (k_first + block_n - 1).clamp(max=Tk - 1)
+    needed = torch.zeros(1, q_first.shape[0], k_first.shape[1], dtype=torch.bool, device=device)
+    full = needed
+    for band in bands:
+        least, most, k_begin, k_end, q_begin, q_end, exact = (
+            n.view(-1, 1, 1).long() if isinstance(n, Tensor) else n for n in band
+        )
+        q_low, q_high = _at_least(q_first, q_begin), _at_most(q_last, q_end - 1)
+        k_low, k_high = _at_least(k_first, k_begin), _at_most(k_last, k_end - 1)
+        touched = (q_low <= q_high) & (k_low <= k_high) & (q_high - k_low >= least) & (q_low - k_high <= most)
+        needed = needed | touched
+        if exact:
+            inside = (q_low == q_first) & (q_high == q_last) & (k_low == k_first) & (k_high == k_last)
+            full = full | (inside & (q_first - k_last >= least) & (q_last - k_first <= most))
+    return TileMap(needed, full)
+
+
+def _at_least(x: Tensor, bound) -> Tensor:
+    return torch.maximum(x, bound) if isinstance(bound, Tensor) else x.clamp(min=bound)
+
+
+def _at_most(x: Tensor, bound) -> Tensor:
+    return torch.minimum(x, bound) if isinstance(bound, Tensor) else x.clamp(max=bound)
+
+
+def _by_predicate(pattern: Pattern, Tq: int, Tk: int, block_m: int, block_n: int, device) -> TileMap:
+    """By evaluating the predicate on all pairs, some rows of tiles at a time."""
+    n_tiles = -(-Tk // block_n)
+    k = torch.arange(Tk, device=device, dtype=torch.int32)
+    batch = pattern.tensors[0].shape[0] if pattern.tensors else 1
+    rows = max(1, PAIRS // max(1, batch * Tk * block_m)) * block_m
+    found = []
+    for start in range(0, Tq, rows):
+        q = torch.arange(start, min(start + rows, Tq), device=device, dtype=torch.int32)[:, None] + (Tk - Tq)
+        seen = evaluate(pattern.key, q, k[None, :], pattern.params, pattern.tensors)
+        seen = seen.expand(seen.shape[0] if seen.ndim == 4 else 1, 1, q.shape[0], Tk)[:, 0]
+        tiles = seen.shape[0], -(-q.shape[0] // block_m), block_m, n_tiles, block_n
+        beyond = n_tiles * block_n - Tk, -q.shape[0] % block_m
+        needed = _padded(seen, *beyond, False).view(tiles).any(4).any(2)
+        found.append((needed, _padded(seen, *beyond, True).view(tiles).all(4).all(2)))
+    if not found:
+        return TileMap(*torch.zeros(2, 1, 0, n_tiles, dtype=torch.bool, device=device))
+    return TileMap(*(torch.cat(parts, dim=1) for parts in zip(*found)))
+
+
+def _padded(seen: Tensor, columns: int, rows: int, fill: bool) -> Tensor:
+    return torch.nn.functional.pad(seen, (0, columns, 0, rows), value=fill) if rows or columns else seen
+
+
+def _by_segments(segments_q: Tensor, segments_k: Tensor, block_m: int, block_n: int) -> tuple[Tensor, Tensor]:
+    """Which tiles share a document, and which hold but one."""
+    low_q, high_q, classes_q = _segments_of_tiles(segments_q, block_m)
+    low_k, high_k, classes_k = _segments_of_tiles(segments_k, block_n)
+    q, k = (slice(None), slice(None), None), (slice(None), None, slice(None))
+    overlap = (low_q[q] <= high_k[k]) & (low_k[k] <= high_q[q])
+    shared = overlap & (classes_q @ classes_k.mT > 0)
+    same = (low_q[q] == high_q[q]) & (low_k[k] == high_k[k]) & (low_q[q] == low_k[k])
+    return shared, same
+
+
+def _segments_of_tiles(ids: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each tile of ids (B, T): the smallest, the largest, and which classes (B, tiles, CLASSES) are in it."""
+    B, T = ids.shape
+    tiles = -(-T // block)
+    last = max(T - 1, 0)
+    ids = ids[:, torch.arange(tiles * block, device=ids.device).clamp(max=last)].view(B, tiles, block)
+    classes = torch.zeros(B, tiles, CLASSES, device=ids.device).scatter_(2, ids.long() % CLASSES, 1.0)
+    if tiles == 0:
+        return ids[..., 0:0].sum(2), ids[..., 0:0].sum(2), classes
+    return ids.amin(2), ids.amax(2), classes

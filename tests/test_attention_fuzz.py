@@ -1,0 +1,22 @@
+"""A few random calls, always the same, and a fault that fuzzing finds and can find again."""
+
+import pytest
+
+from kernels import attention_chunked
+from tests import fuzz_attention
+
+
+@pytest.mark.parametrize("number", range(18))
+def test_random_calls(number, device):
+    assert fuzz_attention.run_case(20260, number, device) is None
+
+
+def test_a_fault_is_printed_as_a_line_that_finds_it_again(monkeypatch, capsys):
+    real = attention_chunked.chunked_forward
+    assert fuzz_attention.main(["--cases", "1", "--seed", "3", "--only", "2"]) == 0
+    monkeypatch.setattr(fuzz_attention, "check_against_reference", lambda case, impl: 1 / 0)
+    assert fuzz_attention.main(["--cases", "3", "--seed", "3"]) == 1
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.startswith("python -m tests.fuzz_attention --seed 3 --only 2  # ZeroDivisionError")
+    assert fuzz_attention.main(line.split("#")[0].split()[3:]) == 1
+    assert attention_chunked.chunked_forward is real
