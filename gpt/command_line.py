@@ -12,32 +12,26 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import tyro
 
-from gpt.config import PRESETS, Config, DataConfig, LogConfig, ModelConfig, OptimConfig, TokenizerConfig, TrainConfig
+from gpt.config import PRESETS, Config
 from gpt.errors import UserError
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Config):
     """Train a GPT on a text corpus. Every key of the TOML file is also a flag here, and a flag wins."""
 
     config_file: tyro.conf.Positional[Path | None] = None
     """TOML file with the tables [data] [tokenizer] [model] [optim] [train] [log]."""
     preset: Literal[tuple(PRESETS)] | None = None
     """Model options to start from: modern (Qwen3's block), gpt2, or transformer (2017)."""
-    data: DataConfig = field(default_factory=DataConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    log: LogConfig = field(default_factory=LogConfig)
 
 
 TABLES = {f.name: f.default_factory for f in fields(Config)}
