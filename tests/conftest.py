@@ -49,3 +49,18 @@ def pytest_collection_modifyitems(config, items):
 def device() -> str:
     """Where a kernel runs here."""
     return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(corpus, tokenizer, key=value ...) prepares a corpus with a cache of the test's own."""
+
+    from gpt.config import DataConfig, TokenizerConfig
+    from gpt.corpus import prepare
+
+    def make(corpus: object, tokenizer: str = "char", *, fixed=None, progress=None, size=300, **data):
+        names = corpus if isinstance(corpus, tuple) else (corpus,)
+        config = DataConfig(tuple(map(str, names)), tmp_path / "cache", **data)
+        return prepare(config, TokenizerConfig(tokenizer, size), fixed_tokenizer=fixed, progress=progress)
+
+    return make
