@@ -270,7 +270,9 @@ class TrainConfig:
         ):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         require(self.eval_tokens is None or self.eval_tokens >= 1, "eval_tokens must be at least 1")
-        require(not (self.resume and self.overwrite), "resume and overwrite contradict each other: give one")
+        for first, second in (("resume", "overwrite"), ("eval_only", "overwrite"), ("eval_only", "resume_from")):
+            contradict = bool(getattr(self, first)) and bool(getattr(self, second))
+            require(not contradict, f"{first} and {second} contradict each other: give one")
         require(self.seed >= 0, f"seed must be at least 0, not {self.seed}")
 
 

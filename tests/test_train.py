@@ -316,6 +316,8 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
         (["--tokenizer", "gpt5"], r"gpt5"),
         (["--vocab-size", "3"], r"vocab_size 3 is smaller than the tokenizer's 26"),
         (["--resume", "--overwrite"], r"resume and overwrite"),
+        (["--eval-only", "--overwrite"], r"eval_only and overwrite contradict"),
+        (["--eval-only", "--resume-from", "x"], r"eval_only and resume_from contradict"),
         (["--eval-only"], r"run is not a run directory"),
         (["--resume-from", "nowhere"], r"cannot resume from nowhere: nowhere/manifest.json cannot be read"),
         (["missing.toml"], r"cannot read the config file missing.toml"),
