@@ -1,6 +1,7 @@
 # make quickstart   install into .venv, train a small model on Python's own source text, let it write
 # make test         install, then linter and tests
 # make slow         the tests that take minutes
+# make tritons      kernel tests with the oldest and the newest triton, each in a folder of its own over .venv
 # PYTHON=python3.12 picks the interpreter; 3.11 and 3.12 are supported.
 
 OK_VERSION = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
@@ -8,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(OK_VERSIO
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test slow lint install clean
+.PHONY: quickstart test slow tritons lint install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python train.py configs/quickstart.toml --overwrite
@@ -19,6 +20,17 @@ test: $(VENV)/.installed lint
 
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
+
+# Triton 3.6's interpreter fails with numpy from 2.4 on.
+build/triton-3.6.0: NUMPY = "numpy<2.4"
+build/triton-%: $(VENV)/.installed
+	rm -rf $@ $@.part
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@.part triton==$* $(NUMPY)
+	mv $@.part $@
+
+tritons: build/triton-3.6.0 build/triton-3.9.0
+	for folder in $^; do echo "with $$folder"; PYTHONPATH=$(CURDIR)/$$folder $(BIN)/python -m pytest -n 2 -q \
+		tests/test_attention_features.py tests/test_attention_torch.py tests/test_kernels_compile.py || exit 1; done
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -33,4 +45,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) build runs .pytest_cache .ruff_cache

@@ -128,7 +128,8 @@ def check(case: Case, device: str, slack: float = 1.0) -> None:
     """Hold the kernels to the reference in float64. Outputs are NaN before the kernels write them.
 
     slack: how many times the allowed error is allowed, where many cases are tried: the rule compares the largest errors
-    of two small samples, and by chance one is more than twice the other.
+    of two small samples, and by chance one is more than twice the other. Such cases also allow dq, dk and dv what a
+    rounded delta costs exactly: where a query sees two keys it can be more than all that plain PyTorch loses.
     """
     inputs = make_inputs(case, device)
     with poisoned_outputs():
@@ -137,7 +138,8 @@ def check(case: Case, device: str, slack: float = 1.0) -> None:
     plain = run(attention_reference, inputs, upcast=False)
     # lse leaves the kernels in float32, whatever the inputs: no 16-bit rounding excuses it.
     plain["lse"] = run(attention_reference, inputs)["lse"]
-    for name, loss in rounded_delta_loss(inputs, ours["out"].double() - truth["out"]).items():
+    excused = ("bias", "sinks") if slack == 1 else tuple(inputs.differentiable)
+    for name, loss in rounded_delta_loss(inputs, ours["out"].double() - truth["out"], excused).items():
         plain[name] = plain[name] + loss
     for name in truth:
         assert ours[name].shape == truth[name].shape
@@ -157,11 +159,11 @@ def check_against_reference(case: Case, impl: str) -> None:
         torch.testing.assert_close(ours[name], expected[name], rtol=step, atol=atol, msg=f"{name}: {{}}".format)
 
 
-def rounded_delta_loss(inputs: Inputs, error: Tensor) -> dict[str, Tensor]:
-    """What float32 gradients lose as delta = sum(out * dout) is taken from a 16-bit out, FlashAttention's way.
+def rounded_delta_loss(inputs: Inputs, error: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """What the gradients of `names` lose as delta = sum(out * dout) is taken from a 16-bit out, FlashAttention's way.
 
-    dbias and dsinks are sums over many rows, where the truth cancels and this does not; q, k and v need no such term.
-    An error of delta is as good as a gradient that flows into lse with the other sign. out itself is held to the rule.
+    dbias and dsinks are sums over many rows, where the truth cancels and this does not. An error of delta is as good as
+    a gradient that flows into lse with the other sign. out itself is held to the rule.
     """
     leaves = {name: x.detach().double().requires_grad_() for name, x in inputs.differentiable.items()}
     arguments = {
@@ -171,8 +173,11 @@ def rounded_delta_loss(inputs: Inputs, error: Tensor) -> dict[str, Tensor]:
     _, lse = attention_reference(**leaves, **arguments, return_lse=True)
     error = (error * inputs.dout.double()).sum(-1).transpose(1, 2)
     flows = torch.isfinite(lse)
-    added = {name: leaves[name] for name in leaves if name in ("bias", "sinks")}
-    grads = torch.autograd.grad(-(lse.masked_fill(~flows, 0.0) * error).sum(), list(added.values())) if added else ()
+    added = {name: leaves[name] for name in leaves if name in names}
+    if not added:
+        return {}
+    loss = -(lse.masked_fill(~flows, 0.0) * error).sum()
+    grads = torch.autograd.grad(loss, list(added.values()), materialize_grads=True)
     return {f"d{name}": grad for name, grad in zip(added, grads)}
 
 

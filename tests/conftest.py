@@ -64,3 +64,16 @@ def make(tmp_path):
         return prepare(config, TokenizerConfig(tokenizer, size), fixed_tokenizer=fixed, progress=progress)
 
     return make
+
+
+@pytest.fixture
+def named(monkeypatch):
+    """A small encoding, under the name of tiktoken's gpt2."""
+    import tiktoken
+
+    from gpt.config import TokenizerConfig
+    from gpt.tokenizer import build_tokenizer
+    from tests.tokenizer_checks import make_named
+
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: make_named())
+    return build_tokenizer(TokenizerConfig("gpt2"), list)

@@ -1,101 +1,44 @@
-"""Tokenizers: round trips, special tokens that stay text, streaming, files that are refused, BPE against its source."""
+"""Tokenizers: round trips, special tokens that stay text, streaming, BPE against its source."""
 
-import hashlib
 import itertools
-import json
 import os
-import random
 import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import regex
 import requests
 import tiktoken
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt import tokenizer as module
-from gpt.bpe import PATTERN, merge_order, train_bpe
+from gpt.bpe import train_bpe
 from gpt.config import TokenizerConfig
 from gpt.errors import UserError
 from gpt.tokenizer import (
     DOCUMENT,
-    BPETokenizer,
-    ByteTokenizer,
     CharTokenizer,
     StreamDecoder,
     UnknownCharacter,
     build_tokenizer,
     check_name,
-    load_tokenizer,
 )
-
-calm = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
-
-LINES = (
-    "First, the user's 3 files; then 12,345 more. Don't stop!\n\n"
-    "def main():\n    return {'naïve': 'café', '日本': '日本語。'}  # 🙂 👩‍👩‍👧\r\n\tend\n"
+from tests.tokenizer_checks import (
+    BPE,
+    BYTE,
+    CHAR,
+    GPT2,
+    KINDS,
+    PATTERNS,
+    TEXT,
+    anything,
+    calm,
+    every_kind,
+    make_bpe,
+    make_named,
+    nasty,
 )
-# Random words, so that there is something to merge.
-SYLLABLES = [a + b for a in "bdfgklmnprst" for b in ("a", "e", "i", "or", "un", "é")]
-RANDOM = random.Random(0)
-WORDS = "".join(
-    "".join(RANDOM.choices(SYLLABLES, k=RANDOM.randint(1, 4))) + RANDOM.choice(" ,.\n") for _ in range(3000)
-)
-TEXT = LINES * 10 + WORDS
-
-# Other people's pre-splitting patterns, as tiktoken has them.
-GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-CL100K = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
-)
-O200K = "|".join(
-    [
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    ]
-)
-PATTERNS = {"ours": PATTERN, "gpt2": GPT2, "cl100k": CL100K, "o200k": O200K}
-
-# Text that provokes pre-splitting: blanks in runs, marks, contractions, combining marks, other scripts.
-nasty = st.lists(st.sampled_from([*"aBsé日二ß1²Ⅷ _'’.,;:!?。/-\n\r\t\u00a0\u3000\u0301🙂", "a's", "B'LL", "!\n", "  "]))
-nasty = nasty.map("".join)
-anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
-
-
-def make_bpe(size: int = 600) -> BPETokenizer:
-    return build_tokenizer(TokenizerConfig("bpe", size), lambda: [TEXT])
-
-
-def make_named() -> tiktoken.Encoding:
-    """A small encoding as tiktoken's own are made: an id that no token has, several special tokens."""
-    ranks = {token: i for i, token in enumerate(merge_order(train_bpe([TEXT], 300)))}
-    specials = {DOCUMENT: 301, "<|end|>": 300, "<|end|>!": 305}
-    return tiktoken.Encoding("small", pat_str=GPT2, mergeable_ranks=ranks, special_tokens=specials)
-
-
-@pytest.fixture
-def named(monkeypatch):
-    """The small encoding, under gpt2's name."""
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: make_named())
-    return build_tokenizer(TokenizerConfig("gpt2"), list)
-
-
-BPE = make_bpe()
-BYTE = ByteTokenizer()
-CHAR = CharTokenizer("".join(sorted(set(TEXT + DOCUMENT))), document_token=True)
-KINDS = [CHAR, BYTE, BPE]
-every_kind = pytest.mark.parametrize("tokenizer", KINDS, ids=["char", "byte", "bpe"])
-
 
 # --- round trips ------------------------------------------------------------------------------------------------------
 
@@ -372,100 +315,3 @@ def test_no_network_says_what_to_do(monkeypatch, error):
     with pytest.raises(UserError, match="cl100k_base could not be downloaded") as caught:
         build_tokenizer(TokenizerConfig("cl100k_base"), list)
     assert "TIKTOKEN_CACHE_DIR" in str(caught.value)
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["char", "char+document", "byte", "bpe", "named"])
-def test_save_and_load(tmp_path, kind, named, monkeypatch):
-    kinds = {"char": CharTokenizer("\n aé🙂"), "char+document": CHAR, "byte": BYTE, "bpe": BPE, "named": named}
-    tokenizer, path = kinds[kind], tmp_path / "tokenizer.json"
-    tokenizer.save(path)
-    monkeypatch.setattr(tiktoken, "get_encoding", None)  # the file is enough
-    loaded = load_tokenizer(path)
-    assert type(loaded) is type(tokenizer)
-    assert loaded.fingerprint == tokenizer.fingerprint
-    assert (loaded.vocab_size, loaded.document_token) == (tokenizer.vocab_size, tokenizer.document_token)
-    assert (loaded.token_bytes == tokenizer.token_bytes).all()
-    text = "a\n a" if kind == "char" else TEXT
-    assert loaded.encode(text) == tokenizer.encode(text)
-    assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
-
-
-def test_fingerprint_is_of_the_saved_bytes_and_tells_tokenizers_apart(tmp_path):
-    path = tmp_path / "tokenizer.json"
-    BPE.save(path)
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == BPE.fingerprint
-    others = [CHAR, BYTE, BPE, make_bpe(599), CharTokenizer("ab"), CharTokenizer("ab", document_token=True)]
-    assert len({tokenizer.fingerprint for tokenizer in others}) == len(others)
-
-
-def damaged(tokenizer, **changes) -> bytes:
-    form = json.loads(tokenizer._serialized)
-    return json.dumps(form | changes).encode()
-
-
-TOKENS = json.loads(BPE._serialized)["tokens"]
-BAD_FILES = {
-    "empty": b"",
-    "truncated": BPE._serialized[:5000],
-    "not-json": b"\x80\x04\x95pickle",
-    "nested": b"[" * 100_000,
-    "a-list": b"[]",
-    "foreign": b'{"version": "1.0", "model": {"type": "BPE"}}',
-    "newer": damaged(BPE, version=2),
-    "other-kind": damaged(BPE, kind="sentencepiece"),
-    "kind-is-a-list": damaged(BPE, kind=["bpe"]),
-    "no-tokens": damaged(BPE, tokens=None),
-    "tokens-are-numbers": damaged(BPE, tokens=[1, 2]),
-    "token-twice": damaged(BPE, tokens=[*TOKENS, TOKENS[300]], special_tokens={}),
-    "token-empty": damaged(BPE, tokens=[*TOKENS, ""], special_tokens={}),
-    "byte-missing": damaged(BPE, tokens=TOKENS[1:]),
-    "bad-base64": damaged(BPE, tokens=[*TOKENS[:-1], "*"]),
-    "bad-pattern": damaged(BPE, pattern="(unclosed"),
-    "no-pattern": damaged(BPE, pattern=7),
-    "special-taken": damaged(BPE, special_tokens={DOCUMENT: 5}),
-    "special-negative": damaged(BPE, special_tokens={DOCUMENT: -1}),
-    "special-huge": damaged(BPE, special_tokens={DOCUMENT: 10**12}),
-    "special-true": damaged(BPE, special_tokens={DOCUMENT: True}),
-    "special-twice": damaged(BPE, special_tokens={DOCUMENT: 599, "<|b|>": 599}),
-    "special-empty": damaged(BPE, special_tokens={"": 599}),
-    "special-list": damaged(BPE, special_tokens=[DOCUMENT]),
-    "chars-missing": damaged(CHAR, characters=None),
-    "chars-unsorted": damaged(CHAR, characters="ba"),
-    "chars-double": damaged(CHAR, characters="aab"),
-    "chars-surrogate": damaged(CHAR, characters="a\ud800"),
-    "chars-document": damaged(CHAR, document_token=1),
-}
-
-
-@pytest.mark.parametrize("content", BAD_FILES.values(), ids=BAD_FILES)
-def test_bad_file_is_refused_by_name(tmp_path, content):
-    path = tmp_path / "tokenizer.json"
-    path.write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        load_tokenizer(path)
-    assert str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize("place", ["missing.json", "."])
-def test_file_that_cannot_be_read(tmp_path, place):
-    with pytest.raises(UserError, match="cannot read the tokenizer"):
-        load_tokenizer(tmp_path / place)
-
-
-def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "tokenizer.json"
-    BYTE.save(path)
-    monkeypatch.setattr(module.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        BPE.save(path)
-    assert load_tokenizer(path).fingerprint == BYTE.fingerprint
-    assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
-
-
-def test_a_character_run_loads_no_tokenizer_library():
-    code = "import sys, gpt.corpus; print(sorted({'tiktoken', 'tokenizers', 'requests', 'rich'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
