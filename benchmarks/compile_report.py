@@ -6,6 +6,7 @@ defined.
 """
 
 import argparse
+import contextlib
 import json
 import re
 import subprocess
@@ -40,7 +41,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel for one target. `config` overrides the table: (block_m, block_n, num_warps, num_stages).
+    """One kernel for one target. `config` overrides the table: (block_m, block_n, num_warps, num_stages[, tma]).
 
     variant: "plain"; "features", with everything that `attention` can do at once; "one", where each length is 1.
     """
@@ -51,12 +52,15 @@ class Case:
     D: int
     mask: str = "causal"
     variant: str = "plain"
-    config: tuple[int, int, int, int] | None = None
+    config: tuple | None = None
 
 
 @dataclass(frozen=True)
 class Report:
-    """Bytes of shared memory; registers of a thread; bytes of registers spilled; matrix instructions in the code."""
+    """Bytes of shared memory; registers of a thread; bytes of registers spilled; matrix instructions in the code.
+
+    tma_copies: instructions that have the copy engine fetch a tile.
+    """
 
     case: Case
     config: tuple[int, int, int, int]
@@ -64,6 +68,7 @@ class Report:
     registers: int
     spilled: int
     matrix_instructions: int
+    tma_copies: int
 
 
 class _Device:
@@ -132,16 +137,19 @@ def in_prefix(q, k, length):
 def compile_case(case: Case) -> Report:
     """Compile one case and read what came of it."""
     triton.runtime.driver.set_active(_Device(case.target))
-    launch = launch_of(case)
-    args, options = dict(launch.args), dict(launch.options)
-    if case.config is not None:
-        args["BLOCK_M"], args["BLOCK_N"], options["num_warps"], options["num_stages"] = case.config
+    with contextlib.ExitStack() as stack:
+        if case.config is not None:
+            key = configs.Key(case.target, DTYPES[case.dtype], configs.head_dim_class(case.D, case.D), case.kernel)
+            stack.enter_context(configs.trying(key, configs.Config(*case.config)))
+        launch = launch_of(case)
+    args, options = launch.args, launch.options
     compiled = launch.kernel.warmup(grid=launch.grid, **args, **options)
     config = args["BLOCK_M"], args.get("BLOCK_N", 0), options["num_warps"], options.get("num_stages", 0)
     assembly = compiled.asm["amdgcn" if case.target == "gfx942" else "ptx"]
     registers, spilled = (_amd_usage if case.target == "gfx942" else _nvidia_usage)(compiled)
     found = assembly.count(MATRIX_INSTRUCTION[case.target])
-    return Report(case, config, compiled.metadata.shared, registers, spilled, found)
+    copies = assembly.count("cp.async.bulk.tensor")
+    return Report(case, config, compiled.metadata.shared, registers, spilled, found, copies)
 
 
 def _amd_usage(compiled) -> tuple[int, int]:

@@ -44,6 +44,12 @@ def cases() -> list[dict]:
         for target in ("sm_80", "sm_90", "gfx942")
         for kernel in KERNELS
     ]
+    # Tiles fetched by the copy engine, in a config that spills nothing with it.
+    found += [
+        {"target": target, "kernel": kernel, "dtype": "bf16", "D": 80, "config": [64, 64, 8, 2, True]}
+        for target, kernel in (("sm_90", "forward"), ("sm_90", "dkdv"), ("sm_90", "dq"), ("sm_120", "forward"))
+    ]
+    found += [{"target": "sm_100", "kernel": "dkdv", "dtype": "bf16", "D": 128, "config": [64, 128, 8, 1, True]}]
     return [*found, TOO_LARGE]
 
 
@@ -78,6 +84,8 @@ def faults(report: dict) -> list[str]:
         found.append("no matrix instruction")
     if case["dtype"] == "fp32" and case["target"] != "gfx942" and report["matrix_instructions"]:
         found.append("a matrix instruction on float32")
+    if (report["tma_copies"] > 0) != (case["config"] is not None and case["config"][4:] == [True]):
+        found.append(f"{report['tma_copies']} copies by TMA")
     return [f"{case} in {report['config']}: {fault}" for fault in found]
 
 
@@ -92,7 +100,10 @@ def test_every_default_compiles():
 def test_faults_are_found():
     case = {"target": "sm_89", "kernel": "dq", "dtype": "fp16", "D": 128, "variant": "plain", "config": None}
     report = {"case": case, "config": [64, 64, 4, 2], "shared": 99 << 10, "spilled": 0, "matrix_instructions": 1}
+    report["tma_copies"] = 0
     assert faults(report) == []
     assert len(faults(report | {"shared": (99 << 10) + 1, "spilled": 4, "matrix_instructions": 0})) == 3
     assert len(faults(report | {"case": case | {"dtype": "fp32"}})) == 1
     assert faults(report | {"case": case | {"D": 256}, "spilled": 4}) == []
+    assert len(faults(report | {"tma_copies": 1})) == 1
+    assert len(faults(report | {"case": case | {"config": [64, 64, 4, 2, True]}})) == 1
