@@ -119,37 +119,38 @@ _FLOAT32 = _rows(
     dq=[(32, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)],
 )
 
-# What decides is the compiler's report (benchmarks/compile_report.py): no spill first, then the largest tile, then
-# loads in flight. Two programs of four warps hide each other's softmax: preferred where registers allow. Triton 3.6 to
-# 3.9 must agree, whose compilers differ by some registers. Nothing here has been tuned by timing yet.
+# What decides is the compiler's report (benchmarks/compile_report.py): no spill first, with BigBird's predicate too,
+# then the fewest instructions for a pair of a query and a key, then loads in flight. Two programs of four warps hide
+# each other's softmax: preferred where registers allow. Triton 3.6 to 3.9 must agree, whose compilers differ by some
+# registers. Nothing here has been tuned by timing yet.
 # TMA is off although the compiler likes it: on sm_90 and sm_100 up to D = 128 it saves 8 to 30 percent of the registers
 # of these tiles. It has not been measured yet. On sm_120, and wherever tiles are too small for wgmma, it can spill:
 # mma.sync wants its operands in registers, and the compiler keeps them there if they came by TMA.
 _16_BIT = {
     "sm_80": _rows(
-        forward=[(128, 32, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)],
-        dkdv=[(32, 128, 8, 1), (32, 64, 8, 2), (32, 32, 8, 1)],
-        dq=[(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 8, 1)],
+        forward=[(128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)],
+        dkdv=[(32, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)],
+        dq=[(128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)],
     ),
     "sm_89": _rows(
         forward=[(128, 64, 4, 3), (128, 64, 8, 3), (64, 32, 8, 2)],
         dkdv=[(32, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)],
-        dq=[(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 8, 1)],
+        dq=[(128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)],
     ),
     "sm_90": _rows(
         forward=[(128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 2)],
-        dkdv=[(32, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)],
+        dkdv=[(32, 128, 8, 2), (16, 128, 8, 2), (32, 32, 8, 1)],
         dq=[(128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1)],
     ),
     "sm_100": _rows(
         forward=[(128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)],
         dkdv=[(64, 128, 8, 1), (32, 128, 8, 1), (32, 32, 8, 1)],
-        dq=[(128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)],
+        dq=[(128, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 1)],
     ),
     "sm_120": _rows(
-        forward=[(128, 64, 4, 3), (128, 64, 8, 3), (64, 32, 8, 2)],
+        forward=[(128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)],
         dkdv=[(32, 128, 8, 2), (64, 64, 8, 1), (32, 32, 8, 1)],
-        dq=[(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 8, 1)],
+        dq=[(128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)],
     ),
     "gfx942": _rows(
         forward=[(128, 64, 4, 2), (128, 64, 4, 2), (64, 32, 4, 2)],

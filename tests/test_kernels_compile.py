@@ -71,8 +71,9 @@ def compiled() -> list[dict]:
 def faults(report: dict) -> list[str]:
     """What is wrong with a kernel: too much shared memory, a spill, or a matrix product outside the matrix units.
 
-    For 16-bit inputs and head dims up to 128 nothing may spill, and the chip's own instruction must be there: mma.sync,
-    wgmma, tcgen05, mfma. For float32 it must not, as it would round, save on gfx942, whose does not.
+    For 16-bit inputs and head dims up to 128 nothing may spill, and the chip's own instruction (mma.sync, wgmma,
+    tcgen05, mfma) must be in both inner loops, that of the full tiles and that of the masked ones, equally often. For
+    float32 it must not be anywhere, as it would round, save on gfx942, whose does not.
     """
     case, found = report["case"], []
     is_lean = case["dtype"] != "fp32" and case["D"] <= 128 and case["variant"] == "plain"
@@ -80,8 +81,11 @@ def faults(report: dict) -> list[str]:
         found.append(f"{report['shared']} bytes of shared memory")
     if is_lean and report["spilled"]:
         found.append(f"{report['spilled']} bytes of registers spilled")
-    if is_lean and not report["matrix_instructions"]:
-        found.append("no matrix instruction")
+    in_loops = [matrix for matrix, _ in report["loops"]]
+    if is_lean and not (len(in_loops) == 2 and in_loops[0] == in_loops[1] > 0):
+        found.append(f"matrix instructions in inner loops: {in_loops}")
+    if is_lean and len(in_loops) == 2 and report["loops"][0][1] > report["loops"][1][1]:
+        found.append("a full tile takes more instructions than a masked one")
     if case["dtype"] == "fp32" and case["target"] != "gfx942" and report["matrix_instructions"]:
         found.append("a matrix instruction on float32")
     if (report["tma_copies"] > 0) != (case["config"] is not None and case["config"][4:] == [True]):
@@ -99,10 +103,13 @@ def test_every_default_compiles():
 
 def test_faults_are_found():
     case = {"target": "sm_89", "kernel": "dq", "dtype": "fp16", "D": 128, "variant": "plain", "config": None}
-    report = {"case": case, "config": [64, 64, 4, 2], "shared": 99 << 10, "spilled": 0, "matrix_instructions": 1}
+    report = {"case": case, "config": [64, 64, 4, 2], "shared": 99 << 10, "spilled": 0, "matrix_instructions": 9}
+    report["loops"] = [[3, 7], [3, 9]]
     report["tma_copies"] = 0
     assert faults(report) == []
-    assert len(faults(report | {"shared": (99 << 10) + 1, "spilled": 4, "matrix_instructions": 0})) == 3
+    assert len(faults(report | {"shared": (99 << 10) + 1, "spilled": 4, "loops": []})) == 3
+    for loops in ([[3, 7]], [[0, 7], [0, 9]], [[3, 7], [2, 9]], [[3, 9], [3, 7]]):
+        assert len(faults(report | {"loops": loops})) == 1
     assert len(faults(report | {"case": case | {"dtype": "fp32"}})) == 1
     assert faults(report | {"case": case | {"D": 256}, "spilled": 4}) == []
     assert len(faults(report | {"tma_copies": 1})) == 1
