@@ -205,11 +205,11 @@ def conditions() -> dict[str, str]:
     return found | dict(zip(fields, values))
 
 
-def write(rows: list[Row], device: str, before: dict, after: dict, folder: Path) -> Path:
-    """results/<device>.json."""
+def write(rows: list, device: str, before: dict, after: dict, folder: Path, benchmark: str = "attention") -> Path:
+    """results/<device>.json; rows are dataclasses."""
     path = folder / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
     record = {
-        "benchmark": "attention",
+        "benchmark": benchmark,
         "device": device,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "dtype": "bfloat16",

@@ -22,13 +22,14 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks import assembly
 from benchmarks.assembly import Loop
-from kernels import attention_backward, attention_dbias, attention_forward, configs, masks
+from kernels import attention_backward, attention_dbias, attention_decode_triton, attention_forward, configs, masks
+from kernels.attention_decode_reference import DecodeCall
 from kernels.operators import call_of
 from kernels.problem import Launch, Problem
 
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 89, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
-KERNELS = ("forward", "dkdv", "dq")  # and "dbias", and "prepare", which has no matrix product
+KERNELS = ("forward", "dkdv", "dq", "decode")  # and "dbias", and "prepare" and "combine" without a matrix product
 # The chip's matrix instruction: its name in PTX or amdgcn, and in the binary.
 MATRIX_INSTRUCTION = {
     "sm_80": ("mma.sync", "HMMA"),
@@ -38,6 +39,8 @@ MATRIX_INSTRUCTION = {
     "sm_120": ("mma.sync", "HMMA"),
     "gfx942": ("v_mfma", "v_mfma"),
 }
+# The few rows of a tile of decoding are fewer than the newer instructions take.
+DECODE_INSTRUCTION = MATRIX_INSTRUCTION | dict.fromkeys(("sm_90", "sm_100"), MATRIX_INSTRUCTION["sm_80"])
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -47,6 +50,7 @@ class Case:
     """One kernel for one target. `config` overrides the table: (block_m, block_n, num_warps, num_stages[, tma]).
 
     variant: "plain"; "features", with everything that `attention` can do at once; "one", where each length is 1.
+    group: query heads for each key head.
     """
 
     target: str
@@ -55,6 +59,7 @@ class Case:
     D: int
     mask: str = "causal"
     variant: str = "plain"
+    group: int = 2
     config: tuple | None = None
 
 
@@ -110,6 +115,8 @@ def launch_of(case: Case) -> Launch:
     """The launch that this case stands for, on tensors without memory."""
     B, T, H, H_kv = (1, 1, 1, 1) if case.variant == "one" else (2, 2048, 4, 2)
     mask = MASKS[case.mask]
+    if case.kernel in ("decode", "combine"):
+        return decode_launch_of(case, mask)
 
     def tensor(*shape, dtype=DTYPES[case.dtype]):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -136,6 +143,32 @@ def launch_of(case: Case) -> Launch:
     return attention_backward.prepare_launch(problem, q, q, rows, rows, rows, rows)
 
 
+def decode_launch_of(case: Case, mask: masks.Mask) -> Launch:
+    """One new token of each sequence, which it appends; "features" has pages, rotary tables and all else besides."""
+    B, T, H_kv = (1, 1, 1) if case.variant == "one" else (2, 2048, 2)
+    H = H_kv * case.group
+
+    def tensor(*shape, dtype=DTYPES[case.dtype]):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    lens, new, cache = tensor(B, dtype=torch.int32), tensor(B, 1, H_kv, case.D), tensor(B, T, H_kv, case.D)
+    table = cos = slopes = None
+    softcap = 0.0
+    if case.variant == "features":
+        mask = mask | masks.Mask(in_prefix, lens)
+        cache, table, cos = tensor(T, 16, H_kv, case.D), tensor(B, T // 16, dtype=torch.int32), tensor(T, case.D)
+        softcap, slopes = 30.0, tensor(H, dtype=torch.float32)
+    call = DecodeCall(
+        tensor(B, 1, H, case.D), cache, cache, lens, new, new, cos, cos, table, mask.key, len(mask.bands), mask.indexed,
+        list(mask.operands), list(mask.tensors), case.D**-0.5, softcap, slopes, slopes,
+    )  # fmt: skip
+    problem = attention_decode_triton.DecodeProblem(call, case.target)
+    if case.kernel == "decode":
+        return attention_decode_triton.decode_launch(problem, problem.scratch())
+    out, lse = tensor(B, 1, H, case.D), tensor(B, H, 1, dtype=torch.float32)
+    return attention_decode_triton.combine_launch(problem, problem.scratch(), out, lse)
+
+
 def in_prefix(q, k, length):
     return k < length
 
@@ -151,7 +184,7 @@ def compile_case(case: Case) -> Report:
     args, options = launch.args, launch.options
     compiled = launch.kernel.warmup(grid=launch.grid, **args, **options)
     config = args["BLOCK_M"], args.get("BLOCK_N", 0), options["num_warps"], options.get("num_stages", 0)
-    in_text, in_binary = MATRIX_INSTRUCTION[case.target]
+    in_text, in_binary = instruction(case)
     if case.target == "gfx942":
         text = compiled.asm["amdgcn"]
         registers, spilled = _amd_usage(text)
@@ -164,6 +197,11 @@ def compile_case(case: Case) -> Report:
     copies = text.count("cp.async.bulk.tensor")
     loops = tuple(assembly.inner_loops(code, in_binary))
     return Report(case, config, compiled.metadata.shared, registers, spilled, text.count(in_text), copies, loops)
+
+
+def instruction(case: Case) -> tuple[str, str]:
+    """The matrix instruction to look for, in text and in the binary."""
+    return (DECODE_INSTRUCTION if case.kernel == "decode" else MATRIX_INSTRUCTION)[case.target]
 
 
 def _amd_usage(text: str) -> tuple[int, int]:
@@ -229,7 +267,7 @@ def _row(r: Report) -> tuple:
     """What stands under COLUMNS."""
     tile = "{}x{}, {} w, {} s".format(*r.config)
     shared = f"{r.shared >> 10} / {configs.SHARED_MEMORY[r.case.target] >> 10}"
-    name = MATRIX_INSTRUCTION[r.case.target][0] if r.matrix_instructions else "none"
+    name = instruction(r.case)[0] if r.matrix_instructions else "none"
     loops = [f"{loop.matrix} + {loop.others}" for loop in r.loops] + ["", ""]
     return tile, r.registers, r.spilled, shared, name, *loops[:2]
 

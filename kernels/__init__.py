@@ -6,6 +6,7 @@ out = attention(q, k, v, mask=masks.sliding_window(256))  # (B, T, H, D) in, (B,
 
 from kernels import masks
 from kernels.attention import attention
+from kernels.attention_decode import attention_decode
 from kernels.attention_reference import attention_reference
 
-__all__ = ["attention", "attention_reference", "masks"]
+__all__ = ["attention", "attention_decode", "attention_reference", "masks"]

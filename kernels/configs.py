@@ -78,7 +78,7 @@ def architecture(device: torch.device) -> str:
 
 
 def choose(arch: str, dtype: torch.dtype, D: int, Dv: int, kernel: str) -> Config:
-    """The tile of `kernel` ("forward", "dkdv", "dq" or "dbias") for head dims that round up to powers of two."""
+    """The tile of `kernel` ("forward", "dkdv", "dq", "dbias" or "decode") for head dims rounded up to powers of two."""
     # A tile of dbias holds what a tile of dq does, and its sum besides: the same one, with fewer columns.
     if kernel == "dbias":
         config = choose(arch, dtype, D, Dv, "dq")
@@ -158,13 +158,24 @@ _16_BIT = {
         dq=[(64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)],
     ),
 }
+# Decoding reads each key once and is bound by memory: block_m is the most rows (queries by heads of a group) that share
+# a tile of keys, and the rest is for as many loads in flight as registers and shared memory allow. block_n divides
+# attention_decode_triton.SPLIT.
+_DECODE = {
+    16: [(64, Config(64, 64, 4, 3)), (128, Config(32, 64, 4, 3)), (256, Config(16, 32, 4, 2))],
+    32: [(64, Config(16, 32, 4, 2)), (128, Config(16, 16, 8, 2)), (256, Config(16, 16, 4, 1))],
+}
 # (arch, bits of an input, kernel) -> (largest head dim, config), ascending.
 TABLE = {
     (arch, bits, kernel): row
     for arch in SHARED_MEMORY
     for bits, rows in ((16, _16_BIT[arch]), (32, _FLOAT32))
-    for kernel, row in rows.items()
+    for kernel, row in (*rows.items(), ("decode", _DECODE[bits]))
 }
+# Triton 3.6 would spill 8 bytes there with 64 keys.
+TABLE["sm_80", 16, "decode"] = [(64, Config(64, 32, 4, 4)), *_DECODE[16][1:]]
+# Three stages would take all the shared memory that this one has, and leave one program where two could run.
+TABLE["gfx942", 16, "decode"] = [(limit, config._replace(num_stages=2)) for limit, config in _DECODE[16]]
 
 
 @functools.cache

@@ -32,11 +32,17 @@ def cases() -> list[dict]:
     ]
     found += [{"target": "sm_89", "kernel": kernel, "dtype": "fp32", "D": 64} for kernel in KERNELS]
     found += [{"target": "sm_90", "kernel": kernel, "dtype": "fp16", "D": 80, "mask": "full"} for kernel in KERNELS]
+    found += [
+        {"target": target, "kernel": "decode", "dtype": "bf16", "D": D, "mask": mask, "group": group}
+        for target in TARGETS
+        for D, mask, group in ((64, "causal", 1), (128, "window+sinks", 4))
+    ]
+    found += [{"target": "sm_89", "kernel": "decode", "dtype": dtype, "D": 128} for dtype in ("fp16", "fp32")]
     # What else the compiler, and not only the interpreter, must take: all features at once, lengths of 1, prepare.
     found += [
         {"target": target, "kernel": kernel, "dtype": "bf16", "D": 24, "variant": variant}
         for target, variant in (("sm_90", "features"), ("gfx942", "features"), ("sm_80", "one"))
-        for kernel in (*KERNELS, "dbias", "prepare")
+        for kernel in (*KERNELS, "dbias", "prepare", "decode", "combine")
     ]
     # Lists of tiles in place of bands.
     found += [
@@ -81,6 +87,7 @@ def faults(report: dict) -> list[str]:
         found.append(f"{report['shared']} bytes of shared memory")
     if is_lean and report["spilled"]:
         found.append(f"{report['spilled']} bytes of registers spilled")
+    # One loop over the tiles that need no mask, and one over those that do.
     in_loops = [matrix for matrix, _ in report["loops"]]
     if is_lean and not (len(in_loops) == 2 and in_loops[0] == in_loops[1] > 0):
         found.append(f"matrix instructions in inner loops: {in_loops}")
