@@ -18,12 +18,13 @@ from gpt.config import Config
 from gpt.corpus import check_length, prepare
 from gpt.device import autocast, pick_device, require_compiler
 from gpt.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED, UserError, run_command
-from gpt.generate import SamplingConfig, generate
+from gpt.generate import generate
 from gpt.loader import TrainLoader, read_tokens, target_bytes, validation_batches
 from gpt.model import GPT
 from gpt.monitor import CorpusProgress, Monitor
 from gpt.optim import build_optimizers, lr_scale, set_learning_rate
 from gpt.run import StopRequest, checkpoints_of, claim_run_dir, earlier_run, write_provenance
+from gpt.sampling import SamplingConfig
 from gpt.tokenizer import Tokenizer
 
 
