@@ -26,6 +26,7 @@ from gpt.decode import Decoder
 from gpt.model import GPT
 
 FP32, BF16, INT8, HF, UNCACHED = "fp32", "bf16", "int8", "transformers", "uncached"
+Run = Callable[[int], list[float]]  # so many new tokens, in seconds: of each step, or of all in one number
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,15 @@ class Row:
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def settings(quick: bool) -> list[Setting]:
+def settings(quick: bool, full: bool) -> list[Setting]:
+    medium_text = (256, 256) if full else (64, 32)
     small = ("6 x 384", 6, 6, 384, 65)
     medium = ("GPT-2 124M", 12, 12, 768, 50257)
     if quick:
         return [Setting(*small, rows, 16, 32) for rows in (1, 8)]
-    return [Setting(*small, rows, 16, 240) for rows in (1, 8)] + [Setting(*medium, rows, 256, 256) for rows in (1, 8)]
+    return [Setting(*small, rows, 16, 240) for rows in (1, 8)] + [
+        Setting(*medium, rows, *medium_text) for rows in (1, 8)
+    ]
 
 
 def steps_of(decoder: Decoder, prompts: torch.Tensor, new: int) -> list[float]:
@@ -82,19 +86,19 @@ def steps_of(decoder: Decoder, prompts: torch.Tensor, new: int) -> list[float]:
     return seconds
 
 
-def ours(model: GPT, setting: Setting, prompts: torch.Tensor, **options) -> Callable[[], list[float]]:
+def ours(model: GPT, setting: Setting, prompts: torch.Tensor, **options) -> Run:
     """A run of our decoder, as the seconds of its steps. Its weights are prepared once, as for many texts."""
     decoder = Decoder(model, setting.rows, setting.prompt + setting.new, **options)
 
-    def run() -> list[float]:
+    def run(new: int) -> list[float]:
         for row in range(setting.rows):
             decoder.truncate(row, 0)
-        return steps_of(decoder, prompts, setting.new)
+        return steps_of(decoder, prompts, new)
 
     return run
 
 
-def transformers_of(setting: Setting, prompts: torch.Tensor) -> Callable[[], list[float]]:
+def transformers_of(setting: Setting, prompts: torch.Tensor) -> Run:
     """A run of transformers' generate on a GPT-2 with weights of its own, as one number of seconds."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -103,9 +107,9 @@ def transformers_of(setting: Setting, prompts: torch.Tensor) -> Callable[[], lis
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=setting.vocab_size, bos_token_id=0, eos_token_id=None, **shape))
     model = model.float().eval().to(prompts.device)
-    options = {"min_new_tokens": setting.new, "max_new_tokens": setting.new, "do_sample": False, "use_cache": True}
 
-    def run() -> list[float]:
+    def run(new: int) -> list[float]:
+        options = {"min_new_tokens": new, "max_new_tokens": new, "do_sample": False, "use_cache": True}
         start = time.perf_counter()
         with torch.inference_mode():
             made = model.generate(
@@ -113,30 +117,30 @@ def transformers_of(setting: Setting, prompts: torch.Tensor) -> Callable[[], lis
             )
         if prompts.is_cuda:
             torch.cuda.synchronize()
-        assert made.shape[1] == length, f"transformers stopped at {made.shape[1]} tokens"
+        assert made.shape[1] == setting.prompt + new, f"transformers stopped at {made.shape[1]} tokens"
         return [time.perf_counter() - start]
 
     return run
 
 
-def without_cache(model: GPT, setting: Setting, prompts: torch.Tensor, samples: int) -> Callable[[], list[float]]:
+def without_cache(model: GPT, setting: Setting, prompts: torch.Tensor, samples: int) -> Run:
     """All new tokens' time when each reads everything before it again, from `samples` lengths spread over the text."""
-    lengths = [setting.prompt + round((i + 0.5) * setting.new / samples) for i in range(samples)]
-    text = prompts.repeat(1, -(-lengths[-1] // setting.prompt))
+    text = prompts.repeat(1, -(-(setting.prompt + setting.new) // setting.prompt))
 
-    def run() -> list[float]:
+    def run(new: int) -> list[float]:
+        lengths = [setting.prompt + round((i + 0.5) * new / samples) for i in range(samples)]
         start = time.perf_counter()
         with torch.inference_mode():
             for length in lengths:
                 model.head(model.hidden(text[:, :length])[:, -1]).argmax(-1)
         if text.is_cuda:
             torch.cuda.synchronize()
-        return [(time.perf_counter() - start) / samples * setting.new]
+        return [(time.perf_counter() - start) / samples * new]
 
     return run
 
 
-def prepare(setting: Setting, device: str, samples: int) -> tuple[dict[str, Callable[[], list[float]]], dict[str, str]]:
+def prepare(setting: Setting, device: str, samples: int) -> tuple[dict[str, Run], dict[str, str]]:
     """What to time, by contender, and why what is missing is missing."""
     torch.manual_seed(0)
     model = GPT(setting.config()).to(device).eval()
@@ -161,16 +165,14 @@ def measure(setting: Setting, rounds: int, device: str, samples: int) -> Row:
     """Time one setting: `rounds` rounds, after a shorter one that does not count."""
     runs, missing = prepare(setting, device, samples)
     names = list(runs)
-    warm = prepare(Setting(**(asdict(setting) | {"new": 4})), device, 1)[0]
     for name in names:
-        warm[name]()
-    del warm
+        runs[name](min(4, setting.new))
     times: dict[str, list[float]] = {name: [] for name in names}
     steps: list[list[float]] = []
     for n in range(rounds):
         turn = n % len(names)
         for name in names[turn:] + names[:turn]:
-            seconds = runs[name]()
+            seconds = runs[name](setting.new)
             times[name].append(sum(seconds))
             if name == FP32:
                 steps.append(seconds[1:])
@@ -225,9 +227,16 @@ def show(rows: list[Row]) -> None:
         print(f"{name}: {reason}")
 
 
+def write(path: Path, rows: list[Row], before: dict, device: str) -> None:
+    """What has been measured so far, as JSON."""
+    record = {"benchmark": "sample", "before": before, "after": conditions(device)}
+    path.write_text(json.dumps(record | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n", "utf-8")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sample", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the small model and short texts alone: seconds")
+    parser.add_argument("--full", action="store_true", help="GPT-2 on texts of 256 + 256 tokens: many minutes on a CPU")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", help="only models whose name contains this")
     parser.add_argument("--rows", type=int, nargs="*", help="only these batch sizes")
@@ -236,17 +245,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="also write what was measured to this file")
     args = parser.parse_args(argv)
     before, rows = conditions(args.device), []
-    for setting in settings(args.quick):
+    for setting in settings(args.quick, args.full):
         if (args.only and args.only not in setting.name) or (args.rows and setting.rows not in args.rows):
             continue
         setting = Setting(**(asdict(setting) | ({"new": args.new} if args.new else {})))
         rows.append(measure(setting, args.rounds, args.device, 1 if args.quick else 4))
+        if args.json:
+            write(args.json, rows, before, args.device)
         print(f"{setting.name}, {setting.rows} rows: done", file=sys.stderr)
     show(rows)
     print("before: {}, after: load {}".format(before, conditions(args.device)["load"]))
-    if args.json:
-        record = {"benchmark": "sample", "before": before, "after": conditions(args.device)}
-        args.json.write_text(json.dumps(record | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n", "utf-8")
     return 0
 
 

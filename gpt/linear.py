@@ -40,7 +40,11 @@ class PlainLinear:
 
 
 class TransposedLinear(PlainLinear):
-    """W^T stored row by row: one row against a head of tens of thousands of columns takes a fifth less time so."""
+    """W^T stored row by row, a copy: one row against a matrix with more outputs than inputs takes less time so.
+
+    Measured on two cores: a fifth less for GPT-2's head, a few parts in a hundred for its wide layers, and where there
+    are fewer outputs than inputs up to half as much again.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__(weight.t().contiguous().t(), bias)
@@ -88,6 +92,6 @@ def prepare_linear(layer: nn.Linear, dtype: torch.dtype, rows: int) -> PlainLine
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)
     if can_pack(weight) and (rows > 1 or dtype == torch.bfloat16):
         return PackedLinear(weight, bias, rows)
-    if weight.device.type == "cpu" and rows == 1 and weight.shape[0] >= 8192:
+    if weight.device.type == "cpu" and rows == 1 and weight.shape[0] > weight.shape[1]:
         return TransposedLinear(weight, bias)
     return PlainLinear(weight, bias)
