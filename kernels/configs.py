@@ -162,7 +162,7 @@ _16_BIT = {
 # a tile of keys, and the rest is for as many loads in flight as registers and shared memory allow. block_n divides
 # attention_decode_triton.SPLIT.
 _DECODE = {
-    16: [(64, Config(64, 64, 4, 3)), (128, Config(32, 64, 4, 3)), (256, Config(16, 32, 4, 2))],
+    16: [(64, Config(64, 64, 4, 3)), (128, Config(32, 32, 4, 4)), (256, Config(16, 32, 4, 2))],
     32: [(64, Config(16, 32, 4, 2)), (128, Config(16, 16, 8, 2)), (256, Config(16, 16, 4, 1))],
 }
 # (arch, bits of an input, kernel) -> (largest head dim, config), ascending.
