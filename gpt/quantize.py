@@ -39,8 +39,8 @@ class Int8Linear(PlainLinear):
         weight, scale = quantize_weight(layer.weight.detach())
         bias = None if layer.bias is None else layer.bias.detach().to(dtype)
         self.in_features = weight.shape[1]
-        super().__init__(F.pad(weight, (0, -self.in_features % VECTOR)), bias)  # (N, K, and zeros)
-        self.dtype, self.scale = dtype, scale.to(dtype)
+        self.weight = F.pad(weight, (0, -self.in_features % VECTOR))  # (N, K, and zeros)
+        self.bias, self.dtype, self.scale = bias, dtype, scale.to(dtype)
         self.has_product = dtype == torch.bfloat16 and weight.device.type == "cpu"
 
     def __call__(self, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
