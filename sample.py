@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import select
 import signal
 import sys
 from collections.abc import Iterator
@@ -186,13 +188,33 @@ def report(pieces: Generation) -> None:
         print(f"{pieces.accepted} of {pieces.proposed} proposed tokens accepted ({share:.0%})", file=sys.stderr)
 
 
+def read_line() -> str:
+    """A line from standard input, with a prompt on a terminal. Raises KeyboardInterrupt and EOFError.
+
+    A Ctrl-C that comes just before a read begins would not end it: a pipe that signals write to does.
+    """
+    if not sys.stdin.isatty() or os.name != "posix":
+        return input("> " if sys.stdin.isatty() else "")
+    print("> ", end="", flush=True)
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    before = signal.set_wakeup_fd(wake)
+    try:
+        select.select([sys.stdin, woken], [], [])
+        return input()
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(woken)
+        os.close(wake)
+
+
 def interact(arguments: Arguments, model: gpt.GPT, tokenizer: Tokenizer, draft: gpt.GPT | None) -> int:
     """A session: every line is a prompt. An empty line or the end of input ends it."""
     print("Each line is a prompt. Ctrl-C stops an answer; an empty line or Ctrl-D ends.", file=sys.stderr)
     turn = 0
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "")
+            line = read_line()
         except KeyboardInterrupt:
             print()
             continue
