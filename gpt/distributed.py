@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gpt.config import TrainConfig
 from gpt.device import pick_device
-from gpt.errors import UserError
+from gpt.errors import LostProcess, UserError
 from gpt.model import GPT
 
 Mode = Literal["none", "ddp", "fsdp"]
@@ -109,7 +109,16 @@ def join(train: TrainConfig) -> Iterator[World]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device if backend == "nccl" else None)
     patient = dist.new_group(backend="gloo", timeout=CORPUS_TIMEOUT)
-    yield World(device, rank, size, True, patient)
+    try:
+        yield World(device, rank, size, True, patient)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        first_line = str(error).splitlines()[0]
+        raise LostProcess(
+            f"rank {rank} lost contact with another process, which ended or hangs; the newest checkpoint is sound "
+            f"({first_line})"
+        ) from error
     dist.destroy_process_group()  # only in order: after an error it could wait for ranks that are gone
 
 

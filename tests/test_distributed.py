@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,8 +26,10 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 def flags(run_dir: str, batch_size: int, *more: str) -> list[str]:
     """A small model, with weights whose rows two processes cannot halve."""
     words = f"--corpus text.txt --cache-dir cache --run-dir {run_dir} --device cpu --dtype float32 --n-layer 2"
-    words += f" --n-head 3 --n-embd 24 --mlp-dim 21 --seq-len 16 --batch-size {batch_size} --grad-accum-steps 2 --warmup-steps 2"
-    words += " --max-steps 6 --eval-interval 3 --eval-tokens 200 --checkpoint-interval 3 --log-interval 1"
+    words += f" --n-head 3 --n-embd 24 --mlp-dim 21 --seq-len 16 --batch-size {batch_size} --grad-accum-steps 2"
+    words += (
+        " --warmup-steps 2 --max-steps 6 --eval-interval 3 --eval-tokens 200 --checkpoint-interval 3 --log-interval 1"
+    )
     return [*words.split(), "--sample-tokens", "0", *more]
 
 
@@ -116,43 +119,50 @@ class TestTwoProcesses:
                 assert a == pytest.approx(b, rel=1e-6)
 
 
-def test_a_killed_rank_ends_the_job(tmp_path):
+@pytest.fixture
+def job(tmp_path):
+    """job(flag, ...) starts an endless training of two processes and returns when it is on its way."""
     (tmp_path / "text.txt").write_text(TEXT)
-    process = start(tmp_path, "--max-steps", "100000", "--eval-interval", "100000")
-    wait_for_steps(tmp_path, process)
-    ranks = {rank_of(pid): pid for pid in children_of(process.pid)}
+    started = []
+
+    def job(*more: str) -> tuple[subprocess.Popen, dict[str, int]]:
+        endless = ["--max-steps", "100000", "--eval-interval", "100000", "--checkpoint-interval", "100000"]
+        command = [*LAUNCH, str(ROOT / "train.py"), *flags("run", 4, *more, *endless)]
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        deadline = time.monotonic() + 60
+        while len(read_metrics(tmp_path / "run/metrics.jsonl")) < 3:
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            os.sched_yield()
+        return process, {rank_of(pid): pid for pid in children_of(process.pid)}
+
+    yield job
+    for process in started:
+        if process.poll() is None:
+            for pid in (*children_of(process.pid), process.pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_a_killed_rank_ends_the_job(job):
+    process, ranks = job()
     os.kill(ranks["1"], signal.SIGKILL)
-    output, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "Signal 9 (SIGKILL)" in errors
     assert "lost contact with another process" in errors
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
 
 
-def test_a_signal_stops_all_ranks_at_one_step_and_saves(tmp_path):
-    (tmp_path / "text.txt").write_text(TEXT)
-    process = start(tmp_path, "--max-steps", "100000", "--eval-interval", "100000", "--parallel", "fsdp")
-    wait_for_steps(tmp_path, process)
+def test_a_signal_stops_all_ranks_at_one_step_and_saves(job, tmp_path):
+    process, _ = job("--parallel", "fsdp")
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=60)
     assert "stopped by SIGTERM after step" in output, errors
     (newest,) = (tmp_path / "run/checkpoints").glob("step_*")
     assert verify(newest) is None
     assert int(newest.name.removeprefix("step_")) == read_metrics(tmp_path / "run/metrics.jsonl")[-1]["step"]
-
-
-def start(folder: Path, *more: str) -> subprocess.Popen:
-    command = [*LAUNCH, str(ROOT / "train.py"), *flags("run", 4, *more, "--checkpoint-interval", "100000")]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for_steps(folder: Path, process: subprocess.Popen, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while len(read_metrics(folder / "run/metrics.jsonl")) < 3:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.05)
 
 
 def children_of(pid: int) -> list[int]:

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gpt.config import PRESETS, ModelConfig
 from gpt.errors import UserError
-from gpt.model import GPT, KVCache, alibi_slopes, sinusoidal_table
+from gpt.model import GPT, Block, KVCache, alibi_slopes, sinusoidal_table
 
 SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 32, "seq_len": 24, "vocab_size": 61}
 VARIANTS = {
@@ -284,3 +284,23 @@ def test_sinusoidal_table_of_the_paper():
 def test_impossible_models_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(ModelConfig(), **options)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activation_checkpointing_changes_no_bit_and_computes_blocks_twice(dropout, monkeypatch):
+    calls = []
+    body = Block.body
+    monkeypatch.setattr(Block, "body", lambda self, *args: calls.append(self) or body(self, *args))
+    config = ModelConfig(n_layer=2, n_head=2, n_embd=16, seq_len=8, vocab_size=11, dropout=dropout, init="gpt2")
+    idx = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(0))
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = GPT(config)
+        model.checkpoint_activations(checkpointing)
+        calls.clear()
+        loss = model.loss(idx, idx)
+        loss.backward()
+        assert len(calls) == (4 if checkpointing else 2)
+        results.append([loss, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(one, other) for one, other in zip(*results))

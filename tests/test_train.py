@@ -210,8 +210,8 @@ def wandb_records(path: Path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"dropout": 0.2, "grad_accum_steps": 2}, {"optimizer": "muon", "learning_rate": 0.02}],
-    ids=["adamw-dropout-accumulation", "muon"],
+    [{"dropout": 0.2, "grad_accum_steps": 2}, {"optimizer": "muon", "learning_rate": 0.02, "ema_decay": 0.9}],
+    ids=["adamw-dropout-accumulation", "muon-average"],
 )
 def test_a_resumed_run_ends_as_the_undisturbed_one(folder, capsys, options):
     """18 steps of 8 rows are more than the corpus's one epoch of 153 windows, so an epoch's edge is crossed."""
