@@ -93,19 +93,7 @@ def join(train: TrainConfig) -> Iterator[World]:
     if size == 1 and train.parallel == "auto":
         yield World(pick_device(train.device))
         return
-    device = pick_device(train.device)
-    if device.type == "cuda":
-        if device.index is not None:
-            raise UserError(f"--device {device} names one GPU, but each rank takes its own: give --device cuda")
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {local_rank} finds {torch.cuda.device_count()} GPUs on this node: start as many "
-                "processes as there are GPUs (--nproc-per-node), or give --device cpu"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    elif device.type != "cpu":
-        raise UserError(f"several processes train on GPUs by CUDA or on CPUs, not on {device}: give --device cpu")
+    device = _device_of(local_rank, train.device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device if backend == "nccl" else None)
     patient = dist.new_group(backend="gloo", timeout=CORPUS_TIMEOUT)
@@ -116,10 +104,27 @@ def join(train: TrainConfig) -> Iterator[World]:
             raise
         first_line = str(error).splitlines()[0]
         raise LostProcess(
-            f"rank {rank} lost contact with another process, which ended or hangs; the newest checkpoint is sound "
-            f"({first_line})"
+            f"rank {rank} lost contact with another process, which ended or hangs: {first_line[:120]}"
         ) from error
     dist.destroy_process_group()  # only in order: after an error it could wait for ranks that are gone
+
+
+def _device_of(local_rank: int, name: str) -> torch.device:
+    """The device of a node's local_rank-th process."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank} finds {torch.cuda.device_count()} GPUs on this node: start as many "
+                "processes as there are GPUs (--nproc-per-node), or give --device cpu"
+            )
+        torch.cuda.set_device(local_rank)  # before anything takes memory on the first GPU
+        return torch.device("cuda", local_rank)
+    if name.startswith("cuda:"):
+        raise UserError(f"--device {name} names one GPU, but each process takes its own: give --device cuda")
+    device = pick_device("cpu" if name == "auto" else name)
+    if device.type != "cpu":
+        raise UserError(f"several processes train on GPUs with CUDA or on CPUs, not on {device}: give --device cpu")
+    return device
 
 
 def mode_of(train: TrainConfig, world: World) -> Mode:

@@ -1,7 +1,10 @@
 """Two processes under torchrun do what one does with the whole batch: DDP and FSDP2, on gloo and the CPU."""
 
+import contextlib
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,11 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import gpt.optim
 from gpt.checkpoint import verify
 from gpt.command_line import load_config
+from gpt.config import ModelConfig
+from gpt.distributed import Parallel, World
+from gpt.model import GPT
 from gpt.monitor import read_metrics
 from train import main
 
@@ -30,7 +38,7 @@ def flags(run_dir: str, batch_size: int, *more: str) -> list[str]:
     words += (
         " --warmup-steps 2 --max-steps 6 --eval-interval 3 --eval-tokens 200 --checkpoint-interval 3 --log-interval 1"
     )
-    return [*words.split(), "--sample-tokens", "0", *more]
+    return [*words.split(), "--sample-tokens", "5", *more]
 
 
 RECIPES = {
@@ -50,7 +58,9 @@ def folder(tmp_path_factory):
         patch.setattr(gpt.optim, "multiplies_bfloat16", lambda device: False)  # as in the worker
         (folder / "text.txt").write_text(TEXT)
         for name, recipe in RECIPES.items():
-            assert main(load_config(flags(f"{name}-one", 8, *recipe))) == 0
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                assert main(load_config(flags(f"{name}-one", 8, *recipe))) == 0
+            (folder / f"{name}-one/printed").write_text(printed.getvalue())
         together = []
         for name, recipe in RECIPES.items():
             for mode in ("ddp", "fsdp"):
@@ -61,7 +71,9 @@ def folder(tmp_path_factory):
                     flags(f"{name}-{mode}-again", 4, *recipe, "--parallel", mode, *half),
                     flags(f"{name}-one-{mode}", 4, *recipe, "--parallel", mode, *other),
                 ]
-        launch(folder, together)
+        printed = launch(folder, together).split("written:")
+        for words, text in zip(together, printed, strict=False):
+            (folder / words[words.index("--run-dir") + 1] / "printed").write_text(text)
         for name, recipe in RECIPES.items():
             for mode in ("ddp", "fsdp"):
                 half = ["--resume-from", f"{name}-{mode}/checkpoints/step_00000003"]
@@ -70,11 +82,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-def launch(folder: Path, command_lines: list[list[str]]) -> None:
+def launch(folder: Path, command_lines: list[list[str]]) -> str:
     (folder / "configs.json").write_text(json.dumps(command_lines))
     command = [*LAUNCH, str(ROOT / "tests/distributed_worker.py"), "configs.json"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, env=environment())
     assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
 def environment() -> dict[str, str]:
@@ -85,6 +98,11 @@ def lasting(run_dir: Path, since: int = 0) -> list[dict]:
     """The metrics after a step, without what depends on the clock."""
     records = [r for r in read_metrics(run_dir / "metrics.jsonl") if r["step"] > since]
     return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in records]
+
+
+def samples(printed: Path) -> list[str]:
+    """What was written at each evaluation."""
+    return re.findall(r"(?m)^step \d+: validation.*\n((?:  \| .*\n)+)", printed.read_text())
 
 
 def checkpoint(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -100,6 +118,10 @@ class TestTwoProcesses:
         assert len(one) == len(two) == 8
         for a, b in zip(one, two):
             assert a == pytest.approx(b, rel=1e-6)
+
+    def test_write_the_same_samples(self, folder, recipe, mode):
+        one, two = (samples(folder / f"{recipe}-{who}/printed") for who in ("one", mode))
+        assert len(one) == 2 and one == two
 
     def test_leave_the_checkpoint_of_one(self, folder, recipe, mode):
         one, two = checkpoint(folder / f"{recipe}-one"), checkpoint(folder / f"{recipe}-{mode}")
@@ -117,6 +139,34 @@ class TestTwoProcesses:
         for name in (f"{recipe}-one-{mode}", f"{recipe}-{mode}-one"):
             for a, b in zip(expected, lasting(folder / name), strict=True):
                 assert a == pytest.approx(b, rel=1e-6)
+
+
+@pytest.fixture
+def world():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield World(torch.device("cpu"), joined=True)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_gradients_are_reduced_once_a_step(world, mode):
+    model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=16, seq_len=8, vocab_size=11))
+    parallel = Parallel(model, world, mode)
+    reductions = []
+    if mode == "ddp":
+        parallel.loss.register_comm_hook(None, lambda _, bucket: reductions.append(1) or allreduce_hook(None, bucket))
+    idx = torch.arange(8).view(1, 8)
+    for step in range(2):
+        for reduced in (False, False, True):
+            with parallel.gradients(reduced=reduced):
+                parallel.loss(idx, idx).backward()
+            if mode == "ddp":
+                assert len(reductions) == step + reduced
+            else:  # what is not reduced has not reached the shards
+                assert all((p.grad is not None) == reduced for p in model.parameters())
+        for p in model.parameters():
+            p.grad = None
 
 
 @pytest.fixture
