@@ -4,6 +4,7 @@ Under `torchrun --nproc-per-node N train.py ...` each process is a rank with a d
 without it is a world of one, for which everything here does nothing.
 """
 
+import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -170,10 +171,12 @@ class Parallel:
             self.loss = self._eval_loss = fully_shard(_Loss(model), mesh=mesh)
             return
         if mode == "ddp":
+            DDP = nn.parallel.DistributedDataParallel
             devices = [world.device] if world.device.type == "cuda" else None
-            self.loss = nn.parallel.DistributedDataParallel(
-                _Loss(model), device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            # Our buffers are constant tables. The first name is torch 2.13's, the second that of those before.
+            newer = "forward_sync_buffers" in inspect.signature(DDP).parameters
+            constant = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+            self.loss = DDP(_Loss(model), device_ids=devices, gradient_as_bucket_view=True, **constant)
         if compiled:
             self.loss = torch.compile(self.loss)
 
