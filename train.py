@@ -87,6 +87,7 @@ def main(config: Config) -> int:
     scaler = torch.amp.GradScaler(device.type, enabled=train.dtype == "float16")
     weights = [p for p in model.parameters() if p.requires_grad]
     loss_fn = torch.compile(model.loss) if train.compile else model.loss
+    extra = {"z_loss": config.optim.z_loss, "label_smoothing": config.optim.label_smoothing}
     start = 0
     if checkpoint is not None:
         state = load_training_state(checkpoint, model, optimizers)
@@ -139,7 +140,7 @@ def main(config: Config) -> int:
             for _ in range(train.grad_accum_steps):
                 x, y = loader.next_batch()
                 with autocast(device, train.dtype):
-                    micro_loss = loss_fn(x.to(device), y.to(device)) / train.grad_accum_steps
+                    micro_loss = loss_fn(x.to(device), y.to(device), **extra) / train.grad_accum_steps
                 scaler.scale(micro_loss).backward()
                 loss += micro_loss.detach()
             for optimizer in optimizers:

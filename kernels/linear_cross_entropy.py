@@ -48,8 +48,8 @@ def linear_cross_entropy(
     z_loss           weight of lse^2, which keeps lse near 0 (https://arxiv.org/abs/2204.02311 has 1e-4)
     label_smoothing  share of the target spread over all V (https://arxiv.org/abs/1512.00567)
     ignore_index     a target that does not count: its loss is 0, and so is its gradient
-    impl             "triton", "chunked", "reference", or "auto": Triton on a GPU from sm_80 up; else the reference where
-                     the logits are few, chunked where they are many
+    impl             "triton", "chunked", "reference", or "auto": Triton on a GPU from sm_80 up; else the reference
+                     where the logits are few, chunked where they are many
 
     The mean over no target at all is NaN, as F.cross_entropy's is, with gradients of 0.
 
@@ -93,7 +93,13 @@ def linear_cross_entropy(
         return losses_of(rows, weight, flat, *options)[0].view(targets.shape)
     wants = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight)]
     total = total_of(rows, weight, flat, *options, *wants)[0]
-    return total if reduction == "sum" else total / (flat != ignore_index).sum()
+    return total if reduction == "sum" else _mean(total, flat != ignore_index)
+
+
+def _mean(total: Tensor, counts: Tensor) -> Tensor:
+    """total over how many count; over none NaN, through which no gradient flows."""
+    count = counts.sum()
+    return (total / count.clamp(min=1)).masked_fill(count == 0, math.nan)
 
 
 def linear_cross_entropy_reference(
@@ -123,7 +129,7 @@ def linear_cross_entropy_reference(
     losses = losses + z_loss * logits.logsumexp(-1).square() * counts
     if reduction == "none":
         return losses.view(targets.shape)
-    return losses.sum() if reduction == "sum" else losses.sum() / counts.sum()
+    return losses.sum() if reduction == "sum" else _mean(losses.sum(), counts)
 
 
 def _check(x, weight, targets, softcap, z_loss, label_smoothing, reduction) -> None:

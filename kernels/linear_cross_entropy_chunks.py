@@ -1,9 +1,9 @@
 """The fused loss, some rows at a time: torch's matrix products around one pass over a chunk of logits.
 
-For each chunk of rows: logits = x @ weight.T into a buffer that every chunk shares; losses, and gradients in the place of
-the logits; dx = gradients @ weight; dweight += gradients.T @ x. A sum has one upstream gradient, a scalar, so that all
-this is done in the forward pass and scaled in the backward one: three products, as many as without fusion. Single losses
-(`losses_of`) have one upstream gradient each: their backward pass makes the logits again.
+For each chunk of rows: logits = x @ weight.T into a buffer that every chunk shares; losses, and gradients in the place
+of the logits; dx = gradients @ weight; dweight += gradients.T @ x. A sum has one upstream gradient, a number, so that
+all this is done in the forward pass and scaled in the backward one: three products, as many as without fusion. Single
+losses (`losses_of`) have one upstream gradient each: their backward pass makes the logits again.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ def chunk_rows(N: int, V: int, itemsize: int, device_type: str) -> int:
     multiple = ROW_MULTIPLE if most >= ROW_MULTIPLE else 1
     most -= most % multiple
     even = -(-N // max(1, -(-N // most)))
-    return min(max(1, N), -(-even // multiple) * multiple)
+    return max(1, min(N, -(-even // multiple) * multiple))
 
 
 def accumulated(dtype: torch.dtype) -> torch.dtype:
@@ -114,10 +114,10 @@ def _losses(logits: Tensor, targets: Tensor, losses: Tensor, lse: Tensor, option
     counts = targets != options.ignore_index
     index = targets.masked_fill(~counts, 0)[:, None]
     torch.logsumexp(s, 1, out=lse)
-    smoothing = options.label_smoothing
-    torch.sub(lse, s.gather(1, index)[:, 0], alpha=1 - smoothing, out=losses)
-    if smoothing:
-        losses.sub_(s.mean(1), alpha=smoothing)
+    s_target = s.gather(1, index)[:, 0]
+    torch.sub(lse, s_target, out=losses)
+    if options.label_smoothing:
+        losses.add_(s_target - s.mean(1), alpha=options.label_smoothing)
     if options.z_loss:
         losses.addcmul_(lse, lse, value=options.z_loss)
     losses.masked_fill_(~counts, 0.0)
@@ -209,7 +209,7 @@ def total_of(
     wants_dx: bool,
     wants_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of the losses of x (N, C), weight (V, C) and targets (N,), with its gradients dx and dweight if wanted."""
+    """The sum of the losses of x (N, C), weight (V, C) and targets (N,), with dx and dweight where wanted."""
     options = Options(softcap, z_loss, label_smoothing, ignore_index, triton)
     losses, _, dx, dweight = _forward(x, weight, targets, options, wants_dx, wants_dweight)
     return losses.sum(), dx, dweight
@@ -243,12 +243,13 @@ def _(grad, scale, dtype):
 def _save_total(ctx, inputs, output) -> None:
     ctx.wants, ctx.dtype = inputs[-2:], inputs[1].dtype
     ctx.save_for_backward(*output[1:])
+    # dx and dweight, which nobody differentiates, bring None, not tensors of zeros.
     ctx.set_materialize_grads(False)
 
 
 def _total_gradients(ctx, dtotal, *_) -> tuple:
     dx, dweight = ctx.saved_tensors
-    wants_dx, wants_dweight = ctx.wants
+    wants_dx, wants_dweight = (wanted and dtotal is not None for wanted in ctx.wants)
     dx = _scaled(dx, dtotal, dx.dtype) if wants_dx else None
     dweight = _scaled(dweight, dtotal, ctx.dtype) if wants_dweight else None
     return dx, dweight, *[None] * 8
@@ -308,7 +309,6 @@ def _(dlosses, lse, x, weight, targets, *options):
 def _save_losses(ctx, inputs, output) -> None:
     x, weight, targets, *ctx.options = inputs
     ctx.save_for_backward(output[1], x, weight, targets)
-    ctx.set_materialize_grads(False)
 
 
 def _losses_gradients(ctx, dlosses, dlse) -> tuple:
