@@ -70,7 +70,7 @@ class _Gradients:
 
     def __init__(self, x: Tensor, weight: Tensor, wants_dx: bool, wants_dweight: bool):
         self.x, self.weight, self.is_first = x, weight, True
-        self.dx = torch.empty_like(x) if wants_dx else None
+        self.dx = _empty(*x.shape, like=x) if wants_dx else None
         self.dweight = _empty(*weight.shape, like=x, dtype=accumulated(x.dtype)) if wants_dweight else None
         if wants_dweight and x.shape[0] == 0:
             self.dweight.zero_()
