@@ -60,12 +60,13 @@ def linear_cross_entropy(
     Why chunks around torch's products, rather than Cut Cross-Entropy's kernels (https://arxiv.org/abs/2411.09009) that
     never write a logit: there the backward pass makes every tile of logits again, four products for three, in kernels
     that would have to reach cuBLAS's speed first; and dweight is added up under locks there, or by yet another pass
-    where it is to be deterministic. To write a chunk of 16-bit logits and read it back, as here, moves 6 bytes for each
-    logit, beside 6 C operations. The method is Liger's (https://arxiv.org/abs/2410.10989), with sums in float32.
+    where it is to be deterministic. To write a chunk of 16-bit logits and its gradients and read them back, as here,
+    moves ten bytes for each logit, beside 6 C operations. The method is Liger's (https://arxiv.org/abs/2410.10989),
+    with sums in float32.
 
     Raises ValueError or TypeError for arguments that do not fit; IndexError, on a CPU, for a target outside the
-    vocabulary (on a GPU, which cannot raise, its loss and gradient are NaN); NotImplementedError for impl="triton" where
-    it cannot run.
+    vocabulary (on a GPU, which cannot raise, its loss and gradient are NaN); NotImplementedError for impl="triton"
+    where it cannot run.
     """
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
