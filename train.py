@@ -82,6 +82,7 @@ def train(config: Config, world: World) -> int:
     averaged = contextlib.nullcontext if average is None else average.swapped_in
     tokens_per_step = options.batch_size * options.grad_accum_steps * world.size * config.model.seq_len
     start = tokens_seen = 0
+    extra = {"z_loss": config.optim.z_loss, "label_smoothing": config.optim.label_smoothing}
     if checkpoint is not None:
         state = load_training_state(checkpoint, model, optimizers, average)
         start = state["step"]
@@ -130,7 +131,7 @@ def train(config: Config, world: World) -> int:
                 x, y = batches.next_batch()
                 with parallel.gradients(reduced=micro_step == options.grad_accum_steps):
                     with autocast(device, options.dtype):
-                        micro_loss = parallel.loss(x, y) / options.grad_accum_steps
+                        micro_loss = parallel.loss(x, y, **extra) / options.grad_accum_steps
                     (micro_loss * loss_scale.scale if loss_scale.enabled else micro_loss).backward()
                 loss += micro_loss.detach()
             # Ranks must stop at the same step: what each was asked travels with the losses.

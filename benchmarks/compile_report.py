@@ -19,7 +19,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from kernels import attention_backward, attention_dbias, attention_forward, configs, masks
+from kernels import attention_backward, attention_dbias, attention_forward, configs, cross_entropy_triton, masks
 from kernels.operators import call_of
 from kernels.problem import Launch, Problem
 
@@ -43,6 +43,7 @@ class Case:
     """One kernel for one target. `config` overrides the table: (block_m, block_n, num_warps, num_stages).
 
     variant: "plain"; "features", with everything that `attention` can do at once; "one", where each length is 1.
+    Of the kernels "loss" and "loss gradient" D is the number of columns, V.
     """
 
     target: str
@@ -97,6 +98,8 @@ MASKS = {
 
 def launch_of(case: Case) -> Launch:
     """The launch that this case stands for, on tensors without memory."""
+    if case.kernel.startswith("loss"):
+        return loss_launch_of(case)
     B, T, H, H_kv = (1, 1, 1, 1) if case.variant == "one" else (2, 2048, 4, 2)
     mask = MASKS[case.mask]
 
@@ -125,6 +128,17 @@ def launch_of(case: Case) -> Launch:
     return attention_backward.prepare_launch(problem, q, q, rows, rows, rows, rows)
 
 
+def loss_launch_of(case: Case) -> Launch:
+    """The kernels of kernels.linear_cross_entropy on a chunk of 4096 rows."""
+    logits = torch.empty(4096, -(-case.D // 64) * 64, dtype=DTYPES[case.dtype], device="meta")[:, : case.D]
+    targets, row = (torch.empty(4096, dtype=dtype, device="meta") for dtype in (torch.int64, torch.float32))
+    softcap, smoothing = (30.0, 0.1) if case.variant == "features" else (0.0, 0.0)
+    terms = cross_entropy_triton.Terms(softcap, 1e-4, smoothing, -100)
+    if case.kernel == "loss":
+        return cross_entropy_triton.loss_launch(logits, targets, row, row, terms, gradient=True)
+    return cross_entropy_triton.gradient_launch(logits, targets, row, row, terms)
+
+
 def in_prefix(q, k, length):
     return k < length
 
@@ -137,7 +151,8 @@ def compile_case(case: Case) -> Report:
     if case.config is not None:
         args["BLOCK_M"], args["BLOCK_N"], options["num_warps"], options["num_stages"] = case.config
     compiled = launch.kernel.warmup(grid=launch.grid, **args, **options)
-    config = args["BLOCK_M"], args.get("BLOCK_N", 0), options["num_warps"], options.get("num_stages", 0)
+    tile = ("BLOCK_N", "BLOCK_V") if "BLOCK_V" in args else ("BLOCK_M", "BLOCK_N")
+    config = *(args.get(name, 0) for name in tile), options["num_warps"], options.get("num_stages", 0)
     assembly = compiled.asm["amdgcn" if case.target == "gfx942" else "ptx"]
     registers, spilled = (_amd_usage if case.target == "gfx942" else _nvidia_usage)(compiled)
     found = assembly.count(MATRIX_INSTRUCTION[case.target])

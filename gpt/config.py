@@ -3,6 +3,7 @@
 Every value is checked when a dataclass is made, so that a Config that exists is a Config that can run.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -91,6 +92,8 @@ class ModelConfig:
     """Keys visible to a query, itself included. None: all before it."""
     tied_embeddings: bool = False
     """The output head shares the embedding table's weights."""
+    logit_softcap: float | None = None
+    """Bound on the logits: c * tanh(logits / c), as in Gemma 2, which has c = 30. None: none."""
     dropout: float = 0.0
     """Dropout on embeddings, attention weights and both sublayers' outputs."""
     init: Literal["gpt2", "xavier", "scaled"] = "scaled"
@@ -125,6 +128,10 @@ class ModelConfig:
         )
         require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
         require(self.norm_eps > 0, f"norm_eps must be positive, not {self.norm_eps}")
+        require(
+            self.logit_softcap is None or 0 < self.logit_softcap < math.inf,
+            f"logit_softcap must be positive, not {self.logit_softcap}",
+        )
         require(self.rope_theta > 1, f"rope_theta must be above 1, not {self.rope_theta}")
 
     @property
@@ -206,6 +213,10 @@ class OptimConfig:
     """The gradient's norm is clipped to this; 0 turns it off."""
     ema_decay: float = 0.0
     """Keep an exponential moving average of the weights, to evaluate and sample with; 0 turns it off."""
+    z_loss: float = 0.0
+    """In training, this times the square of log(sum(exp(logits))) joins the loss; PaLM has 1e-4."""
+    label_smoothing: float = 0.0
+    """In training, the share of each target that is spread over the whole vocabulary."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "embedding_lr", "head_lr"):
@@ -219,6 +230,10 @@ class OptimConfig:
         require(self.weight_decay >= 0, f"weight_decay must be at least 0, not {self.weight_decay}")
         require(self.grad_clip >= 0, f"grad_clip must be at least 0, not {self.grad_clip}")
         require(self.muon_ns_steps >= 1, f"muon_ns_steps must be at least 1, not {self.muon_ns_steps}")
+        require(0 <= self.z_loss < math.inf, f"z_loss must be at least 0, not {self.z_loss}")
+        require(
+            0 <= self.label_smoothing < 1, f"label_smoothing must be at least 0 and below 1, not {self.label_smoothing}"
+        )
         for name in ("beta1", "beta2", "muon_momentum", "ema_decay"):
             require(0 <= getattr(self, name) < 1, f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
 

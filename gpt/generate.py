@@ -99,7 +99,7 @@ def generate_tokens(
             pending = text = text[-(context // 2 or 1) :]
             cache.length = 0
         idx = torch.tensor([pending], device=device)
-        logits = model.head(model.hidden(idx, cache=cache)[:, -1])[0, :vocab_size]  # (V,)
+        logits = model.logits(model.hidden(idx, cache=cache)[:, -1])[0, :vocab_size]  # (V,)
         token = sample_token(logits, config, generator)
         if token == stop:
             return

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gpt.config import ModelConfig
 from gpt.eager import ReLUSquaredFunction, RMSNormFunction, RotateFunction, by_hand
-from kernels import attention, masks
+from kernels import attention, linear_cross_entropy, masks
 
 IGNORE_INDEX = -100  # targets with this value do not count in the loss
 
@@ -254,7 +254,7 @@ class GPT(nn.Module):
         segment_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """The last block's normalised output (B, T, C): what the head reads. Arguments as for forward."""
+        """The last block's normalised output (B, T, C): what `logits` reads. Arguments as for forward."""
         _, T = idx.shape
         if cache is not None and segment_ids is not None:
             raise ValueError("segment_ids and a cache do not go together: the cached tokens' segments are not kept")
@@ -294,7 +294,12 @@ class GPT(nn.Module):
         segment_ids (B, T) int32: tokens attend within their own segment alone.
         cache: earlier keys and values, to which this call's are appended.
         """
-        return self.head(self.hidden(idx, positions=positions, segment_ids=segment_ids, cache=cache))
+        return self.logits(self.hidden(idx, positions=positions, segment_ids=segment_ids, cache=cache))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head: logits (..., V) of hidden (..., C), after the softcap where there is one."""
+        logits, cap = self.head(hidden), self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits.float() / cap)
 
     def loss(
         self,
@@ -304,11 +309,23 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         segment_ids: Tensor | None = None,
         reduction: str = "mean",
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
     ) -> Tensor:
-        """Cross entropy in nats per token of targets (B, T), those equal to -100 left out; in fp32."""
-        logits = self(idx, positions=positions, segment_ids=segment_ids)  # (B, T, V)
-        return F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction
+        """Cross entropy in nats per token of targets (B, T), those equal to -100 left out; in fp32.
+
+        It is that of forward's logits, but they are never all in memory: see kernels.linear_cross_entropy, which also
+        explains z_loss and label_smoothing.
+        """
+        return linear_cross_entropy(
+            self.hidden(idx, positions=positions, segment_ids=segment_ids),  # (B, T, C)
+            self.head.weight,
+            targets,
+            softcap=self.config.logit_softcap,
+            z_loss=z_loss,
+            label_smoothing=label_smoothing,
+            ignore_index=IGNORE_INDEX,
+            reduction=reduction,
         )
 
     def checkpoint_activations(self, on: bool = True) -> None:
