@@ -2,6 +2,7 @@
 # make test         install, then linter and tests
 # make slow         the tests that take minutes
 # make tritons      kernel tests with the oldest and the newest triton, each in a folder of its own over .venv
+# make compile-report   docs/compile_report.md, anew (minutes; needs no GPU)
 # PYTHON=python3.12 picks the interpreter; 3.11 and 3.12 are supported.
 
 OK_VERSION = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
@@ -9,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(OK_VERSIO
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test slow tritons lint install clean
+.PHONY: quickstart test slow tritons compile-report lint install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python train.py configs/quickstart.toml --overwrite
@@ -31,6 +32,9 @@ build/triton-%: $(VENV)/.installed
 tritons: build/triton-3.6.0 build/triton-3.9.0
 	for folder in $^; do echo "with $$folder"; PYTHONPATH=$(CURDIR)/$$folder $(BIN)/python -m pytest -n 2 -q \
 		tests/test_attention_features.py tests/test_attention_torch.py tests/test_kernels_compile.py || exit 1; done
+
+compile-report: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.compile_report --write docs/compile_report.md
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,45 +1,257 @@
 """Generate text from a trained run: python sample.py RUN [--prompt TEXT] [--name value ...]"""
 
+import contextlib
+import json
+import signal
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import IO, Any
 
 import tyro
 
+import gpt
 from gpt.command_line import parse_flags
-from gpt.errors import EXIT_DONE, EXIT_STOPPED, run_command
-from gpt.generate import SamplingConfig, generate
-from gpt.run import load
+from gpt.config import require
+from gpt.errors import EXIT_DONE, EXIT_STOPPED, UserError, run_command
+from gpt.generate import Generation, Piece, generate
+from gpt.run import StopRequest, load, loss_of_int8
+from gpt.sampling import SamplingConfig, sample_seed
+from gpt.tokenizer import Tokenizer
+
+FIELDS = ("prompt", "text", "tokens", "logprobs", "finish_reason", "prompt_index", "sample_index", "seed")
+
+
+@dataclass(frozen=True)
+class Sampling(SamplingConfig):
+    """SamplingConfig with the types that a command line has."""
+
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A string that ends the text, which is not shown; may be repeated."""
+    stop_tokens: tyro.conf.UseAppendAction[tuple[int | str, ...]] = ()
+    """A token that ends the text: an id, or text that is one token; may be repeated."""
+    logit_bias: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """TOKEN=NUMBER, added to the token's logit; TOKEN is an id, or text that is one token; may be repeated."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Continue a prompt with a trained run, streaming to the terminal as tokens come."""
+    """Continue prompts with a trained run, streaming to the terminal as tokens come."""
 
     run: tyro.conf.Positional[Path]
     """The run directory."""
-    prompt: str = ""
-    """Text to continue. Empty: start as a document does."""
+    prompt: str | None = None
+    """Text to continue; - reads it from standard input. Empty or none: start as a document does."""
+    prompt_file: Path | None = None
+    """Prompts, one a line; in a .jsonl file one {"prompt": ...} a line, whose other fields are passed on."""
+    output: Path | None = None
+    """Write samples to this file as JSON, one a line, as they end."""
+    jsonl: bool = False
+    """Write samples to standard output as JSON, one a line, as they end."""
+    interactive: bool = False
+    """Read prompts from the terminal, line by line."""
+    draft: Path | None = None
+    """Run directory of a smaller model with the same tokenizer, which proposes tokens for this one to check."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        for first, second in (
+            ("prompt", "prompt_file"),
+            ("output", "jsonl"),
+            ("interactive", "prompt"),
+            ("interactive", "prompt_file"),
+            ("interactive", "output"),
+            ("interactive", "jsonl"),
+        ):
+            given = getattr(self, first) not in (None, False) and getattr(self, second) not in (None, False)
+            flags = [f"--{name.replace('_', '-')}" for name in (first, second)]
+            require(not given, f"{flags[0]} and {flags[1]} contradict each other: give one")
+        single = not self.interactive or self.sampling.num_samples == 1
+        require(single, "--interactive and --num-samples contradict each other: give one")
+        one = self.draft is None or self.sampling.speculate is None
+        require(one, "--draft and --speculate contradict each other: give one")
+        proposing = self.draft is not None or self.sampling.speculate is not None
+        require(proposing or self.sampling.draft_tokens is None, "--draft-tokens needs --draft or --speculate")
+
+
+def read_prompts(arguments: Arguments) -> list[dict[str, Any]]:
+    """The prompts, each with what its line in a JSONL file holds besides. Raises UserError."""
+    path = arguments.prompt_file
+    if path is None:
+        prompt = arguments.prompt or ""
+        return [{"prompt": sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt}]
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(f"cannot read the prompt file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt file {path} is not UTF-8: {error.reason} at byte {error.start}") from error
+    numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1) if line.strip()]
+    require(bool(numbered), f"the prompt file {path} holds no prompt")
+    if path.suffix != ".jsonl":
+        return [{"prompt": line} for _, line in numbered]
+    return [_prompt_object(line, f"{path}, line {number}") for number, line in numbered]
+
+
+def _prompt_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: this is not JSON ({error})") from None
+    good = isinstance(entry, dict) and isinstance(entry.get("prompt"), str)
+    require(good, f'{where}: a prompt is an object {{"prompt": "text"}}, with other fields if need be')
+    taken = [name for name in entry if name in FIELDS[1:]]
+    require(not taken, f"{where}: the field {taken and taken[0]!r} is one that the output sets: give it another name")
+    return entry
+
+
+class Records:
+    """Samples as JSON objects, one a line, each written when it ends."""
+
+    def __init__(self, file: IO[str], prompts: list[dict[str, Any]], config: SamplingConfig) -> None:
+        self._file, self._prompts, self._config = file, prompts, config
+        self._open: dict[tuple[int, int], list[Piece]] = {}
+
+    def take(self, piece: Piece) -> None:
+        key = piece.prompt, piece.sample
+        pieces = self._open.setdefault(key, [])
+        pieces.append(piece)
+        if piece.finish_reason is None:
+            return
+        del self._open[key]
+        drawn = [p for p in pieces if p.token is not None]
+        values = (
+            "".join(p.text for p in pieces),
+            [p.token for p in drawn],
+            [p.logprob for p in drawn],
+            piece.finish_reason,
+            *key,
+            sample_seed(self._config.seed, *key),
+        )
+        record = self._prompts[piece.prompt] | dict(zip(FIELDS[1:], values))
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+
+class Screen:
+    """Samples as text on standard output: the first that has not ended streams, the others wait for their turn."""
+
+    def __init__(self, prompts: list[dict[str, Any]], num_samples: int) -> None:
+        self._prompts = prompts
+        self._turns = [(i, j) for i in range(len(prompts)) for j in range(num_samples)]
+        self._headed = len(self._turns) > 1
+        self._waiting: dict[tuple[int, int], list[Piece]] = {}
+        self._begun = False
+
+    def take(self, piece: Piece) -> None:
+        self._waiting.setdefault((piece.prompt, piece.sample), []).append(piece)
+        while self._turns and self._turns[0] in self._waiting:
+            prompt, sample = self._turns[0]
+            pieces = self._waiting.pop((prompt, sample))
+            if not self._begun:
+                head = f"--- prompt {prompt}, sample {sample} ---\n" if self._headed else ""
+                self._write(head + self._prompts[prompt]["prompt"])
+            self._write("".join(piece.text for piece in pieces))
+            self._begun = pieces[-1].finish_reason is None
+            if self._begun:
+                return
+            self._write("\n")
+            del self._turns[0]
+
+    def _write(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def follow(pieces: Generation, sink: Any) -> int | None:
+    """Hand the pieces to the sink; the signal that ended them before their time, or None."""
+    stop = StopRequest()
+    try:
+        for piece in pieces:
+            sink.take(piece)
+            if stop.signal is not None:
+                pieces.stop()
+    finally:
+        stop.close()
+    return stop.signal
+
+
+def report(pieces: Generation) -> None:
+    """What speculation was worth, on stderr."""
+    if pieces.proposed:
+        share = pieces.accepted / pieces.proposed
+        print(f"{pieces.accepted} of {pieces.proposed} proposed tokens accepted ({share:.0%})", file=sys.stderr)
+
+
+def interact(arguments: Arguments, model: gpt.GPT, tokenizer: Tokenizer, draft: gpt.GPT | None) -> int:
+    """A session: every line is a prompt. An empty line or the end of input ends it."""
+    print("Each line is a prompt. Ctrl-C stops an answer; an empty line or Ctrl-D ends.", file=sys.stderr)
+    turn = 0
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except KeyboardInterrupt:
+            print()
+            continue
+        except EOFError:
+            return EXIT_DONE
+        if not line:
+            return EXIT_DONE
+        config = replace(arguments.sampling, seed=sample_seed(arguments.sampling.seed, turn, 0))
+        turn += 1
+        try:
+            pieces = generate(model, tokenizer, [line], config, draft=draft)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        number = follow(pieces, Screen([{"prompt": ""}], 1))
+        report(pieces)
+        if number == signal.SIGTERM:
+            return EXIT_STOPPED
+
+
+@contextlib.contextmanager
+def opened(path: Path | None) -> Iterator[IO[str]]:
+    """The file that JSON goes to; standard output where there is no path."""
+    if path is None:
+        yield sys.stdout
+        return
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def main(arguments: Arguments) -> int:
-    """Print the prompt and its continuation. Returns the exit status."""
+    """Print prompts and their continuations, or write them as JSON. Returns the exit status."""
+    prompts = [] if arguments.interactive else read_prompts(arguments)
+    config = arguments.sampling
     model, tokenizer = load(arguments.run, arguments.device)
+    draft = None
+    if arguments.draft is not None:
+        draft, other = load(arguments.draft, arguments.device)
+        same = other.fingerprint == tokenizer.fingerprint
+        require(same, f"the draft {arguments.draft} has another tokenizer than {arguments.run}: train it with the same")
+    # Options that tokens, prompts or drafts forbid are refused before anything is written.
+    pieces = generate(model, tokenizer, [entry["prompt"] for entry in prompts], config, draft=draft)
+    if config.quantize is not None:
+        print(loss_of_int8(arguments.run, model, tokenizer, config.dtype), file=sys.stderr)
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
-    pieces = generate(model, tokenizer, [arguments.prompt], arguments.sampling)
-    try:
-        sys.stdout.write(arguments.prompt)
-        for piece in pieces:
-            sys.stdout.write(piece.text)
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        print()
-        return EXIT_STOPPED
-    print()
-    return EXIT_DONE
+    if arguments.interactive:
+        return interact(arguments, model, tokenizer, draft)
+    if arguments.jsonl or arguments.output is not None:
+        with opened(arguments.output) as file:
+            number = follow(pieces, Records(file, prompts, config))
+    else:
+        number = follow(pieces, Screen(prompts, config.num_samples))
+    report(pieces)
+    if number is not None:
+        print("interrupted", file=sys.stderr)
+    return EXIT_DONE if number is None else EXIT_STOPPED
 
 
 if __name__ == "__main__":

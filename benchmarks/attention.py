@@ -163,10 +163,9 @@ def prepare(
     return calls, missing
 
 
-def measure(setting: Setting, contenders: dict[str, Callable], timer: Callable, rounds: int, device: str) -> Row:
-    """Time one setting: `rounds` rounds, after three that do not count."""
-    calls, missing = prepare(setting, contenders, device)
-    times: dict[str, list[float]] = {name: [] for name in calls}
+def interleaved(calls: dict, timer: Callable, rounds: int) -> dict:
+    """The times of each call: every round times each once, in an order that rotates. The first three do not count."""
+    times: dict = {name: [] for name in calls}
     names = list(calls)
     for n in range(-3, rounds):
         turn = n % len(names)
@@ -174,11 +173,18 @@ def measure(setting: Setting, contenders: dict[str, Callable], timer: Callable, 
             elapsed = timer(calls[name])
             if n >= 0:
                 times[name].append(elapsed)
+    return times
+
+
+def measure(setting: Setting, contenders: dict[str, Callable], timer: Callable, rounds: int, device: str) -> Row:
+    """Time one setting."""
+    calls, missing = prepare(setting, contenders, device)
+    times = interleaved(calls, timer, rounds)
     medians = {name: statistics.median(each) for name, each in times.items()}
     tflops = {name: setting.flops() / median / 1e9 for name, median in medians.items()}
     speedup = {
         name: statistics.median(theirs / ours for ours, theirs in zip(times[OURS], times[name]))
-        for name in names
+        for name in times
         if name != OURS
     }
     return Row(setting, medians, tflops, speedup, missing)
@@ -199,11 +205,11 @@ def conditions() -> dict[str, str]:
     return found | dict(zip(fields, values))
 
 
-def write(rows: list[Row], device: str, before: dict, after: dict, folder: Path) -> Path:
-    """results/<device>.json."""
+def write(rows: list, device: str, before: dict, after: dict, folder: Path, benchmark: str = "attention") -> Path:
+    """results/<device>.json; rows are dataclasses."""
     path = folder / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
     record = {
-        "benchmark": "attention",
+        "benchmark": benchmark,
         "device": device,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "dtype": "bfloat16",

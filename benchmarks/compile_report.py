@@ -1,11 +1,12 @@
 """What the compiler makes of every kernel, for GPUs that need not be here: `python -m benchmarks.compile_report`.
 
-Registers, bytes spilled, shared memory and the matrix instructions of each kernel's default configuration. It compiles
-what a launch would compile, ahead of time, so it runs without TRITON_INTERPRET: that choice falls when a kernel is
-defined.
+Registers, bytes spilled, shared memory and what stands in the inner loops of each kernel's default configuration. It
+compiles what a launch would compile, ahead of time, so it runs without TRITON_INTERPRET: that choice falls when a
+kernel is defined. `make compile-report` writes docs/compile_report.md.
 """
 
 import argparse
+import contextlib
 import json
 import re
 import subprocess
@@ -19,31 +20,46 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from kernels import attention_backward, attention_dbias, attention_forward, configs, cross_entropy_triton, masks
+from benchmarks import assembly
+from benchmarks.assembly import Loop
+from kernels import (
+    attention_backward,
+    attention_dbias,
+    attention_decode_triton,
+    attention_forward,
+    configs,
+    cross_entropy_triton,
+    masks,
+)
+from kernels.attention_decode_reference import DecodeCall
 from kernels.operators import call_of
 from kernels.problem import Launch, Problem
 
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 89, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
-KERNELS = ("forward", "dkdv", "dq")  # and "dbias", and "prepare", which has no matrix product
+KERNELS = ("forward", "dkdv", "dq", "decode")  # and "dbias", and "prepare" and "combine" without a matrix product
+# The chip's matrix instruction: its name in PTX or amdgcn, and in the binary.
 MATRIX_INSTRUCTION = {
-    "sm_80": "mma.sync",
-    "sm_89": "mma.sync",
-    "sm_90": "wgmma.mma_async",
-    "sm_100": "tcgen05.mma",
-    "sm_120": "mma.sync",
-    "gfx942": "v_mfma",
+    "sm_80": ("mma.sync", "HMMA"),
+    "sm_89": ("mma.sync", "HMMA"),
+    "sm_90": ("wgmma.mma_async", "HGMMA"),
+    "sm_100": ("tcgen05.mma", "UTCHMMA"),
+    "sm_120": ("mma.sync", "HMMA"),
+    "gfx942": ("v_mfma", "v_mfma"),
 }
-COMMAND = "python -m benchmarks.compile_report --masks causal bigbird --write docs/compile_report.md"
+# The few rows of a tile of decoding are fewer than the newer instructions take.
+DECODE_INSTRUCTION = MATRIX_INSTRUCTION | dict.fromkeys(("sm_90", "sm_100"), MATRIX_INSTRUCTION["sm_80"])
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel for one target. `config` overrides the table: (block_m, block_n, num_warps, num_stages).
+    """One kernel for one target. `config` overrides the table: (block_m, block_n, num_warps, num_stages[, tma]).
 
     variant: "plain"; "features", with everything that `attention` can do at once; "one", where each length is 1.
     Of the kernels "loss" and "loss gradient" D is the number of columns, V.
+    group: query heads for each key head.
     """
 
     target: str
@@ -52,12 +68,18 @@ class Case:
     D: int
     mask: str = "causal"
     variant: str = "plain"
-    config: tuple[int, int, int, int] | None = None
+    group: int = 2
+    config: tuple | None = None
 
 
 @dataclass(frozen=True)
 class Report:
-    """Bytes of shared memory; registers of a thread; bytes of registers spilled; matrix instructions in the code."""
+    """What the compiler made of a case.
+
+    shared: bytes of a program; registers and spilled: of a thread, in registers and in bytes; matrix_instructions: in
+    all of the code; loops: the innermost ones with a matrix instruction, that of the full tiles first;
+    tma_copies: instructions that have the copy engine fetch a tile.
+    """
 
     case: Case
     config: tuple[int, int, int, int]
@@ -65,6 +87,8 @@ class Report:
     registers: int
     spilled: int
     matrix_instructions: int
+    tma_copies: int
+    loops: tuple[Loop, ...]
 
 
 class _Device:
@@ -102,6 +126,8 @@ def launch_of(case: Case) -> Launch:
         return loss_launch_of(case)
     B, T, H, H_kv = (1, 1, 1, 1) if case.variant == "one" else (2, 2048, 4, 2)
     mask = MASKS[case.mask]
+    if case.kernel in ("decode", "combine"):
+        return decode_launch_of(case, mask)
 
     def tensor(*shape, dtype=DTYPES[case.dtype]):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -139,6 +165,32 @@ def loss_launch_of(case: Case) -> Launch:
     return cross_entropy_triton.gradient_launch(logits, targets, row, row, terms)
 
 
+def decode_launch_of(case: Case, mask: masks.Mask) -> Launch:
+    """One new token of each sequence, which it appends; "features" has pages, rotary tables and all else besides."""
+    B, T, H_kv = (1, 1, 1) if case.variant == "one" else (2, 2048, 2)
+    H = H_kv * case.group
+
+    def tensor(*shape, dtype=DTYPES[case.dtype]):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    lens, new, cache = tensor(B, dtype=torch.int32), tensor(B, 1, H_kv, case.D), tensor(B, T, H_kv, case.D)
+    table = cos = slopes = None
+    softcap = 0.0
+    if case.variant == "features":
+        mask = mask | masks.Mask(in_prefix, lens)
+        cache, table, cos = tensor(T, 16, H_kv, case.D), tensor(B, T // 16, dtype=torch.int32), tensor(T, case.D)
+        softcap, slopes = 30.0, tensor(H, dtype=torch.float32)
+    call = DecodeCall(
+        tensor(B, 1, H, case.D), cache, cache, lens, new, new, cos, cos, table, mask.key, len(mask.bands), mask.indexed,
+        list(mask.operands), list(mask.tensors), case.D**-0.5, softcap, slopes, slopes,
+    )  # fmt: skip
+    problem = attention_decode_triton.DecodeProblem(call, case.target)
+    if case.kernel == "decode":
+        return attention_decode_triton.decode_launch(problem, problem.scratch())
+    out, lse = tensor(B, 1, H, case.D), tensor(B, H, 1, dtype=torch.float32)
+    return attention_decode_triton.combine_launch(problem, problem.scratch(), out, lse)
+
+
 def in_prefix(q, k, length):
     return k < length
 
@@ -146,59 +198,54 @@ def in_prefix(q, k, length):
 def compile_case(case: Case) -> Report:
     """Compile one case and read what came of it."""
     triton.runtime.driver.set_active(_Device(case.target))
-    launch = launch_of(case)
-    args, options = dict(launch.args), dict(launch.options)
-    if case.config is not None:
-        args["BLOCK_M"], args["BLOCK_N"], options["num_warps"], options["num_stages"] = case.config
+    with contextlib.ExitStack() as stack:
+        if case.config is not None:
+            key = configs.Key(case.target, DTYPES[case.dtype], configs.head_dim_class(case.D, case.D), case.kernel)
+            stack.enter_context(configs.trying(key, configs.Config(*case.config)))
+        launch = launch_of(case)
+    args, options = launch.args, launch.options
     compiled = launch.kernel.warmup(grid=launch.grid, **args, **options)
     tile = ("BLOCK_N", "BLOCK_V") if "BLOCK_V" in args else ("BLOCK_M", "BLOCK_N")
     config = *(args.get(name, 0) for name in tile), options["num_warps"], options.get("num_stages", 0)
-    assembly = compiled.asm["amdgcn" if case.target == "gfx942" else "ptx"]
-    registers, spilled = (_amd_usage if case.target == "gfx942" else _nvidia_usage)(compiled)
-    found = assembly.count(MATRIX_INSTRUCTION[case.target])
-    return Report(case, config, compiled.metadata.shared, registers, spilled, found)
+    in_text, in_binary = instruction(case)
+    if case.target == "gfx942":
+        text = compiled.asm["amdgcn"]
+        registers, spilled = _amd_usage(text)
+        code = assembly.amdgcn(text)
+    else:
+        text = compiled.asm["ptx"]
+        registers, disassembled = _disassembled(compiled.asm["cubin"])
+        spilled = assembly.bytes_spilled(disassembled)
+        code = assembly.sass(disassembled)
+    copies = text.count("cp.async.bulk.tensor")
+    loops = tuple(assembly.inner_loops(code, in_binary))
+    return Report(case, config, compiled.metadata.shared, registers, spilled, text.count(in_text), copies, loops)
 
 
-def _amd_usage(compiled) -> tuple[int, int]:
+def instruction(case: Case) -> tuple[str, str]:
+    """The matrix instruction to look for, in text and in the binary."""
+    return (DECODE_INSTRUCTION if case.kernel == "decode" else MATRIX_INSTRUCTION)[case.target]
+
+
+def _amd_usage(text: str) -> tuple[int, int]:
     """Vector registers and bytes of scratch memory of a thread."""
-    assembly = compiled.asm["amdgcn"]
 
     def value(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
+        return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
 
     return value("vgpr_count"), max(value("private_segment_fixed_size"), 4 * value("vgpr_spill_count"))
 
 
-def _nvidia_usage(compiled) -> tuple[int, int]:
-    """Registers of a thread and bytes that it spills, by cuobjdump; where there is a stack, ptxas counts the spills."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = _output([tools / "cuobjdump", "--dump-resource-usage", cubin])
-        registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-        if stack == 0:
-            return registers, 0
-        ptx = Path(folder, "kernel.ptx")
-        ptx.write_text(compiled.asm["ptx"])
-        arch = re.search(r"\.target (\S+?),?\s", compiled.asm["ptx"])[1]
-        log = _assembled(tools, arch, ptx)
-        return registers, int(re.search(r"(\d+) bytes spill stores", log)[1])
-
-
-def _assembled(tools: Path, arch: str, ptx: Path) -> str:
-    """What `ptxas -v` says. Triton brings two of them, and which one takes a target depends on its version."""
-    for name in ("ptxas-blackwell", "ptxas"):
-        command = [tools / name, "-v", f"-arch={arch}", ptx, "-o", ptx.with_suffix(".cubin")]
-        if (tools / name).exists() and (log := _output(command, check=name == "ptxas")):
-            return log
-    raise FileNotFoundError(f"no ptxas in {tools}")
-
-
-def _output(command: list, check: bool = True) -> str:
-    """What a command prints; nothing if it fails and `check` is off."""
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=check)
-    return done.stdout + done.stderr if done.returncode == 0 else ""
+def _disassembled(cubin: bytes) -> tuple[int, str]:
+    """Registers of a thread, and the code, by the tools that Triton brings."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (
+            subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
+    return int(re.search(r"REG:(\d+)", usage)[1]), code
 
 
 def compile_all(cases: list[Case], processes: int = 2) -> list[Report]:
@@ -207,27 +254,45 @@ def compile_all(cases: list[Case], processes: int = 2) -> list[Report]:
         return list(pool.map(compile_case, cases))
 
 
+def page_cases() -> list[Case]:
+    """What docs/compile_report.md tells of."""
+    kinds = [("bf16", D, mask) for D in (64, 128) for mask in ("causal", "bigbird")]
+    kinds += [("bf16", 256, "causal"), *(("fp32", D, "causal") for D in (64, 128, 256))]
+    return [Case(target, kernel, *kind) for target in TARGETS for kind in kinds for kernel in KERNELS]
+
+
 def markdown(reports: list[Report]) -> str:
     """The page docs/compile_report.md."""
+    columns = ("target", "kernel", "inputs", "D", "mask", *COLUMNS)
     lines = [
         "# What the compiler makes of the kernels",
         "",
-        f"By `{COMMAND}`",
-        f"with Triton {triton.__version__}: default tiles (BLOCK_M x BLOCK_N, warps, stages), registers and bytes",
-        "spilled of a thread, KiB of shared memory of a program out of what the chip has, and how often the chip's",
-        "matrix instruction stands in the code. No GPU is needed, and nothing here was timed.",
+        f"By `make compile-report` with Triton {triton.__version__}: default tiles (BLOCK_M x BLOCK_N, warps, stages),",
+        "registers and bytes spilled of a thread, KiB of shared memory of a program out of what the chip has, and one",
+        "pass through each inner loop, the one of the tiles that need no mask and the one of those that do: the chip's",
+        "matrix instructions in it + all its other instructions, of a warp (of a wavefront on gfx942). Matrix",
+        "instructions differ in size from chip to chip, so counts compare within a chip. Float32 is multiplied outside",
+        "the matrix units of NVIDIA's chips. No GPU is needed, and nothing here was timed.",
         "",
-        "| target | kernel | inputs | D | mask | tile | registers | spilled | KiB of | matrix instructions |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| {' | '.join(columns)} |",
+        f"|{' --- |' * len(columns)}",
     ]
     for r in reports:
-        c, limit = r.case, configs.SHARED_MEMORY[r.case.target] >> 10
-        tile = "{}x{}, {} w, {} s".format(*r.config)
-        found = f"{r.matrix_instructions} {MATRIX_INSTRUCTION[c.target]}"
-        shared = f"{r.shared >> 10} / {limit}"
-        row = (c.target, c.kernel, c.dtype, c.D, c.mask, tile, r.registers, r.spilled, shared, found)
-        lines.append("| " + " | ".join(map(str, row)) + " |")
+        c = r.case
+        lines.append(f"| {' | '.join(map(str, (c.target, c.kernel, c.dtype, c.D, c.mask, *_row(r))))} |")
     return "\n".join(lines) + "\n"
+
+
+COLUMNS = ("tile", "registers", "spilled", "KiB of", "matrix", "full tile", "masked tile")
+
+
+def _row(r: Report) -> tuple:
+    """What stands under COLUMNS."""
+    tile = "{}x{}, {} w, {} s".format(*r.config)
+    shared = f"{r.shared >> 10} / {configs.SHARED_MEMORY[r.case.target] >> 10}"
+    name = instruction(r.case)[0] if r.matrix_instructions else "none"
+    loops = [f"{loop.matrix} + {loop.others}" for loop in r.loops] + ["", ""]
+    return tile, r.registers, r.spilled, shared, name, *loops[:2]
 
 
 def main() -> None:
@@ -239,13 +304,15 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="*", default=list(KERNELS), choices=list(KERNELS))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="one object a line, for programs")
-    parser.add_argument("--write", type=Path, default=None, help="a Markdown file to write the table to")
+    parser.add_argument("--write", type=Path, default=None, help="write docs/compile_report.md's cases to a file")
     parser.add_argument("--cases", type=json.loads, default=None, help="a JSON list of cases instead of the table's")
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("unset TRITON_INTERPRET: the interpreter compiles nothing")
     if args.cases is not None:
         cases = [Case(**case) for case in args.cases]
+    elif args.write is not None:
+        cases = page_cases()
     else:
         cases = [
             Case(target, kernel, dtype, D, mask)
@@ -263,15 +330,11 @@ def main() -> None:
     if args.write is not None:
         args.write.write_text(markdown(reports), encoding="utf-8")
         return
-    heading = ("target", "kernel", "dtype", "D", "mask", "tile", "KiB", "limit", "regs", "spilled", "")
-    form = "{:8}{:9}{:6}{:>4}  {:14}{:18}{:>6}{:>6}{:>6}{:>9}  {}"
-    print(form.format(*heading))
+    form = "{:8}{:9}{:6}{:>4}  {:14}{:18}{:>9}{:>9}{:>11}  {:17}{:>11}{:>13}"
+    print(form.format("target", "kernel", "dtype", "D", "mask", *COLUMNS))
     for r in reports:
-        c, limit = r.case, configs.SHARED_MEMORY[r.case.target] >> 10
-        tile = "{}x{} w{} s{}".format(*r.config)
-        found = f"{r.matrix_instructions} {MATRIX_INSTRUCTION[c.target]}"
-        shared = f"{r.shared / 1024:.1f}"
-        print(form.format(c.target, c.kernel, c.dtype, c.D, c.mask, tile, shared, limit, r.registers, r.spilled, found))
+        c = r.case
+        print(form.format(c.target, c.kernel, c.dtype, c.D, c.mask, *_row(r)))
 
 
 if __name__ == "__main__":

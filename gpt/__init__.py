@@ -13,9 +13,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from gpt.config import PRESETS, Config, ModelConfig
 from gpt.errors import UserError
-from gpt.generate import Piece, SamplingConfig, generate
+from gpt.generate import Piece, generate
 from gpt.model import GPT, KVCache
 from gpt.run import load
+from gpt.sampling import SamplingConfig
 
 __all__ = [
     "GPT",

@@ -142,8 +142,8 @@ class _Loss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
-        return self.model.loss(x, y, reduction=reduction)
+    def forward(self, x: Tensor, y: Tensor, **options) -> Tensor:
+        return self.model.loss(x, y, **options)
 
 
 class Parallel:

@@ -8,9 +8,10 @@ import torch
 from gpt.config import Config
 from gpt.device import autocast
 from gpt.distributed import Parallel, World, whole_model
-from gpt.generate import SamplingConfig, generate
+from gpt.generate import generate
 from gpt.loader import target_bytes, validation_batches
 from gpt.model import GPT
+from gpt.sampling import SamplingConfig
 from gpt.tokenizer import Tokenizer
 
 

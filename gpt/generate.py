@@ -1,69 +1,110 @@
-"""From a prompt to text: cached autoregressive decoding, and how the next token is drawn."""
+"""From prompts to text: samples decoded together in a batch that they join and leave as they begin and end."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from gpt.config import require
+from gpt.decode import SLACK, Decoder
 from gpt.errors import UserError
-from gpt.model import GPT, KVCache
+from gpt.model import GPT
+from gpt.sampling import SamplingConfig, bias_vector, distribution, draw, sample_seed, token_id, uniforms
+from gpt.speculate import Ngrams, Proposals, judge, propose_by_lookup, propose_by_model
 from gpt.tokenizer import StreamDecoder, Tokenizer
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
-    """How tokens are drawn and when to stop."""
-
-    max_new_tokens: int | None = None
-    """Tokens to generate at most. None: as many as the context holds, or 500 when rolling."""
-    temperature: float = 0.8
-    """Divides the logits; 0 takes the likeliest token each time."""
-    top_k: int | None = None
-    """Draw from the k likeliest tokens only."""
-    top_p: float = 1.0
-    """Draw from the fewest tokens whose probabilities add up to this (nucleus sampling, Holtzman et al. 2020)."""
-    seed: int = 1337
-    """Seed of the draws; the same seed and prompt give the same text."""
-    rolling: bool = False
-    """Past the context, forget the older half of the text and go on; otherwise that is an error."""
-
-    def __post_init__(self) -> None:
-        require(self.max_new_tokens is None or self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
-        require(self.temperature >= 0, f"temperature must be at least 0, not {self.temperature}")
-        require(self.top_k is None or self.top_k >= 1, f"top_k must be at least 1, not {self.top_k}")
-        require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}")
-        require(self.seed >= 0, f"seed must be at least 0, not {self.seed}")
-
-
-@dataclass(frozen=True)
 class Piece:
-    """One generated token of prompt number `prompt`. `text` is what it completes: never half a character, so it may
-    be empty; the last piece of a prompt has token None and whatever was still held back."""
+    """One generated token of sample number `sample` of prompt number `prompt`.
+
+    text: what the token completes; never half a character nor a part of a stop string, so it may be empty. logprob: the
+    natural log of the token's probability under the model itself, before penalty, bias, temperature and filters.
+    The last piece of a sample has token None, whatever text was held back, and the finish_reason: "length", "stop" (a
+    stop string or token), "end" (the document token), or "interrupted".
+    """
 
     prompt: int
+    sample: int
     token: int | None
     text: str
+    logprob: float | None = None
+    finish_reason: str | None = None
 
 
-def sample_token(logits: Tensor, config: SamplingConfig, generator: torch.Generator) -> int:
-    """Draw one token from logits (V,)."""
-    if config.temperature == 0:
-        return int(logits.argmax())
-    logits = logits.float() / config.temperature
-    if config.top_k is not None and config.top_k < logits.numel():
-        kept, index = logits.topk(config.top_k)  # sorted, likeliest first
-    elif config.top_p < 1:
-        kept, index = logits.sort(descending=True)
-    else:
-        kept, index = logits, None
-    probs = kept.softmax(-1)
-    if config.top_p < 1:
-        # A token stays while the ones before it add up to less than top_p, so that the first always stays.
-        probs = probs * (probs.cumsum(-1) - probs < config.top_p)
-    drawn = torch.multinomial(probs, 1, generator=generator)
-    return int(drawn if index is None else index[drawn])
+class Generation(Iterator[Piece]):
+    """The pieces of all samples as they come.
+
+    proposed, accepted: tokens that speculation proposed so far, and how many of them the model took.
+    """
+
+    def __init__(self, pieces: Iterator[Piece], state: "_State") -> None:
+        self._pieces, self._state = pieces, state
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def stop(self) -> None:
+        """End every sample that has begun, with finish_reason "interrupted", and begin no other."""
+        self._state.stopped = True
+
+    @property
+    def proposed(self) -> int:
+        return self._state.proposed
+
+    @property
+    def accepted(self) -> int:
+        return self._state.accepted
+
+
+@dataclass
+class _State:
+    """What a Generation and its generator share; a reference back would keep the generator alive."""
+
+    stopped: bool = False
+    proposed: int = 0
+    accepted: int = 0
+
+
+def generate(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    config: SamplingConfig | None = None,
+    *,
+    draft: GPT | None = None,
+) -> Generation:
+    """Continue each prompt num_samples times, yielding pieces as they come; the prompts themselves are not repeated.
+
+    The text of sample j of prompt i is "".join(p.text for p in generate(...) if (p.prompt, p.sample) == (i, j)). An
+    empty prompt starts from the tokenizer's start token. draft: a smaller model with the same tokenizer that proposes
+    tokens. The models are put into eval mode while it runs, and put back. Raises UserError, at once, for a prompt with
+    a character that the tokenizer lacks or without room in the context, a token that there is none of, and options that
+    contradict each other.
+    """
+    config = config or SamplingConfig()
+    require(draft is None or config.speculate is None, "a draft model and speculate contradict each other: give one")
+    speculative = draft is not None or config.speculate is not None
+    require(draft is None or draft.config.seq_len >= 2, "a draft model with a context of 1 cannot propose")
+    require(speculative or config.draft_tokens is None, "draft_tokens needs a draft model or speculate")
+    bias = bias_vector(tokenizer, config, _sampling_device(model))
+    ends = {token_id(tokenizer, token, "stop_tokens"): "stop" for token in config.stop_tokens}
+    if tokenizer.document_token is not None:
+        ends.setdefault(tokenizer.document_token, "end")
+    jobs: deque[_Sample] = deque()
+    for i, prompt in enumerate(prompts):
+        try:
+            tokens = tokenizer.encode(prompt) or [tokenizer.start_token]
+            count = room_for(tokens, config, model.config.seq_len)
+        except UserError as error:
+            raise UserError(f"prompt {i}: {error}") if len(prompts) > 1 else error from None
+        for j in range(config.num_samples):
+            stream = TextStream(tokenizer, config.stop)
+            jobs.append(_Sample(i, j, sample_seed(config.seed, i, j), tokens, count, stream))
+    state = _State()
+    return Generation(_generate(state, model, draft, jobs, config, ends, bias, tokenizer.vocab_size), state)
 
 
 def room_for(prompt: Sequence[int], config: SamplingConfig, context: int) -> int:
@@ -77,60 +118,265 @@ def room_for(prompt: Sequence[int], config: SamplingConfig, context: int) -> int
     return wanted
 
 
+class TextStream:
+    """Text from tokens as they come: whole characters, and nothing that is, or may yet become, a stop string.
+
+    ended: whether a stop string came. Of several, the one that is complete first counts.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self._decoder, self._stops = StreamDecoder(tokenizer), stops
+        self._held, self.ended = "", False
+
+    def push(self, token: int) -> str:
+        """The text that may now be shown."""
+        return self._show(self._decoder.push(token))
+
+    def flush(self) -> str:
+        """What is left at the end."""
+        return self._show(self._decoder.flush()) + ("" if self.ended else self._held)
+
+    def _show(self, text: str) -> str:
+        if self.ended:
+            return ""
+        self._held += text
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.ended = True
+            return self._held[: min(found)[1]]
+        longest = max(map(len, self._stops), default=1) - 1
+        starts = range(max(0, len(self._held) - longest), len(self._held))
+        keep = next((i for i in starts if any(s.startswith(self._held[i:]) for s in self._stops)), len(self._held))
+        shown, self._held = self._held[:keep], self._held[keep:]
+        return shown
+
+
+@dataclass
+class _Sample:
+    """A sample on its way. text: all its tokens; the first `prompt_tokens` are the prompt's, `left` are to come."""
+
+    prompt: int
+    sample: int
+    seed: int
+    prompt_tokens: list[int]
+    left: int
+    stream: TextStream
+    text: list[int] = field(init=False)
+    lookup: Ngrams = field(default_factory=Ngrams)
+
+    def __post_init__(self) -> None:
+        self.text = list(self.prompt_tokens)
+
+    def finished(self, reason: str) -> Piece:
+        return Piece(self.prompt, self.sample, None, self.stream.flush(), finish_reason=reason)
+
+
+class _Reader:
+    """A decoder whose rows follow samples' texts, each from an offset on where the text is longer than the context.
+
+    behind: how many of a text's last tokens the rows do not hold yet when a step begins.
+    """
+
+    def __init__(self, decoder: Decoder, rows: int, vocab_size: int, behind: int, device: torch.device) -> None:
+        self.decoder, self.vocab_size, self.behind, self.device = decoder, vocab_size, behind, device
+        self._prompts: list[list[int]] = [[] for _ in range(rows)]
+        self._starts = [0] * rows
+
+    def begin(self, row: int, prompt: list[int]) -> None:
+        """Let a row follow a new sample; what this or another row holds of the same prompt is taken over."""
+        end = max(0, len(prompt) - self.behind)
+        source = next((r for r in (row, *range(len(self._prompts))) if self._holds(r, prompt, end)), None)
+        if source is None:
+            self.decoder.truncate(row, 0)
+            self._starts[row] = max(0, len(prompt) - self.decoder.capacity)
+            if self._starts[row] < end:
+                self.decoder.prefill(row, prompt[self._starts[row] : end])
+        else:
+            if source != row:
+                self.decoder.fork(source, [row])
+            self.decoder.truncate(row, end)
+            self._starts[row] = 0
+        self._prompts[row] = prompt
+
+    def _holds(self, row: int, prompt: list[int], end: int) -> bool:
+        """Whether a row's tokens are those of this prompt at least up to `end`, and more if any."""
+        length = self.decoder.lengths[row]
+        reach = length if self.decoder.config.window is None else SLACK  # a window forgets what it has passed
+        return self._prompts[row] == prompt and self._starts[row] == 0 and end <= length <= end + reach
+
+    def follow(self, texts: Sequence[list[int]], ahead: int = 0) -> int:
+        """Make each row hold its text but the last `behind` tokens; how many more than those still fit every row.
+
+        A text that, with `ahead` more tokens, has outgrown the row is read again from its newer half on.
+        """
+        capacity, lengths = self.decoder.capacity, self.decoder.lengths
+        room = capacity
+        for row, text in enumerate(texts):
+            if len(text) - self._starts[row] + ahead > capacity:
+                self._starts[row] = max(0, len(text) - max(capacity // 2, self.behind))
+                lengths[row] = 0
+                self.decoder.truncate(row, 0)
+            at, end = self._starts[row] + lengths[row], max(len(text) - self.behind, self._starts[row])
+            if at > end:
+                self.decoder.truncate(row, end - self._starts[row])
+            elif at < end:
+                self.decoder.prefill(row, text[at:end])
+            room = min(room, capacity - max(len(text) - self._starts[row], self.behind))
+        return room
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits (B, T, V) after each of tokens (B, T)."""
+        return self.decoder.step(tokens.to(self.device))[..., : self.vocab_size].to(tokens.device)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self.decoder.keep(rows)
+        self._prompts, self._starts = [self._prompts[r] for r in rows], [self._starts[r] for r in rows]
+
+
+class _Drawer:
+    """One step of all rows: proposals if there are any, the model's logits, and the tokens drawn."""
+
+    def __init__(
+        self, model: GPT, draft: GPT | None, jobs: Sequence[_Sample], config: SamplingConfig, bias, vocab_size
+    ):
+        self.config, self.bias, self.vocab_size = config, bias, vocab_size
+        self.device = _sampling_device(model)
+        self.rows = min(config.batch_size, len(jobs))
+        longest = max(len(job.prompt_tokens) + job.left for job in jobs)
+        self.count = (config.draft_tokens or 4) if draft is not None or config.speculate is not None else 0
+        self.reader = self._reader(model, longest, behind=1)
+        self.draft = None if draft is None else self._reader(draft, longest, behind=2)
+
+    def _reader(self, model: GPT, longest: int, behind: int) -> _Reader:
+        dtype = None if self.config.dtype is None else getattr(torch, self.config.dtype)
+        options = {"batch_invariant": self.config.batch_invariant, "quantize": self.config.quantize, "dtype": dtype}
+        decoder = Decoder(model, self.rows, min(model.config.seq_len, longest + self.count), **options)
+        return _Reader(decoder, self.rows, self.vocab_size, behind, model.embed.weight.device)
+
+    def begin(self, row: int, sample: _Sample) -> None:
+        for reader in filter(None, (self.reader, self.draft)):
+            reader.begin(row, sample.prompt_tokens)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        for reader in filter(None, (self.reader, self.draft)):
+            reader.keep(rows)
+
+    def next_tokens(self, samples: Sequence[_Sample], state: _State) -> list[list[tuple[int, float]]]:
+        """The tokens that come next in each sample, at least one, with their log-probabilities."""
+        texts = [sample.text for sample in samples]
+        seeds = torch.tensor([sample.seed for sample in samples], device=self.device)
+        seen = self._seen(texts)
+        room = min(self.reader.follow(texts), max(sample.left for sample in samples) - 1)
+        proposals = self._propose(samples, texts, seeds, seen, min(room, self.count))
+        proposed = seeds.new_empty((len(texts), 0)) if proposals is None else proposals.tokens
+        last = torch.tensor([text[-1:] for text in texts], device=self.device)
+        logits = self.reader.step(torch.cat((last, proposed), dim=1))  # (B, T, V)
+        target = self._distribution(logits, proposed, seen)
+        positions = torch.tensor([[len(text)] for text in texts], device=self.device)
+        positions = positions + torch.arange(logits.shape[1], device=self.device)
+        if proposals is None:
+            tokens, counts = draw(target, uniforms(seeds.unsqueeze(1), positions)), [1] * len(texts)
+        else:
+            tokens, counts = judge(target, proposals, seeds, positions)
+            counts = counts.tolist()
+            state.proposed += int(proposals.lengths.sum())
+            state.accepted += sum(counts) - len(counts)
+        logprobs = logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        if bool(logprobs.isnan().any()):
+            raise UserError("the model's logits are not finite: its weights are of no use, train it again")
+        pairs = zip(tokens.tolist(), logprobs.tolist(), counts)
+        return [list(zip(row[:count], values[:count])) for row, values, count in pairs]
+
+    def _propose(self, samples, texts, seeds: Tensor, seen: Tensor | None, count: int) -> Proposals | None:
+        if count < 1:
+            return None
+        if self.draft is None:
+            proposals = propose_by_lookup([sample.lookup for sample in samples], texts, count, self.device)
+            return proposals if proposals.tokens.shape[1] else None
+        # How many tokens a row is proposed must not depend on its neighbours, or its draws would.
+        lengths = [min(count, sample.left - 1) if len(sample.text) >= self.draft.behind else 0 for sample in samples]
+        count = min(max(lengths), self.draft.follow(texts, ahead=count - 1) + 1)  # the last proposal is not fed
+        if count < 1:
+            return None
+        after = lambda logits, seen: distribution(logits, self.config, bias=self.bias, seen=seen)
+        return propose_by_model(self.draft.step, after, texts, [min(count, n) for n in lengths], seeds, seen)
+
+    def _seen(self, texts: Sequence[list[int]]) -> Tensor | None:
+        """(B, V) bool: the tokens that each text holds; None where nobody asks."""
+        if self.config.repetition_penalty == 1:
+            return None
+        seen = torch.zeros(len(texts), self.vocab_size, dtype=torch.bool)
+        for row, text in zip(seen, texts):
+            row[torch.tensor(text)] = True
+        return seen.to(self.device)
+
+    def _distribution(self, logits: Tensor, proposed: Tensor, seen: Tensor | None) -> Tensor:
+        """(B, T, V) probabilities from logits, each after the texts and 0 to T - 1 of tokens (B, T - 1) behind them."""
+        if seen is not None:
+            seen = seen.unsqueeze(1).repeat(1, logits.shape[1], 1)
+            for t, tokens in enumerate(proposed.unbind(1), start=1):
+                seen[:, t:].scatter_(2, tokens.view(-1, 1, 1).expand(-1, logits.shape[1] - t, 1), True)
+        return distribution(logits, self.config, bias=self.bias, seen=seen)
+
+
 @torch.inference_mode()
-def generate_tokens(
-    model: GPT, prompt: Sequence[int], config: SamplingConfig, *, vocab_size: int | None = None, stop: int | None = None
-) -> Iterator[int]:
-    """Tokens that follow prompt, one by one, through a KV cache.
-
-    vocab_size: the tokenizer's, where the model's table is padded beyond it. stop: a token that ends the text.
-    Raises UserError as room_for does.
-    """
-    context, device = model.config.seq_len, model.embed.weight.device
-    count = room_for(prompt, config, context)
-    generator = torch.Generator(device=device).manual_seed(config.seed)
-    # What the projections return under autocast is what the cache holds.
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    cache = KVCache(model.config, 1, min(context, len(prompt) + count), device=device, dtype=dtype)
-    text = list(prompt)[-context:]
-    pending = text
-    for _ in range(count):
-        if cache.length + len(pending) > cache.capacity:  # full: begin again with the newer half
-            pending = text = text[-(context // 2 or 1) :]
-            cache.length = 0
-        idx = torch.tensor([pending], device=device)
-        logits = model.logits(model.hidden(idx, cache=cache)[:, -1])[0, :vocab_size]  # (V,)
-        token = sample_token(logits, config, generator)
-        if token == stop:
-            return
-        yield token
-        text.append(token)
-        pending = [token]
-
-
-def generate(model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], config: SamplingConfig) -> Iterator[Piece]:
-    """Continue each prompt in turn, yielding pieces as they come; the prompts themselves are not repeated.
-
-    The text of prompt i is "".join(p.text for p in generate(...) if p.prompt == i). An empty prompt starts from the
-    tokenizer's start token. Generation ends at the document token. The model is put into eval mode while it runs, and
-    put back. Raises UserError, at once, for a prompt with a character that the tokenizer lacks or without room in the
-    context.
-    """
-    encoded = [tokenizer.encode(prompt) or [tokenizer.start_token] for prompt in prompts]
-    for tokens in encoded:
-        room_for(tokens, config, model.config.seq_len)
-    return _generate(model, tokenizer, encoded, config)
-
-
-def _generate(model: GPT, tokenizer: Tokenizer, encoded: list[list[int]], config: SamplingConfig) -> Iterator[Piece]:
-    was_training = model.training
-    model.eval()
+def _generate(
+    state: _State,
+    model: GPT,
+    draft: GPT | None,
+    jobs: deque[_Sample],
+    config: SamplingConfig,
+    ends: dict[int, str],
+    bias: Tensor | None,
+    vocab_size: int,
+) -> Iterator[Piece]:
+    if not jobs:
+        return
+    models = [m for m in (model, draft) if m is not None]
+    training = [m.training for m in models]
+    for m in models:
+        m.eval()
     try:
-        for number, prompt in enumerate(encoded):
-            decoder = StreamDecoder(tokenizer)
-            stop, vocab_size = tokenizer.document_token, tokenizer.vocab_size
-            for token in generate_tokens(model, prompt, config, vocab_size=vocab_size, stop=stop):
-                yield Piece(number, token, decoder.push(token))
-            yield Piece(number, None, decoder.flush())
+        drawer = _Drawer(model, draft, jobs, config, bias, vocab_size)
+        live = [jobs.popleft() for _ in range(drawer.rows)]
+        for row, sample in enumerate(live):
+            drawer.begin(row, sample)
+        while live and not state.stopped:
+            done = []
+            for row, (sample, tokens) in enumerate(zip(live, drawer.next_tokens(live, state))):
+                for piece in _pieces(sample, tokens, ends):
+                    yield piece
+                    if piece.finish_reason is not None:
+                        done.append(row)
+            while done and jobs and not state.stopped:
+                row = done.pop()
+                live[row] = jobs.popleft()
+                drawer.begin(row, live[row])
+            if done:
+                rows = [row for row in range(len(live)) if row not in done]
+                live = [live[row] for row in rows]
+                drawer.keep(rows)
+        yield from (sample.finished("interrupted") for sample in live)
     finally:
-        model.train(was_training)
+        for m, mode in zip(models, training):
+            m.train(mode)
+
+
+def _pieces(sample: _Sample, tokens: Sequence[tuple[int, float]], ends: dict[int, str]) -> Iterator[Piece]:
+    """A sample's pieces for the tokens that a step gave it; those behind its end are dropped."""
+    for token, logprob in tokens:
+        if token in ends:
+            yield sample.finished(ends[token])
+            return
+        sample.text.append(token)
+        sample.left -= 1
+        yield Piece(sample.prompt, sample.sample, token, sample.stream.push(token), logprob)
+        if sample.stream.ended or sample.left == 0:
+            yield sample.finished("stop" if sample.stream.ended else "length")
+            return
+
+
+def _sampling_device(model: GPT) -> torch.device:
+    """Where tokens are drawn: on the model's device, except that mps has no float64."""
+    device = model.embed.weight.device
+    return torch.device("cpu") if device.type == "mps" else device

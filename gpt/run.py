@@ -8,13 +8,19 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
+import torch
+
 from gpt.checkpoint import load_weights, newest_checkpoint, verify
 from gpt.command_line import config_from_toml
 from gpt.config import Config, TrainConfig
-from gpt.corpus import Corpus
+from gpt.corpus import Corpus, cache_folder
 from gpt.device import pick_device
 from gpt.errors import UserError
+from gpt.generate import generate
 from gpt.model import GPT
+from gpt.sampling import SamplingConfig
+from gpt.shards import read_tokens
 from gpt.tokenizer import Tokenizer, load_tokenizer
 
 CONTENTS = ("config.toml", "tokenizer.json", "corpus.json", "metrics.jsonl", "loss.png", "checkpoints", "wandb")
@@ -104,6 +110,43 @@ def load(run_dir: str | Path, device: str = "auto") -> tuple[GPT, Tokenizer]:
     model = GPT(config.model)
     load_weights(checkpoint, model, averaged=True)
     return model.eval().to(place), tokenizer
+
+
+def loss_of_int8(run_dir: Path, model: GPT, tokenizer: Tokenizer, dtype: str | None = None) -> str:
+    """A line that says what int8 weights cost this model, in nats per token, and on which tokens that was measured:
+    the run's validation text while the cache holds it, otherwise what the model itself writes."""
+    from gpt.quantize import quantization_loss
+
+    T = model.config.seq_len
+    tokens, what = _validation_tokens(run_dir, tokenizer), "the run's validation text"
+    if tokens is None:
+        config = SamplingConfig(num_samples=8, max_new_tokens=max(2, T // 2), rolling=True, temperature=1.0)
+        pieces = [p for p in generate(model, tokenizer, [""], config) if p.token is not None]
+        rows = [[p.token for p in pieces if p.sample == j] for j in range(8)]
+        rows = [row for row in rows if len(row) > 1]
+        if not rows:
+            return "int8 weights: their loss was not measured, as the validation text is gone and the model wrote none"
+        shortest = min(map(len, rows))
+        tokens, what = torch.tensor([row[:shortest] for row in rows]), "text that the model wrote"
+    else:
+        width = min(T, len(tokens))
+        rows = min(len(tokens) // width, max(1, 2048 // width))
+        tokens = torch.from_numpy(tokens[: rows * width].astype("int64")).view(rows, width)
+    lost = quantization_loss(
+        model, tokens.to(model.embed.weight.device), dtype=None if dtype is None else getattr(torch, dtype)
+    )
+    return f"int8 weights: {lost:+.4f} nats per token, on {tokens[:, 1:].numel():,} tokens of {what}"
+
+
+def _validation_tokens(run_dir: Path, tokenizer: Tokenizer) -> np.ndarray | None:
+    """The run's validation tokens, at least two, if the cache still holds them."""
+    try:
+        digest = json.loads((run_dir / "corpus.json").read_text())["digest"]
+        cache = cache_folder(config_from_toml(run_dir / "config.toml").data.cache_dir)
+        tokens = read_tokens(cache / "corpora" / digest[:32] / "val.tokens", tokenizer)
+    except (OSError, ValueError, KeyError, TypeError):  # a UserError is a ValueError
+        return None
+    return tokens if len(tokens) > 1 else None
 
 
 class StopRequest:

@@ -7,7 +7,15 @@ loss = linear_cross_entropy(x, weight, targets)  # x (..., C), weight (V, C), ta
 
 from kernels import masks
 from kernels.attention import attention
+from kernels.attention_decode import attention_decode
 from kernels.attention_reference import attention_reference
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
-__all__ = ["attention", "attention_reference", "linear_cross_entropy", "linear_cross_entropy_reference", "masks"]
+__all__ = [
+    "attention",
+    "attention_decode",
+    "attention_reference",
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
+    "masks",
+]

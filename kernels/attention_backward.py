@@ -26,6 +26,7 @@ from kernels.tiles import (
     dot,
     dropout_keep,
     full_tile,
+    head,
     load_tile,
     logits,
     narrow,
@@ -120,8 +121,8 @@ def dkdv_kernel(q, k, v, dout, lse2, delta, dk, dv, visited, q_strides, k_stride
 
     b_long = tl.cast(b, tl.int64)
     kv_long = tl.cast(h_kv, tl.int64)
-    k_base = k + b_long * k_strides[0] + kv_long * k_strides[2]
-    v_base = v + b_long * v_strides[0] + kv_long * v_strides[2]
+    k_base = head(k, k_strides, b_long, kv_long)
+    v_base = head(v, v_strides, b_long, kv_long)
     k_tile = load_tile(k_base, k_strides, first, sizes.Tk, sizes.D, BLOCK_N, BLOCK_D, True, CHECK_D)
     v_tile = load_tile(v_base, v_strides, first, sizes.Tk, sizes.Dv, BLOCK_N, BLOCK_DV, True, CHECK_DV)
     acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -131,8 +132,8 @@ def dkdv_kernel(q, k, v, dout, lse2, delta, dk, dv, visited, q_strides, k_stride
     for g in range(sizes.GROUP):
         h = h_kv * sizes.GROUP + g
         h_long = kv_long * sizes.GROUP + g
-        q_base = q + b_long * q_strides[0] + h_long * q_strides[2]
-        do_base = dout + b_long * dout_strides[0] + h_long * dout_strides[2]
+        q_base = head(q, q_strides, b_long, h_long)
+        do_base = head(dout, dout_strides, b_long, h_long)
         lse2_base = lse2 + (b_long * sizes.H + h_long) * sizes.Tq
         delta_base = delta + (b_long * sizes.H + h_long) * sizes.Tq
         for i in range(count_full(spans)):
@@ -201,10 +202,10 @@ def dq_kernel(q, k, v, dout, lse2, delta, dq, visited, q_strides, k_strides, v_s
     b_long = tl.cast(b, tl.int64)
     h_long = tl.cast(h, tl.int64)
     h_kv = h_long // sizes.GROUP
-    q_base = q + b_long * q_strides[0] + h_long * q_strides[2]
-    do_base = dout + b_long * dout_strides[0] + h_long * dout_strides[2]
-    k_base = k + b_long * k_strides[0] + h_kv * k_strides[2]
-    v_base = v + b_long * v_strides[0] + h_kv * v_strides[2]
+    q_base = head(q, q_strides, b_long, h_long)
+    do_base = head(dout, dout_strides, b_long, h_long)
+    k_base = head(k, k_strides, b_long, h_kv)
+    v_base = head(v, v_strides, b_long, h_kv)
     q_tile = load_tile(q_base, q_strides, q_first, sizes.Tq, sizes.D, BLOCK_M, BLOCK_D, True, CHECK_D)
     do_tile = load_tile(do_base, dout_strides, q_first, sizes.Tq, sizes.Dv, BLOCK_M, BLOCK_DV, True, CHECK_DV)
     row_of_all = (b_long * sizes.H + h_long) * sizes.Tq + rows

@@ -16,6 +16,7 @@ from kernels.tiles import (
     dot,
     dropout_keep,
     full_tile,
+    head,
     load_tile,
     logits,
     narrow,
@@ -74,9 +75,9 @@ def forward_kernel(q, k, v, out, lse, sinks, visited, q_strides, k_strides, v_st
     b_long = tl.cast(b, tl.int64)
     h_long = tl.cast(h, tl.int64)
     h_kv = h_long // sizes.GROUP
-    q_base = q + b_long * q_strides[0] + h_long * q_strides[2]
-    k_base = k + b_long * k_strides[0] + h_kv * k_strides[2]
-    v_base = v + b_long * v_strides[0] + h_kv * v_strides[2]
+    q_base = head(q, q_strides, b_long, h_long)
+    k_base = head(k, k_strides, b_long, h_kv)
+    v_base = head(v, v_strides, b_long, h_kv)
     q_tile = load_tile(q_base, q_strides, q_first, sizes.Tq, sizes.D, BLOCK_M, BLOCK_D, True, CHECK_D)
 
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)

@@ -39,18 +39,18 @@ def attention_triton(q: Tensor, k: Tensor, v: Tensor, **features) -> tuple[Tenso
     return _forward(*call_of(q, k, v, **features))
 
 
-def _on_device_of(x: Tensor):
+def on_device_of(x: Tensor):
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _run_forward(call: Call):
-    with _on_device_of(call.q):
+    with on_device_of(call.q):
         return forward(Problem(call))
 
 
 def _run_backward(call: Call, *args):
-    with _on_device_of(call.q):
+    with on_device_of(call.q):
         return backward(Problem(call), *args)
 
 

@@ -1,12 +1,23 @@
 """Tile sizes: a pure function of (architecture, dtype, head dims, kernel), from the table below.
 
-The same inputs therefore give the same bits, run after run. Each entry compiles for its architecture within its shared
-memory; for 16-bit inputs and head dims up to 128 without a register spilled (tests/test_kernels_compile.py).
+The same inputs therefore give the same bits, run after run, unless KERNELS_TUNED_TABLE names a file of configs that
+were chosen by timing (`python -m benchmarks.tune_attention` writes one). Each entry of the table compiles for its
+architecture within its shared memory; for 16-bit inputs and head dims up to 128 without a register spilled
+(tests/test_kernels_compile.py).
 """
 
+import contextlib
+import functools
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+log = logging.getLogger("kernels")
 
 # What one program may use of it, in bytes (CUDA C++ Programming Guide, table "Technical Specifications"; CDNA3 ISA).
 SHARED_MEMORY = {
@@ -17,17 +28,35 @@ SHARED_MEMORY = {
     "sm_120": 99 << 10,
     "gfx942": 64 << 10,
 }
+# Chips with a copy engine for tiles (tensor memory accelerator).
+HAS_TMA = ("sm_90", "sm_100", "sm_120")
+HEAD_DIMS = (64, 128, 256)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TUNED_KERNELS = ("forward", "dkdv", "dq")
 # No tile has more rows or columns.
 MAX_TILE_EXTENT = 256
 
 
 class Config(NamedTuple):
-    """BLOCK_M queries by BLOCK_N keys in a tile; num_stages loads in flight."""
+    """BLOCK_M queries by BLOCK_N keys in a tile; num_stages loads in flight.
+
+    tma: tiles are fetched by the copy engine of sm_90 and later, where q, k, v and dout lie as it asks.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    tma: bool = False
+
+
+class Key(NamedTuple):
+    """What an entry is for: head dims up to head_dim, one of HEAD_DIMS."""
+
+    arch: str
+    dtype: torch.dtype
+    head_dim: int
+    kernel: str
 
 
 INTERPRETER = Config(64, 64, 4, 1)
@@ -49,18 +78,24 @@ def architecture(device: torch.device) -> str:
 
 
 def choose(arch: str, dtype: torch.dtype, D: int, Dv: int, kernel: str) -> Config:
-    """The tile of `kernel` ("forward", "dkdv", "dq" or "dbias") for head dims that round up to powers of two."""
-    width = max(block_dim(D), block_dim(Dv))
-    if arch == "interpreter":
-        return INTERPRETER
-    bits = 32 if dtype == torch.float32 else 16
+    """The tile of `kernel` ("forward", "dkdv", "dq", "dbias" or "decode") for head dims rounded up to powers of two."""
     # A tile of dbias holds what a tile of dq does, and its sum besides: the same one, with fewer columns.
     if kernel == "dbias":
         config = choose(arch, dtype, D, Dv, "dq")
-        return config._replace(block_n=min(config.block_n, 32), num_stages=1)
-    for limit, config in TABLE[arch, bits, kernel]:
-        if width <= limit:
-            return config
+        return config._replace(block_n=min(config.block_n, 32), num_stages=1, tma=False)
+    key = Key(arch, dtype, head_dim_class(D, Dv), kernel)
+    if key in tuned():
+        return tuned()[key]
+    if arch == "interpreter":
+        return INTERPRETER
+    return dict(TABLE[arch, 32 if dtype == torch.float32 else 16, kernel])[key.head_dim]
+
+
+def head_dim_class(D: int, Dv: int) -> int:
+    """The smallest of HEAD_DIMS that holds both."""
+    for limit in HEAD_DIMS:
+        if max(D, Dv) <= limit:
+            return limit
     raise ValueError(f"head dims of {D} and {Dv} are not supported: 8 to 256 are")
 
 
@@ -70,9 +105,9 @@ def block_dim(D: int) -> int:
 
 
 def _rows(forward: list, dkdv: list, dq: list) -> dict:
-    """Configs for head dims up to 64, 128 and 256, for each kernel."""
+    """Configs for each class of head dims, for each kernel."""
     return {
-        name: [(limit, Config(*config)) for limit, config in zip((64, 128, 256), configs)]
+        name: [(limit, Config(*config)) for limit, config in zip(HEAD_DIMS, configs)]
         for name, configs in (("forward", forward), ("dkdv", dkdv), ("dq", dq))
     }
 
@@ -84,34 +119,38 @@ _FLOAT32 = _rows(
     dq=[(32, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)],
 )
 
-# What decides is the compiler's report (benchmarks/compile_report.py): no spill first, then the largest tile, then
-# loads in flight. Two programs of four warps hide each other's softmax: preferred where registers allow. Triton 3.6 to
-# 3.9 must agree, whose compilers differ by some registers. Nothing here has been tuned by timing yet.
+# What decides is the compiler's report (benchmarks/compile_report.py): no spill first, with BigBird's predicate too,
+# then the fewest instructions for a pair of a query and a key, then loads in flight. Two programs of four warps hide
+# each other's softmax: preferred where registers allow. Triton 3.6 to 3.9 must agree, whose compilers differ by some
+# registers. Nothing here has been tuned by timing yet.
+# TMA is off although the compiler likes it: on sm_90 and sm_100 up to D = 128 it saves 8 to 30 percent of the registers
+# of these tiles. It has not been measured yet. On sm_120, and wherever tiles are too small for wgmma, it can spill:
+# mma.sync wants its operands in registers, and the compiler keeps them there if they came by TMA.
 _16_BIT = {
     "sm_80": _rows(
-        forward=[(128, 32, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)],
-        dkdv=[(32, 128, 8, 1), (32, 64, 8, 2), (32, 32, 8, 1)],
-        dq=[(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 8, 1)],
+        forward=[(128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)],
+        dkdv=[(32, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)],
+        dq=[(128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)],
     ),
     "sm_89": _rows(
         forward=[(128, 64, 4, 3), (128, 64, 8, 3), (64, 32, 8, 2)],
         dkdv=[(32, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)],
-        dq=[(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 8, 1)],
+        dq=[(128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)],
     ),
     "sm_90": _rows(
         forward=[(128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 2)],
-        dkdv=[(32, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)],
+        dkdv=[(32, 128, 8, 2), (16, 128, 8, 2), (32, 32, 8, 1)],
         dq=[(128, 64, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1)],
     ),
     "sm_100": _rows(
         forward=[(128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)],
         dkdv=[(64, 128, 8, 1), (32, 128, 8, 1), (32, 32, 8, 1)],
-        dq=[(128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)],
+        dq=[(128, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 1)],
     ),
     "sm_120": _rows(
-        forward=[(128, 64, 4, 3), (128, 64, 8, 3), (64, 32, 8, 2)],
+        forward=[(128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)],
         dkdv=[(32, 128, 8, 2), (64, 64, 8, 1), (32, 32, 8, 1)],
-        dq=[(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 8, 1)],
+        dq=[(128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)],
     ),
     "gfx942": _rows(
         forward=[(128, 64, 4, 2), (128, 64, 4, 2), (64, 32, 4, 2)],
@@ -119,10 +158,73 @@ _16_BIT = {
         dq=[(64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)],
     ),
 }
+# Decoding reads each key once and is bound by memory: block_m is the most rows (queries by heads of a group) that share
+# a tile of keys, and the rest is for as many loads in flight as registers and shared memory allow. block_n divides
+# attention_decode_triton.SPLIT.
+_DECODE = {
+    16: [(64, Config(64, 64, 4, 3)), (128, Config(32, 32, 4, 4)), (256, Config(16, 32, 4, 2))],
+    32: [(64, Config(16, 32, 4, 2)), (128, Config(16, 16, 8, 2)), (256, Config(16, 16, 4, 1))],
+}
 # (arch, bits of an input, kernel) -> (largest head dim, config), ascending.
 TABLE = {
     (arch, bits, kernel): row
     for arch in SHARED_MEMORY
     for bits, rows in ((16, _16_BIT[arch]), (32, _FLOAT32))
-    for kernel, row in rows.items()
+    for kernel, row in (*rows.items(), ("decode", _DECODE[bits]))
 }
+# Triton 3.6 would spill 8 bytes there with 64 keys.
+TABLE["sm_80", 16, "decode"] = [(64, Config(64, 32, 4, 4)), *_DECODE[16][1:]]
+# Three stages would take all the shared memory that this one has, and leave one program where two could run.
+TABLE["gfx942", 16, "decode"] = [(limit, config._replace(num_stages=2)) for limit, config in _DECODE[16]]
+
+
+@functools.cache
+def tuned() -> dict[Key, Config]:
+    """What goes before the table: the entries of the file that KERNELS_TUNED_TABLE names, read once."""
+    name = os.environ.get("KERNELS_TUNED_TABLE")
+    if not name:
+        return {}
+    found = read_tuned(Path(name))
+    log.warning("tiles from %s (KERNELS_TUNED_TABLE): bits may differ from those of the default table", name)
+    return found
+
+
+@contextlib.contextmanager
+def trying(key: Key, config: Config) -> Iterator[None]:
+    """Within it, this config is the one chosen."""
+    table = tuned()
+    before = table.get(key)
+    table[key] = config
+    try:
+        yield
+    finally:
+        del table[key]
+        if before is not None:
+            table[key] = before
+
+
+def read_tuned(path: Path) -> dict[Key, Config]:
+    """The entries of a file that benchmarks.tune_attention wrote; ValueError, with the file's name, for any other."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
+        found = dict(map(_entry, entries))
+        if len(found) < len(entries):
+            raise ValueError("two entries are for the same arch, dtype, head_dim and kernel")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} (KERNELS_TUNED_TABLE) is no table of tuned tiles: {what}") from error
+    return found
+
+
+def _entry(entry: dict) -> tuple[Key, Config]:
+    """One entry, whatever else was written beside it."""
+    allowed = {"arch": SHARED_MEMORY, "dtype": DTYPES, "head_dim": HEAD_DIMS, "kernel": TUNED_KERNELS}
+    extents = (16, 32, 64, 128, MAX_TILE_EXTENT)
+    allowed |= {"block_m": extents, "block_n": extents, "num_warps": (1, 2, 4, 8, 16), "num_stages": range(1, 9)}
+    allowed["tma"] = (False, True) if entry["arch"] in HAS_TMA else (False,)
+    for name, values in allowed.items():
+        # JSON's true is no number, though Python's True equals 1.
+        if entry[name] not in values or isinstance(entry[name], bool) != (name == "tma"):
+            raise ValueError(f"{name} is {entry[name]!r} in {entry}")
+    key = Key(entry["arch"], DTYPES[entry["dtype"]], entry["head_dim"], entry["kernel"])
+    return key, Config(*(entry[name] for name in Config._fields))

@@ -90,6 +90,10 @@ class _Predicate(NamedTuple):
     triton: object | None
 
 
+class Constant(int):
+    """An integer that stands in the predicate's text: dividing by it is cheap, but each value compiles anew."""
+
+
 class Table:
     """Integers for a predicate to look up: `lookup(table, i)`.
 
@@ -156,7 +160,7 @@ class Mask:
             comparisons). It is evaluated on broadcasting blocks of int32 positions. A function decorated with
             `triton.jit` will do as well. Of negative numbers Triton's // and % round towards 0, Python's down.
     params  what fn takes after q and k: Python integers, int32 tensors of shape (B,), one value for each row of the
-            batch, or a `Table` for fn to look things up in.
+            batch, a `Table` for fn to look things up in, or a `Constant`.
     bands   where the mask may be True: see `Band`. Tiles outside them are not visited. None: anywhere, and indexed.
     indexed which tiles to visit is found out by evaluating fn within the bands, once for each pair of lengths.
 
@@ -173,9 +177,11 @@ class Mask:
         for n in (*params, *(n for band in bands for n in band)):
             if isinstance(n, int) and not -FAR <= n <= FAR:
                 raise ValueError(f"a mask's integers lie between -{FAR} and {FAR}, unlike {n}")
-        name = _register_leaf(fn)
-        slots = "".join(f", {{{i}}}" for i in range(len(params)))
-        self._build(f"{name}(q, k{slots})", params, bands, indexed)
+        slots, kept = "", []
+        for param in params:
+            slots += f", {param:d}" if isinstance(param, Constant) else f", {{{len(kept)}}}"
+            kept += [] if isinstance(param, Constant) else [param]
+        self._build(f"{_register_leaf(fn)}(q, k{slots})", tuple(kept), bands, indexed)
 
     @classmethod
     def _combine(cls, left: "Mask", operator: str, right: "Mask", bands: Iterable[Band]) -> "Mask":

@@ -25,7 +25,7 @@ from collections.abc import Iterable
 
 import torch
 
-from kernels.mask import MAX_BANDS, Band, Mask, Table, lookup
+from kernels.mask import FAR, MAX_BANDS, Band, Constant, Mask, Table, lookup
 
 # A table is kept as long as the process lives.
 MAX_TABLE = 1 << 24
@@ -126,19 +126,18 @@ def strided(stride: int) -> Mask:
     return Mask(is_strided, stride, bands=[Band(exact=True)] if stride == 1 else None)
 
 
-def is_random_block(q, k, block, random, seed):
-    # The blocks up to the query's own, n of them, are dealt into `random` shares; one of each share is drawn by a hash
-    # of (seed, n, share). So it depends on no length, and the share of a key is known without a loop.
+def is_random_block(q, k, block, random, share, seed):
+    # The blocks up to the query's own, n of them, are dealt into `random` shares in turn: `size` of them fall to this
+    # one, and a hash of (seed, n) draws one of those. It depends on no length, and all but the last line on q alone.
     n = q * (q >= 0) // block + 1
-    own = k // block
-    share = ((own + 1) * random - 1) // n
-    begin = n * share // random
-    size = n * (share + 1) // random - begin
-    x = (n * 0x2545F491 + share) * 0x5BD1E995 + seed
+    size = (n - 1 - share + random) // random
+    size = size - (size - 65535) * (size > 65535)
+    x = n * 0x2545F491 + seed
     x = (x ^ (x >> 15)) * 0x2C1B3C6D
     x = (x ^ (x >> 12)) * 0x297A2D39
-    drawn = begin + ((x >> 9) & 0xFFFF) % size
-    return (q >= 0) & (own < n) & (own == drawn)
+    drawn = share + random * (((x >> 17) & 0x7FFF) * size >> 15)
+    drawn = (drawn + 1) * ((q >= 0) & (drawn < n)) - 1
+    return k // block == drawn
 
 
 @functools.lru_cache(maxsize=256)
@@ -149,9 +148,15 @@ def random_blocks(random: int, seed: int, block: int = 64) -> Mask:
     """
     if random < 0 or block < 1:
         raise ValueError(f"random_blocks takes 0 or more blocks of 1 or more keys, not {random} of {block}")
-    if random == 0:
-        return sink_tokens(0)
-    return Mask(is_random_block, block, random, seed, bands=[Band(least=1 - block, q_begin=0)], indexed=True)
+    bands = [Band(least=1 - block, q_begin=0)]
+    mask = sink_tokens(0)
+    for share in range(random):
+        constants = (Constant(n) for n in (block, random, share))
+        # Each share draws by a seed of its own, below what a mask's integers may be.
+        own_seed = (seed * 0x9E3779B1 + share * 0x5BD1E995) % FAR
+        one = Mask(is_random_block, *constants, own_seed, bands=bands, indexed=True)
+        mask = one if share == 0 else mask | one
+    return mask
 
 
 @functools.lru_cache(maxsize=256)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import configs, mask
 from kernels.attention_reference import dropout_threshold
@@ -33,6 +34,32 @@ class Launch(NamedTuple):
 def within_reach(x: Tensor) -> Tensor:
     """x (B, T, H, D), copied if positions or elements lie so far apart that a tile of them would span 2^31 elements."""
     return x if max(x.stride(1), x.stride(3)) < 2**31 // configs.MAX_TILE_EXTENT else x.contiguous()
+
+
+def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
+    """x (B, T, H, D) for the copy engine, as (B, H, T, D) in boxes of `rows` by `columns`; None if it cannot read x.
+
+    It takes a base and strides that are multiples of 16 bytes, elements side by side, and nothing empty or repeated
+    (CUDA Driver API, cuTensorMapEncodeTiled). The axes of length 1 come first: only those are dropped for free.
+    """
+    itemsize = x.element_size()
+    # What a stride of an axis of length 1 is says nothing: any that is allowed will do.
+    strides = [s if n > 1 else 16 for n, s in zip(x.shape, x.stride())]
+    if x.stride(3) != 1 or x.data_ptr() % 16 or 0 in x.shape:
+        return None
+    if any(s <= 0 or s * itemsize % 16 or s * itemsize >= 2**40 for s in strides[:3]):
+        return None
+    B, T, H, D = x.shape
+    return TensorDescriptor(x, [B, H, T, D], [strides[0], strides[2], strides[1], 1], [1, 1, rows, columns])
+
+
+def descriptors(args: dict) -> dict:
+    """Descriptors in place of q, k, v and dout, and no strides; nothing at all if one of them cannot be read so."""
+    boxes = {"q": ("BLOCK_M", "BLOCK_D"), "k": ("BLOCK_N", "BLOCK_D"), "v": ("BLOCK_N", "BLOCK_DV")}
+    if "dout" in args:
+        boxes["dout"] = "BLOCK_M", "BLOCK_DV"
+    found = {name: descriptor(args[name], args[rows], args[columns]) for name, (rows, columns) in boxes.items()}
+    return {} if None in found.values() else found | {f"{name}_strides": () for name in found}
 
 
 class Problem:
@@ -76,7 +103,10 @@ class Problem:
             "BLOCK_DV": block_dv,
         }
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        return Launch(kernel, (tiles * heads * self.B,), {**operands, **args, **constants}, options)
+        args = {**operands, **args, **constants}
+        if config.tma:
+            args |= descriptors(args)
+        return Launch(kernel, (tiles * heads * self.B,), args, options)
 
     def masking(self, block_m: int, block_n: int, over_keys: bool) -> Masking:
         call, pattern = self.call, self.call.pattern()

@@ -86,12 +86,34 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def head(x, strides, b, h):
+    """The (T, D) matrix of head h of row b of x (B, T, H, D), as load_tile takes it.
+
+    x is a pointer, or, where strides is (), a descriptor as problem.descriptor makes them.
+    """
+    if len(strides) == 0:
+        return x, tl.cast(b, tl.int32), tl.cast(h, tl.int32)
+    else:
+        return x + b * strides[0] + h * strides[2]
+
+
+@triton.jit
 def load_tile(base, strides, first, n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr,
               CHECK_ROWS: tl.constexpr, CHECK_COLS: tl.constexpr):  # fmt: skip
     """Rows first to first + ROWS - 1 of a (T, D) matrix whose axes lie strides[1] and strides[3] elements apart.
 
     What lies outside (n_rows, n_cols) is never touched and reads as 0. The one long step is taken in 64 bits.
+    base is head()'s; with a descriptor the copy engine itself (TMA, sm_90 and later) finds addresses and edges.
     """
+    if len(strides) == 0:
+        return base[0].load([base[1], base[2], first, 0]).reshape(ROWS, COLS)
+    else:
+        return _load_by_pointers(base, strides, first, n_rows, n_cols, ROWS, COLS, CHECK_ROWS, CHECK_COLS)
+
+
+@triton.jit
+def _load_by_pointers(base, strides, first, n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr,
+                      CHECK_ROWS: tl.constexpr, CHECK_COLS: tl.constexpr):  # fmt: skip
     rows = tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
     start = base + tl.cast(first, tl.int64) * strides[1]

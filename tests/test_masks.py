@@ -10,6 +10,7 @@ from kernels.masks import (
     CAUSAL,
     FULL,
     Band,
+    Constant,
     Mask,
     block_sparse,
     global_tokens,
@@ -86,6 +87,15 @@ def on_device(mask: Mask, device: str) -> Mask:
     moved = copy.copy(mask)
     moved.tensors = tuple(t.to(device) for t in mask.tensors)
     return moved
+
+
+def test_a_constant_is_part_of_the_key():
+    """It means what an integer means; masks with different ones are different kernels."""
+    constant, integer = (Mask(later_keys, kind(3), bands=[Band(k_begin=3)]) for kind in (Constant, int))
+    assert torch.equal(constant.dense(9, 9), integer.dense(9, 9))
+    assert constant.key == "later_keys(q, k, 3)" and constant.ints == () and integer.ints == (3,)
+    mixed = constant & integer & Mask(later_queries, Constant(2), bands=[Band(q_begin=2)])
+    assert mixed.key == "((later_keys(q, k, 3) & later_keys(q, k, p[0])) & later_queries(q, k, 2))"
 
 
 def test_random_blocks():

@@ -1,0 +1,153 @@
+"""Decoding, timed: `python -m benchmarks.decode`, on a GPU.
+
+How much of the memory's bandwidth `attention_decode` reaches as it reads a cache that no level-2 cache holds. What the
+memory can give is measured in the same run: a copy of as many bytes, timed in turn with the kernels, round by round, in
+an order that swaps. Both are replayed from CUDA graphs, as a server would, so that no launch from Python is timed.
+Medians are reported, with the median of the paired shares. `--write` puts the result in results/decode/.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.attention import RESULTS, EventTimer, conditions, write
+from kernels import attention_decode, attention_reference
+
+# Cached tokens of all sequences: 256 MiB of keys and values at least, more than the level-2 cache of any GPU of today.
+TOKENS = 1 << 17
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of the table: B sequences of T cached tokens, H_kv key heads of D, `group` query heads for each."""
+
+    B: int
+    T: int
+    H_kv: int
+    group: int
+    D: int
+    page: int = 0
+
+    def bytes(self) -> int:
+        """Of the cache in bfloat16: each key and value is read once. What else is read and written is left out."""
+        return self.B * self.T * self.H_kv * self.D * 2 * 2
+
+
+@dataclass
+class Row:
+    """Medians: milliseconds of a call and of a copy, GB/s of each (a copy reads and writes), and the paired share."""
+
+    setting: Setting
+    milliseconds: float
+    copy_milliseconds: float
+    gigabytes_per_second: float
+    copy_gigabytes_per_second: float
+    share: float
+
+
+def settings() -> list[Setting]:
+    """Long caches of few sequences and short ones of many, heads alone and in groups, and pages."""
+    found = [
+        Setting(B, TOKENS // B, H_kv, group, D)
+        for D in (64, 128)
+        for H_kv, group in ((16, 1), (8, 4))
+        for B in (1, 16, 64)
+    ]
+    return found + [Setting(16, TOKENS // 16, 8, 4, 128, page) for page in (16, 64)]
+
+
+def prepare(setting: Setting, device: str, impl: str) -> Callable:
+    """The call to time. One sequence of it is held to the reference first."""
+    B, T, H_kv, group, D = setting.B, setting.T, setting.H_kv, setting.group, setting.D
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+
+    q, k, v = randn(B, 1, H_kv * group, D), randn(B, T, H_kv, D), randn(B, T, H_kv, D)
+    lens = torch.full((B,), T, dtype=torch.int32, device=device)
+    expected = attention_reference(q[:1], k[:1], v[:1])
+    table = None
+    if setting.page:
+        # Pages in no order, as a server that has run for a while has them.
+        order = torch.randperm(B * T // setting.page, generator=generator, device=device)
+        k, v = (x.view(-1, setting.page, H_kv, D)[order] for x in (k, v))
+        table = order.argsort().int().view(B, -1)
+
+    def call() -> torch.Tensor:
+        return attention_decode(q, k, v, lens, block_table=table, impl=impl)
+
+    difference = (call()[:1].float() - expected.float()).norm() / expected.float().norm()
+    assert difference < 0.02, f"attention_decode and the reference are {difference:.3f} apart"
+    return call
+
+
+def captured(fn: Callable) -> Callable:
+    """fn, which has run before, as the replay of a CUDA graph."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fn()
+    return graph.replay
+
+
+def measure(setting: Setting, timer: Callable, rounds: int, device: str = "cuda", impl: str = "triton") -> Row:
+    """Time one setting: `rounds` rounds, after three that do not count."""
+    call = prepare(setting, device, impl)
+    # Half of the bytes are read and half are written, so that a copy moves as many as a call reads.
+    source = torch.ones(setting.bytes() // 2, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    calls = {"ours": call, "copy": lambda: target.copy_(source)}
+    if device == "cuda":
+        calls = {name: captured(fn) for name, fn in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for n in range(-3, rounds):
+        for name in ("ours", "copy") if n % 2 else ("copy", "ours"):
+            elapsed = timer(calls[name])
+            if n >= 0:
+                times[name].append(elapsed)
+    ours, copy = statistics.median(times["ours"]), statistics.median(times["copy"])
+    share = statistics.median(theirs / own for own, theirs in zip(times["ours"], times["copy"]))
+    return Row(setting, ours, copy, setting.bytes() / ours / 1e6, setting.bytes() / copy / 1e6, share)
+
+
+def show(rows: list[Row], device: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"attention_decode, bf16, one new query, on {device}")
+    for heading in ("B", "T", "H_kv", "group", "D", "page", "MiB", "us", "GB/s", "copy GB/s", "share of a copy"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        s = row.setting
+        shape = map(str, (s.B, s.T, s.H_kv, s.group, s.D, s.page or "-", s.bytes() >> 20))
+        speeds = f"{row.milliseconds * 1e3:.0f}", f"{row.gigabytes_per_second:.0f}"
+        table.add_row(*shape, *speeds, f"{row.copy_gigabytes_per_second:.0f}", f"{row.share:.0%}")
+    Console().print(table)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--write", action="store_true", help="write the result to --results as well")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder to write to")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("benchmarks.decode needs a GPU and found none: nothing measured")
+        return 0
+    device = torch.cuda.get_device_name()
+    before, timer = conditions(), EventTimer()
+    rows = [measure(setting, timer, args.rounds) for setting in settings()]
+    show(rows, device)
+    if args.write:
+        print(f"written to {write(rows, device, before, conditions(), args.results / 'decode', 'decode')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

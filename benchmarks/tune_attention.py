@@ -1,0 +1,254 @@
+"""Tile sizes chosen by timing: `python -m benchmarks.tune_attention`, on a GPU.
+
+For each dtype, class of head dims and kernel it takes candidates, with and without TMA where the chip has it; drops
+those that the compiler says need more shared memory than there is; drops those whose results break the rule of
+tests/attention_checks.py; and times what is left as benchmarks.attention does: in turns, medians, the L2 cache emptied.
+The winner must also be right with every feature, with a padded head dim and with lists of tiles. The table goes to a
+JSON file, which KERNELS_TUNED_TABLE=<file> puts before the default table: bits may then differ from the default's.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from triton.errors import TritonError
+from triton.runtime.errors import OutOfResources
+
+from benchmarks.attention import MASKS, RESULTS, EventTimer, Setting, conditions, interleaved
+from kernels import configs, masks
+from kernels.attention_backward import dkdv_launch, dq_launch, prepare_launch
+from kernels.attention_forward import forward_launch
+from kernels.configs import Config, Key
+from kernels.operators import call_of
+from kernels.problem import Launch, Problem
+from tests.attention_checks import Case, check
+
+# Only what is faster than the default by more than this takes its place: less is noise.
+MARGIN = 0.01
+# Queries and keys where results are checked: of no tile a multiple, but of 16, as the lengths that are timed. Triton
+# compiles such lengths, and counts of heads, another way than others.
+LENGTH = 304
+EVERYTHING = ("segments", "alibi", "softcap", "bias", "dropout", "sinks")
+# Queries and keys in a tile. The resident side of each kernel takes the large ones.
+EXTENTS = {
+    "forward": ((64, 128), (32, 64, 128)),
+    "dkdv": ((32, 64, 128), (64, 128)),
+    "dq": ((64, 128), (32, 64, 128)),
+}
+SMALL = (16, 32, 64), (16, 32, 64)
+
+
+@dataclass
+class Outcome:
+    """What became of one key: the config that won, each one's median milliseconds, and why the others were refused."""
+
+    key: Key
+    default: Config
+    winner: Config | None = None
+    milliseconds: dict[Config, float] = field(default_factory=dict)
+    refused: dict[Config, str] = field(default_factory=dict)
+
+    def entry(self) -> dict:
+        """As configs.read_tuned reads it, and what was measured."""
+        key = self.key._replace(dtype=str(self.key.dtype).removeprefix("torch."))
+        return {
+            **key._asdict(),
+            **self.winner._asdict(),
+            "milliseconds": self.milliseconds[self.winner],
+            "default": self.default,
+            "default_milliseconds": self.milliseconds.get(self.default),
+            "timed": len(self.milliseconds),
+            "refused": len(self.refused),
+        }
+
+
+def candidates(key: Key) -> list[Config]:
+    """What to try, the default first."""
+    extents = SMALL if key.dtype == torch.float32 else EXTENTS[key.kernel]
+    # float32 multiplies from registers, where whole tiles that come by TMA would have to be kept: all spilled.
+    engines = (False, True) if key.arch in configs.HAS_TMA and key.dtype != torch.float32 else (False,)
+    tried = (Config(*each) for each in itertools.product(*extents, (4, 8), (1, 2, 3), engines))
+    return list(dict.fromkeys([default_config(key), *tried]))
+
+
+def default_config(key: Key) -> Config:
+    return configs.choose(key.arch, key.dtype, key.head_dim, key.head_dim, key.kernel)
+
+
+class Bench:
+    """One problem, on which a kernel runs with whatever config."""
+
+    def __init__(self, key: Key, setting: Setting, device: str):
+        self.key = key
+        generator = torch.Generator(device).manual_seed(0)
+
+        def randn() -> torch.Tensor:
+            return torch.randn(setting.shape, generator=generator, device=device, dtype=key.dtype)
+
+        features = dict.fromkeys(("segment_ids", "softcap", "alibi_slopes", "bias", "sinks", "scale", "seed"))
+        self.call = call_of(randn(), randn(), randn(), mask=MASKS[setting.mask], dropout_p=0.0, **features)
+        self.dout, self.out = randn(), torch.empty_like(self.call.q)
+        self.dq, self.dk, self.dv = (torch.empty_like(x) for x in self.call[:3])
+        B, T, H, _ = setting.shape
+        lse, self.lse2, self.delta = (torch.empty(B, H, T, device=device) for _ in range(3))
+        self.lse = lse
+        if key.kernel != "forward":
+            problem = Problem(self.call)
+            forward_launch(problem, self.out, lse).run()
+            prepare_launch(problem, self.out, self.dout, lse, None, self.delta, self.lse2).run()
+
+    def launch(self, config: Config) -> Launch:
+        with configs.trying(self.key, config):
+            problem = Problem(self.call)
+            if self.key.kernel == "forward":
+                return forward_launch(problem, self.out, self.lse)
+            if self.key.kernel == "dkdv":
+                return dkdv_launch(problem, self.dout, self.lse2, self.delta, self.dk, self.dv)
+            return dq_launch(problem, self.dout, self.lse2, self.delta, self.dq)
+
+
+def shared_memory(launch: Launch) -> int:
+    """Bytes of it that a program takes, as compiled; nothing is launched."""
+    return launch.kernel.warmup(grid=launch.grid, **launch.args, **launch.options).metadata.shared
+
+
+def why_not_compiled(bench: Bench, config: Config, shared: Callable[[Launch], int]) -> str | None:
+    """Why a config cannot be launched. With tma it must fit without as well: not every tensor suits the copy engine."""
+    for each in dict.fromkeys((config, config._replace(tma=False))):
+        try:
+            needed = shared(bench.launch(each))
+        except (RuntimeError, TritonError) as error:
+            return f"does not compile: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        limit = configs.SHARED_MEMORY.get(bench.key.arch, needed)
+        if needed > limit:
+            return f"needs {needed} bytes of shared memory of {limit}"
+    return None
+
+
+def plain_cases(key: Key) -> list[Case]:
+    """What every candidate must get right: the kernel as it is timed, in a shape with edges."""
+    return [Case(LENGTH, LENGTH, H=16, H_kv=16, D=key.head_dim, dtype=key.dtype, layout="contiguous")]
+
+
+def thorough_cases(key: Key) -> list[Case]:
+    """What the winner must get right besides."""
+    shape = {"H": 4, "H_kv": 2, "dtype": key.dtype}
+    return [
+        Case(LENGTH, LENGTH + 37, D=key.head_dim, features=EVERYTHING, layout="contiguous", **shape),
+        Case(LENGTH, LENGTH, D=key.head_dim - 16, mask=masks.sliding_window(LENGTH // 3), layout="contiguous", **shape),
+        Case(LENGTH, LENGTH, D=key.head_dim - 8, mask=masks.CAUSAL & masks.strided(50), **shape),
+    ]
+
+
+def why_wrong(key: Key, config: Config, cases: Iterable[Case], device: str) -> str | None:
+    """What a config gets wrong, with all other kernels as they are by default."""
+    for case in cases:
+        try:
+            with configs.trying(key, config):
+                # Many configs are tried on small samples: by chance alone one would break the rule as it stands.
+                check(case, device, slack=2.0)
+        except (AssertionError, OutOfResources) as error:
+            return f"{case}: {error}"
+    return None
+
+
+def fastest(milliseconds: dict[Config, float], default: Config) -> list[Config]:
+    """Best first. The default goes before whatever does not beat it by the margin."""
+    order = sorted(milliseconds, key=milliseconds.get)
+    if default in milliseconds:
+        limit = milliseconds[default] * (1 - MARGIN)
+        better = [config for config in order if milliseconds[config] < limit]
+        order = [*better, default, *(config for config in order if config not in (*better, default))]
+    return order
+
+
+def tune(
+    bench: Bench, tried: list[Config], timer: Callable, rounds: int, device: str, shared: Callable = shared_memory
+) -> Outcome:
+    """Choose for one key among `tried`, of which the first is the default."""
+    key, result = bench.key, Outcome(bench.key, tried[0])
+    for config in tried:
+        reason = why_not_compiled(bench, config, shared) or why_wrong(key, config, plain_cases(key), device)
+        if reason is not None:
+            result.refused[config] = reason
+    calls = {config: bench.launch(config).run for config in tried if config not in result.refused}
+    if calls:
+        times = interleaved(calls, timer, rounds)
+        result.milliseconds = {config: statistics.median(each) for config, each in times.items()}
+    for config in fastest(result.milliseconds, result.default):
+        reason = why_wrong(key, config, thorough_cases(key), device)
+        if reason is None:
+            result.winner = config
+            break
+        result.refused[config] = reason
+    return result
+
+
+def write(outcomes: list[Outcome], device: str, before: dict, after: dict, path: Path) -> None:
+    """The table, which must be readable."""
+    record = {
+        "benchmark": "tune_attention",
+        "device": device,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "conditions_before": before,
+        "conditions_after": after,
+        "entries": [outcome.entry() for outcome in outcomes if outcome.winner is not None],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    configs.read_tuned(path)
+
+
+def show(outcome: Outcome) -> None:
+    """One line for the winner, one for each kind of refusal."""
+    key, best = outcome.key, outcome.winner
+    name = f"{key.kernel} {str(key.dtype).removeprefix('torch.')} D<={key.head_dim}"
+    if best is None:
+        print(f"{name}: no candidate was right")
+    else:
+        new, old = outcome.milliseconds[best], outcome.milliseconds.get(outcome.default)
+        print(f"{name}: {tuple(best)} {new:.4f} ms; default {tuple(outcome.default)} {old and round(old, 4)} ms")
+    for config, reason in outcome.refused.items():
+        print(f"  refused {tuple(config)}: {reason}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune_attention", description=__doc__.splitlines()[0])
+    parser.add_argument("--head-dims", nargs="*", type=int, default=[64, 128], choices=configs.HEAD_DIMS)
+    parser.add_argument("--dtypes", nargs="*", default=["bfloat16"], choices=list(configs.DTYPES))
+    parser.add_argument("--kernels", nargs="*", default=list(configs.TUNED_KERNELS), choices=configs.TUNED_KERNELS)
+    parser.add_argument("--mask", default="causal", choices=list(MASKS))
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--write", type=Path, default=None, help="the table's file (results/tuned-<device>.json)")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("benchmarks.tune_attention needs a GPU and found none: nothing tuned")
+        return 0
+    if os.environ.get("KERNELS_TUNED_TABLE"):
+        parser.error("unset KERNELS_TUNED_TABLE: configs are compared with the default table")
+    device, arch = torch.cuda.get_device_name(), configs.architecture(torch.device("cuda"))
+    before, timer, outcomes = conditions(), EventTimer(), []
+    for dtype, head_dim, kernel in itertools.product(args.dtypes, args.head_dims, args.kernels):
+        key = Key(arch, configs.DTYPES[dtype], head_dim, kernel)
+        bench = Bench(key, Setting(head_dim, args.length, args.mask, kernel), "cuda")
+        outcomes.append(tune(bench, candidates(key), timer, args.rounds, "cuda"))
+        show(outcomes[-1])
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    path = args.write or RESULTS / f"tuned-{slug}.json"
+    write(outcomes, device, before, conditions(), path)
+    print(f"written to {path}: KERNELS_TUNED_TABLE={path} uses it")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

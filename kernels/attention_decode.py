@@ -1,0 +1,245 @@
+"""`attention_decode`: a few new queries of each sequence against a long cache, contiguous or in pages.
+
+It checks its arguments and sends the call down one of three paths:
+
+triton      two kernels of our own, on a GPU (attention_decode_triton.py)
+torch       append, gather pages, then `attention` for each run of sequences of one length
+reference   the same by attention_reference.py, which is the specification
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels.attention import attention, triton_missing
+from kernels.attention_decode_reference import DecodeCall, attention_decode_reference, by_length, rebuilt
+from kernels.mask import FAR, Mask
+from kernels.masks import CAUSAL
+
+if triton_missing is None:
+    from kernels import attention_triton
+    from kernels.attention_decode_triton import DecodeProblem, decode
+
+IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
+
+
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lens: Tensor,
+    *,
+    k_new: Tensor | None = None,
+    v_new: Tensor | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    mask: Mask = CAUSAL,
+    block_table: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+):
+    """Attention of one or a few new queries to a cache of keys and values, by Flash-Decoding
+    (https://pytorch.org/blog/flash-decoding/). For inference: it has no gradients.
+
+    q (B, Tq, H, D), Tq from 1 to some 16 (more is right, but `attention` is faster). H a multiple of H_kv: head h
+    attends to the keys of head h // (H / H_kv). All of one dtype and device, any strides. Returns (B, Tq, H, Dv) in
+    q's dtype and, with `return_lse`, also lse (B, H, Tq), natural, sinks included, in float32.
+
+    A contiguous cache is k_cache (B, capacity, H_kv, D) and v_cache (B, capacity, H_kv, Dv). A paged one is k_cache
+    (n_pages, page_size, H_kv, D), v_cache alike, page_size a multiple of 16, and block_table (B, max_pages) int32:
+    token j of sequence b is token j % page_size of page block_table[b, j // page_size] (PagedAttention,
+    https://arxiv.org/abs/2309.06180). What lies behind a sequence's last token is never read, nor are its entries of
+    the table.
+
+    cache_lens (B,) int32: tokens of each sequence in the cache before this call. With k_new (B, Tq, H_kv, D) and v_new
+    (B, Tq, H_kv, Dv) these tokens are first written behind them, in place, and a sequence is cache_lens + Tq tokens
+    long; without, it is cache_lens long. Either way query i stands at position length - Tq + i, the last query at the
+    last key. cache_lens itself is not changed.
+
+    rotary        (cos, sin), each (positions, D), in the half-split pairing with the signs folded into sin: turns q
+                  and k_new, each row at its position, in float32; keys already in the cache are taken as they are
+    mask          from `kernels.masks`; keys outside its bands are not read, so a sliding window costs its window
+    scale, softcap, alibi_slopes (H,), sinks (H,)    as in `kernels.attention`
+    impl          "triton", "torch", "reference", or "auto": Triton on a GPU from sm_80 up, else torch
+
+    A sequence gets the same bits whatever the other sequences, the capacity and the place of its pages. On a GPU
+    nothing waits for the device, so neither lengths nor page numbers are checked there: a sequence has to fit its
+    cache (what does not is not written, and the result then means nothing), and pages that are written belong to one
+    sequence. On a CPU they are checked.
+
+    Raises ValueError or TypeError for arguments that do not fit, NotImplementedError for an `impl` that cannot do the
+    call, RuntimeError for one that cannot run here.
+    """
+    _check(q, k_cache, v_cache, cache_lens, k_new, v_new, block_table)
+    _check_features(q, k_cache, mask, rotary, softcap, alibi_slopes, sinks)
+    if not q.is_cuda and not torch.compiler.is_compiling():
+        _check_lengths(k_cache, cache_lens, 0 if k_new is None else q.shape[1], block_table, rotary)
+    impl = _choose(impl, q, v_cache)
+    cos, sin = (None, None) if rotary is None else rotary
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if impl == "triton" or torch.compiler.is_compiling():
+        slopes, sinks = (None if x is None else x.contiguous() for x in (alibi_slopes, sinks))
+        call = DecodeCall(
+            q, k_cache, v_cache, cache_lens, k_new, v_new, cos, sin, block_table, mask.key, len(mask.bands),
+            mask.indexed, list(mask.operands), [row.contiguous() for row in mask.tensors], scale, softcap or 0.0,
+            slopes, sinks,
+        )  # fmt: skip
+        out, lse = _decode(*call, return_lse, impl)
+        return (out, lse) if return_lse else out
+    return _in_torch(impl)(
+        q, k_cache, v_cache, cache_lens, k_new=k_new, v_new=v_new, rotary=rotary, mask=mask, block_table=block_table,
+        scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, return_lse=return_lse,
+    )  # fmt: skip
+
+
+def _in_torch(impl: str):
+    if impl == "reference":
+        return attention_decode_reference
+    return lambda *tensors, **arguments: by_length(attention, *tensors, **arguments)
+
+
+@torch.library.custom_op(
+    "triton_attention::decode",
+    mutates_args=("k_cache", "v_cache"),
+    schema="(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_lens, Tensor? k_new, Tensor? v_new, "
+    "Tensor? cos, Tensor? sin, Tensor? block_table, str mask, SymInt n_bands, bool indexed, SymInt[] mask_ints, "
+    "Tensor[] mask_rows, float scale, float softcap, Tensor? alibi_slopes, Tensor? sinks, bool wants_lse, str impl)"
+    " -> (Tensor, Tensor)",
+)
+def _decode(*args):
+    *args, wants_lse, impl = args
+    call = DecodeCall(*args)
+    if impl == "triton":
+        with attention_triton.on_device_of(call.q):
+            return decode(DecodeProblem(call))
+    mask = rebuilt(call.mask, call.n_bands, call.indexed, call.mask_ints, call.mask_rows)
+    arguments = call._asdict() | {"mask": mask, "softcap": call.softcap or None, "return_lse": wants_lse}
+    cos, sin = arguments.pop("cos"), arguments.pop("sin")
+    for name in ("n_bands", "indexed", "mask_ints", "mask_rows"):
+        del arguments[name]
+    found = _in_torch(impl)(*call[:4], **dict(list(arguments.items())[4:]), rotary=None if cos is None else (cos, sin))
+    # An operator returns both, contiguous; lse is nobody's if it was not asked for.
+    out, lse = found if wants_lse else (found, _fake(*args)[1])
+    return out.contiguous(), lse
+
+
+@_decode.register_fake
+def _fake(q, k_cache, v_cache, *args):
+    B, Tq, H, _ = q.shape
+    real = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(B, Tq, H, v_cache.shape[3]), q.new_empty(B, H, Tq, dtype=real)
+
+
+def _choose(impl: str, q: Tensor, v: Tensor) -> str:
+    """The path that `impl` means for this call; raises where an explicit one cannot do it."""
+    if impl in ("torch", "reference"):
+        return impl
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if triton_missing is not None:
+        if impl == "auto":
+            return "torch"
+        raise RuntimeError(f'impl="triton" needs triton, which does not import here: {triton_missing}')
+    if impl == "auto":
+        return "triton" if q.is_cuda and attention_triton.why_not_triton(q, v) is None else "torch"
+    if not attention_triton.runs_on(q.device):
+        raise RuntimeError(
+            f'impl="triton" needs a GPU from sm_80 up, not {q.device}; on a CPU its kernels run in an interpreter '
+            "if TRITON_INTERPRET=1 is set before triton is imported"
+        )
+    why_not = attention_triton.why_not_triton(q, v)
+    if why_not is not None:
+        raise NotImplementedError(f'impl="triton" cannot do this call: {why_not}')
+    return "triton"
+
+
+def _check(q, k_cache, v_cache, cache_lens, k_new, v_new, block_table) -> None:
+    """Raise for tensors that do not belong together. It runs at every call, so it is quick."""
+    if not (q.ndim == k_cache.ndim == v_cache.ndim == 4):
+        raise ValueError(f"q and the caches have four axes, not {q.ndim}, {k_cache.ndim} and {v_cache.ndim}")
+    B, Tq, H, D = q.shape
+    n, length, H_kv, Dk = k_cache.shape
+    Dv = v_cache.shape[3]
+    if Dk != D or v_cache.shape[:3] != k_cache.shape[:3] or (block_table is None and n != B):
+        raise ValueError(
+            f"q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} do not fit: they "
+            "are (B, Tq, H, D), (B, capacity, H_kv, D) and (B, capacity, H_kv, Dv), or with a block_table "
+            "(n_pages, page_size, H_kv, D) and (n_pages, page_size, H_kv, Dv)"
+        )
+    if H_kv == 0 or H % H_kv:
+        raise ValueError(f"{H} query heads do not divide into groups for {H_kv} key heads: H is a multiple of H_kv")
+    if not q.dtype.is_floating_point:
+        raise TypeError(f"attention is for floating point tensors, not {q.dtype}")
+    if cache_lens.shape != (B,) or cache_lens.dtype != torch.int32:
+        raise ValueError(f"cache_lens is int32 of shape {(B,)}, not {cache_lens.dtype} of {tuple(cache_lens.shape)}")
+    if (k_new is None) != (v_new is None):
+        raise ValueError("k_new and v_new come together: one of them is None")
+    if k_new is not None and (k_new.shape != (B, Tq, H_kv, D) or v_new.shape != (B, Tq, H_kv, Dv)):
+        raise ValueError(
+            f"k_new is {(B, Tq, H_kv, D)} and v_new {(B, Tq, H_kv, Dv)}, not {tuple(k_new.shape)} and "
+            f"{tuple(v_new.shape)}"
+        )
+    tensors = (q, k_cache, v_cache) if k_new is None else (q, k_cache, v_cache, k_new, v_new)
+    dtypes = {x.dtype for x in tensors}
+    if len(dtypes) > 1:
+        raise TypeError(f"q, caches and new tokens have one dtype, not {', '.join(sorted(map(str, dtypes)))}")
+    capacity = length
+    if block_table is not None:
+        if block_table.ndim != 2 or block_table.shape[0] != B or block_table.dtype != torch.int32:
+            raise ValueError(
+                f"block_table is int32 of shape ({B}, max_pages), not {block_table.dtype} of {tuple(block_table.shape)}"
+            )
+        if length == 0 or length % 16:
+            raise ValueError(f"a page holds a multiple of 16 tokens, not {length}")
+        capacity *= block_table.shape[1]
+    if capacity >= FAR or Tq >= FAR:
+        raise ValueError(f"sequences shorter than {FAR} are supported, not {capacity} and {Tq}")
+    for x in (*tensors, cache_lens, block_table):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"all tensors are on one device, not {q.device} and {x.device}")
+
+
+def _check_features(q, k_cache, mask, rotary, softcap, alibi_slopes, sinks) -> None:
+    """Raise for optional arguments that do not fit q."""
+    B, _, H, D = q.shape
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap is a positive number or None, not {softcap}")
+    for name, per_head in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+        if per_head is not None and per_head.shape != (H,):
+            raise ValueError(f"{name} has one value for each of {H} heads, not shape {tuple(per_head.shape)}")
+    tables = () if rotary is None else rotary
+    if rotary is not None:
+        cos, sin = rotary
+        if D % 2 or cos.ndim != 2 or cos.shape != sin.shape or cos.shape[0] == 0 or cos.shape[1] != D:
+            raise ValueError(
+                f"rotary is two tables (positions, {D}), and D is even, not {tuple(cos.shape)} and {tuple(sin.shape)}"
+            )
+    for row in mask.tensors:
+        if row.shape != (B,):
+            raise ValueError(f"a tensor in a mask has one value for each of {B} rows, not shape {tuple(row.shape)}")
+    for x in (alibi_slopes, sinks, *tables, *mask.tensors):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"all tensors are on one device, not {q.device} and {x.device}")
+
+
+def _check_lengths(k_cache, cache_lens, n_new: int, block_table, rotary) -> None:
+    """Raise for lengths and pages that a cache does not have. It reads values, which on a GPU would wait for them."""
+    n_pages, length = k_cache.shape[:2]
+    capacity = length if block_table is None else length * block_table.shape[1]
+    lens = cache_lens.tolist()
+    if not lens:
+        return
+    if min(lens) < 0 or max(lens) + n_new > capacity:
+        raise ValueError(
+            f"cache_lens from {min(lens)} to {max(lens)} and {n_new} new tokens do not fit a capacity of {capacity}"
+        )
+    if rotary is not None and max(lens) + n_new > rotary[0].shape[0]:
+        raise ValueError(f"rotary has {rotary[0].shape[0]} positions, fewer than {max(lens) + n_new} tokens")
+    for b, n in enumerate(lens if block_table is not None else ()):
+        pages = block_table[b, : -(-(n + n_new) // length)].tolist()
+        if any(not 0 <= page < n_pages for page in pages):
+            raise ValueError(f"block_table names pages {pages} for sequence {b}, of which there are {n_pages}")

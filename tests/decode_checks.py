@@ -1,0 +1,138 @@
+"""The rule of attention_checks.py for decoding: cases, caches that are NaN behind their tokens, and the comparison."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import attention_decode, masks
+from kernels.attention_decode_reference import attention_decode_reference
+from tests import attention_checks as checks
+
+LENGTHS = (0, 1, 17, 127, 128, 129, 1000)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: `lens` tokens in the cache, Tq more if `new`. page: 0 for a contiguous cache."""
+
+    name: str = ""
+    lens: tuple[int, ...] = LENGTHS
+    Tq: int = 1
+    H: int = 2
+    H_kv: int = 1
+    D: int = 16
+    Dv: int | None = None
+    dtype: torch.dtype = torch.float32
+    capacity: int = 1024
+    page: int = 0
+    new: bool = True
+    features: tuple[str, ...] = ()
+    mask: masks.Mask = masks.CAUSAL
+    layout: str = "poisoned"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass
+class Inputs:
+    """Tensors in the case's dtype. Caches are NaN behind the tokens they hold, in pages of nobody as well."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    cache_lens: Tensor
+    arguments: dict
+
+
+def make_inputs(case: Case, device: str) -> Inputs:
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    B, Tq, H, H_kv, D, Dv = len(case.lens), case.Tq, case.H, case.H_kv, case.D, case.Dv or case.D
+    lens = torch.tensor(case.lens, dtype=torch.int32)
+    arguments: dict = {"mask": case.mask}
+    table = None
+    if case.page:
+        pages = -(-case.capacity // case.page)
+        table = torch.randperm(B * pages, generator=generator).view(B, pages).int()
+        for b, n in enumerate(case.lens):
+            # Behind its tokens a sequence has no pages: what stands there is no page's number.
+            table[b, -(-(n + Tq * case.new) // case.page) :] = 1 << 30
+        arguments["block_table"] = table.to(device)
+    caches = [fill(randn(B, case.capacity, H_kv, width), case, table) for width in (D, Dv)]
+    if case.new:
+        arguments["k_new"] = checks.lay_out(randn(B, Tq, H_kv, D), case.dtype, "strided", device)
+        arguments["v_new"] = checks.lay_out(randn(B, Tq, H_kv, Dv), case.dtype, case.layout, device)
+    if "rotary" in case.features:
+        angles = torch.outer(torch.arange(case.capacity), 100.0 ** (-torch.arange(0, D, 2) / D)).repeat(1, 2)
+        sign = torch.tensor([-1.0, 1.0]).repeat_interleave(D // 2)
+        arguments["rotary"] = angles.cos().to(device), (angles.sin() * sign).to(device)
+    if "softcap" in case.features:
+        arguments["softcap"] = 2.0
+    if "alibi" in case.features:
+        arguments["alibi_slopes"] = torch.rand(H, generator=generator).to(device)
+    if "sinks" in case.features:
+        arguments["sinks"] = randn(H).to(device)
+    q = checks.lay_out(randn(B, Tq, H, D), case.dtype, case.layout, device)
+    k, v = (checks.lay_out(cache, case.dtype, case.layout, device) for cache in caches)
+    return Inputs(q, k, v, lens.to(device), arguments)
+
+
+def fill(tokens: Tensor, case: Case, table: Tensor | None) -> Tensor:
+    """A cache that holds the first lens of tokens (B, capacity, H_kv, D), and NaN otherwise."""
+    B, _, H_kv, D = tokens.shape
+    shape = tokens.shape if table is None else (B * table.shape[1], case.page, H_kv, D)
+    cache = torch.full(shape, math.nan)
+    for b, n in enumerate(case.lens):
+        if table is None:
+            cache[b, :n] = tokens[b, :n]
+        else:
+            j = torch.arange(n)
+            cache[table[b].long()[j // case.page], j % case.page] = tokens[b, :n]
+    return cache
+
+
+def run(fn, inputs: Inputs, dtype: torch.dtype | None = None, **options) -> dict[str, Tensor]:
+    """out, lse and the caches afterwards, with all floating inputs in `dtype` if given."""
+
+    def cast(x):
+        if isinstance(x, tuple):
+            return tuple(map(cast, x))
+        return x.to(dtype) if dtype is not None and isinstance(x, Tensor) and x.is_floating_point() else x
+
+    layouts = [torch.empty_strided(x.shape, x.stride(), dtype=dtype or x.dtype, device=x.device) for x in
+               (inputs.k_cache, inputs.v_cache)]  # fmt: skip
+    caches = [to.copy_(x) for to, x in zip(layouts, (inputs.k_cache, inputs.v_cache))]
+    arguments = {name: cast(x) for name, x in inputs.arguments.items()}
+    out, lse = fn(cast(inputs.q), *caches, inputs.cache_lens, **arguments, return_lse=True, **options)
+    return {"out": out, "lse": lse, "k_cache": caches[0], "v_cache": caches[1]}
+
+
+def reference(*args, **arguments):
+    """attention_decode_reference, with what attention_decode's signature fills in."""
+    empty = dict.fromkeys(("k_new", "v_new", "rotary", "block_table", "scale", "softcap", "alibi_slopes", "sinks"))
+    return attention_decode_reference(*args, **(empty | arguments))
+
+
+def check(case: Case, device: str, impl: str = "triton") -> None:
+    """Hold a path to the reference in float64; what the kernels are to write is NaN before."""
+    inputs = make_inputs(case, device)
+    with checks.poisoned_outputs():
+        ours = run(attention_decode, inputs, impl=impl)
+    truth = run(reference, inputs, torch.float64)
+    plain = run(reference, inputs, upcast=False)
+    plain["lse"] = run(reference, inputs)["lse"]
+    for name in ("out", "lse"):
+        assert ours[name].shape == truth[name].shape
+        loss = 3 * 2.0**-24 * truth["lse"].nan_to_num(0, 0, 0).abs().max().item() if name == "lse" else 0.0
+        checks.assert_close(name, ours[name], plain[name], truth[name], case.dtype, loss)
+    # Where keys are rotated, sums of two products round in either order; all else is written as it came.
+    step = {torch.float32: 2e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}[case.dtype] * ("rotary" in case.features)
+    torch.testing.assert_close(ours["k_cache"], plain["k_cache"], rtol=step, atol=step, equal_nan=True)
+    torch.testing.assert_close(ours["v_cache"], plain["v_cache"], rtol=0, atol=0, equal_nan=True)

@@ -1,0 +1,291 @@
+"""Decoding against a cache: held to the reference by the rule for attention, and to the same bits in any company."""
+
+import itertools
+import math
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+
+from kernels import attention_decode, masks
+from kernels.attention_decode import _decode
+from kernels.attention_decode_reference import DecodeCall, rotated
+from kernels.attention_decode_triton import SPLIT, DecodeProblem
+from kernels.mask import Band
+from tests.decode_checks import Case, Inputs, check, make_inputs, reference, run
+
+FEW = (0, 130, 600)
+WINDOW = masks.sliding_window(150)
+WINDOW_AND_SINKS = masks.CAUSAL & (WINDOW | masks.sink_tokens(4))
+
+
+CASES = [
+    Case("one query", H_kv=2),
+    Case("fp16-D64", lens=FEW, D=64, dtype=torch.float16, layout="heads first"),
+    Case("bf16-D128-groups-of-4-pages", Tq=3, H=4, D=128, dtype=torch.bfloat16, page=16),
+    Case("D80-Dv24-groups-of-8-pages-of-48", Tq=5, H=8, D=80, Dv=24, page=48, lens=(1000, 129)),
+    Case("two tiles of rows", Tq=9, H=8, lens=(3, 300), mask=WINDOW),
+    Case("nothing new", Tq=2, new=False),
+    Case("nothing new, all visible", lens=FEW, Tq=4, new=False, mask=masks.FULL, dtype=torch.float16, page=32),
+    Case("all visible", lens=FEW, Tq=4, mask=masks.FULL),
+    Case("rotary-pages", lens=FEW, Tq=2, features=("rotary",), page=16),
+    Case("rotary-bf16", lens=FEW, D=64, features=("rotary",), dtype=torch.bfloat16),
+    Case("everything", Tq=2, H=4, features=("rotary", "softcap", "alibi", "sinks"), page=64, mask=WINDOW_AND_SINKS),
+    Case("everything-bf16", lens=FEW, Tq=2, features=("softcap", "alibi", "sinks"), dtype=torch.bfloat16),
+    Case("window", lens=FEW, Tq=3, mask=WINDOW, layout="strided"),
+    Case("window over all lengths", mask=WINDOW, H=1),
+    Case("sinks that no key joins", features=("sinks",), new=False, mask=masks.sink_tokens(0), lens=(0, 300)),
+    Case("bigbird", lens=(1000, 70), mask=masks.bigbird(64, 4, 2, seed=0)),
+    Case("dilated", lens=(600, 17), mask=WINDOW & masks.strided(3)),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels(case, device):
+    check(case, device)
+
+
+def test_mask_of_each_row(device):
+    mask = WINDOW | (masks.CAUSAL & masks.prefix(torch.tensor([0, 3, 200], dtype=torch.int32, device=device)))
+    check(Case(lens=(500, 600, 700), mask=mask, page=16), device)
+
+
+def test_new_keys_under_a_mask_that_hides_them(device):
+    """No split with the new tokens is attended to, and they are appended all the same."""
+    check(Case(lens=(300, 600), Tq=2, mask=masks.sink_tokens(7)), device)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_torch_path(case):
+    """What "auto" takes on a CPU."""
+    check(case, "cpu", impl="torch")
+
+
+def test_torch_path_without_lse():
+    inputs = make_inputs(Case(lens=(5, 5, 130), H=4, page=16), "cpu")
+    out = attention_decode(inputs.q, inputs.k_cache, inputs.v_cache, inputs.cache_lens, **inputs.arguments)
+    torch.testing.assert_close(out, run(reference, inputs)["out"], rtol=1e-6, atol=1e-6)
+
+
+def test_reference_by_hand():
+    """One query, two keys in the cache and one new, whose weights are 1/4, 1/4 and 1/2; NaN behind them."""
+    k, v = torch.full((1, 4, 1, 8), math.nan), torch.full((1, 4, 1, 8), math.nan)
+    k[:, :2], v[0, 0], v[0, 1] = 0.0, 4.0, 8.0
+    q = torch.ones(1, 1, 1, 8)
+    k_new, v_new = torch.full((1, 1, 1, 8), math.log(2) / 8), torch.full((1, 1, 1, 8), 2.0)
+    lens = torch.tensor([2], dtype=torch.int32)
+    for impl in ("reference", "torch"):
+        out = attention_decode(q, k, v, lens, k_new=k_new, v_new=v_new, scale=1.0, impl=impl)
+        torch.testing.assert_close(out, torch.full_like(out, 4.0))
+        assert torch.equal(v[0, 2], v_new[0, 0]) and torch.equal(k[0, 2], k_new[0, 0]) and v[0, 3].isnan().all()
+    # The same three tokens, all in the cache already.
+    lens += 1
+    torch.testing.assert_close(attention_decode(q, k, v, lens, scale=1.0), torch.full_like(out, 4.0))
+
+
+def test_rotation_by_hand():
+    """A quarter turn at position 1: the pair (x, y) becomes (-y, x)."""
+    cos = torch.tensor([[1.0] * 4, [0.0] * 4])
+    sin = torch.tensor([[0.0] * 4, [-1.0, -1.0, 1.0, 1.0]])
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0]).expand(1, 2, 1, 4)
+    turned = rotated(x, torch.tensor([[0, 1]]), (cos, sin))
+    assert turned[0, :, 0].tolist() == [[1.0, 2.0, 3.0, 4.0], [-3.0, -4.0, 1.0, 2.0]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mask"),
+    [(torch.float32, masks.CAUSAL), (torch.bfloat16, WINDOW_AND_SINKS)],
+    ids=["fp32-causal", "bf16-window-and-sinks"],
+)
+def test_batch_invariance(dtype, mask, device):
+    """A sequence gets the same bits alone and among others, in a short and in a long cache, contiguous or in pages."""
+    base = Case(dtype=dtype, mask=mask, features=("sinks",))
+    placed = {5: make_inputs(replace(base, lens=(100,), capacity=101), device)}
+    placed[2] = make_inputs(replace(base, lens=(700,), capacity=720), device)
+    placed[5].arguments["sinks"] = placed[2].arguments["sinks"]
+    expected = {b: run(attention_decode, alone, impl="triton") for b, alone in placed.items()}
+    lens = (3, 520, 700, 0, 64, 100, 900, 255)
+    for page in (0, 16):
+        others = make_inputs(replace(base, lens=lens, page=page, seed=1), device)
+        others.arguments["sinks"] = placed[2].arguments["sinks"]
+        for b, alone in placed.items():
+            put_in(others, b, alone, lens[b])
+        got = run(attention_decode, others, impl="triton")
+        for b, name in itertools.product(placed, ("out", "lse")):
+            assert torch.equal(got[name][b], expected[b][name][0]), f"{name} of {lens[b]} tokens, pages of {page}"
+
+
+def put_in(inputs: Inputs, b: int, alone: Inputs, n: int) -> None:
+    """Replace sequence b by the only one of `alone`, n tokens long."""
+    inputs.q[b] = alone.q[0]
+    for name in ("k_new", "v_new"):
+        inputs.arguments[name][b] = alone.arguments[name][0]
+    table = inputs.arguments.get("block_table")
+    for to, source in ((inputs.k_cache, alone.k_cache), (inputs.v_cache, alone.v_cache)):
+        if table is None:
+            to[b, :n] = source[0, :n]
+        else:
+            j = torch.arange(n, device=to.device)
+            to[table[b].long()[j // 16], j % 16] = source[0, :n]
+
+
+def test_window_reads_its_window(device):
+    """Tiles outside the bands are not visited: what stands there is NaN, and nothing comes of it."""
+    for mask, unseen in ((WINDOW, slice(0, 832)), (WINDOW_AND_SINKS, slice(64, 832))):
+        inputs = make_inputs(Case(lens=(1000,), mask=mask), device)
+        inputs.k_cache[0, unseen] = inputs.v_cache[0, unseen] = math.nan
+        assert run(attention_decode, inputs, impl="triton")["out"].isfinite().all()
+
+
+def problem(capacity: int, mask: masks.Mask, Tq: int = 1) -> DecodeProblem:
+    q, cache = (torch.empty(1, T, 1, 16, device="meta") for T in (Tq, capacity))
+    operands = mask.key, len(mask.bands), mask.indexed, list(mask.operands), list(mask.tensors)
+    lens = torch.empty(1, dtype=torch.int32, device="meta")
+    return DecodeProblem(
+        DecodeCall(q, cache, cache, lens, None, None, None, None, None, *operands, 1.0, 0.0, None, None), "sm_90"
+    )
+
+
+def test_slots():
+    """There are as many programs as a mask and a capacity can need: a window has few, however long the cache."""
+    assert problem(1 << 16, masks.CAUSAL).n_slots == (1 << 16) // SPLIT
+    assert problem(SPLIT + 1, masks.FULL).n_slots == 2
+    assert problem(1 << 16, masks.sliding_window(1)).n_slots == 1
+    assert problem(1 << 16, masks.sliding_window(SPLIT)).n_slots == 2
+    assert problem(1 << 16, masks.sliding_window(SPLIT), Tq=3).n_slots == 3
+    assert problem(1 << 16, WINDOW_AND_SINKS).n_slots == 3
+    assert problem(SPLIT, WINDOW_AND_SINKS).n_slots == 1
+    assert problem(0, masks.CAUSAL).n_slots == 0
+    rows = torch.ones(1, dtype=torch.int32, device="meta")
+    by_row = masks.Mask(masks.is_prefix, rows, bands=[Band(k_end=rows)])
+    assert problem(1 << 16, by_row).n_slots == (1 << 16) // SPLIT
+
+
+def test_empty_batch_and_cache(device):
+    check(Case(lens=(0, 0), capacity=0, new=False), device)
+    empty = make_inputs(Case(lens=(), capacity=64), device)
+    for impl in ("triton", "torch"):
+        assert run(attention_decode, empty, impl=impl)["out"].shape == (0, 1, 2, 16)
+
+
+def test_lengths_beyond_the_cache(device):
+    """Where nobody may look at lengths, a wrong one does not lead out of the cache: memory around it stays NaN."""
+    memory = torch.full((3, 64, 1, 16), math.nan, device=device)
+    cache = memory[1:2]
+    cache[:] = 1.0
+    new = torch.ones(1, 4, 1, 16, device=device)
+    lens = torch.tensor([62], dtype=torch.int32, device=device)
+    with mock.patch("kernels.attention_decode._check_lengths"):
+        for n in (62, 1000, -7):
+            attention_decode(new, cache, cache, lens.fill_(n), k_new=new, v_new=new, impl="triton")
+    assert memory[0].isnan().all() and memory[2].isnan().all() and cache.isfinite().all()
+
+
+def op_arguments(case: Case, device: str) -> tuple:
+    inputs = make_inputs(case, device)
+    a, mask = inputs.arguments, case.mask
+    operands = mask.key, len(mask.bands), mask.indexed, list(mask.operands), list(mask.tensors)
+    tensors = [a.get(name) for name in ("k_new", "v_new")]
+    caches = inputs.k_cache.nan_to_num(), inputs.v_cache.nan_to_num()
+    call = (inputs.q, *caches, inputs.cache_lens, *tensors, None, None, a.get("block_table"), *operands)
+    return *call, 0.25, 0.0, None, None, True
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_operator(impl, device):
+    args = op_arguments(Case(lens=(20,), capacity=64, page=16 if impl == "torch" else 0), device)
+    torch.library.opcheck(_decode, (*args, impl), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+def test_compiles_whole(impl, device):
+    """torch.compile holds it in one graph, caches changed in place and all, while lengths grow."""
+    inputs = make_inputs(Case(lens=(20, 70), capacity=128, features=("rotary",), mask=WINDOW), device)
+    k, v = inputs.k_cache.clone(), inputs.v_cache.clone()
+
+    def step(q, k, v, lens):
+        return attention_decode(q, k, v, lens, **inputs.arguments, impl=impl) * 2
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        expected = 2 * run(attention_decode, inputs, impl=impl)["out"]
+        out = compiled(inputs.q, k, v, inputs.cache_lens)
+        torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+        inputs.k_cache, inputs.v_cache = k.clone(), v.clone()
+        inputs.cache_lens += 1
+
+
+@pytest.mark.gpu
+def test_cuda_graph():
+    """A captured step follows the lengths on the device: nothing in it waits for them."""
+    inputs = make_inputs(Case(lens=(20, 300), D=64, dtype=torch.bfloat16, page=16, capacity=512), "cuda")
+    args = inputs.q, inputs.k_cache, inputs.v_cache, inputs.cache_lens
+    inputs.arguments["block_table"].copy_(torch.randperm(64, device="cuda").int().view(2, 32))
+    for cache in args[1:3]:
+        cache.nan_to_num_()
+    attention_decode(*args, **inputs.arguments, impl="triton")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention_decode(*args, **inputs.arguments, impl="triton")
+    for n in (21, 200):
+        inputs.cache_lens.fill_(n)
+        graph.replay()
+        assert torch.equal(out, attention_decode(*args, **inputs.arguments, impl="triton"))
+
+
+def test_has_no_gradients():
+    inputs = make_inputs(Case(lens=(5,), capacity=64), "cpu")
+    for impl in ("torch", "reference"):
+        inputs.q = inputs.q.detach().requires_grad_()
+        with pytest.raises(RuntimeError):
+            run(attention_decode, inputs, impl=impl)["out"].sum().backward()
+
+
+def wrong(**changes):
+    """A call that fits, with some of its arguments replaced."""
+    call = {
+        "q": torch.zeros(2, 1, 4, 16),
+        "k_cache": torch.zeros(2, 64, 2, 16),
+        "v_cache": torch.zeros(2, 64, 2, 16),
+        "cache_lens": torch.tensor([3, 64], dtype=torch.int32),
+    }
+    return attention_decode(**(call | changes))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "changes"),
+    [
+        (ValueError, "four axes", {"q": torch.zeros(2, 4, 16)}),
+        (ValueError, "do not fit", {"q": torch.zeros(3, 1, 4, 16)}),
+        (ValueError, "do not fit", {"v_cache": torch.zeros(2, 63, 2, 16)}),
+        (ValueError, "multiple of H_kv", {"q": torch.zeros(2, 1, 3, 16)}),
+        (ValueError, "cache_lens is int32", {"cache_lens": torch.tensor([3, 64])}),
+        (ValueError, "do not fit a capacity of 64", {"cache_lens": torch.tensor([3, 65], dtype=torch.int32)}),
+        (ValueError, "do not fit a capacity", {"k_new": torch.zeros(2, 1, 2, 16), "v_new": torch.zeros(2, 1, 2, 16)}),
+        (ValueError, "come together", {"k_new": torch.zeros(2, 1, 2, 16)}),
+        (ValueError, "k_new is", {"k_new": torch.zeros(2, 2, 2, 16), "v_new": torch.zeros(2, 2, 2, 16)}),
+        (TypeError, "one dtype", {"k_cache": torch.zeros(2, 64, 2, 16).half()}),
+        (ValueError, "softcap", {"softcap": 0.0}),
+        (ValueError, "sinks has", {"sinks": torch.zeros(3)}),
+        (ValueError, "rotary is two tables", {"rotary": (torch.zeros(64, 8), torch.zeros(64, 8))}),
+        (ValueError, "rotary has 63", {"rotary": (torch.zeros(63, 16), torch.zeros(63, 16))}),
+        (ValueError, "each of 2 rows", {"mask": masks.prefix(torch.zeros(3, dtype=torch.int32))}),
+        (ValueError, "not one of", {"impl": "cuda"}),
+        (ValueError, "multiple of 16", {"block_table": torch.zeros(2, 1, dtype=torch.int32),
+                                        "k_cache": torch.zeros(2, 24, 2, 16), "v_cache": torch.zeros(2, 24, 2, 16)}),
+        (ValueError, "block_table is int32", {"block_table": torch.zeros(2, 1)}),
+        (ValueError, "block_table names pages", {"block_table": torch.full((2, 1), 2, dtype=torch.int32)}),
+    ],
+)  # fmt: skip
+def test_refuses(error, message, changes):
+    wrong()
+    with pytest.raises(error, match=message):
+        wrong(**changes)
+
+
+def test_triton_refuses_what_it_cannot(device):
+    tensors = {name: torch.zeros(2, T, 2, 300, device=device) for name, T in (("q", 1), ("k_cache", 8), ("v_cache", 8))}
+    with pytest.raises(NotImplementedError, match="head_dim 300"):
+        attention_decode(**tensors, cache_lens=torch.zeros(2, dtype=torch.int32, device=device), impl="triton")

@@ -1,0 +1,213 @@
+"""The decoder against the model itself: every option, ragged rows, forks, cuts, windows, equal bits in any batch."""
+
+import pytest
+import torch
+
+from gpt.config import PRESETS, ModelConfig
+from gpt.decode import CHUNK, SLACK, Decoder
+from gpt.model import GPT
+
+VOCAB = 61
+OPTIONS = {
+    **PRESETS,
+    "alibi-grouped": {"position": "alibi", "n_kv_head": 2, "norm": "layernorm"},
+    "none-relu2": {"position": "none", "activation": "relu2", "qk_norm": False, "n_kv_head": 1},
+    "gelu-odd": {"activation": "gelu", "head_dim": 10, "n_embd": 36, "mlp_dim": 50, "bias": True},
+    "window": {"window": 7, "n_kv_head": 2},
+    "window-alibi-post": {"window": 5, "position": "alibi", "norm_order": "post", "qk_norm": False},
+    "sinusoidal-tied": {"position": "sinusoidal", "tied_embeddings": True, "activation": "relu"},
+}
+
+
+def model_of(seq_len: int = 48, **options) -> GPT:
+    """A small model whose every weight counts: none zero, and no norm's weight 1."""
+    torch.manual_seed(0)
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": VOCAB, "seq_len": seq_len}
+    model = GPT(ModelConfig(**(shape | options))).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(std=0.25).add_(1.0 if weight.ndim == 1 else 0.0)
+    return model
+
+
+def text_of(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def uncached(model: GPT, tokens: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([tokens]))[0]
+
+
+def assert_near(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Apart by no more than the tolerance, of the largest logit."""
+    assert ours.shape == theirs.shape and ours.dtype == torch.float32
+    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+@pytest.fixture(params=OPTIONS)
+def model(request) -> GPT:
+    return model_of(**OPTIONS[request.param])
+
+
+@pytest.mark.parametrize("lengths", [(4,), (4, 4, 4), (1, 9, 4, 17)], ids=str)
+@pytest.mark.parametrize("invariant", [False, True], ids=["default", "invariant"])
+def test_logits_are_the_uncached_models(model, lengths, invariant):
+    """A prompt, lone tokens, several tokens at once, lone tokens again."""
+    decoder = Decoder(model, len(lengths), 48, batch_invariant=invariant)
+    texts = [text_of(n + 9, seed) for seed, n in enumerate(lengths)]
+    for row, n in enumerate(lengths):
+        assert_near(decoder.prefill(row, texts[row][:n]), uncached(model, texts[row][:n])[-1])
+    done = list(lengths)
+    for T in (1, 1, 5, 1, 1):
+        new = torch.tensor([text[n : n + T] for text, n in zip(texts, done)])
+        logits = decoder.step(new)
+        done = [n + T for n in done]
+        assert decoder.lengths == done
+        for text, n, ours in zip(texts, done, logits):
+            assert_near(ours, uncached(model, text[:n])[-T:])
+
+
+@pytest.mark.parametrize("invariant", [False, True], ids=["default", "invariant"])
+def test_fork_truncate_and_keep(model, invariant):
+    decoder = Decoder(model, 4, 48, batch_invariant=invariant)
+    first, last = text_of(12, 1), text_of(20, 2)
+    decoder.prefill(0, first)
+    decoder.prefill(3, last)
+    decoder.fork(0, [0, 1, 3])
+    decoder.prefill(1, [5, 6])
+    decoder.truncate(3, 8)
+    decoder.keep([3, 1, 0])
+    held = [first[:8], [*first, 5, 6], first]
+    assert decoder.lengths == [8, 14, 12]
+    for _ in range(2):
+        logits = decoder.step(torch.tensor([[1], [2], [3]]))
+        for row in range(3):
+            held[row] = [*held[row], row + 1]
+            assert_near(logits[row, 0], uncached(model, held[row])[-1])
+
+
+def test_a_row_may_be_empty_and_hold_one_token_after_a_cut():
+    model = model_of()
+    decoder = Decoder(model, 2, 48)
+    decoder.prefill(0, text_of(30))
+    decoder.truncate(0, 0)
+    assert decoder.lengths == [0, 0]
+    logits = decoder.step(torch.tensor([[7], [9]]))
+    assert_near(logits[:, 0], torch.stack([uncached(model, [7])[0], uncached(model, [9])[0]]))
+
+
+def test_what_a_broken_row_leaves_behind_reaches_no_other():
+    """Not even as 0 * NaN: a shorter row masks the keys of the others' lengths."""
+    model = model_of()
+    with torch.no_grad():
+        model.embed.weight[3] = float("nan")
+    decoder = Decoder(model, 2, 48)
+    decoder.prefill(0, [1, 2])
+    decoder.prefill(1, [1, 2, 4, 4, 3, 3])
+    decoder.fork(0, [1])
+    decoder.prefill(0, [5, 6, 7, 8])
+    decoder.truncate(1, 1)
+    assert_near(decoder.step(torch.tensor([[1], [2]]))[1, 0], uncached(model, [1, 2])[-1])
+
+
+def test_long_prompts_go_in_chunks():
+    model = model_of(seq_len=2 * CHUNK + 30, window=40)
+    text = text_of(2 * CHUNK + 20)
+    expected = uncached(model, text)
+    assert_near(Decoder(model, 1, len(text)).prefill(0, text), expected[-1])
+    assert_near(Decoder(model, 1, len(text)).step(torch.tensor([text]))[0], expected)
+
+
+@pytest.mark.parametrize("position", ["rotary", "alibi"])
+def test_a_window_bounds_the_cache_and_can_go_back_by_the_slack(position):
+    """Rows that slide at different times, far past the buffer's end."""
+    model = model_of(seq_len=1000, window=6, position=position)
+    decoder = Decoder(model, 2, 1000)
+    assert decoder._cache.shape[4] <= 2 * 6 + CHUNK + SLACK + 16
+    texts = [text_of(900, 1), text_of(900, 2)]
+    decoder.prefill(0, texts[0][:200])
+    decoder.prefill(1, texts[1][:420])
+    slides = 0
+    for i in range(300):
+        before = list(decoder._starts)
+        logits = decoder.step(torch.tensor([[texts[0][200 + i]], [texts[1][420 + i]]]))
+        slides += decoder._starts != before
+        if decoder._starts != before or i % 60 == 0:
+            for row, n in ((0, 200 + i), (1, 420 + i)):
+                assert_near(logits[row, 0], uncached(model, texts[row][: n + 1])[-1])
+    assert slides >= 2
+    decoder.prefill(0, text_of(int(decoder._size - (500 - decoder._starts[0])) + 1, 3))  # slides
+    length = decoder.lengths[0]
+    decoder.truncate(0, length - SLACK)
+    with pytest.raises(ValueError, match="window has moved past"):
+        decoder.truncate(0, 100)
+
+
+def test_no_more_than_capacity_and_context():
+    model = model_of()
+    decoder = Decoder(model, 1, 10)
+    decoder.prefill(0, text_of(10))
+    with pytest.raises(ValueError, match=r"11 tokens are more than row 0 .* capacity is 10"):
+        decoder.step(torch.tensor([[1]]))
+    with pytest.raises(ValueError, match="context 48"):
+        Decoder(model, 1, 100).prefill(0, text_of(49))
+    with pytest.raises(ValueError, match="one token or more"):
+        decoder.prefill(0, [])
+    with pytest.raises(ValueError, match="cannot be cut to 11"):
+        decoder.truncate(0, 11)
+    with pytest.raises(ValueError, match="1 rows, not 2"):
+        decoder.step(torch.tensor([[1], [2]]))
+    with pytest.raises(ValueError, match="int8 or None"):
+        Decoder(model, 1, 10, quantize="int4")
+
+
+def test_batch_invariant_rows_have_the_same_bits_in_any_company(model):
+    """Alone, among ragged others before and after it, and in the second tile."""
+    text = text_of(20, 3)
+
+    def run(rows: int, place: int) -> torch.Tensor:
+        decoder = Decoder(model, rows, 44, batch_invariant=True)
+        for row in range(rows):
+            if row != place:
+                decoder.prefill(row, text_of(1 + 3 * row % 17, row))
+        seen = [decoder.prefill(place, text[:6])]
+        for n, T in ((6, 1), (7, 1), (8, 4), (12, 1), (13, 1)):
+            new = torch.randint(VOCAB, (rows, T))
+            new[place] = torch.tensor(text[n : n + T])
+            seen += decoder.step(new)[place]
+        decoder.keep(range(place, rows))
+        new = torch.full((rows - place, 1), 5)
+        seen.append(decoder.step(new)[0, 0])
+        return torch.stack(seen)
+
+    alone = run(1, 0)
+    for rows, place in ((2, 0), (3, 2), (8, 5), (11, 9)):
+        assert torch.equal(run(rows, place), alone)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_bfloat16_is_what_autocast_gives(preset):
+    """No further from the fp32 logits than twice what the model under autocast is, by the mean square."""
+    model, text = model_of(**PRESETS[preset]), text_of(30)
+    exact = uncached(model, text)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = uncached(model, text).float()
+        decoder = Decoder(model, 2, 40)
+        decoder.prefill(0, text[:10])
+        decoder.fork(0, [1])
+        inside = decoder.step(torch.tensor([text[10:], text[10:]]))
+    decoder = Decoder(model, 2, 40, dtype=torch.bfloat16)
+    decoder.prefill(0, text[:10])
+    decoder.fork(0, [1])
+    ours = torch.cat([decoder.step(torch.tensor([[t], [t]])) for t in text[10:]], dim=1)
+    allowed = 2 * (expected - exact)[10:].square().mean().sqrt()
+    for logits in (ours, inside):
+        assert 0 < (logits[1] - exact[10:]).square().mean().sqrt() <= allowed
+
+
+def test_weights_of_bfloat16_models_need_no_dtype():
+    model = model_of().bfloat16()
+    decoder = Decoder(model, 1, 40)
+    assert decoder.dtype == torch.bfloat16
+    assert decoder.prefill(0, [1, 2, 3]).isfinite().all()

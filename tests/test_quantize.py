@@ -1,0 +1,87 @@
+"""int8 weights: how far they are from what they stand for, the product, and what they cost in nats."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gpt.config import PRESETS
+from gpt.decode import Decoder
+from gpt.quantize import FEW_ROWS, Int8Linear, quantization_loss, quantize_weight
+from tests.test_decode import VOCAB, model_of
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 0.02, 300.0])
+def test_rounding_is_within_half_a_step_of_each_channel(magnitude):
+    weight = randn(97, 50) * magnitude * torch.linspace(0.1, 10, 97)[:, None]
+    weight[3] = 0
+    ints, scale = quantize_weight(weight)
+    assert ints.dtype == torch.int8 and ints.abs().max() == 127
+    assert torch.equal(scale, scale.bfloat16().float())
+    error = (weight.double() - ints.double() * scale.double()[:, None]).abs()
+    assert (error <= 0.5000001 * scale.double()[:, None]).all()
+    # A step is no larger than 127 of them need, but for a bfloat16's rounding.
+    largest = weight.abs().amax(1)
+    assert (scale <= largest / 127 * (1 + 2**-8))[largest > 0].all()
+    assert (ints[3] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (65, 36), (3, 40), (5000, 48)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS, FEW_ROWS + 1], ids="M{}".format)
+def test_the_product_is_that_of_the_dequantized_weights(shape, dtype, rows):
+    """Also for widths that torch's own product cannot read."""
+    layer = torch.nn.Linear(shape[1], shape[0])
+    ints, scale = quantize_weight(layer.weight)
+    x = randn(rows, shape[1]).to(dtype)
+    product = x.double() @ (ints.double() * scale.double()[:, None]).T
+    residual = torch.full((rows, shape[0]), 2.0)
+    with torch.inference_mode():
+        y = Int8Linear(layer, dtype)(x)
+        summed = Int8Linear(layer, dtype)(x, "relu", residual.clone())
+    expected = product + layer.bias.detach().double()
+    assert y.dtype == dtype
+    tolerance = 3 * torch.finfo(dtype).eps * (product.abs().max() + 1)
+    assert (y - expected).abs().max() <= tolerance
+    assert (summed - (2 + F.relu(expected))).abs().max() <= tolerance
+
+
+def dequantized(model) -> torch.nn.Module:
+    """The model with each matrix replaced by what its int8 weights stand for; a tied head gets its own."""
+    model = deepcopy(model)
+    model.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            ints, scale = quantize_weight(layer.weight)
+            layer.weight.data = ints.float() * scale[:, None]
+    return model
+
+
+@pytest.mark.parametrize("preset", ["modern", "gpt2"])
+def test_the_loss_is_that_of_an_independent_computation(preset):
+    model = model_of(seq_len=90, **PRESETS[preset])
+    tokens = torch.randint(VOCAB, (3, 91), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        full = model.loss(tokens[:, :-1], tokens[:, 1:])
+        rounded = dequantized(model).loss(tokens[:, :-1], tokens[:, 1:])
+    assert abs(float(rounded - full)) > 1e-4
+    loss = quantization_loss(model, tokens, dtype=torch.float32)
+    assert loss == pytest.approx(float(rounded - full), abs=1e-5 * float(full))
+    # With bfloat16 activations beside it: their own rounding, and no more.
+    assert quantization_loss(model, tokens) == pytest.approx(float(rounded - full), abs=0.01 * float(full))
+
+
+def test_a_decoder_with_int8_weights_speaks_as_the_dequantized_model():
+    model = model_of()
+    tokens = torch.randint(VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = dequantized(model)(tokens)
+    decoder = Decoder(model, 2, 20, quantize="int8", dtype=torch.float32)
+    ours = torch.cat([decoder.step(tokens[:, i : i + 1]) for i in range(12)], dim=1)
+    assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert Decoder(model, 2, 20, quantize="int8").dtype == torch.bfloat16
