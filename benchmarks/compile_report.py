@@ -22,7 +22,15 @@ from triton.backends.compiler import GPUTarget
 
 from benchmarks import assembly
 from benchmarks.assembly import Loop
-from kernels import attention_backward, attention_dbias, attention_decode_triton, attention_forward, configs, masks
+from kernels import (
+    attention_backward,
+    attention_dbias,
+    attention_decode_triton,
+    attention_forward,
+    configs,
+    cross_entropy_triton,
+    masks,
+)
 from kernels.attention_decode_reference import DecodeCall
 from kernels.operators import call_of
 from kernels.problem import Launch, Problem
@@ -50,6 +58,7 @@ class Case:
     """One kernel for one target. `config` overrides the table: (block_m, block_n, num_warps, num_stages[, tma]).
 
     variant: "plain"; "features", with everything that `attention` can do at once; "one", where each length is 1.
+    Of the kernels "loss" and "loss gradient" D is the number of columns, V.
     group: query heads for each key head.
     """
 
@@ -113,6 +122,8 @@ MASKS = {
 
 def launch_of(case: Case) -> Launch:
     """The launch that this case stands for, on tensors without memory."""
+    if case.kernel.startswith("loss"):
+        return loss_launch_of(case)
     B, T, H, H_kv = (1, 1, 1, 1) if case.variant == "one" else (2, 2048, 4, 2)
     mask = MASKS[case.mask]
     if case.kernel in ("decode", "combine"):
@@ -141,6 +152,17 @@ def launch_of(case: Case) -> Launch:
     if case.kernel == "dq":
         return attention_backward.dq_launch(problem, q, rows, rows, q)
     return attention_backward.prepare_launch(problem, q, q, rows, rows, rows, rows)
+
+
+def loss_launch_of(case: Case) -> Launch:
+    """The kernels of kernels.linear_cross_entropy on a chunk of 4096 rows."""
+    logits = torch.empty(4096, -(-case.D // 64) * 64, dtype=DTYPES[case.dtype], device="meta")[:, : case.D]
+    targets, row = (torch.empty(4096, dtype=dtype, device="meta") for dtype in (torch.int64, torch.float32))
+    softcap, smoothing = (30.0, 0.1) if case.variant == "features" else (0.0, 0.0)
+    terms = cross_entropy_triton.Terms(softcap, 1e-4, smoothing, -100)
+    if case.kernel == "loss":
+        return cross_entropy_triton.loss_launch(logits, targets, row, row, terms, gradient=True)
+    return cross_entropy_triton.gradient_launch(logits, targets, row, row, terms)
 
 
 def decode_launch_of(case: Case, mask: masks.Mask) -> Launch:
@@ -183,7 +205,8 @@ def compile_case(case: Case) -> Report:
         launch = launch_of(case)
     args, options = launch.args, launch.options
     compiled = launch.kernel.warmup(grid=launch.grid, **args, **options)
-    config = args["BLOCK_M"], args.get("BLOCK_N", 0), options["num_warps"], options.get("num_stages", 0)
+    tile = ("BLOCK_N", "BLOCK_V") if "BLOCK_V" in args else ("BLOCK_M", "BLOCK_N")
+    config = *(args.get(name, 0) for name in tile), options["num_warps"], options.get("num_stages", 0)
     in_text, in_binary = instruction(case)
     if case.target == "gfx942":
         text = compiled.asm["amdgcn"]

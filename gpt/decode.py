@@ -96,7 +96,7 @@ class Decoder:
         self._mask = model.blocks[0].attn.mask
         self._blocks = [_Block(block, linear, self.dtype) for block in model.blocks]
         self._norm = model.norm if isinstance(model.norm, nn.Identity) else _norm(model.norm)
-        self._head = linear(model.head)
+        self._head, self._softcap = linear(model.head), config.logit_softcap
         # Zeros and not empty: what is masked still meets a weight of 0, and 0 * NaN is NaN.
         shape = (config.n_layer, len(self._lengths), 2, config.kv_heads, self._size, config.head_width)
         self._cache = torch.zeros(shape, dtype=self.dtype, device=self.device)  # (n_layer, B, 2, H_kv, size, D)
@@ -113,7 +113,7 @@ class Decoder:
             raise ValueError("prefill takes one token or more")
         for chunk in new.split(CHUNK, dim=1):
             hidden = self._hidden(chunk, _Span(self, range(row, row + 1), chunk.shape[1]))
-        return self._head(hidden[-1:]).float()[0]
+        return self._read(hidden[-1:])[0]
 
     @_plainly
     def step(self, tokens: Tensor) -> Tensor:
@@ -136,7 +136,12 @@ class Decoder:
         R, T = tokens.shape
         span = _Span(self, rows, T, padding=tile - R)
         hidden = self._hidden(F.pad(tokens, (0, 0, 0, tile - R)) if R < tile else tokens, span)
-        return self._head(hidden).float().view(tile, T, -1)[:R]
+        return self._read(hidden).view(tile, T, -1)[:R]
+
+    def _read(self, hidden: Tensor) -> Tensor:
+        """The head: logits (M, V), float32, of hidden (M, C)."""
+        logits = self._head(hidden).float()
+        return logits if self._softcap is None else torch.tanh_(logits.div_(self._softcap)).mul_(self._softcap)
 
     @_plainly
     def truncate(self, row: int, length: int) -> None:

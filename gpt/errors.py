@@ -14,6 +14,10 @@ class UserError(ValueError):
     """Something the user gave is wrong. The message is one clear sentence: what is wrong, where, and what to do."""
 
 
+class LostProcess(RuntimeError):
+    """Another process of this job is gone, and this one cannot go on without it."""
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's main and leave with its exit status; a UserError becomes one line on stderr and status 2."""
     try:
@@ -21,6 +25,9 @@ def run_command(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = EXIT_USER
+    except LostProcess as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = EXIT_FAULT
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         status = EXIT_STOPPED

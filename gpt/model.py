@@ -9,10 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gpt.config import ModelConfig
 from gpt.eager import ReLUSquaredFunction, RMSNormFunction, RotateFunction, by_hand
-from kernels import attention, masks
+from kernels import attention, linear_cross_entropy, masks
 
 IGNORE_INDEX = -100  # targets with this value do not count in the loss
 
@@ -170,8 +171,16 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
+        self.checkpointing = False
 
     def forward(self, x: Tensor, *context: Any) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            # Chen et al. 2016: keep the input, compute the rest again in the backward.
+            redraw = self.dropout.p > 0
+            return checkpoint(self.body, x, *context, use_reentrant=False, preserve_rng_state=redraw)
+        return self.body(x, *context)
+
+    def body(self, x: Tensor, *context: Any) -> Tensor:
         if self.pre_norm:
             x = x + self.dropout(self.attn(self.attn_norm(x), *context))
             return x + self.dropout(self.mlp(self.mlp_norm(x)))
@@ -245,7 +254,7 @@ class GPT(nn.Module):
         segment_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """The last block's normalised output (B, T, C): what the head reads. Arguments as for forward."""
+        """The last block's normalised output (B, T, C): what `logits` reads. Arguments as for forward."""
         _, T = idx.shape
         if cache is not None and segment_ids is not None:
             raise ValueError("segment_ids and a cache do not go together: the cached tokens' segments are not kept")
@@ -285,7 +294,12 @@ class GPT(nn.Module):
         segment_ids (B, T) int32: tokens attend within their own segment alone.
         cache: earlier keys and values, to which this call's are appended.
         """
-        return self.head(self.hidden(idx, positions=positions, segment_ids=segment_ids, cache=cache))
+        return self.logits(self.hidden(idx, positions=positions, segment_ids=segment_ids, cache=cache))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head: logits (..., V) of hidden (..., C), after the softcap where there is one."""
+        logits, cap = self.head(hidden), self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits.float() / cap)
 
     def loss(
         self,
@@ -295,12 +309,29 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         segment_ids: Tensor | None = None,
         reduction: str = "mean",
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
     ) -> Tensor:
-        """Cross entropy in nats per token of targets (B, T), those equal to -100 left out; in fp32."""
-        logits = self(idx, positions=positions, segment_ids=segment_ids)  # (B, T, V)
-        return F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction
+        """Cross entropy in nats per token of targets (B, T), those equal to -100 left out; in fp32.
+
+        It is that of forward's logits, but they are never all in memory: see kernels.linear_cross_entropy, which also
+        explains z_loss and label_smoothing.
+        """
+        return linear_cross_entropy(
+            self.hidden(idx, positions=positions, segment_ids=segment_ids),  # (B, T, C)
+            self.head.weight,
+            targets,
+            softcap=self.config.logit_softcap,
+            z_loss=z_loss,
+            label_smoothing=label_smoothing,
+            ignore_index=IGNORE_INDEX,
+            reduction=reduction,
         )
+
+    def checkpoint_activations(self, on: bool = True) -> None:
+        """Whether each block keeps only its input for the backward and computes the rest again."""
+        for block in self.blocks:
+            block.checkpointing = on
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
         """Weights, shared ones once; embeddings=False leaves out the token and position tables (not an untied head)."""

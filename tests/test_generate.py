@@ -49,6 +49,17 @@ def test_cached_greedy_tokens_are_the_uncached_ones(preset):
         text.append(token)
 
 
+def test_tokens_are_drawn_after_the_softcap():
+    """A bound near 0 leaves the logits of a model that knows nothing."""
+    tokenizer = tokenizer_of()
+    capped, uniform = model_of(tokenizer, logit_softcap=1e-9).eval(), model_of(tokenizer).eval()
+    with torch.no_grad():
+        capped.head.weight.normal_()
+        uniform.head.weight.zero_()
+    one, other = ([p.token for p in generate(m, tokenizer, ["th"], SamplingConfig())] for m in (capped, uniform))
+    assert one == other
+
+
 def test_same_seed_same_text_and_the_global_generator_is_left_alone():
     tokenizer = tokenizer_of()
     model = model_of(tokenizer)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpt.errors import UserError
-from gpt.loader import TrainLoader, permuted, target_bytes, validation_batches
+from gpt.loader import Batches, TrainLoader, permuted, target_bytes, validation_batches
 from gpt.shards import ShardWriter, read_tokens
 from gpt.tokenizer import ByteTokenizer, CharTokenizer
 
@@ -320,3 +320,31 @@ def test_a_large_corpus_costs_no_memory_to_shuffle():
     loader = TrainLoader(tokens, batch_size=16, seq_len=1024, seed=0)
     assert loader.next_batch()[0].eq(1).all()
     assert len(loader._ahead) == 4096
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_batches_are_the_loaders_and_know_where_the_training_is(ahead):
+    """Reading ahead changes neither the batches nor what is saved."""
+    plain = TrainLoader(np.arange(200) % 50, batch_size=3, seq_len=7, seed=1)
+    batches = Batches(
+        TrainLoader(np.arange(200) % 50, batch_size=3, seq_len=7, seed=1), torch.device("cpu"), ahead=ahead
+    )
+    for _ in range(12):  # beyond an epoch of at most 28 windows
+        assert batches.state_dict() == plain.state_dict()
+        for one, other in zip(batches.next_batch(), plain.next_batch()):
+            assert torch.equal(one, other)
+    batches.close()
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_ranks_share_the_validation_batches(world_size):
+    whole = list(validation_batches(np.arange(100), batch_size=2, seq_len=8))
+    parts = [
+        list(validation_batches(np.arange(100), batch_size=2, seq_len=8, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    assert len({len(part) for part in parts}) == 1
+    dealt = [batch for together in zip(*parts) for batch in together]
+    for (x, y), (x_part, y_part) in zip(whole, dealt):
+        assert torch.equal(x, x_part) and torch.equal(y, y_part)
+    assert all((y == -100).all() and len(y) == 1 for _, y in dealt[len(whole) :])

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gpt.config import PRESETS, ModelConfig
 from gpt.errors import UserError
-from gpt.model import GPT, KVCache, alibi_slopes, sinusoidal_table
+from gpt.model import GPT, Block, KVCache, alibi_slopes, sinusoidal_table
+from kernels import linear_cross_entropy
 
 SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 32, "seq_len": 24, "vocab_size": 61}
 VARIANTS = {
@@ -167,6 +168,36 @@ def test_loss_is_the_cross_entropy_of_the_logits(model):
     torch.testing.assert_close(model.loss(idx, targets).double(), expected.mean(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [False, True], ids="tied={}".format)
+def test_loss_without_all_the_logits(tied, monkeypatch):
+    """In chunks, with a softcap and a padded vocabulary: every gradient is that of forward's logits."""
+    model = make_model(tied_embeddings=tied, logit_softcap=2.0, vocab_size=80)
+    idx, targets = random_tokens(2, 24), random_tokens(2, 24, seed=2)
+    logits = model(idx)
+    assert logits.abs().max() <= 2
+    plain = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    expected = torch.autograd.grad(plain, list(model.parameters()))
+    monkeypatch.setitem(linear_cross_entropy.__globals__, "MOST_LOGITS", 0)
+    loss = model.loss(idx, targets)
+    torch.testing.assert_close(loss, plain)
+    for (name, _), ours, theirs in zip(model.named_parameters(), gradients(loss, model), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def gradients(loss: torch.Tensor, model: GPT) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+def test_terms_of_the_loss():
+    model = make_model()
+    idx, targets = random_tokens(2, 24), random_tokens(2, 24, seed=2)
+    lse = model(idx).logsumexp(-1)
+    mean_log_prob = model(idx).log_softmax(-1).mean()
+    plain = model.loss(idx, targets)
+    torch.testing.assert_close(model.loss(idx, targets, z_loss=0.1), plain + 0.1 * lse.square().mean())
+    torch.testing.assert_close(model.loss(idx, targets, label_smoothing=0.2), 0.8 * plain - 0.2 * mean_log_prob)
+
+
 def test_every_weight_gets_a_gradient(model):
     model.loss(random_tokens(2, 24), random_tokens(2, 24, seed=2)).backward()
     for name, weight in model.named_parameters():
@@ -276,6 +307,7 @@ def test_sinusoidal_table_of_the_paper():
         ({"n_head": 6, "n_kv_head": 4}, "n_head 6 is not a multiple of n_kv_head 4"),
         ({"n_head": 100, "n_embd": 400}, "head width must be 8 to 256, not 4"),
         ({"n_head": 1, "n_embd": 9}, "even head width"),
+        ({"logit_softcap": 0.0}, "logit_softcap must be positive"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
         ({"n_layer": 0}, "n_layer must be at least 1"),
     ],
@@ -284,3 +316,23 @@ def test_sinusoidal_table_of_the_paper():
 def test_impossible_models_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(ModelConfig(), **options)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activation_checkpointing_changes_no_bit_and_computes_blocks_twice(dropout, monkeypatch):
+    calls = []
+    body = Block.body
+    monkeypatch.setattr(Block, "body", lambda self, *args: calls.append(self) or body(self, *args))
+    config = ModelConfig(n_layer=2, n_head=2, n_embd=16, seq_len=8, vocab_size=11, dropout=dropout, init="gpt2")
+    idx = torch.randint(11, (2, 8), generator=torch.Generator().manual_seed(0))
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = GPT(config)
+        model.checkpoint_activations(checkpointing)
+        calls.clear()
+        loss = model.loss(idx, idx)
+        loss.backward()
+        assert len(calls) == (4 if checkpointing else 2)
+        results.append([loss, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(one, other) for one, other in zip(*results))

@@ -7,7 +7,7 @@ import torch
 
 from gpt.config import ModelConfig, OptimConfig
 from gpt.model import GPT
-from gpt.optim import Muon, build_optimizers, lr_scale, orthogonalize, set_learning_rate
+from gpt.optim import Average, Muon, build_optimizers, lr_scale, orthogonalize, set_learning_rate
 
 
 def tiny_model(**options) -> GPT:
@@ -20,6 +20,13 @@ def test_warmup_then_cosine():
     scales = [lr_scale(step, 110, config) for step in range(111)]
     assert scales[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert scales[10:] == pytest.approx([0.1 + 0.9 * (1 + math.cos(math.pi * i / 100)) / 2 for i in range(101)])
+
+
+def test_warmup_then_a_line():
+    config = OptimConfig(schedule="linear", warmup_steps=4, learning_rate=1.0, min_lr=0.2)
+    scales = [lr_scale(step, 24, config) for step in range(25)]
+    assert scales[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert scales[4:] == pytest.approx([1 - 0.8 * i / 20 for i in range(21)])
 
 
 def test_warmup_stable_decay():
@@ -115,3 +122,40 @@ def test_set_learning_rate_scales_every_peak():
     set_learning_rate(optimizers, 0.5)
     rates = [group["lr"] for o in optimizers for group in o.param_groups]
     assert rates == pytest.approx([0.01, 0.01, 0.15, 0.002])
+
+
+def test_the_average_is_the_weighted_sum_of_all_weights():
+    """After n steps d^n w_0 + (1 - d) (d^(n-1) w_1 + ... + w_n); a skipped step is none."""
+    model, draw = torch.nn.Linear(3, 2), torch.Generator().manual_seed(0)
+    seen = [model.weight.detach().double().clone()]
+    average = Average(model, decay=0.75)
+    for skipped in (0.0, 1.0, 0.0, 0.0):
+        model.weight.data.copy_(torch.randn(2, 3, generator=draw))
+        average.update(torch.tensor(skipped))
+        seen += [model.weight.detach().double().clone()] if not skipped else []
+    first, second, third, last = seen
+    expected = 0.75**3 * first + 0.25 * (0.75**2 * second + 0.75 * third + last)
+    torch.testing.assert_close(average.tensors["weight"].double(), expected, atol=1e-6, rtol=0)
+    with average.swapped_in():
+        torch.testing.assert_close(model.weight.double(), expected, atol=1e-6, rtol=0)
+    assert torch.equal(model.weight.double(), last)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_with_found_inf_never_was(optimizer):
+    """Whatever the gradients are: weights, moments and step counts stay, bit for bit."""
+    config = OptimConfig(optimizer=optimizer, weight_decay=0.1)
+    one, two = tiny_model(), tiny_model()
+    both = [(model, build_optimizers(model, config)) for model in (one, two)]
+    for bad in (False, True, False, True):
+        for model, optimizers in both[: 1 if bad else 2]:
+            for p in model.parameters():
+                p.grad = torch.full_like(p, math.nan if p.ndim == 2 else math.inf) if bad else torch.ones_like(p) / 7
+            for o in optimizers:
+                o.found_inf = torch.tensor(float(bad))
+                o.step()
+    for a, b in zip(one.parameters(), two.parameters()):
+        assert torch.equal(a, b)
+    for o, other in zip(both[0][1], both[1][1]):
+        for state, expected in zip(o.state.values(), other.state.values()):
+            assert all(torch.equal(state[key], expected[key]) for key in expected)

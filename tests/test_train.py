@@ -138,6 +138,24 @@ def test_validation_loss_is_the_mean_over_the_whole_tail(folder, capsys):
     assert record["bits_per_byte"] == pytest.approx(sum(nats) / len(nats) / math.log(2), abs=1e-6)
 
 
+def test_extra_terms_are_in_the_training_loss_alone(folder, capsys):
+    """At the start every logit is 0: the loss is ln V, and z_loss adds the square of it. Rates are near 0."""
+    run(run_dir="plain", max_steps=2, learning_rate=1e-9)
+    run(run_dir="z", max_steps=2, learning_rate=1e-9, z_loss=0.5)
+    nats = math.log(26)
+    for run_dir, expected in (("plain", nats), ("z", nats + 0.5 * nats**2)):
+        records = lasting(run_dir)
+        assert [r["train_loss"] for r in records if "train_loss" in r] == pytest.approx([expected] * 2, abs=1e-4)
+        assert [r["val_loss"] for r in records if "val_loss" in r] == pytest.approx([nats], abs=1e-4)
+
+
+def test_label_smoothing_keeps_the_model_unsure(folder, capsys):
+    run(run_dir="plain")
+    run(run_dir="smooth", label_smoothing=0.5)
+    train_loss = [[r["train_loss"] for r in lasting(d) if "train_loss" in r][-1] for d in ("plain", "smooth")]
+    assert train_loss[0] + 0.1 < train_loss[1]
+
+
 def test_accumulation_is_a_larger_batch(folder, capsys):
     run(run_dir="whole", batch_size=8, max_steps=3)
     run(run_dir="parts", batch_size=2, grad_accum_steps=4, max_steps=3)
@@ -210,8 +228,8 @@ def wandb_records(path: Path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"dropout": 0.2, "grad_accum_steps": 2}, {"optimizer": "muon", "learning_rate": 0.02}],
-    ids=["adamw-dropout-accumulation", "muon"],
+    [{"dropout": 0.2, "grad_accum_steps": 2}, {"optimizer": "muon", "learning_rate": 0.02, "ema_decay": 0.9}],
+    ids=["adamw-dropout-accumulation", "muon-average"],
 )
 def test_a_resumed_run_ends_as_the_undisturbed_one(folder, capsys, options):
     """18 steps of 8 rows are more than the corpus's one epoch of 153 windows, so an epoch's edge is crossed."""
@@ -308,6 +326,8 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
         (["--n-embd", "33"], r"n_embd 33 is not divisible by n_head 2"),
         (["--learning-rate", "-1"], r"learning_rate must be positive"),
         (["--schedule", "cosin"], r"cosin"),
+        (["--z-loss", "-1"], r"z_loss must be at least 0, not -1"),
+        (["--label-smoothing", "1"], r"label_smoothing must be at least 0 and below 1, not 1"),
         (["--device", "tpu9"], r"device 'tpu9' cannot be used here"),
         (["--corpus", "nowhere.txt"], r"nowhere\.txt"),
         (["--corpus", "empty.txt"], r"empty\.txt|empty"),

@@ -1,0 +1,132 @@
+"""The head and its loss, timed: `python -m benchmarks.loss`, on a GPU.
+
+Forward and backward of kernels.linear_cross_entropy beside F.linear and F.cross_entropy, eager and compiled, with
+float32 weights under bf16 autocast as in training: milliseconds and the peak of memory beyond the inputs. Every round
+times each of them once, in an order that rotates; medians are reported. The result goes to results/loss-<device>.json.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.attention import RESULTS, EventTimer, conditions
+from kernels import linear_cross_entropy
+
+OURS, EAGER, COMPILED = "ours", "eager", "compiled"
+
+
+@dataclass
+class Row:
+    """One contender at one size: medians; None where it did not fit."""
+
+    tokens: int
+    name: str
+    milliseconds: float | None
+    peak_gib: float | None
+
+    def cells(self) -> list[str]:
+        numbers = (self.milliseconds, self.peak_gib)
+        return [f"{self.tokens:,}", self.name, *("does not fit" if n is None else f"{n:.2f}" for n in numbers)]
+
+
+def plain(x, weight, targets):
+    return F.cross_entropy(F.linear(x, weight).float(), targets)
+
+
+def contenders() -> dict[str, Callable]:
+    return {OURS: linear_cross_entropy, EAGER: plain, COMPILED: torch.compile(plain, dynamic=False)}
+
+
+def step_of(loss: Callable, x, weight, targets, device: str) -> Callable:
+    """Forward and backward, as a call."""
+
+    def step():
+        with torch.autocast(device, torch.bfloat16):
+            value = loss(x, weight, targets)
+        return value.detach(), *torch.autograd.grad(value, (x, weight))
+
+    return step
+
+
+def measure(
+    tokens: int, C: int, V: int, losses: dict[str, Callable], timer: Callable, peak: Callable, rounds: int, device: str
+) -> list[Row]:
+    """Time one size: `rounds` rounds after three that do not count. All must compute the same."""
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(tokens, C, generator=generator, device=device).bfloat16().requires_grad_()
+    weight = (torch.randn(V, C, generator=generator, device=device) * C**-0.5).requires_grad_()
+    targets = torch.randint(V, (tokens,), generator=generator, device=device)
+    steps, peaks, expected = {}, {}, None
+    for name, loss in losses.items():
+        step = step_of(loss, x, weight, targets, device)
+        try:
+            results = step()
+            expected = expected or results
+            for one, other in zip(results, expected):
+                apart = (one.float() - other.float()).norm() / other.float().norm()
+                assert apart < 0.02, f"{name} computes something else than {next(iter(losses))}: {apart:.3f} apart"
+            del results, one, other
+            peaks[name] = peak(step)
+            steps[name] = step
+        except torch.OutOfMemoryError:
+            if name == OURS:
+                raise
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for n in range(-3, rounds):
+        turn = n % len(names)
+        for name in names[turn:] + names[:turn]:
+            elapsed = timer(steps[name])
+            if n >= 0:
+                times[name].append(elapsed)
+    medians = {name: statistics.median(each) for name, each in times.items()}
+    return [Row(tokens, name, medians.get(name), peaks.get(name)) for name in losses]
+
+
+def peak_gib(step: Callable) -> float:
+    """GiB allocated at most while step runs, beyond what was allocated before."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loss", description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", nargs="*", type=int, default=[16384, 65536, 524288])
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--vocab-size", type=int, default=50304)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder to write to")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("benchmarks.loss needs a GPU and found none: nothing measured")
+        return 0
+    before, timer, losses = conditions(), EventTimer(), contenders()
+    sizes = args.width, args.vocab_size
+    rows = [row for n in args.tokens for row in measure(n, *sizes, losses, timer, peak_gib, args.rounds, device="cuda")]
+    print(f"{'tokens':>10}  {'':10}{'ms':>14}{'peak GiB':>14}")
+    for row in rows:
+        print("{:>10}  {:10}{:>14}{:>14}".format(*row.cells()))
+    device = torch.cuda.get_device_name()
+    path = args.results / f"loss-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+    record = {"benchmark": "loss", "device": device, "width": args.width, "vocab_size": args.vocab_size}
+    record |= {"conditions_before": before, "conditions_after": conditions(), "rows": [asdict(row) for row in rows]}
+    args.results.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""Rows of logits to losses and, in place, to their gradients: a program reads one row, or several short ones, in tiles.
+
+The matrix products around it are torch's: see linear_cross_entropy_chunks.py. Nothing is added atomically and the tile
+is a function of the shape, so that the same inputs give the same bits.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.attention_triton import runs_on
+from kernels.problem import Launch
+from kernels.tiles import tanh
+
+# Logits of a tile: sixteen for each thread of eight warps. They are of one row, or of several short ones.
+TILE = MOST_COLUMNS = 4096
+
+
+class Terms(NamedTuple):
+    """The terms of a loss. What is None is compiled away."""
+
+    softcap: float | None
+    z_loss: float
+    smoothing: float | None
+    ignore_index: int
+
+
+@triton.jit
+def _capped(x, softcap):
+    """A logit after the softcap, and the softcap's slope there."""
+    slope = 1.0
+    if softcap is not None:
+        t = tanh(x / softcap)
+        x = t * softcap
+        slope = 1.0 - t * t
+    return x, slope
+
+
+@triton.jit
+def _load(row, inside, first, V, MASKED: tl.constexpr, BLOCK_V: tl.constexpr):
+    """A tile of logits (BLOCK_N, BLOCK_V), its columns, and which of it is inside; row and inside are (BLOCK_N, 1)."""
+    columns = first + tl.arange(0, BLOCK_V)[None, :]
+    if MASKED:
+        inside = inside & (columns < V)
+    x = tl.load(row + columns, mask=inside, other=0.0)
+    return x.to(tl.float32), columns, inside
+
+
+@triton.jit
+def _add_tile(m_i, l_i, total, row, inside, first, V, terms, MASKED: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The running maximum, and by column of the tile the sums of exp(s - m_i) and, for label smoothing, of s."""
+    x, columns, _ = _load(row, inside, first, V, MASKED, BLOCK_V)
+    s, _ = _capped(x, terms.softcap)
+    if terms.smoothing is not None:
+        total += tl.where(columns < V, s, 0.0)
+    if MASKED:
+        s = tl.where(columns < V, s, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(s, 1))
+    l_i = l_i * tl.exp(m_i - m_new)[:, None] + tl.exp(s - m_new[:, None])
+    return m_new, l_i, total
+
+
+@triton.jit
+def _sums(row, inside, V, terms, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """lse of each row and, for label smoothing, the sum of its logits."""
+    m_i = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    l_i = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    total = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    full = V // BLOCK_V * BLOCK_V
+    for first in range(0, full, BLOCK_V):
+        m_i, l_i, total = _add_tile(m_i, l_i, total, row, inside, first, V, terms, False, BLOCK_V)
+    if full < V:
+        m_i, l_i, total = _add_tile(m_i, l_i, total, row, inside, full, V, terms, True, BLOCK_V)
+    return m_i + tl.log(tl.sum(l_i, 1)), tl.sum(total, 1)
+
+
+@triton.jit
+def _write_tile(row, inside, first, target, lse, dloss, V, terms, MASKED: tl.constexpr, BLOCK_V: tl.constexpr):
+    """dloss * d loss / d logit in the place of each logit of a tile; target, lse and dloss are (BLOCK_N, 1)."""
+    x, columns, inside = _load(row, inside, first, V, MASKED, BLOCK_V)
+    s, slope = _capped(x, terms.softcap)
+    gradient = tl.exp(s - lse) * (1.0 + 2.0 * terms.z_loss * lse)
+    if terms.smoothing is not None:
+        gradient -= terms.smoothing / V + tl.where(columns == target, 1.0 - terms.smoothing, 0.0)
+    else:
+        gradient -= tl.where(columns == target, 1.0, 0.0)
+    # A row that does not count gets zeros, whatever its logits are.
+    gradient = tl.where(target == terms.ignore_index, 0.0, gradient * slope * dloss)
+    tl.store(row + columns, gradient, mask=inside)
+
+
+@triton.jit
+def _write_gradient(row, inside, target, lse, dloss, V, terms, BLOCK_V: tl.constexpr):
+    # A target outside the vocabulary is an error that a GPU cannot raise: it shows as NaN.
+    dloss = tl.where((target >= 0) & (target < V), dloss, float("nan"))[:, None]
+    target, lse = target[:, None], lse[:, None]
+    full = V // BLOCK_V * BLOCK_V
+    for first in range(0, full, BLOCK_V):
+        _write_tile(row, inside, first, target, lse, dloss, V, terms, False, BLOCK_V)
+    if full < V:
+        _write_tile(row, inside, full, target, lse, dloss, V, terms, True, BLOCK_V)
+
+
+@triton.jit
+def _rows(logits, stride, targets, N, BLOCK_N: tl.constexpr):
+    """This program's rows, where each begins, their targets, and which of them are there."""
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    target = tl.load(targets + offs_n, mask=offs_n < N, other=0)
+    return offs_n, logits + offs_n[:, None] * stride, target, offs_n < N
+
+
+@triton.jit
+def loss_kernel(logits, stride, targets, losses, lse, N, V, terms, GRADIENT: tl.constexpr, BLOCK_N: tl.constexpr,
+                BLOCK_V: tl.constexpr):  # fmt: skip
+    """losses and lse of N rows of logits, `stride` apart; GRADIENT: also their gradients in the logits' place."""
+    offs_n, row, target, inside = _rows(logits, stride, targets, N, BLOCK_N)
+    is_known = (target >= 0) & (target < V)
+    # Read before anything is written over it.
+    x_target = tl.load(logits + offs_n * stride + tl.where(is_known, target, 0), mask=inside, other=0.0)
+    s_target, _ = _capped(x_target.to(tl.float32), terms.softcap)
+    row_lse, total = _sums(row, inside[:, None], V, terms, BLOCK_N, BLOCK_V)
+    loss = row_lse - s_target
+    if terms.smoothing is not None:
+        loss += terms.smoothing * (s_target - total / V)
+    loss += terms.z_loss * row_lse * row_lse
+    loss = tl.where(is_known, loss, float("nan"))
+    tl.store(losses + offs_n, tl.where(target == terms.ignore_index, 0.0, loss), mask=inside)
+    tl.store(lse + offs_n, row_lse, mask=inside)
+    if GRADIENT:
+        dloss = tl.full((BLOCK_N,), 1.0, tl.float32)
+        _write_gradient(row, inside[:, None], target, row_lse, dloss, V, terms, BLOCK_V)
+
+
+@triton.jit
+def gradient_kernel(logits, stride, targets, lse, dlosses, N, V, terms, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """dlosses * d losses / d logits in the logits' place, from lse."""
+    offs_n, row, target, inside = _rows(logits, stride, targets, N, BLOCK_N)
+    row_lse = tl.load(lse + offs_n, mask=inside, other=0.0)
+    dloss = tl.load(dlosses + offs_n, mask=inside, other=0.0)
+    _write_gradient(row, inside[:, None], target, row_lse, dloss, V, terms, BLOCK_V)
+
+
+def loss_launch(logits: Tensor, targets: Tensor, losses: Tensor, lse: Tensor, terms: Terms, gradient: bool) -> Launch:
+    """logits (n, V), rows contiguous; targets (n,) int64; losses and lse (n,) float32."""
+    return _launch(loss_kernel, logits, targets, terms, losses=losses, lse=lse, GRADIENT=gradient)
+
+
+def gradient_launch(logits: Tensor, targets: Tensor, lse: Tensor, dlosses: Tensor, terms: Terms) -> Launch:
+    """Shapes as for loss_launch."""
+    return _launch(gradient_kernel, logits, targets, terms, lse=lse, dlosses=dlosses)
+
+
+def _launch(kernel, logits: Tensor, targets: Tensor, terms: Terms, **args) -> Launch:
+    N, V = logits.shape
+    block_v = min(MOST_COLUMNS, max(16, triton.next_power_of_2(V)))
+    block_n = min(TILE // block_v, triton.next_power_of_2(N))
+    terms = terms._replace(softcap=terms.softcap or None, smoothing=terms.smoothing or None)
+    args |= {"logits": logits, "stride": logits.stride(0), "targets": targets, "N": N, "V": V, "terms": terms}
+    args |= {"BLOCK_N": block_n, "BLOCK_V": block_v}
+    return Launch(kernel, (triton.cdiv(N, block_n),), args, {"num_warps": 8})
+
+
+def why_not_triton(x: Tensor) -> str | None:
+    """Why the kernels cannot take x; None if they can."""
+    if not runs_on(x.device):
+        return f"{x.device} is no GPU from sm_80 up"
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the kernels take float32, float16 and bfloat16, not {x.dtype}"
+    return None

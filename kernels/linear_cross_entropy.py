@@ -1,0 +1,185 @@
+"""`linear_cross_entropy`: the output head and its loss in one call, without all the logits at once.
+
+triton      chunks of rows; one kernel turns a chunk of logits into its gradients (cross_entropy_triton.py), on a GPU
+chunked     the same in plain PyTorch (linear_cross_entropy_chunks.py)
+reference   F.linear and F.cross_entropy, which hold all the logits
+"""
+
+import logging
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.linear_cross_entropy_chunks import cross_entropy_triton, losses_of, total_of
+
+log = logging.getLogger("kernels")
+
+IMPLEMENTATIONS = ("auto", "triton", "chunked", "reference")
+# Without a GPU, more logits than this are not held at once: 64 MiB in float32.
+MOST_LOGITS = 1 << 24
+_announced: set[tuple[str, str]] = set()
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    impl: str = "auto",
+) -> Tensor:
+    """The cross entropy, in nats, of targets under the logits x @ weight.T.
+
+    x (..., C) and weight (V, C) of one dtype (under autocast both are cast), targets (...) int64; any strides. Returns
+    a number ("mean" over the targets that count, "sum") or, for "none", a loss for each target, in float32 (float64
+    for float64).
+
+    With l = x @ weight.T in x's dtype, s = softcap * tanh(l / softcap), lse = log(sum(exp(s))) and e = label_smoothing:
+
+        loss = lse - (1 - e) * s[target] - e * mean(s) + z_loss * lse^2
+
+    softcap          positive, a bound on |s| (https://arxiv.org/abs/2408.00118); None for none
+    z_loss           weight of lse^2, which keeps lse near 0 (https://arxiv.org/abs/2204.02311 has 1e-4)
+    label_smoothing  share of the target spread over all V (https://arxiv.org/abs/1512.00567)
+    ignore_index     a target that does not count: its loss is 0, and so is its gradient
+    impl             "triton", "chunked", "reference", or "auto": Triton on a GPU from sm_80 up; else the reference
+                     where the logits are few, chunked where they are many
+
+    The mean over no target at all is NaN, as F.cross_entropy's is, with gradients of 0.
+
+    Memory: a chunk of logits in x's dtype, 1 GiB at most on a GPU and 64 MiB on a CPU, never all of them and never
+    float32 ones. "mean" and "sum" take their gradients in the forward pass, chunk by chunk, and scale them in the
+    backward pass: dweight, in float32, lies in memory between the two. "none" makes the logits a second time instead.
+
+    Why chunks around torch's products, rather than Cut Cross-Entropy's kernels (https://arxiv.org/abs/2411.09009) that
+    never write a logit: there the backward pass makes every tile of logits again, four products for three, in kernels
+    that would have to reach cuBLAS's speed first; and dweight is added up under locks there, or by yet another pass
+    where it is to be deterministic. To write a chunk of 16-bit logits and its gradients and read them back, as here,
+    moves ten bytes for each logit, beside 6 C operations. The method is Liger's (https://arxiv.org/abs/2410.10989),
+    with sums in float32.
+
+    Raises ValueError or TypeError for arguments that do not fit; IndexError, on a CPU, for a target outside the
+    vocabulary (on a GPU, which cannot raise, its loss and gradient are NaN); NotImplementedError for impl="triton"
+    where it cannot run.
+    """
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        # The weight is cast in the operator, so that its gradient keeps the precision in which it was summed.
+        x = x.to(torch.get_autocast_dtype(device_type))
+    elif x.dtype != weight.dtype:
+        raise TypeError(f"x and weight have one dtype, not {x.dtype} and {weight.dtype}")
+    _check(x, weight, targets, softcap, z_loss, label_smoothing, reduction)
+    impl = _choose(x, weight) if impl == "auto" else _required(impl, x)
+    if impl == "reference":
+        return linear_cross_entropy_reference(
+            x,
+            weight.to(x.dtype),
+            targets,
+            softcap=softcap,
+            z_loss=z_loss,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            reduction=reduction,
+        )
+
+    rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)  # (N, C), (N,)
+    options = softcap or 0.0, z_loss, label_smoothing, ignore_index, impl == "triton"
+    if reduction == "none":
+        return losses_of(rows, weight, flat, *options)[0].view(targets.shape)
+    wants = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight)]
+    total = total_of(rows, weight, flat, *options, *wants)[0]
+    return total if reduction == "sum" else _mean(total, flat != ignore_index)
+
+
+def _mean(total: Tensor, counts: Tensor) -> Tensor:
+    """total over how many count; over none NaN, through which no gradient flows."""
+    count = counts.sum()
+    return (total / count.clamp(min=1)).masked_fill(count == 0, math.nan)
+
+
+def linear_cross_entropy_reference(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """The same in plain PyTorch: the specification. It holds all the logits, in float32 (float64 for float64)."""
+    logits = F.linear(x, weight).flatten(0, -2)  # (N, V)
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    flat = targets.flatten()  # (N,)
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    if z_loss == 0:
+        loss = F.cross_entropy(logits, flat, **options, reduction=reduction)
+        return loss.view(targets.shape) if reduction == "none" else loss
+    counts = flat != ignore_index
+    losses = F.cross_entropy(logits, flat, **options, reduction="none")
+    losses = losses + z_loss * logits.logsumexp(-1).square() * counts
+    if reduction == "none":
+        return losses.view(targets.shape)
+    return losses.sum() if reduction == "sum" else _mean(losses.sum(), counts)
+
+
+def _check(x, weight, targets, softcap, z_loss, label_smoothing, reduction) -> None:
+    if x.ndim < 1 or weight.ndim != 2 or x.shape[-1] != weight.shape[1] or weight.shape[0] == 0:
+        raise ValueError(f"x (..., C) and weight (V, C) do not fit: {tuple(x.shape)} and {tuple(weight.shape)}")
+    if targets.shape != x.shape[:-1]:
+        raise ValueError(f"targets have x's axes but the last, {tuple(x.shape[:-1])}, not {tuple(targets.shape)}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets are int64, not {targets.dtype}")
+    if not (x.dtype.is_floating_point and weight.dtype.is_floating_point):
+        raise TypeError(f"x and weight are floating point tensors, not {x.dtype} and {weight.dtype}")
+    if not (x.device == weight.device == targets.device):
+        raise ValueError(f"x, weight and targets are on one device, not {x.device}, {weight.device}, {targets.device}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap is a positive number or None, not {softcap}")
+    if not (z_loss >= 0 and math.isfinite(z_loss)):
+        raise ValueError(f"z_loss is at least 0, not {z_loss}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing lies between 0 and 1, not {label_smoothing}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction is mean, sum or none, not {reduction!r}")
+
+
+def _why_not_triton(x: Tensor) -> str | None:
+    """Why the kernels cannot do this call; None if they can."""
+    if cross_entropy_triton is None:
+        return "triton does not import here"
+    return cross_entropy_triton.why_not_triton(x)
+
+
+def _choose(x: Tensor, weight: Tensor) -> str:
+    """What "auto" means for this call."""
+    why_not = _why_not_triton(x) if x.is_cuda else "no GPU"
+    if why_not is None:
+        choice = "triton"
+    else:
+        N = x.numel() // max(1, x.shape[-1])
+        choice = "reference" if N * weight.shape[0] <= MOST_LOGITS else "chunked"
+    if (choice, why_not) not in _announced and not torch.compiler.is_compiling():
+        _announced.add((choice, why_not))
+        log.info("linear_cross_entropy runs on %s%s", choice, f": {why_not}" if why_not else "")
+    return choice
+
+
+def _required(impl: str, x: Tensor) -> str:
+    """impl, unless it cannot do this call."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    why_not = _why_not_triton(x) if impl == "triton" else None
+    if why_not is not None:
+        raise NotImplementedError(f'impl="triton" cannot do this call: {why_not}')
+    return impl

@@ -1,0 +1,24 @@
+"""Several training runs in one process group: torchrun tests/distributed_worker.py CONFIGS.json
+
+CONFIGS.json is a list of command lines; one start of the processes serves them all.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import gpt.optim
+from gpt.command_line import load_config
+from gpt.config import TrainConfig
+from gpt.distributed import join
+from train import train
+
+if __name__ == "__main__":
+    gpt.optim.multiplies_bfloat16 = lambda device: False  # rounding there would hide what is asked here
+    with join(TrainConfig(device="cpu")) as world:
+        for words in json.loads(Path(sys.argv[1]).read_text()):
+            status = train(load_config(words), world)
+            if status:
+                sys.exit(status)

@@ -1,0 +1,224 @@
+"""Two processes under torchrun do what one does with the whole batch: DDP and FSDP2, on gloo and the CPU."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+import gpt.optim
+from gpt.checkpoint import verify
+from gpt.command_line import load_config
+from gpt.config import ModelConfig
+from gpt.distributed import Parallel, World
+from gpt.model import GPT
+from gpt.monitor import read_metrics
+from train import main
+
+ROOT = Path(__file__).parents[1]
+TEXT = "".join(f"{a} and {b} went up the hill, said {c}.\n" for a in "JKLM" for b in "abcdef" for c in "xyz")
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def flags(run_dir: str, batch_size: int, *more: str) -> list[str]:
+    """A small model, with weights whose rows two processes cannot halve."""
+    words = f"--corpus text.txt --cache-dir cache --run-dir {run_dir} --device cpu --dtype float32 --n-layer 2"
+    words += f" --n-head 3 --n-embd 24 --mlp-dim 21 --seq-len 16 --batch-size {batch_size} --grad-accum-steps 2"
+    words += (
+        " --warmup-steps 2 --max-steps 6 --eval-interval 3 --eval-tokens 200 --checkpoint-interval 3 --log-interval 1"
+    )
+    return [*words.split(), "--sample-tokens", "5", *more]
+
+
+RECIPES = {
+    "adamw": ["--preset", "gpt2", "--window", "9", "--grad-clip", "0.5", "--ema-decay", "0.5"],
+    "muon": ["--optimizer", "muon", "--learning-rate", "0.02", "--n-kv-head", "1", "--activation-checkpointing"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where one process and two have trained each recipe, and each has gone on from the others' checkpoints."""
+    folder = tmp_path_factory.mktemp("runs")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(gpt.optim, "multiplies_bfloat16", lambda device: False)  # as in the worker
+        (folder / "text.txt").write_text(TEXT)
+        for name, recipe in RECIPES.items():
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                assert main(load_config(flags(f"{name}-one", 8, *recipe))) == 0
+            (folder / f"{name}-one/printed").write_text(printed.getvalue())
+        together = []
+        for name, recipe in RECIPES.items():
+            for mode in ("ddp", "fsdp"):
+                half = ["--resume-from", f"{name}-{mode}/checkpoints/step_00000003"]
+                other = ["--resume-from", f"{name}-one/checkpoints/step_00000003"]
+                together += [
+                    flags(f"{name}-{mode}", 4, *recipe, "--parallel", mode),
+                    flags(f"{name}-{mode}-again", 4, *recipe, "--parallel", mode, *half),
+                    flags(f"{name}-one-{mode}", 4, *recipe, "--parallel", mode, *other),
+                ]
+        printed = launch(folder, together).split("written:")
+        for words, text in zip(together, printed, strict=False):
+            (folder / words[words.index("--run-dir") + 1] / "printed").write_text(text)
+        for name, recipe in RECIPES.items():
+            for mode in ("ddp", "fsdp"):
+                half = ["--resume-from", f"{name}-{mode}/checkpoints/step_00000003"]
+                assert main(load_config(flags(f"{name}-{mode}-one", 8, *recipe, *half))) == 0
+    torch.set_num_threads(threads)
+    return folder
+
+
+def launch(folder: Path, command_lines: list[list[str]]) -> str:
+    (folder / "configs.json").write_text(json.dumps(command_lines))
+    command = [*LAUNCH, str(ROOT / "tests/distributed_worker.py"), "configs.json"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, env=environment())
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def lasting(run_dir: Path, since: int = 0) -> list[dict]:
+    """The metrics after a step, without what depends on the clock."""
+    records = [r for r in read_metrics(run_dir / "metrics.jsonl") if r["step"] > since]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in records]
+
+
+def samples(printed: Path) -> list[str]:
+    """What was written at each evaluation."""
+    return re.findall(r"(?m)^step \d+: validation.*\n((?:  \| .*\n)+)", printed.read_text())
+
+
+def checkpoint(run_dir: Path) -> dict[str, torch.Tensor]:
+    files = (run_dir / "checkpoints/step_00000006").glob("*.safetensors")
+    return {f"{file.stem}.{key}": value for file in files for key, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("recipe", RECIPES)
+class TestTwoProcesses:
+    def test_give_the_losses_of_one_with_the_whole_batch(self, folder, recipe, mode):
+        one, two = lasting(folder / f"{recipe}-one"), lasting(folder / f"{recipe}-{mode}")
+        assert len(one) == len(two) == 8
+        for a, b in zip(one, two):
+            assert a == pytest.approx(b, rel=1e-6)
+
+    def test_write_the_same_samples(self, folder, recipe, mode):
+        one, two = (samples(folder / f"{recipe}-{who}/printed") for who in ("one", mode))
+        assert len(one) == 2 and one == two
+
+    def test_leave_the_checkpoint_of_one(self, folder, recipe, mode):
+        one, two = checkpoint(folder / f"{recipe}-one"), checkpoint(folder / f"{recipe}-{mode}")
+        assert one.keys() == two.keys()
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+    def test_go_on_as_if_never_stopped(self, folder, recipe, mode):
+        whole, again = folder / f"{recipe}-{mode}", folder / f"{recipe}-{mode}-again"
+        assert lasting(whole, since=3) == lasting(again)
+        one, two = checkpoint(whole), checkpoint(again)
+        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+    def test_go_on_from_one_and_one_from_two(self, folder, recipe, mode):
+        expected = lasting(folder / f"{recipe}-one", since=3)
+        for name in (f"{recipe}-one-{mode}", f"{recipe}-{mode}-one"):
+            for a, b in zip(expected, lasting(folder / name), strict=True):
+                assert a == pytest.approx(b, rel=1e-6)
+
+
+@pytest.fixture
+def world():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield World(torch.device("cpu"), joined=True)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_gradients_are_reduced_once_a_step(world, mode):
+    model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=16, seq_len=8, vocab_size=11))
+    parallel = Parallel(model, world, mode)
+    reductions = []
+    if mode == "ddp":
+        parallel.loss.register_comm_hook(None, lambda _, bucket: reductions.append(1) or allreduce_hook(None, bucket))
+    idx = torch.arange(8).view(1, 8)
+    for step in range(2):
+        for reduced in (False, False, True):
+            with parallel.gradients(reduced=reduced):
+                parallel.loss(idx, idx).backward()
+            if mode == "ddp":
+                assert len(reductions) == step + reduced
+            else:  # what is not reduced has not reached the shards
+                assert all((p.grad is not None) == reduced for p in model.parameters())
+        for p in model.parameters():
+            p.grad = None
+
+
+@pytest.fixture
+def job(tmp_path):
+    """job(flag, ...) starts an endless training of two processes and returns when it is on its way."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    started = []
+
+    def job(*more: str) -> tuple[subprocess.Popen, dict[str, int]]:
+        endless = ["--max-steps", "100000", "--eval-interval", "100000", "--checkpoint-interval", "100000"]
+        command = [*LAUNCH, str(ROOT / "train.py"), *flags("run", 4, *more, *endless)]
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        deadline = time.monotonic() + 60
+        while len(read_metrics(tmp_path / "run/metrics.jsonl")) < 3:
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            os.sched_yield()
+        return process, {rank_of(pid): pid for pid in children_of(process.pid)}
+
+    yield job
+    for process in started:
+        if process.poll() is None:
+            for pid in (*children_of(process.pid), process.pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_a_killed_rank_ends_the_job(job):
+    process, ranks = job()
+    os.kill(ranks["1"], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "Signal 9 (SIGKILL)" in errors
+    assert "lost contact with another process" in errors
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
+
+
+def test_a_signal_stops_all_ranks_at_one_step_and_saves(job, tmp_path):
+    process, _ = job("--parallel", "fsdp")
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert "stopped by SIGTERM after step" in output, errors
+    (newest,) = (tmp_path / "run/checkpoints").glob("step_*")
+    assert verify(newest) is None
+    assert int(newest.name.removeprefix("step_")) == read_metrics(tmp_path / "run/metrics.jsonl")[-1]["step"]
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def rank_of(pid: int) -> str | None:
+    entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next((entry[5:].decode() for entry in entries if entry.startswith(b"RANK=")), None)

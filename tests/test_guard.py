@@ -1,0 +1,163 @@
+"""Steps that are skipped on the device, float16's scale, and a loop that waits for no device between its logs."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gpt
+from gpt.command_line import load_config
+from gpt.guard import Guard, LossScale
+from gpt.model import GPT
+from gpt.monitor import Monitor, read_metrics
+from train import main
+
+TEXT = "".join(f"{a} and {b} went up the hill, said {c}.\n" for a in "JKLM" for b in "abcdef" for c in "xyz")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path
+
+
+def run(*words: str) -> int:
+    fixed = "--corpus text.txt --cache-dir cache --run-dir run --device cpu --n-layer 1 --n-head 2 --n-embd 16"
+    fixed += " --seq-len 16 --batch-size 4 --warmup-steps 0 --dtype float32 --log-interval 1 --sample-tokens 0"
+    return main(load_config([*fixed.split(), *words]))
+
+
+@pytest.fixture
+def bad_at(monkeypatch):
+    """bad_at(call, ...) makes the loss of these training steps NaN, counted from 1."""
+
+    def bad_at(*calls: int) -> None:
+        true_loss, count = GPT.loss, iter(range(1, 10**6))
+
+        def loss(self, *args, **options):
+            value = true_loss(self, *args, **options)
+            return value * math.nan if self.training and next(count) in calls else value
+
+        monkeypatch.setattr(GPT, "loss", loss)
+
+    return bad_at
+
+
+def test_a_bad_step_is_left_out_and_training_goes_on(folder, capsys, bad_at):
+    bad_at(3, 4)
+    assert run("--max-steps", "6", "--checkpoint-interval", "3") == 0
+    records = [r for r in read_metrics(folder / "run/metrics.jsonl") if "train_loss" in r]
+    assert [r["step"] for r in records] == [1, 2, 5, 6]
+    assert "skipped 1 of the last steps" in capsys.readouterr().out
+    assert [path.name for path in (folder / "run/checkpoints").iterdir()] == ["step_00000006"]
+    assert all(p.isfinite().all() for p in gpt.load("run", device="cpu")[0].parameters())
+
+
+def test_skipped_steps_are_counted_between_logs(folder, capsys, bad_at):
+    bad_at(2, 4, 5, 9)
+    assert run("--max-steps", "10", "--log-interval", "5", "--eval-interval", "100", "--max-skipped-steps", "3") == 0
+    assert "step 5: skipped 3 of" in capsys.readouterr().out
+    (last,) = [r for r in read_metrics(folder / "run/metrics.jsonl") if "train_loss" in r]
+    assert (last["step"], last["skipped_steps"]) == (10, 1)
+
+
+@pytest.mark.parametrize(("limit", "end"), [(3, 6), (4, 7)])
+def test_training_gives_up_after_so_many_in_a_row(folder, capsys, bad_at, limit, end):
+    bad_at(1, *range(4, 100))
+    assert run("--max-steps", "50", "--max-skipped-steps", str(limit), "--checkpoint-interval", "2") == 3
+    assert f"step {end}: the loss is nan and training gives up; the checkpoint of step 2 is sound" in (
+        capsys.readouterr().out
+    )
+    assert [path.name for path in (folder / "run/checkpoints").iterdir()] == ["step_00000002"]
+
+
+def test_a_run_that_ends_on_a_bad_step_gives_up(folder, capsys, bad_at):
+    bad_at(5)
+    assert run("--max-steps", "5") == 3
+    assert "nothing was saved" in capsys.readouterr().out
+    assert not (folder / "run/checkpoints").exists()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", ["loss", "grad_norm"])
+def test_either_number_decides(which, bad):
+    guard, fine = Guard(torch.device("cpu")), torch.tensor(1.5)
+    numbers = {"loss": fine, "grad_norm": fine, which: torch.tensor(bad)}
+    assert guard.update(fine, fine).item() == 0
+    assert guard.update(**numbers).item() == guard.update(**numbers).item() == 1
+    seen = guard.read()
+    assert (seen.skipped, seen.in_a_row) == (2, 2)
+    assert str(bad) in seen.fault and which.removeprefix("grad_") in seen.fault
+    guard.update(fine, fine)
+    assert guard.read() == (type(seen))(1.5, 1.5, 0, 0, False)
+
+
+def test_the_loss_scale_moves_as_torchs_own():
+    found = [0, 1, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0]
+    ours = LossScale(torch.device("cpu"), enabled=True)
+    ours.GROWTH_INTERVAL = 3
+    theirs, tracker = torch.full((), 65536.0), torch.zeros((), dtype=torch.int32)
+    for value in found:
+        found_inf = torch.tensor(float(value))
+        ours.update(found_inf)
+        torch._amp_update_scale_(theirs, tracker, found_inf, 2.0, 0.5, 3)
+        assert ours.state_dict() == {"scale": theirs.item(), "_growth_tracker": tracker.item()}
+    other = LossScale(torch.device("cpu"), enabled=True)
+    other.load_state_dict(ours.state_dict())
+    assert other.state_dict() == ours.state_dict()
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that a GPU would have to be waited for, within torch ..."""
+
+    OPERATORS = (
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.equal.default,
+        torch.ops.aten.nonzero.default,
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in self.OPERATORS
+        return func(*args, **(kwargs or {}))
+
+
+class WaitsInPython(TorchFunctionMode):
+    """... and the calls on a tensor, of which torch sees nothing on a CPU."""
+
+    METHODS = (torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy)
+
+    def __init__(self, waits: Waits):
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.waits.count += func in self.METHODS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--grad-clip", "1", "--ema-decay", "0.9"],
+        ["--optimizer", "muon", "--grad-accum-steps", "2", "--dropout", "0.1"],
+        ["--dtype", "float16", "--grad-clip", "0", "--activation-checkpointing"],
+    ],
+    ids=["adamw-average", "muon", "float16"],
+)
+def test_steps_between_logs_wait_for_no_device(folder, capsys, monkeypatch, words):
+    waits, at = Waits(), []
+    monkeypatch.setattr(Monitor, "advance", lambda self, step: at.append(waits.count))
+    intervals = ["--log-interval", "4", "--eval-interval", "100", "--checkpoint-interval", "100", "--max-steps", "9"]
+    with waits, WaitsInPython(waits):
+        assert run(*intervals, *words) == 0
+    assert len(at) == 9
+    assert at[0] == at[1] == at[2] == at[3] < at[4] == at[5] == at[6] == at[7] < at[8] < waits.count
+    assert at[4] - at[3] == 1  # all that a log needs is read at once

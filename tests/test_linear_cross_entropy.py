@@ -1,0 +1,394 @@
+"""The fused loss against the reference in float64, by the rule that attention is held to, and what it promises."""
+
+import json
+import math
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from kernels import cross_entropy_triton, linear_cross_entropy, linear_cross_entropy_reference
+from kernels import linear_cross_entropy as public
+from kernels import linear_cross_entropy_chunks as chunks
+from tests.attention_checks import assert_close
+
+ALL_TERMS = {"softcap": 3.0, "z_loss": 0.01, "label_smoothing": 0.1}
+TERMS = [{}, *({name: value} for name, value in ALL_TERMS.items()), ALL_TERMS]
+IMPLEMENTATIONS = ["triton", "chunked"]
+
+
+@dataclass
+class Inputs:
+    """x (N, C), weight (V, C), targets (N,), and what flows back into each loss and into their mean."""
+
+    x: Tensor
+    weight: Tensor
+    targets: Tensor
+    dlosses: Tensor
+    dmean: float = 0.37
+
+
+def make_inputs(N: int, V: int, C: int, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
+    """x, weight and targets are views of larger memory that is NaN, or no target, wherever they are not."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def lay_out(values: Tensor, dtype: torch.dtype, around: float) -> Tensor:
+        memory = torch.full([n + 3 for n in values.shape[:-1]] + [2 * values.shape[-1]], around, dtype=dtype)
+        view = memory.to(device)[(slice(1, -2),) * (values.ndim - 1) + (slice(None, None, 2),)]
+        return view.copy_(values)
+
+    x = lay_out(torch.randn(N, C, generator=generator), dtype, math.nan)
+    weight = lay_out(torch.randn(V, C, generator=generator) * 2 * C**-0.5, dtype, math.nan)
+    targets = torch.randint(V, (N,), generator=generator)
+    targets[2::5] = -100
+    return Inputs(x, weight, lay_out(targets, torch.int64, -7), torch.randn(N, generator=generator).to(device))
+
+
+def run(fn, inputs: Inputs, dtype: torch.dtype | None = None, **options) -> dict[str, Tensor]:
+    """Single losses, and the gradients of their weighted sum and of their mean, with all inputs in `dtype` if given."""
+    x, weight = (t.to(dtype or t.dtype).detach().requires_grad_() for t in (inputs.x, inputs.weight))
+    losses = fn(x, weight, inputs.targets, reduction="none", **options)
+    results = {"loss": losses.detach()}
+    results["dx"], results["dweight"] = torch.autograd.grad(losses, (x, weight), inputs.dlosses.to(losses.dtype))
+    if (inputs.targets >= 0).any():
+        mean = fn(x, weight, inputs.targets, reduction="mean", **options) * inputs.dmean
+        results["dx of the mean"], results["dweight of the mean"] = torch.autograd.grad(mean, (x, weight))
+    return results
+
+
+def check(inputs: Inputs, impl: str, **terms) -> None:
+    """Hold `impl` to the reference in float64, in chunks of 7 rows and tiles of 256 columns."""
+    dtype, V = inputs.x.dtype, inputs.weight.shape[0]
+    with small_pieces(7 * V * inputs.x.element_size()):
+        ours = run(linear_cross_entropy, inputs, impl=impl, **terms)
+    truth = run(linear_cross_entropy_reference, inputs, torch.float64, **terms)
+    plain = run(linear_cross_entropy_reference, inputs, **terms)
+    for name in truth:
+        stored = torch.float32 if name == "loss" else dtype
+        assert ours[name].dtype == stored and ours[name].shape == truth[name].shape
+        assert_close(name, ours[name], plain[name], truth[name], stored, rounding_of_lse(name, inputs, truth))
+
+
+def rounding_of_lse(name: str, inputs: Inputs, truth: dict[str, Tensor]) -> float:
+    """What gradients lose as p is made from an lse in float32: its rounding, all along a row."""
+    if name == "loss":
+        return 0.0
+    lse = (inputs.x.double() @ inputs.weight.double().T).logsumexp(1)
+    return 2 * 2.0**-24 * lse.abs().max().item() * truth[name].abs().max().item()
+
+
+def small_pieces(chunk_bytes: int):
+    """Chunks of so many bytes, tiles of 256 columns, and NaN in whatever is to be written."""
+    empty = chunks._empty
+    return mock.patch.multiple(
+        chunks,
+        CHUNK_BYTES=dict.fromkeys(("cpu", "cuda"), chunk_bytes),
+        _empty=lambda *shape, **options: empty(*shape, **options).fill_(math.nan),
+    )
+
+
+@pytest.fixture(autouse=True)
+def small_tiles():
+    with mock.patch.object(cross_entropy_triton, "MOST_COLUMNS", 256):
+        yield
+
+
+def name_of(terms: dict) -> str:
+    return "+".join(terms) or "plain"
+
+
+@pytest.mark.parametrize("terms", TERMS, ids=name_of)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_terms_and_dtypes(impl, dtype, terms, device):
+    check(make_inputs(17, 300, 40, dtype, device), impl, **terms)
+
+
+@pytest.mark.parametrize(
+    ("N", "V", "C"),
+    [(1, 1, 16), (1, 1023, 200), (17, 65, 16), (9, 1000, 33), (9, 1023, 96), (130, 65, 24), (5, 256, 16)],
+    ids=str,
+)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_sizes(impl, N, V, C, device):
+    check(make_inputs(N, V, C, torch.float32, device), impl, **ALL_TERMS)
+    check(make_inputs(N, V, C, torch.bfloat16, device), impl)
+
+
+@pytest.mark.parametrize("terms", TERMS, ids=name_of)
+def test_the_reference_is_the_formula(terms):
+    inputs = make_inputs(17, 65, 16, torch.float64, "cpu")
+    cap, z, e = (terms.get(name, 0.0) for name in ALL_TERMS)
+    s = inputs.x @ inputs.weight.T
+    s = cap * torch.tanh(s / cap) if cap else s
+    lse = s.exp().sum(1).log()
+    target = s[torch.arange(17), inputs.targets.clamp(min=0)]
+    expected = lse - (1 - e) * target - e * s.mean(1) + z * lse**2
+    losses = linear_cross_entropy_reference(inputs.x, inputs.weight, inputs.targets, reduction="none", **terms)
+    torch.testing.assert_close(losses, expected.where(inputs.targets >= 0, 0.0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        linear_cross_entropy_reference(inputs.x, inputs.weight, inputs.targets, **terms),
+        expected[inputs.targets >= 0].mean(),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+
+
+def test_equals_torch_in_float64():
+    """Chunked, in float64, beside F.cross_entropy itself: values and gradients."""
+    inputs = make_inputs(17, 65, 16, torch.float64, "cpu")
+
+    def torch_own(x, weight, targets, **options):
+        return F.cross_entropy(F.linear(x, weight), targets, **options)
+
+    ours = run(linear_cross_entropy, inputs, impl="chunked", label_smoothing=0.2)
+    for name, expected in run(torch_own, inputs, label_smoothing=0.2).items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradients_are_those_of_finite_differences(reduction):
+    inputs = make_inputs(5, 7, 4, torch.float64, "cpu")
+    x, weight = (t.detach().requires_grad_() for t in (inputs.x, inputs.weight))
+
+    def loss(x, weight):
+        return linear_cross_entropy(x, weight, inputs.targets, reduction=reduction, impl="chunked", **ALL_TERMS)
+
+    with small_pieces(2 * 7 * 8):
+        assert torch.autograd.gradcheck(loss, (x, weight))
+
+
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "reference"])
+def test_leading_axes_and_reductions(impl, device):
+    inputs = make_inputs(12, 65, 16, torch.float32, device)
+    x, targets = inputs.x.view(3, 4, 16), inputs.targets.reshape(3, 4)
+    results = {
+        reduction: linear_cross_entropy(x, inputs.weight, targets, reduction=reduction, impl=impl)
+        for reduction in ("none", "sum", "mean")
+    }
+    assert results["none"].shape == (3, 4)
+    torch.testing.assert_close(results["sum"], results["none"].sum())
+    torch.testing.assert_close(results["mean"], results["none"].sum() / (targets >= 0).sum())
+
+
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "reference"])
+@pytest.mark.parametrize("N", [0, 3])
+def test_nothing_counts(impl, N, device):
+    """As in F.cross_entropy: a sum of 0, a mean of NaN, no gradient, even where logits are not finite."""
+    inputs = make_inputs(N, 65, 16, torch.float32, device)
+    targets = torch.full_like(inputs.targets, -100)
+    for reduction, expected in (("sum", 0.0), ("mean", math.nan), ("none", [0.0] * N)):
+        x, weight = (t.detach().requires_grad_() for t in (inputs.x, inputs.weight))
+        loss = linear_cross_entropy(x, weight, targets, reduction=reduction, impl=impl, **ALL_TERMS)
+        assert torch.equal(loss.isnan(), torch.tensor(expected, device=device).isnan())
+        assert not loss.nan_to_num().any()
+        loss.sum().backward()
+        assert not x.grad.any() and not weight.grad.any()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_ignore_index_may_be_a_token(impl, device):
+    inputs = make_inputs(12, 5, 16, torch.float32, device)
+    targets = inputs.targets.clamp(min=0)
+    assert (targets == 3).any()
+    ours = linear_cross_entropy(inputs.x, inputs.weight, targets, ignore_index=3, impl=impl)
+    torch.testing.assert_close(ours, F.cross_entropy(inputs.x @ inputs.weight.T, targets, ignore_index=3))
+
+
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "reference"])
+@pytest.mark.parametrize("wrong", [65, -1])
+def test_targets_out_of_range_raise_on_a_cpu(impl, wrong):
+    if impl == "triton" and not cross_entropy_triton.runs_on(torch.device("cpu")):
+        pytest.skip("the kernels run on the GPU here")
+    inputs = make_inputs(4, 65, 16, torch.float32, "cpu")
+    inputs.targets[1] = wrong
+    with pytest.raises(IndexError, match=f"{wrong} is out of bounds"):
+        linear_cross_entropy(inputs.x, inputs.weight, inputs.targets, impl=impl)
+
+
+def test_targets_out_of_range_are_nan_in_the_kernel(device):
+    logits = torch.zeros(3, 65, device=device)
+    targets = torch.tensor([65, 4, -1], device=device)
+    losses, lse = torch.zeros(2, 3, device=device)
+    terms = cross_entropy_triton.Terms(0.0, 0.0, 0.0, -100)
+    cross_entropy_triton.loss_launch(logits, targets, losses, lse, terms, gradient=True).run()
+    assert losses.isnan().tolist() == logits.isnan().any(1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_same_bits_again(impl, device):
+    inputs = make_inputs(17, 300, 16, torch.bfloat16, device)
+    with small_pieces(7 * 300 * 2):
+        one, two = (run(linear_cross_entropy, inputs, impl=impl, **ALL_TERMS) for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_graph_can_be_gone_through_twice():
+    inputs = make_inputs(4, 65, 16, torch.float32, "cpu")
+    x = inputs.x.detach().requires_grad_()
+    loss = linear_cross_entropy(x, inputs.weight, inputs.targets, impl="chunked")
+    (one,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (two,) = torch.autograd.grad(loss * 2, x)
+    torch.testing.assert_close(2 * one, two)
+
+
+def test_the_upstream_gradient_is_not_rounded(device):
+    """1 / N of many tokens has no 16-bit value: the product is float32's."""
+    inputs = make_inputs(4, 65, 16, torch.bfloat16, device)
+    x = inputs.x.detach().requires_grad_()
+    loss = linear_cross_entropy(x, inputs.weight, inputs.targets, reduction="sum", impl="chunked")
+    one, third = (torch.autograd.grad(loss / n, x, retain_graph=True)[0] for n in (1, 3))
+    assert torch.equal(third, (one.float() * torch.tensor(1 / 3, device=device)).bfloat16())
+
+
+def test_no_gradient_is_made_that_nobody_wants():
+    inputs = make_inputs(4, 65, 16, torch.float32, "cpu")
+    x, weight = (t.detach().requires_grad_() for t in (inputs.x, inputs.weight))
+    with mock.patch.object(chunks, "_to_gradient", side_effect=AssertionError), torch.no_grad():
+        without = linear_cross_entropy(x, weight, inputs.targets, impl="chunked")
+    with mock.patch.object(chunks, "add_product", side_effect=AssertionError):
+        for reduction in ("mean", "none"):
+            loss = linear_cross_entropy(x, inputs.weight, inputs.targets, reduction=reduction, impl="chunked")
+            loss.sum().backward()
+    assert x.grad is not None and not without.requires_grad
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_autocast(impl, device):
+    """x and weight are cast; dweight, summed in float32, is not rounded to 16 bits on its way to a float32 weight."""
+    inputs = make_inputs(17, 65, 16, torch.float32, device)
+    with torch.autocast(device, torch.bfloat16), small_pieces(7 * 65 * 2):
+        ours = run(linear_cross_entropy, inputs, impl=impl)
+    truth = run(linear_cross_entropy_reference, inputs, torch.float64)
+    with torch.autocast(device, torch.bfloat16):
+        plain = run(linear_cross_entropy_reference, inputs)
+    for name in truth:
+        assert ours[name].dtype == torch.float32
+        assert_close(name, ours[name], plain[name], truth[name], torch.float32)
+    assert not torch.equal(ours["dweight"], ours["dweight"].bfloat16().float())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("impl", ["triton", "chunked", "auto"])
+def test_compiles_as_one_graph(impl, reduction, device):
+    inputs = make_inputs(5, 65, 16, torch.float32, device)
+
+    def loss(x, weight, targets, **options):
+        return linear_cross_entropy(x * 2, weight, targets, softcap=5.0, impl=impl, **options)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    x, weight = (t.detach().requires_grad_() for t in (inputs.x, inputs.weight))
+    results = [f(x, weight, inputs.targets, reduction=reduction) for f in (loss, compiled)]
+    torch.testing.assert_close(*results)
+    for one, two in zip(*(torch.autograd.grad(r.sum(), (x, weight)) for r in results)):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("triton", [False, True], ids=["chunked", "triton"])
+def test_operators(triton, device):
+    inputs = make_inputs(5, 65, 16, torch.float32, device)
+    x, weight = (t.detach().requires_grad_() for t in (inputs.x, inputs.weight))
+    args = (x, weight, inputs.targets, 5.0, 0.1, 0.1, -100, triton)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(chunks.losses_of, args, test_utils=tests)
+    for wants in ((True, True), (False, False)):
+        torch.library.opcheck(chunks.total_of, (*args, *wants), test_utils=tests[:3])
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_no_second_derivative(reduction):
+    inputs = make_inputs(4, 65, 16, torch.float32, "cpu")
+    x = inputs.x.detach().requires_grad_()
+    loss = linear_cross_entropy(x, inputs.weight, inputs.targets, reduction=reduction, impl="chunked").square().sum()
+    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        dx.sum().backward()
+
+
+def peak_memory(fn, path) -> tuple[int, int]:
+    """Bytes allocated at most at once while fn runs, and in one piece, by torch's own account of every allocation."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        fn()
+    profiler.export_chrome_trace(str(path))
+    events = [e for e in json.loads(path.read_text())["traceEvents"] if e["name"] == "[memory]"]
+    sizes = [e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])]
+    held = peak = 0
+    for size in sizes:
+        held += size
+        peak = max(peak, held)
+    return peak, max(sizes)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_memory_is_that_of_a_chunk(reduction, tmp_path):
+    """Forward and backward hold a few chunks and the gradients, however many rows there are."""
+    N, V, C, chunk = 2048, 3000, 8, 1 << 20
+    x, weight, targets = torch.randn(N, C), torch.randn(V, C).requires_grad_(), torch.randint(V, (N,))
+    x.requires_grad_()
+
+    def step(impl):
+        return lambda: torch.autograd.grad(
+            linear_cross_entropy(x, weight, targets, impl=impl, reduction=reduction).sum(), (x, weight)
+        )
+
+    with mock.patch.dict(chunks.CHUNK_BYTES, cpu=chunk):
+        peak, largest = peak_memory(step("chunked"), tmp_path / "chunked.json")
+    gradients = 4 * (N + V) * C
+    assert largest <= 1.1 * chunk
+    assert peak <= 3 * chunk + 3 * gradients + 16 * 4 * N
+    # Where there is more to see, it is seen.
+    peak, largest = peak_memory(step("reference"), tmp_path / "reference.json")
+    assert largest >= 4 * N * V and peak >= 8 * N * V
+
+
+@pytest.mark.parametrize(
+    ("N", "V", "itemsize", "device", "rows"),
+    [
+        (16384, 50304, 2, "cuda", 8192),
+        (524288, 50304, 2, "cuda", 10496),
+        (1, 50304, 2, "cuda", 1),
+        (300, 65, 4, "cpu", 300),
+        (8192, 50304, 4, "cpu", 256),
+        (10, 1 << 30, 4, "cpu", 1),
+    ],
+)
+def test_chunks(N, V, itemsize, device, rows):
+    assert chunks.chunk_rows(N, V, itemsize, device) == rows
+    assert rows == 1 or rows * V * itemsize <= chunks.CHUNK_BYTES[device]
+
+
+def test_auto_takes_the_reference_where_logits_are_few():
+    inputs = make_inputs(4, 65, 16, torch.float32, "cpu")
+    args = inputs.x, inputs.weight, inputs.targets
+    assert torch.equal(linear_cross_entropy(*args), linear_cross_entropy(*args, impl="reference"))
+    with mock.patch.object(chunks, "_losses", side_effect=ZeroDivisionError) as chunked:
+        linear_cross_entropy(*args)
+        with mock.patch.dict(public.__globals__, MOST_LOGITS=4 * 65 - 1), pytest.raises(ZeroDivisionError):
+            linear_cross_entropy(*args)
+    assert chunked.call_count == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"softcap": 0.0}, ValueError, "softcap is a positive number"),
+        ({"z_loss": -1.0}, ValueError, "z_loss is at least 0"),
+        ({"label_smoothing": 1.5}, ValueError, "label_smoothing lies between 0 and 1"),
+        ({"reduction": "all"}, ValueError, "reduction is mean, sum or none"),
+        ({"impl": "cuda"}, ValueError, "impl 'cuda' is not one of"),
+        ({"x": torch.zeros(4, 9)}, ValueError, "do not fit"),
+        ({"targets": torch.zeros(5, dtype=torch.int64)}, ValueError, "targets have x's axes"),
+        ({"targets": torch.zeros(4, dtype=torch.int32)}, TypeError, "targets are int64"),
+        ({"weight": torch.zeros(6, 8, dtype=torch.float64)}, TypeError, "one dtype"),
+        ({"x": torch.zeros(4, 8).double(), "weight": torch.zeros(6, 8).double(), "impl": "triton"},
+         NotImplementedError, "cannot do this call"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_refused(changes, error, message):
+    arguments = {"x": torch.zeros(4, 8), "weight": torch.zeros(6, 8), "targets": torch.zeros(4, dtype=torch.int64)}
+    with pytest.raises(error, match=message):
+        linear_cross_entropy(**arguments | changes)

@@ -1,0 +1,35 @@
+"""The loss's benchmark with a stub for the clock: what is compared, what does not fit, what it does on a CPU."""
+
+import pytest
+import torch
+
+from benchmarks import loss as benchmark
+from benchmarks.loss import COMPILED, EAGER, OURS, Row
+
+
+def too_large(x, weight, targets):
+    raise torch.OutOfMemoryError
+
+
+def measured(losses):
+    return benchmark.measure(32, 16, 65, losses, lambda step: 2.0, lambda step: 0.5, rounds=2, device="cpu")
+
+
+def test_measure():
+    losses = {**benchmark.contenders(), COMPILED: too_large}
+    rows = measured(losses)
+    assert rows == [Row(32, OURS, 2.0, 0.5), Row(32, EAGER, 2.0, 0.5), Row(32, COMPILED, None, None)]
+    assert rows[2].cells() == ["32", COMPILED, "does not fit", "does not fit"]
+
+
+def test_contenders_must_agree():
+    with pytest.raises(AssertionError, match="something else"):
+        measured({OURS: benchmark.plain, EAGER: lambda x, weight, targets: 2 * benchmark.plain(x, weight, targets)})
+    with pytest.raises(torch.OutOfMemoryError):
+        measured({OURS: too_large})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what it does without a GPU")
+def test_without_a_gpu(capsys):
+    assert benchmark.main([]) == 0
+    assert capsys.readouterr().out.count("\n") == 1
