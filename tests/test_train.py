@@ -193,9 +193,10 @@ def test_training_compiled_to_machine_code_follows_eager(folder, capsys):
 
 
 def test_wandb_offline_is_written_and_reads_back(folder, capsys, monkeypatch):
-    pytest.importorskip("wandb", reason="wandb is not installed")
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_SILENT", "true")
     run("--wandb", "offline", max_steps=4)
+    wandb.teardown()  # wandb's own process ends as at a command's exit, and has written all
     (file,) = (folder / "run/wandb").glob("offline-run-*/*.wandb")
     history = [item for record in wandb_records(file) for item in [record.history] if record.HasField("history")]
     seen = [{(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in item.item} for item in history]
