@@ -260,6 +260,8 @@ class TrainConfig:
     weights and optimizer states. auto: ddp, or nothing for one process."""
     activation_checkpointing: bool = False
     """Keep only each block's input for the backward and compute the rest again: less memory, about a third slower."""
+    eval_dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Precision of evaluations. None: that of training."""
     compile: bool = False
     """torch.compile the model: faster steps after a start of tens of seconds; on a CPU it needs a C++ compiler."""
     eval_interval: int = 250

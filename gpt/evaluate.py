@@ -26,7 +26,7 @@ def evaluate(
     nats, count = 0.0, 0
     model.eval()
     for x, y in validation_batches(tokens, batch_size=rows, seq_len=T, max_tokens=limit, **share):
-        with autocast(world.device, config.train.dtype):
+        with autocast(world.device, config.train.eval_dtype or config.train.dtype):
             nats += float(parallel.eval_loss(x.to(world.device), y.to(world.device)))
         count += int((y >= 0).sum())
     model.train()

@@ -203,12 +203,25 @@ class Average:
             local(average).copy_(local(like(tensors[name], average)))
 
 
+def leave_compiler_out() -> None:
+    """Keep torch.optim from importing torch's compiler, a second and more, only to be exempt from it.
+
+    The methods that torch exempts look for the exempted function under this name before they import. Compiled models
+    are not concerned: our optimizers' steps are never compiled.
+    """
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        function = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
+        if function is not None and not hasattr(function, "__dynamo_disable"):
+            function.__dynamo_disable = function
+
+
 def build_optimizers(model: nn.Module, config: OptimConfig, world: World | None = None) -> list[torch.optim.Optimizer]:
     """The optimizers that move a GPT. Each group carries its peak rate as "peak_lr" for set_learning_rate.
 
     adamw: matrices and embeddings decay, vectors (norms and biases) do not, as in GPT-2 and nanoGPT.
     muon: the blocks' matrices under Muon; embeddings, head and vectors under Adam with rates of their own, no decay.
     """
+    leave_compiler_out()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     # Only the fused one takes found_inf.
     adam = {"betas": (config.beta1, config.beta2), "eps": 1e-8, "fused": True}
