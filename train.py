@@ -12,18 +12,20 @@ from typing import Any
 import gpt  # isort: skip  # noqa: F401 - before torch, whose threads' waiting it sets
 import torch
 
-from gpt.checkpoint import load_training_state, restore_rng, rng_state, save_checkpoint
-from gpt.command_line import load_config, with_changes, write_toml
+from gpt.checkpoint import load_training_state, restore_rng, rng_state, training_tensors
+from gpt.command_line import load_config, with_changes
 from gpt.config import Config
 from gpt.corpus import check_length, prepare
 from gpt.device import autocast, pick_device, require_compiler
 from gpt.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED, UserError, run_command
 from gpt.generate import SamplingConfig, generate
 from gpt.loader import TrainLoader, read_tokens, target_bytes, validation_batches
+from gpt.lock import RunLock
 from gpt.model import GPT
 from gpt.monitor import CorpusProgress, Monitor
 from gpt.optim import build_optimizers, lr_scale, set_learning_rate
-from gpt.run import StopRequest, checkpoints_of, claim_run_dir, earlier_run, write_provenance
+from gpt.run import StopRequest, checkpoints_of, claim_run_dir, differences, earlier_run, recipe, write_run
+from gpt.saver import Saver
 from gpt.tokenizer import Tokenizer
 
 
@@ -57,6 +59,12 @@ def main(config: Config) -> int:
 
     Raises UserError for whatever the user can put right, before anything in the run directory is touched.
     """
+    with RunLock(config.train.run_dir) as lock:
+        return run(config, lock)
+
+
+def run(config: Config, lock: RunLock) -> int:
+    """main, with a lock that is released when it ends."""
     train = config.train
 
     # Setup.
@@ -65,7 +73,7 @@ def main(config: Config) -> int:
         require_compiler(device)
     torch.manual_seed(train.seed)
     torch.set_float32_matmul_precision("high")
-    tokenizer, checkpoint = earlier_run(config)
+    tokenizer, checkpoint = earlier_run(config, lock)
 
     # Data.
     with CorpusProgress() as progress:
@@ -87,7 +95,7 @@ def main(config: Config) -> int:
     scaler = torch.amp.GradScaler(device.type, enabled=train.dtype == "float16")
     weights = [p for p in model.parameters() if p.requires_grad]
     loss_fn = torch.compile(model.loss) if train.compile else model.loss
-    start = 0
+    start, state = 0, {}
     if checkpoint is not None:
         state = load_training_state(checkpoint, model, optimizers)
         start = state["step"]
@@ -102,12 +110,12 @@ def main(config: Config) -> int:
         return EXIT_DONE
 
     # The run directory: from here on things are written.
-    run_dir = claim_run_dir(train)
-    write_toml(config, run_dir / "config.toml")
-    tokenizer.save(run_dir / "tokenizer.json")
-    write_provenance(corpus, run_dir / "corpus.json")
+    run_dir = claim_run_dir(train, lock)
+    write_run(config, tokenizer, corpus)
     stop = StopRequest()
-    monitor = Monitor(config, start_step=start)
+    lasting = {key: state.get(key) for key in ("metrics_bytes", "wandb_id")}
+    monitor = Monitor(config, start_step=start, **lasting)
+    saver = Saver(checkpoints_of(run_dir), keep=train.keep_checkpoints, metrics=monitor.path)
     tokens_per_step = train.batch_size * train.grad_accum_steps * config.model.seq_len
     monitor.say(
         f"{corpus.documents} document{'s' * (corpus.documents > 1)}: {corpus.train_tokens:,} tokens to train on, "
@@ -117,18 +125,28 @@ def main(config: Config) -> int:
     if start >= train.max_steps:
         monitor.say(f"the run is at step {start} already: give more --max-steps to go on")
 
-    def save(step: int) -> None:
+    if changed := differences(state.get("recipe", {}), recipe(config), start):
+        monitor.say(changed)
+
+    def save(step: int, *kinds: str) -> None:
         state = {
             "step": step,
+            "tokens": tokens_at(step),
+            "best": best,
             "loader": loader.state_dict(),
             "scaler": scaler.state_dict(),
             "rng": rng_state(device),
-            "threads": torch.get_num_threads(),
+            "recipe": recipe(config),
+            **monitor.state(),
         }
-        save_checkpoint(checkpoints_of(run_dir), model, optimizers, state, keep=train.keep_checkpoints)
+        saver.save(training_tensors(model, optimizers), state, kinds=kinds)
+
+    def tokens_at(step: int) -> int:
+        return state.get("tokens", start * tokens_per_step) + (step - start) * tokens_per_step
 
     # Loop.
     status, step, saved = EXIT_DONE, start, start
+    best = state.get("best")  # step and val_loss of the lowest validation loss so far
     model.train()
     since, since_step = time.perf_counter(), step
     try:
@@ -151,11 +169,13 @@ def main(config: Config) -> int:
             scaler.update()
             step += 1
             monitor.advance(step)
+            saver.check()
 
             last = step == train.max_steps or stop.signal is not None
             log_now = last or step % config.log.log_interval == 0
             evaluate_now = step == train.max_steps or step % train.eval_interval == 0
             save_now = last or step % train.checkpoint_interval == 0
+            best_now = False
             if not (log_now or evaluate_now or save_now):
                 continue
             train_loss = float(loss)  # waits for the device, and so does what follows
@@ -166,23 +186,28 @@ def main(config: Config) -> int:
                 monitor.say("Try a lower --learning-rate, a longer --warmup-steps, or --grad-clip 1")
                 status = EXIT_DIVERGED
                 break
-            record = {"step": step, "tokens": step * tokens_per_step}
+            record = {"step": step, "tokens": tokens_at(step)}
             if log_now:
                 rate = (step - since_step) * tokens_per_step / (time.perf_counter() - since)
                 learning_rate = scale * config.optim.learning_rate
                 numbers = {"train_loss": train_loss, "learning_rate": learning_rate, "grad_norm": float(grad_norm)}
                 monitor.log(record | numbers | {"tokens_per_second": round(rate, 1)})
             if evaluate_now:
-                monitor.log(record | evaluate(model, val_tokens, tokenizer, config))
+                result = evaluate(model, val_tokens, tokenizer, config)
+                monitor.log(record | result)
                 show_sample(model, tokenizer, config, monitor)
-            if save_now:
-                save(step)
+                best_now = best is None or result["val_loss"] < best["val_loss"]
+                best = {"step": step, "val_loss": result["val_loss"]} if best_now else best
+            if save_now or best_now:
+                save(step, *["step"] * save_now, *["best"] * best_now)
                 saved = step
             since, since_step = time.perf_counter(), step
+        saver.wait()
         if stop.signal is not None and status == EXIT_DONE:
             monitor.say(f"stopped by {signal.Signals(stop.signal).name} after step {step}; --resume goes on from there")
             status = EXIT_STOPPED
     finally:
+        saver.close()
         monitor.close()
         stop.close()
     print("\n".join(["written:", *(f"  {run_dir / name}" for name in monitor.written())]))
