@@ -9,7 +9,6 @@ import pytest
 import tiktoken
 
 from gpt import files
-from gpt import tokenizer as module
 from gpt.errors import UserError
 from gpt.tokenizer import (
     DOCUMENT,
