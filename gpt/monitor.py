@@ -205,7 +205,7 @@ class Monitor:
         try:
             plot_losses(self.records, self.run_dir / "loss.png", self.run_dir.resolve().name)
         except OSError as error:  # a picture is not worth a run's exit status
-            print(f"loss.png was not drawn: {error.strerror or error}", file=sys.stderr)
+            self.say(f"loss.png was not drawn: {error.strerror or error}")
         if self.wandb is not None:
             self.wandb.finish()
 

@@ -92,7 +92,7 @@ def write_run(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> None:
         tokenizer.save(run_dir / "tokenizer.json")
         write_provenance(corpus, run_dir / "corpus.json")
     except OSError as error:
-        raise UserError(f"cannot write to the run directory {run_dir}: {error.strerror}") from error
+        raise UserError(f"cannot write {error.filename}: {error.strerror}; the checkpoints are untouched") from error
 
 
 def recipe(config: Config) -> dict[str, Any]:
