@@ -117,7 +117,10 @@ def toml(draw: random.Random) -> Command:
     tables = {table: dict(values) for table, values in BASE.items()}
     for _ in range(draw.choice((1, 1, 3))):
         table = draw.choice([*KEYS])
-        tables[table][draw.choice([*KEYS[table], "n_layers"])] = draw.choice(ODD)
+        key = draw.choice([*KEYS[table], "n_layers"])
+        usual = getattr(TABLES[table](), key, None)
+        alike = [value for value in ODD if type(value) is type(usual)]
+        tables[table][key] = draw.choice(alike if alike and draw.random() < 0.6 else ODD)
     text = tomli_w.dumps(tables).encode()
     Path("fuzz.toml").write_bytes(scrambled(draw, text) if draw.random() < 0.3 else text)
     return training(["fuzz.toml", *PLACE])
@@ -219,8 +222,8 @@ def hashes(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def case(base: Path, seed: int) -> tuple[str, int, str]:
-    """Run one case in a folder of its own: its kind, its status, and what is wrong with it, if anything."""
+def case(base: Path, seed: int) -> tuple[str, int, str, str]:
+    """Run one case in a folder of its own: kind, status, what is wrong if anything, the last line on stderr."""
     draw = random.Random(f"inputs:{seed}")
     kind = draw.choice(KINDS)
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
@@ -234,19 +237,19 @@ def case(base: Path, seed: int) -> tuple[str, int, str]:
             _child(command)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         after, errors = hashes(folder), Path("stderr").read_text(errors="replace")
-    wrong = ""
+    lines = errors.splitlines()
+    last = lines[-1] if lines else ""
     if status not in (0, 2, 3) or "Traceback" in errors:
-        last = errors.strip().splitlines()[-1:] or [""]
         slow = status in (-signal.SIGXCPU, -signal.SIGALRM)
-        wrong = "takes too long" if slow else f"status {status}: {last[0][:300]}"
-    elif status == 2 and not (errors.startswith("error: ") and len(errors) > 20 and errors.count("\n") == 1):
+        wrong = "takes too long" if slow else f"status {status}: {last[:300]}"
+    elif status == 2 and not (len(last) > 20 and [line for line in lines if line.startswith("error: ")] == [last]):
         wrong = f"no sentence: {errors[:300]!r}"
     else:
         # A run that was begun may be written to; one that was refused may not; and nothing else ever.
         mine = ("new/", "cache/", "stdout", "stderr", "run/.lock", *(("run/",) if status != 2 else ()))
         changed = [path for path in before if before[path] != after.get(path) and not path.startswith(mine)]
         wrong = f"status {status}, and {changed} changed" if changed else ""
-    return kind.__name__, status, wrong
+    return kind.__name__, status, wrong, last
 
 
 def _child(command: Command) -> None:
@@ -299,13 +302,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--verbose", action="store_true", help="print each case's status and last line")
     arguments = parser.parse_args()
     counts: Counter[tuple[str, int]] = Counter()
     failed = 0
     with tempfile.TemporaryDirectory() as base:
         make_base(Path(base))
         for seed in range(arguments.seed, arguments.seed + arguments.cases):
-            kind, status, wrong = case(Path(base), seed)
+            kind, status, wrong, last = case(Path(base), seed)
+            if arguments.verbose:
+                print(seed, kind, status, last)
             counts[kind, status] += 1
             if wrong:
                 failed += 1

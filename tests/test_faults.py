@@ -175,10 +175,11 @@ def test_damaged_metrics_do_not_stop_a_resume(run, capsys):
 
 
 def test_a_deleted_shard_is_made_again(run, caplog):
-    (shard,) = Path("cache").rglob("train.tokens")
-    shard.unlink()
+    shards = list(Path("cache").rglob("train.tokens"))
+    for shard in shards:
+        shard.unlink()
     assert status_of("--resume", "--max-steps", "5") == 0
-    assert "train.tokens" in caplog.text and shard.is_file()
+    assert "train.tokens" in caplog.text and any(shard.is_file() for shard in shards)
 
 
 def test_a_deleted_corpus_is_named(run, capsys):
