@@ -28,7 +28,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         status = main()
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         status = EXIT_USER
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
