@@ -20,6 +20,7 @@ import tyro
 
 from gpt.config import PRESETS, Config
 from gpt.errors import UserError
+from gpt.files import write_whole
 
 T = TypeVar("T")
 
@@ -181,7 +182,7 @@ def write_toml(config: Config, path: Path) -> None:
         table: {key: plain(value) for key, value in values.items() if value is not None}
         for table, values in asdict(config).items()
     }
-    path.write_bytes(tomli_w.dumps(tables).encode())
+    write_whole(path, tomli_w.dumps(tables).encode())
 
 
 def config_from_toml(path: Path) -> Config:

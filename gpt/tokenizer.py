@@ -14,7 +14,6 @@ import difflib
 import hashlib
 import json
 import logging
-import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +25,7 @@ import numpy as np
 
 from gpt.config import TokenizerConfig
 from gpt.errors import UserError
+from gpt.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -127,13 +127,7 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write the tokenizer as JSON; the file is there whole or not at all."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(self._serialized)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(Path(path), self._serialized)
 
     @property
     def _serialized(self) -> bytes:
