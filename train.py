@@ -1,75 +1,57 @@
-"""Train a GPT: python train.py [CONFIG.toml] [--name value ...]
+"""Train a GPT: python train.py [CONFIG.toml] [--name value ...], or torchrun --nproc-per-node N train.py ...
 
-The loop is flat, in main(config): setup, data, model, optimizer, loop. A run directory holds everything of a run.
+The loop is flat, in train(config, world): setup, data, model, optimizer, loop. A run directory holds all of a run.
 """
 
+import contextlib
 import math
 import signal
 import sys
 import time
-from typing import Any
 
 import gpt  # isort: skip  # noqa: F401 - before torch, whose threads' waiting it sets
 import torch
 
-from gpt.checkpoint import load_training_state, restore_rng, rng_state, save_checkpoint
+from gpt.checkpoint import load_training_state, save_checkpoint
 from gpt.command_line import load_config, with_changes, write_toml
 from gpt.config import Config
 from gpt.corpus import check_length, prepare
-from gpt.device import autocast, pick_device, require_compiler
+from gpt.device import autocast, require_compiler, seed_generators
+from gpt.distributed import Parallel, World, join, mode_of
 from gpt.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED, UserError, run_command
-from gpt.generate import SamplingConfig, generate
-from gpt.loader import TrainLoader, read_tokens, target_bytes, validation_batches
+from gpt.evaluate import evaluate, sample_text
+from gpt.guard import Guard, LossScale, all_finite
+from gpt.loader import Batches, TrainLoader, read_tokens
 from gpt.model import GPT
-from gpt.monitor import CorpusProgress, Monitor
-from gpt.optim import build_optimizers, lr_scale, set_learning_rate
+from gpt.monitor import CorpusProgress, Monitor, SilentMonitor
+from gpt.optim import Average, build_optimizers, gradient_norm, lr_scale, scale_gradients, set_learning_rate
 from gpt.run import StopRequest, checkpoints_of, claim_run_dir, earlier_run, write_provenance
-from gpt.tokenizer import Tokenizer
-
-
-@torch.no_grad()
-def evaluate(model: GPT, tokens: Any, tokenizer: Tokenizer, config: Config) -> dict[str, float]:
-    """Loss over the validation slice, each of its tokens but the first once, in windows of the context."""
-    device, T, limit = model.embed.weight.device, config.model.seq_len, config.train.eval_tokens
-    nats, count = 0.0, 0
-    rows = max(config.train.batch_size, 8192 // T)
-    model.eval()
-    for x, y in validation_batches(tokens, batch_size=rows, seq_len=T, max_tokens=limit):
-        with autocast(device, config.train.dtype):
-            nats += float(model.loss(x.to(device), y.to(device), reduction="sum"))
-        count += int((y >= 0).sum())
-    model.train()
-    bits = nats / math.log(2)
-    return {"val_loss": nats / count, "bits_per_byte": bits / max(1, target_bytes(tokens, tokenizer, limit))}
-
-
-def show_sample(model: GPT, tokenizer: Tokenizer, config: Config, monitor: Monitor) -> None:
-    """Print what the model writes now. It draws from a generator of its own and changes nothing."""
-    if config.log.sample_tokens:
-        sampling = SamplingConfig(max_new_tokens=config.log.sample_tokens, rolling=True, seed=config.train.seed)
-        pieces = generate(model, tokenizer, [config.log.sample_prompt], sampling)
-        text = config.log.sample_prompt + "".join(piece.text for piece in pieces)
-        monitor.say("\n".join("  | " + line for line in text.split("\n")))
 
 
 def main(config: Config) -> int:
-    """Train, or with eval_only evaluate; returns the exit status.
+    """Train, or with eval_only evaluate; returns the exit status. Under torchrun all ranks together.
 
     Raises UserError for whatever the user can put right, before anything in the run directory is touched.
     """
-    train = config.train
+    with join(config.train) as world:
+        return train(config, world)
+
+
+def train(config: Config, world: World) -> int:
+    """main, in a world that is there."""
+    options, device = config.train, world.device
 
     # Setup.
-    device = pick_device(train.device)
-    if train.compile:
+    if options.compile:
         require_compiler(device)
-    torch.manual_seed(train.seed)
+    torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")
-    tokenizer, checkpoint = earlier_run(config)
+    tokenizer, checkpoint = earlier_run(config, say=print if world.main else lambda text: None)
 
-    # Data.
-    with CorpusProgress() as progress:
-        corpus = prepare(config.data, config.tokenizer, fixed_tokenizer=tokenizer, progress=progress)
+    # Data: rank 0 makes what the others then find in the cache.
+    with world.main_first(), CorpusProgress() as progress:
+        shown = progress if world.main else None
+        corpus = prepare(config.data, config.tokenizer, fixed_tokenizer=tokenizer, progress=shown)
     tokenizer = corpus.tokenizer
     check_length(corpus, config.model.seq_len)
     config = with_changes(config, "model", vocab_size=config.model.vocab_size or tokenizer.vocab_size)
@@ -79,113 +61,152 @@ def main(config: Config) -> int:
             "raise it, or leave it out"
         )
     train_tokens, val_tokens = read_tokens(corpus.train, tokenizer), read_tokens(corpus.val, tokenizer)
-    loader = TrainLoader(train_tokens, batch_size=train.batch_size, seq_len=config.model.seq_len, seed=train.seed)
+    loader = TrainLoader(
+        train_tokens,
+        batch_size=options.batch_size,
+        seq_len=config.model.seq_len,
+        seed=options.seed,
+        rank=world.rank,
+        world_size=world.size,
+    )
 
     # Model and optimizer.
     model = GPT(config.model).to(device)
-    optimizers = build_optimizers(model, config.optim)
-    scaler = torch.amp.GradScaler(device.type, enabled=train.dtype == "float16")
+    model.checkpoint_activations(options.activation_checkpointing)
+    parameters = model.num_parameters()
+    parallel = Parallel(model, world, mode_of(options, world), compiled=options.compile)
+    optimizers = build_optimizers(model, config.optim, world)
     weights = [p for p in model.parameters() if p.requires_grad]
-    loss_fn = torch.compile(model.loss) if train.compile else model.loss
-    start = 0
+    loss_scale = LossScale(device, enabled=options.dtype == "float16")
+    average = Average(model, config.optim.ema_decay) if config.optim.ema_decay else None
+    averaged = contextlib.nullcontext if average is None else average.swapped_in
+    tokens_per_step = options.batch_size * options.grad_accum_steps * world.size * config.model.seq_len
+    start = tokens_seen = 0
     if checkpoint is not None:
-        state = load_training_state(checkpoint, model, optimizers)
+        state = load_training_state(checkpoint, model, optimizers, average)
         start = state["step"]
+        tokens_seen = state.get("tokens", start * tokens_per_step)
         loader.load_state_dict(state["loader"])
-        if state["scaler"]:  # empty where the run was not in float16
-            scaler.load_state_dict(state["scaler"])
-        restore_rng(state["rng"], device)
-    if train.eval_only:
-        result = evaluate(model, val_tokens, tokenizer, config)
-        print(f"step {start}: validation loss {result['val_loss']:.4f} nats per token, ", end="")
-        print(f"{result['bits_per_byte']:.4f} bits per byte")
+        loss_scale.load_state_dict(state["scaler"])
+    world.check_same(start, "the checkpoint to go on from")
+    if options.eval_only:
+        with averaged():
+            result = evaluate(model, parallel, world, val_tokens, tokenizer, config)
+        if world.main:
+            print(f"step {start}: validation loss {result['val_loss']:.4f} nats per token, ", end="")
+            print(f"{result['bits_per_byte']:.4f} bits per byte")
         return EXIT_DONE
 
-    # The run directory: from here on things are written.
-    run_dir = claim_run_dir(train)
-    write_toml(config, run_dir / "config.toml")
-    tokenizer.save(run_dir / "tokenizer.json")
-    write_provenance(corpus, run_dir / "corpus.json")
+    # The run directory: from here on things are written, by rank 0.
+    run_dir, monitor = options.run_dir, SilentMonitor()
+    if world.main:
+        claim_run_dir(options)
+        write_toml(config, run_dir / "config.toml")
+        tokenizer.save(run_dir / "tokenizer.json")
+        write_provenance(corpus, run_dir / "corpus.json")
+        monitor = Monitor(config, start_step=start)
     stop = StopRequest()
-    monitor = Monitor(config, start_step=start)
-    tokens_per_step = train.batch_size * train.grad_accum_steps * config.model.seq_len
     monitor.say(
         f"{corpus.documents} document{'s' * (corpus.documents > 1)}: {corpus.train_tokens:,} tokens to train on, "
         f"{corpus.val_tokens:,} to validate; vocabulary {tokenizer.vocab_size:,}\n"
-        f"{model.num_parameters():,} parameters on {device}, {tokens_per_step:,} tokens a step"
+        f"{parameters:,} parameters on {device}, {tokens_per_step:,} tokens a step"
+        + (f", {world.size} processes ({parallel.mode})" if world.size > 1 else "")
     )
-    if start >= train.max_steps:
+    if start >= options.max_steps:
         monitor.say(f"the run is at step {start} already: give more --max-steps to go on")
 
-    def save(step: int) -> None:
-        state = {
-            "step": step,
-            "loader": loader.state_dict(),
-            "scaler": scaler.state_dict(),
-            "rng": rng_state(device),
-            "threads": torch.get_num_threads(),
-        }
-        save_checkpoint(checkpoints_of(run_dir), model, optimizers, state, keep=train.keep_checkpoints)
-
-    # Loop.
-    status, step, saved = EXIT_DONE, start, start
+    # Loop. Nothing in it waits for the device but what comes after guard.read().
+    status, step, saved, stopping = EXIT_DONE, start, start, False
+    batches, guard = Batches(loader, device), Guard(device)
     model.train()
     since, since_step = time.perf_counter(), step
     try:
-        while step < train.max_steps and stop.signal is None:
-            scale = lr_scale(step, train.max_steps, config.optim)
+        while step < options.max_steps and not stopping:
+            scale = lr_scale(step, options.max_steps, config.optim)
             set_learning_rate(optimizers, scale)
+            seed_generators(device, options.seed, step, world.rank)  # of dropout: a resumed run draws as this one does
             loss = torch.zeros((), device=device)
-            for _ in range(train.grad_accum_steps):
-                x, y = loader.next_batch()
-                with autocast(device, train.dtype):
-                    micro_loss = loss_fn(x.to(device), y.to(device)) / train.grad_accum_steps
-                scaler.scale(micro_loss).backward()
+            for micro_step in range(1, options.grad_accum_steps + 1):
+                x, y = batches.next_batch()
+                with parallel.gradients(reduced=micro_step == options.grad_accum_steps):
+                    with autocast(device, options.dtype):
+                        micro_loss = parallel.loss(x, y) / options.grad_accum_steps
+                    (micro_loss * loss_scale.scale if loss_scale.enabled else micro_loss).backward()
                 loss += micro_loss.detach()
+            # Ranks must stop at the same step: what each was asked travels with the losses.
+            loss, asked = world.mean(torch.stack((loss, torch.full_like(loss, stop.signal is not None)))).unbind()
+            grad_norm = gradient_norm(weights) / loss_scale.scale
+            found_inf = guard.update(loss, grad_norm, asked)
+            if config.optim.grad_clip or loss_scale.enabled:
+                clip = (config.optim.grad_clip or math.inf) / (grad_norm + 1e-6)
+                scale_gradients(weights, clip.clamp(max=1.0) / loss_scale.scale)
             for optimizer in optimizers:
-                scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(weights, config.optim.grad_clip or math.inf)
-            for optimizer in optimizers:
-                scaler.step(optimizer)
+                optimizer.found_inf = found_inf
+                optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            scaler.update()
+            loss_scale.update(found_inf)
+            if average is not None:
+                average.update(found_inf)
             step += 1
+            tokens_seen += tokens_per_step
             monitor.advance(step)
 
-            last = step == train.max_steps or stop.signal is not None
+            stopping = world.size == 1 and stop.signal is not None
+            last = step == options.max_steps or stopping
             log_now = last or step % config.log.log_interval == 0
-            evaluate_now = step == train.max_steps or step % train.eval_interval == 0
-            save_now = last or step % train.checkpoint_interval == 0
+            evaluate_now = step == options.max_steps or step % options.eval_interval == 0
+            save_now = last or step % options.checkpoint_interval == 0
             if not (log_now or evaluate_now or save_now):
                 continue
-            train_loss = float(loss)  # waits for the device, and so does what follows
-            if not math.isfinite(train_loss) or (save_now and not all(torch.isfinite(w).all() for w in weights)):
-                what = "weights are not finite" if math.isfinite(train_loss) else f"loss is {train_loss}"
+            seen = guard.read()  # waits for the device, and so does what follows
+            stopping = stopping or seen.stopping
+            last, save_now = last or stopping, save_now or stopping
+            if seen.skipped:
+                monitor.say(f"step {step}: skipped {seen.skipped} of the last steps: loss or gradient was not finite")
+            # A gradient out of float16's range says nothing against the weights; any other skipped step may.
+            doubtful = seen.in_a_row > 0 and not (loss_scale.enabled and math.isfinite(seen.loss))
+            broken = save_now and not doubtful and not all_finite(weights, world)
+            if broken or seen.in_a_row >= options.max_skipped_steps or (doubtful and last):
+                what = "weights are not finite" if broken else seen.fault
                 left = f"the checkpoint of step {saved} is sound" if saved else "nothing was saved"
                 monitor.say(f"step {step}: the {what} and training gives up; {left}.")
                 monitor.say("Try a lower --learning-rate, a longer --warmup-steps, or --grad-clip 1")
                 status = EXIT_DIVERGED
                 break
-            record = {"step": step, "tokens": step * tokens_per_step}
-            if log_now:
+            if doubtful:
+                continue  # until a step is taken there is nothing new to see, and nothing to save
+            record = {"step": step, "tokens": tokens_seen}
+            if log_now or stopping:
                 rate = (step - since_step) * tokens_per_step / (time.perf_counter() - since)
                 learning_rate = scale * config.optim.learning_rate
-                numbers = {"train_loss": train_loss, "learning_rate": learning_rate, "grad_norm": float(grad_norm)}
-                monitor.log(record | numbers | {"tokens_per_second": round(rate, 1)})
+                numbers = {"learning_rate": learning_rate, "tokens_per_second": round(rate, 1)}
+                monitor.log(record | seen.record() | numbers)
             if evaluate_now:
-                monitor.log(record | evaluate(model, val_tokens, tokenizer, config))
-                show_sample(model, tokenizer, config, monitor)
+                with averaged():
+                    monitor.log(record | evaluate(model, parallel, world, val_tokens, tokenizer, config))
+                    monitor.say(sample_text(model, parallel, world, tokenizer, config))
             if save_now:
-                save(step)
+                state = {
+                    "step": step,
+                    "tokens": tokens_seen,
+                    "loader": batches.state_dict(),
+                    "scaler": loss_scale.state_dict(),
+                    "threads": torch.get_num_threads(),
+                }
+                directory, keep = checkpoints_of(run_dir), options.keep_checkpoints
+                save_checkpoint(directory, model, optimizers, state, keep=keep, average=average, world=world)
                 saved = step
             since, since_step = time.perf_counter(), step
-        if stop.signal is not None and status == EXIT_DONE:
-            monitor.say(f"stopped by {signal.Signals(stop.signal).name} after step {step}; --resume goes on from there")
+        if stopping and status == EXIT_DONE:
+            name = signal.Signals(stop.signal).name if stop.signal is not None else "a signal to another process"
+            monitor.say(f"stopped by {name} after step {step}; --resume goes on from there")
             status = EXIT_STOPPED
     finally:
+        batches.close()
         monitor.close()
         stop.close()
-    print("\n".join(["written:", *(f"  {run_dir / name}" for name in monitor.written())]))
+    if world.main:
+        print("\n".join(["written:", *(f"  {run_dir / name}" for name in monitor.written())]))
     return status
 
 

@@ -167,11 +167,12 @@ def with_changes(config: Config, table: str, **changes: Any) -> Config:
 def write_toml(config: Config, path: Path) -> None:
     """The resolved config as TOML that read_toml takes back; keys that are None are left out.
 
-    What was asked of this one start (resume, overwrite, ...) is left out too: the file is the run's recipe.
+    What was asked of this one start (resume, overwrite, parallel, ...) is left out too: the file is the run's recipe.
     """
     import tomli_w
 
-    config = with_changes(config, "train", resume=False, resume_from=None, overwrite=False, eval_only=False)
+    this_start = {"resume": False, "resume_from": None, "overwrite": False, "eval_only": False, "parallel": "auto"}
+    config = with_changes(config, "train", **this_start)
 
     def plain(value: Any) -> Any:
         return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value

@@ -186,8 +186,8 @@ class OptimConfig:
     """Peak rate of the output head, norms and biases under muon."""
     min_lr: float = 0.0
     """Rate at the end of the schedule; every group ends at the same share of its peak."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After the warm-up: a cosine; stable and then a linear decay over the last decay_fraction; or constant."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """After the warm-up: a cosine; a line; stable and then linear over the last decay_fraction; or constant."""
     warmup_steps: int = 100
     """Steps over which the rate rises linearly to its peak."""
     decay_fraction: float = 0.4
@@ -204,6 +204,8 @@ class OptimConfig:
     """Newton-Schulz steps in Muon's orthogonalisation."""
     grad_clip: float = 1.0
     """The gradient's norm is clipped to this; 0 turns it off."""
+    ema_decay: float = 0.0
+    """Keep an exponential moving average of the weights, to evaluate and sample with; 0 turns it off."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "embedding_lr", "head_lr"):
@@ -217,7 +219,7 @@ class OptimConfig:
         require(self.weight_decay >= 0, f"weight_decay must be at least 0, not {self.weight_decay}")
         require(self.grad_clip >= 0, f"grad_clip must be at least 0, not {self.grad_clip}")
         require(self.muon_ns_steps >= 1, f"muon_ns_steps must be at least 1, not {self.muon_ns_steps}")
-        for name in ("beta1", "beta2", "muon_momentum"):
+        for name in ("beta1", "beta2", "muon_momentum", "ema_decay"):
             require(0 <= getattr(self, name) < 1, f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
 
 
@@ -226,9 +228,9 @@ class TrainConfig:
     """The loop: batches, steps, device, and where the run lives."""
 
     batch_size: int = 16
-    """Rows per micro step."""
+    """Rows per micro step and process."""
     grad_accum_steps: int = 1
-    """Micro steps per optimizer step."""
+    """Micro steps per optimizer step. A step sees batch_size * grad_accum_steps * processes rows."""
     max_steps: int = 2000
     """Optimizer steps."""
     seed: int = 1337
@@ -238,6 +240,11 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the forward pass under autocast. auto: bfloat16 where it runs on matrix units
     (GPUs from sm_80 up, CPUs with AMX), else float32."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several processes under torchrun share the work: ddp, each with all weights; fsdp, each with its part of
+    weights and optimizer states. auto: ddp, or nothing for one process."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input for the backward and compute the rest again: less memory, about a third slower."""
     compile: bool = False
     """torch.compile the model: faster steps after a start of tens of seconds; on a CPU it needs a C++ compiler."""
     eval_interval: int = 250
@@ -248,6 +255,8 @@ class TrainConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay on disk."""
+    max_skipped_steps: int = 10
+    """A step whose loss or gradient is not finite is skipped; after this many in a row training gives up."""
     run_dir: Path | None = None
     """The folder that holds everything of the run. None: runs/ and the config file's name."""
     resume: bool = False
@@ -267,6 +276,7 @@ class TrainConfig:
             "eval_interval",
             "checkpoint_interval",
             "keep_checkpoints",
+            "max_skipped_steps",
         ):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         require(self.eval_tokens is None or self.eval_tokens >= 1, "eval_tokens must be at least 1")

@@ -1,6 +1,7 @@
 """What a run computes on: the device, its precision, and whether it can compile."""
 
 import functools
+import hashlib
 import os
 import shutil
 from contextlib import AbstractContextManager, nullcontext
@@ -35,6 +36,18 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
     if dtype == "auto":
         dtype = "bfloat16" if multiplies_bfloat16(device) else "float32"
     return nullcontext() if dtype == "float32" else torch.autocast(device.type, dtype=getattr(torch, dtype))
+
+
+def seed_generators(device: torch.device, *numbers: int) -> None:
+    """Seed torch's global generators of the CPU and of the device by a hash of the numbers; waits for no device."""
+    digest = hashlib.sha256(":".join(map(str, numbers)).encode()).digest()
+    seed = int.from_bytes(digest[:8], "little") >> 1
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 def require_compiler(device: torch.device) -> None:

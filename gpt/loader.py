@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from gpt.errors import UserError
 from gpt.shards import read_tokens
 from gpt.tokenizer import Tokenizer
 
-__all__ = ["TrainLoader", "permuted", "read_tokens", "target_bytes", "validation_batches"]
+__all__ = ["Batches", "TrainLoader", "permuted", "read_tokens", "target_bytes", "validation_batches"]
 
 IGNORED = -100  # the target that cross_entropy leaves out
 _ROUNDS = 6
@@ -97,6 +98,43 @@ class TrainLoader:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
+class Batches:
+    """A TrainLoader's batches on a device, and where the training, not the reading ahead, has got to.
+
+    For a GPU a thread reads one batch ahead into pinned memory, from where the copy runs beside the computation; on a
+    CPU the next batch is read when it is asked for.
+    """
+
+    def __init__(self, loader: TrainLoader, device: torch.device, *, ahead: bool | None = None):
+        self._loader, self._device = loader, device
+        self._pinned = device.type == "cuda"
+        self._state = loader.state_dict()
+        self._thread = ThreadPoolExecutor(1, "batches") if (self._pinned if ahead is None else ahead) else None
+        self._next: Future | None = None
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (batch_size, seq_len) on the device; does not wait for it."""
+        if self._thread is None:
+            (x, y), self._state = self._read()
+        else:
+            (x, y), self._state = self._read() if self._next is None else self._next.result()
+            self._next = self._thread.submit(self._read)
+        return x.to(self._device, non_blocking=True), y.to(self._device, non_blocking=True)
+
+    def _read(self) -> tuple[tuple[Tensor, Tensor], dict[str, int]]:
+        x, y = self._loader.next_batch()
+        return ((x.pin_memory(), y.pin_memory()) if self._pinned else (x, y)), self._loader.state_dict()
+
+    def state_dict(self) -> dict[str, int]:
+        """As TrainLoader.state_dict, where the next batch that next_batch gives begins."""
+        return self._state
+
+    def close(self) -> None:
+        """End the thread; what it read ahead is dropped."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+
+
 def permuted(indices: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
     """Where a keyed permutation of range(count) sends indices (n,); int64.
 
@@ -117,19 +155,27 @@ def permuted(indices: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
 
 
 def validation_batches(
-    tokens: np.ndarray, *, batch_size: int, seq_len: int, max_tokens: int | None = None
+    tokens: np.ndarray,
+    *,
+    batch_size: int,
+    seq_len: int,
+    max_tokens: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One pass over tokens (N,): inputs and targets (B, seq_len) int64, always the same, in the text's order.
 
     Each token but the first is a target exactly once; with max_tokens, only the first max_tokens of them. The last row
-    is filled up with input 0 and target -100; the last batch may have fewer rows.
+    is filled up with input 0 and target -100; the last batch may have fewer rows. Of several ranks each gets every
+    world_size-th batch, and all get the same number of them: where none is left, one of a single row without targets.
     """
     targets = _targets(tokens, max_tokens)
     tokens = np.asarray(tokens)
     per_batch = batch_size * seq_len
-    for start in range(0, targets, per_batch):
-        used = min(per_batch, targets - start)
-        rows = -(-used // seq_len)
+    for first in range(0, targets, world_size * per_batch):
+        start = first + rank * per_batch
+        used = max(0, min(per_batch, targets - start))
+        rows = max(1, -(-used // seq_len))
         x, y = np.zeros(rows * seq_len, np.int64), np.full(rows * seq_len, IGNORED, np.int64)
         x[:used] = tokens[start : start + used]
         y[:used] = tokens[start + 1 : start + 1 + used]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gpt.config import ModelConfig
 from gpt.eager import ReLUSquaredFunction, RMSNormFunction, RotateFunction, by_hand
@@ -170,8 +171,16 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
+        self.checkpointing = False
 
     def forward(self, x: Tensor, *context: Any) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            # Chen et al. 2016: keep the input, compute the rest again in the backward.
+            redraw = self.dropout.p > 0
+            return checkpoint(self.body, x, *context, use_reentrant=False, preserve_rng_state=redraw)
+        return self.body(x, *context)
+
+    def body(self, x: Tensor, *context: Any) -> Tensor:
         if self.pre_norm:
             x = x + self.dropout(self.attn(self.attn_norm(x), *context))
             return x + self.dropout(self.mlp(self.mlp_norm(x)))
@@ -301,6 +310,11 @@ class GPT(nn.Module):
         return F.cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction
         )
+
+    def checkpoint_activations(self, on: bool = True) -> None:
+        """Whether each block keeps only its input for the backward and computes the rest again."""
+        for block in self.blocks:
+            block.checkpointing = on
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
         """Weights, shared ones once; embeddings=False leaves out the token and position tables (not an untied head)."""

@@ -132,9 +132,10 @@ class Monitor:
             logging.getLogger(name).addHandler(self.handler)
             logging.getLogger(name).setLevel(logging.INFO)
 
-    def say(self, text: str) -> None:
-        """Print above the bar, as it is."""
-        self.console.print(text, markup=False, emoji=False, soft_wrap=True)
+    def say(self, text: str | None) -> None:
+        """Print above the bar, as it is; None prints nothing."""
+        if text is not None:
+            self.console.print(text, markup=False, emoji=False, soft_wrap=True)
 
     def advance(self, step: int) -> None:
         """Move the bar."""
@@ -177,6 +178,18 @@ class Monitor:
         names = ["config.toml", "tokenizer.json", "corpus.json", "metrics.jsonl", "loss.png"]
         names += [f"checkpoints/{path.name}" for path in list_checkpoints(self.run_dir / "checkpoints")[:1]]
         return names + ["wandb"] * (self.wandb is not None)
+
+
+class SilentMonitor:
+    """What the ranks other than 0 have in a Monitor's place."""
+
+    def say(self, text: str | None) -> None: ...
+
+    def advance(self, step: int) -> None: ...
+
+    def log(self, record: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def start_wandb(config: Config) -> Any:

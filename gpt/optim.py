@@ -1,20 +1,23 @@
-"""How the weights move: AdamW, Muon, their parameter groups, and the learning rate's schedule."""
+"""How the weights move: AdamW, Muon, their parameter groups, clipping, the schedule, and the weights' average."""
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from gpt.config import OptimConfig
 from gpt.device import multiplies_bfloat16
+from gpt.distributed import World, first_row, full, like, local, shared_out
 
 
 def lr_scale(step: int, max_steps: int, config: OptimConfig) -> float:
     """The learning rate at a step (0 is the first) as a share of its peak.
 
-    Linear warm-up; then a cosine (Loshchilov & Hutter 2017), or stable and linear decay over the last decay_fraction
-    (WSD, Hu et al. 2024), or constant. Ends at min_lr / learning_rate.
+    Linear warm-up; then a cosine (Loshchilov & Hutter 2017), or a straight line, or stable and linear decay over the
+    last decay_fraction (WSD, Hu et al. 2024), or constant. Ends at min_lr / learning_rate.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
@@ -22,6 +25,8 @@ def lr_scale(step: int, max_steps: int, config: OptimConfig) -> float:
     left = max_steps - step  # steps still to take, this one included
     if config.schedule == "cosine":
         share = 0.5 - 0.5 * math.cos(math.pi * left / max(1, max_steps - config.warmup_steps))
+    elif config.schedule == "linear":
+        share = left / max(1, max_steps - config.warmup_steps)
     elif config.schedule == "wsd":
         share = min(1.0, left / max(1.0, config.decay_fraction * max_steps))
     else:
@@ -55,13 +60,24 @@ def orthogonalize(G: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by Newton-Schulz, for 2-d weights of hidden layers (Jordan et al. 2024).
 
-    Matrices of one shape go through Newton-Schulz as one batch. The update of a (rows, cols) matrix is scaled by
-    sqrt(max(1, rows / cols)), and weight decay is decoupled: w -= lr * weight_decay * w.
+    Matrices of one shape go through Newton-Schulz as one batch, of which each rank takes its share. The update of a
+    (rows, cols) matrix is scaled by sqrt(max(1, rows / cols)); weight decay is decoupled: w -= lr * weight_decay * w.
     A group's `row_splits` cuts each of its weights into blocks of rows that are orthogonalised apart, as for the
     queries, keys and values of a fused projection.
+    An attribute `found_inf` of 1 makes a step change nothing, as in torch's fused optimizers.
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, ns_steps: int = 5):
+    found_inf: Tensor | None = None
+
+    def __init__(
+        self,
+        params,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        ns_steps: int = 5,
+        world: World | None = None,
+    ):
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -70,47 +86,132 @@ class Muon(torch.optim.Optimizer):
             "row_splits": None,
         }
         super().__init__(params, defaults)
+        self.world = world or World(torch.device("cpu"))
 
     @torch.no_grad()
     def step(self) -> None:
+        taken = 1.0 if self.found_inf is None else 1 - self.found_inf
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            grads = [p.grad for p in params]
             for p in params:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
+            grads = [local(p.grad) for p in params]
+            if self.found_inf is not None:  # a buffer drawn towards itself stays, and no NaN gets past here
+                grads = [torch.where(self.found_inf > 0, b, g) for b, g in zip(buffers, grads, strict=True)]
             mu = group["momentum"]
             torch._foreach_lerp_(buffers, grads, 1 - mu)
             nesterov = torch._foreach_lerp(grads, buffers, mu)
             if group["weight_decay"]:
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            self._apply(params, nesterov, group)
+                torch._foreach_mul_([local(p) for p in params], 1 - group["lr"] * group["weight_decay"] * taken)
+            self._apply(params, nesterov, group, taken)
+
+    def _apply(self, params: list[Tensor], momenta: list[Tensor], group: dict, taken: Tensor | float) -> None:
+        """Move the params, of whose momenta this rank has its rows."""
+        by_shape: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)  # (param's index, first row)
+        for i, p in enumerate(params):
+            start = 0
+            for rows in group["row_splits"] or (p.shape[0],):
+                by_shape[rows, p.shape[1]].append((i, start))
+                start += rows
+        for (rows, cols), blocks in by_shape.items():
+            # Each rank orthogonalises `owned` of them; what is left over is zeros.
+            owned = -(-len(blocks) // self.world.size)
+            mine = range(self.world.rank * owned, (self.world.rank + 1) * owned)
+            parts, gathered, whole = [], None, momenta[0]
+            for n, (i, start) in enumerate(blocks):
+                if gathered != i:  # all ranks gather together, one matrix at a time
+                    gathered, whole = i, self._whole(momenta[i], params[i])
+                if n in mine:
+                    parts.append(whole[start : start + rows])
+            parts += [momenta[0].new_zeros(rows, cols)] * (owned - len(parts))
+            updates = shared_out(orthogonalize(torch.stack(parts), group["ns_steps"]), owned, self.world)
+            updates *= taken
+            alpha = -group["lr"] * math.sqrt(max(1.0, rows / cols))
+            pairs = [self._rows_here(params[i], start, u) for (i, start), u in zip(blocks, updates, strict=False)]
+            torch._foreach_add_([weight for weight, _ in pairs], [update for _, update in pairs], alpha=alpha)
 
     @staticmethod
-    def _apply(params: list[Tensor], momenta: list[Tensor], group: dict) -> None:
-        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for p, m in zip(params, momenta, strict=True):
-            splits = group["row_splits"] or (p.shape[0],)
-            for block, update in zip(p.split(splits), m.split(splits), strict=True):
-                by_shape[block.shape].append((block, update))
-        for (rows, cols), pairs in by_shape.items():
-            updates = orthogonalize(torch.stack([m for _, m in pairs]), group["ns_steps"])
-            alpha = -group["lr"] * math.sqrt(max(1.0, rows / cols))
-            torch._foreach_add_([block for block, _ in pairs], list(updates.unbind()), alpha=alpha)
+    def _whole(rows: Tensor, p: Tensor) -> Tensor:
+        """The matrix of p's shape of which this rank has these rows, all of them unless p is sharded."""
+        if local(p) is p:
+            return rows
+        from torch.distributed.tensor import DTensor
+
+        return full(DTensor.from_local(rows, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()))
+
+    def _rows_here(self, p: Tensor, start: int, update: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's part of p's rows from `start` on, and of the update of those rows."""
+        weight, low = local(p), first_row(p, self.world)
+        a, b = max(start, low), min(start + len(update), low + len(weight))
+        return weight[a - low : max(a, b) - low], update[a - start : max(a, b) - start]
 
 
-def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+def gradient_norm(weights: list[nn.Parameter]) -> Tensor:
+    """The norm () of all gradients together, over all ranks."""
+    return full(torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None]))
+
+
+@torch.no_grad()
+def scale_gradients(weights: list[nn.Parameter], factor: Tensor) -> None:
+    """Multiply every gradient by a factor ()."""
+    torch._foreach_mul_([local(p.grad) for p in weights if p.grad is not None], factor)
+
+
+class Average:
+    """An exponential moving average of the weights: average += (1 - decay) * (weight - average) after each step.
+
+    Kept in float32, sharded as the weights are. It starts as the weights are when it is made.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self._pairs = [(local(p.detach()), local(self.tensors[name])) for name, p in model.named_parameters()]
+
+    @torch.no_grad()
+    def update(self, found_inf: Tensor) -> None:
+        """Follow the weights by one step, unless the step was skipped."""
+        weights, averages = map(list, zip(*self._pairs))
+        away = torch._foreach_sub(weights, averages)
+        torch._foreach_mul_(away, (1 - self.decay) * (1 - found_inf))
+        torch._foreach_add_(averages, away)
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """The model has the average's values for as long as the block lasts."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for weight, average in self._pairs:
+            before = weight.clone()
+            weight.copy_(average)
+            average.copy_(before)
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take whole tensors by name, as checkpoints hold them."""
+        for name, average in self.tensors.items():
+            local(average).copy_(local(like(tensors[name], average)))
+
+
+def build_optimizers(model: nn.Module, config: OptimConfig, world: World | None = None) -> list[torch.optim.Optimizer]:
     """The optimizers that move a GPT. Each group carries its peak rate as "peak_lr" for set_learning_rate.
 
     adamw: matrices and embeddings decay, vectors (norms and biases) do not, as in GPT-2 and nanoGPT.
     muon: the blocks' matrices under Muon; embeddings, head and vectors under Adam with rates of their own, no decay.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    fused = all(p.device.type in ("cuda", "cpu") for _, p in named)
-    adam = {"betas": (config.beta1, config.beta2), "eps": 1e-8, "fused": fused}
+    # Only the fused one takes found_inf.
+    adam = {"betas": (config.beta1, config.beta2), "eps": 1e-8, "fused": True}
     if config.optimizer == "adamw":
         groups = [
             {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -127,7 +228,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
         others = [p for name, p in named if name not in matrices and "embed" not in name]
         groups = [{"params": qkv, "row_splits": splits}, {"params": rest}]
         optimizers = [
-            Muon(groups, config.learning_rate, config.muon_momentum, config.weight_decay, config.muon_ns_steps),
+            Muon(groups, config.learning_rate, config.muon_momentum, config.weight_decay, config.muon_ns_steps, world),
             torch.optim.AdamW(
                 [{"params": embeddings, "lr": config.embedding_lr}, {"params": others, "lr": config.head_lr}],
                 weight_decay=0.0,

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -28,7 +29,7 @@ def _present(run_dir: Path) -> list[Path]:
     return [run_dir / name for name in CONTENTS if (run_dir / name).exists()]
 
 
-def earlier_run(config: Config) -> tuple[Tokenizer | None, Path | None]:
+def earlier_run(config: Config, say: Callable[[str], None] = print) -> tuple[Tokenizer | None, Path | None]:
     """The tokenizer and the checkpoint that this run goes on from; None twice for one that begins anew.
 
     Raises UserError where the run directory is taken and neither resume nor overwrite is given, where there is nothing
@@ -45,7 +46,7 @@ def earlier_run(config: Config) -> tuple[Tokenizer | None, Path | None]:
             raise UserError(f"{train.run_dir} already holds another run: add --overwrite, or give another --run-dir")
     elif train.eval_only or (train.resume and _present(train.run_dir)):
         source = train.run_dir
-        checkpoint = read_run(source)[2] if train.eval_only else newest_checkpoint(checkpoints_of(source))
+        checkpoint = read_run(source, say)[2] if train.eval_only else newest_checkpoint(checkpoints_of(source), say)
         if checkpoint is None:
             return None, None
     elif _present(train.run_dir) and not (train.overwrite or train.resume):
@@ -81,27 +82,27 @@ def write_provenance(corpus: Corpus, path: Path) -> None:
     path.write_text(json.dumps({key: getattr(corpus, key) for key in counts} | {"sources": sources}, indent=1) + "\n")
 
 
-def read_run(run_dir: Path) -> tuple[Config, Tokenizer, Path]:
+def read_run(run_dir: Path, say: Callable[[str], None] = print) -> tuple[Config, Tokenizer, Path]:
     """Config, tokenizer and newest sound checkpoint of a run. Raises UserError where one is missing."""
     if not run_dir.is_dir():
         raise UserError(f"{run_dir} is not a run directory: there is no such directory")
     if not (run_dir / "config.toml").exists():
         raise UserError(f"{run_dir} is not a run directory: it has no config.toml")
-    checkpoint = newest_checkpoint(checkpoints_of(run_dir))
+    checkpoint = newest_checkpoint(checkpoints_of(run_dir), say)
     if checkpoint is None:
         raise UserError(f"{run_dir} has no checkpoint yet: train it first, or wait for its first one")
     return config_from_toml(run_dir / "config.toml"), load_tokenizer(run_dir / "tokenizer.json"), checkpoint
 
 
 def load(run_dir: str | Path, device: str = "auto") -> tuple[GPT, Tokenizer]:
-    """The model (in eval mode, fp32) and tokenizer of a run's newest sound checkpoint.
+    """The model (in eval mode, fp32) and tokenizer of a run's newest sound checkpoint: the averaged weights, if kept.
 
     Raises UserError where the directory holds no run, no checkpoint, or a damaged one.
     """
     config, tokenizer, checkpoint = read_run(Path(run_dir))
     place = pick_device(device)
     model = GPT(config.model)
-    load_weights(checkpoint, model)
+    load_weights(checkpoint, model, averaged=True)
     return model.eval().to(place), tokenizer
 
 

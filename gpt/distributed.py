@@ -1,0 +1,246 @@
+"""What torchrun needs: who is who, the process group, DDP and FSDP2, and whole tensors out of their shards.
+
+Under `torchrun --nproc-per-node N train.py ...` each process is a rank with a device of its own. A process started
+without it is a world of one, for which everything here does nothing.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gpt.config import TrainConfig
+from gpt.device import pick_device
+from gpt.errors import UserError
+from gpt.model import GPT
+
+Mode = Literal["none", "ddp", "fsdp"]
+
+# The others stand in a collective while rank 0 writes a checkpoint or samples; a dead rank is noticed at once on one
+# node (torchrun ends the job) and after this long where only silence tells.
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+CORPUS_TIMEOUT = timedelta(days=1)  # rank 0 may have a long text to download and to tokenize
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others. `joined`: there is a process group, if only of one."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    joined: bool = False
+    patient: Any = None  # a group whose collectives may wait for the corpus
+
+    @property
+    def main(self) -> bool:
+        """Whether this is rank 0, which alone logs, writes and samples."""
+        return self.rank == 0
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over ranks of a tensor that each of them has; in place, and on the device."""
+        if self.size > 1:
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums over ranks, in float64. Waits for the device."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 goes through the block alone; the others follow when it is through."""
+        if not self.main:
+            dist.barrier(self.patient)
+        yield
+        if self.main and self.size > 1:
+            dist.barrier(self.patient)
+
+    def check_same(self, number: int, what: str) -> None:
+        """UserError where the ranks do not have the same number."""
+        if self.sum(number, number * number) != [number * self.size, number * number * self.size]:
+            raise UserError(
+                f"the ranks do not agree on {what}: the run directory must be on a file system that all of them share"
+            )
+
+
+@contextmanager
+def join(train: TrainConfig) -> Iterator[World]:
+    """The World that torchrun's environment describes, left in order at the end of the block.
+
+    Raises UserError for --parallel without torchrun, and for a device that the ranks of a node cannot share out.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        if train.parallel != "auto":
+            raise UserError(
+                f"--parallel {train.parallel} needs torchrun: torchrun --nproc-per-node 2 train.py --parallel "
+                f"{train.parallel} ..."
+            )
+        yield World(pick_device(train.device))
+        return
+    rank, size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if size == 1 and train.parallel == "auto":
+        yield World(pick_device(train.device))
+        return
+    device = pick_device(train.device)
+    if device.type == "cuda":
+        if device.index is not None:
+            raise UserError(f"--device {device} names one GPU, but each rank takes its own: give --device cuda")
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank} finds {torch.cuda.device_count()} GPUs on this node: start as many "
+                "processes as there are GPUs (--nproc-per-node), or give --device cpu"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise UserError(f"several processes train on GPUs by CUDA or on CPUs, not on {device}: give --device cpu")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device if backend == "nccl" else None)
+    patient = dist.new_group(backend="gloo", timeout=CORPUS_TIMEOUT)
+    yield World(device, rank, size, True, patient)
+    dist.destroy_process_group()  # only in order: after an error it could wait for ranks that are gone
+
+
+def mode_of(train: TrainConfig, world: World) -> Mode:
+    """How this world trains."""
+    if not world.joined:
+        return "none"
+    return "ddp" if train.parallel == "auto" else train.parallel
+
+
+class _Loss(nn.Module):
+    """GPT.loss as a forward, which is what DDP and FSDP hook into."""
+
+    def __init__(self, model: GPT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
+        return self.model.loss(x, y, reduction=reduction)
+
+
+class Parallel:
+    """A model's loss on every rank, with gradients that are the mean over ranks.
+
+    none: the model as it is. ddp: each rank has all weights, gradients are averaged in buckets during the backward (Li
+    et al. 2020). fsdp: each rank keeps its rows of each weight, gradient and optimizer state, and each block's weights
+    are gathered for as long as it computes (Zhao et al. 2023, as PyTorch's fully_shard); the model's parameters become
+    DTensors, so that optimizers must be built after this.
+    """
+
+    def __init__(self, model: GPT, world: World, mode: Mode, *, compiled: bool = False):
+        self.mode = mode
+        self.loss: Callable[..., Tensor] = model.loss
+        self._eval_loss = model.loss
+        if mode == "fsdp":
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = init_device_mesh(world.device.type, (world.size,))
+            for block in model.blocks:
+                if compiled:
+                    block.compile()
+                fully_shard(block, mesh=mesh)
+            self.loss = self._eval_loss = fully_shard(_Loss(model), mesh=mesh)
+            return
+        if mode == "ddp":
+            devices = [world.device] if world.device.type == "cuda" else None
+            self.loss = nn.parallel.DistributedDataParallel(
+                _Loss(model), device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        if compiled:
+            self.loss = torch.compile(self.loss)
+
+    @contextmanager
+    def gradients(self, *, reduced: bool) -> Iterator[None]:
+        """Around a forward and backward; reduced=False keeps the gradients on the rank, for later ones to join."""
+        if self.mode == "fsdp":
+            self.loss.set_requires_gradient_sync(reduced)
+        if self.mode == "ddp" and not reduced:
+            with self.loss.no_sync():
+                yield
+        else:
+            yield
+
+    def eval_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """The sum of the losses of this rank's batch, without gradients. Under fsdp all ranks must call it together."""
+        loss = self._eval_loss(x, y, reduction="sum")
+        if self.mode == "fsdp":
+            # Without a backward the outermost weights would stay gathered, and later be taken for the current ones.
+            self._eval_loss.reshard()
+        return loss
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's rows of a tensor, sharing its memory; all of it unless it is sharded."""
+    return tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, gathered if it is sharded: then all ranks must call it together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def like(whole: Tensor, pattern: Tensor) -> Tensor:
+    """A copy of a whole tensor that is placed, and sharded, as the pattern is."""
+    whole = whole.to(pattern.device, copy=True)
+    if not hasattr(pattern, "full_tensor"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    # No rank as the source: each cuts its own part out of what it read.
+    return distribute_tensor(whole, pattern.device_mesh, pattern.placements, src_data_rank=None)
+
+
+def first_row(tensor: Tensor, world: World) -> int:
+    """Where this rank's rows of a tensor begin; fully_shard deals them out as torch.chunk does."""
+    if not hasattr(tensor, "full_tensor"):
+        return 0
+    return min(world.rank * -(-tensor.shape[0] // world.size), tensor.shape[0])
+
+
+def gathered(named: Iterable[tuple[str, Tensor]], world: World) -> dict[str, Tensor]:
+    """Whole tensors by name on rank 0, nothing on the others; one at a time, and all ranks together."""
+    whole = {}
+    for name, tensor in named:
+        tensor = tensor.detach()
+        if hasattr(tensor, "full_tensor"):
+            tensor = full(tensor)
+            if world.main:
+                whole[name] = tensor.cpu()
+        elif world.main:
+            whole[name] = tensor
+    return whole
+
+
+def whole_model(model: GPT, mode: Mode, world: World) -> GPT | None:
+    """A model that rank 0 can run alone; None on the others. Under fsdp all ranks must call it together."""
+    if mode != "fsdp":
+        return model if world.main else None
+    weights = gathered(model.named_parameters(), world)
+    if not world.main:
+        return None
+    whole = GPT(model.config).to(world.device)
+    whole.load_state_dict(weights, strict=False)  # a tied head has no name of its own
+    return whole
+
+
+def shared_out(stacked: Tensor, owned: int, world: World) -> Tensor:
+    """All ranks' parts (owned, ...) in one tensor (size * owned, ...), in the ranks' order."""
+    if world.size == 1:
+        return stacked
+    whole = stacked.new_empty(world.size * owned, *stacked.shape[1:])
+    dist.all_gather_into_tensor(whole, stacked.contiguous())
+    return whole
