@@ -97,13 +97,14 @@ def misfits(family: str, model: GPT) -> list[str]:
 def family_of(model: GPT) -> str:
     """The Hugging Face family that computes what this model does. UserError lists the options that none has."""
     faults = {family: misfits(family, model) for family in FITS}
-    best = min(faults, key=lambda family: len(faults[family]))
-    if faults[best]:
+    least = min(map(len, faults.values()))
+    nearest = {family: found for family, found in faults.items() if len(found) == least}
+    if least:
         raise UserError(
-            f"no Hugging Face family known here has this model's options; what keeps it from the nearest, {best}: "
-            + "; ".join(faults[best])
+            "no Hugging Face family known here has this model's options; the nearest lack: "
+            + " | ".join(f"{family}: {'; '.join(found)}" for family, found in nearest.items())
         )
-    return best
+    return next(iter(nearest))
 
 
 def hf_config(family: str, config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:

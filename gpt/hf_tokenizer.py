@@ -18,6 +18,8 @@ from gpt.tokenizer import DOCUMENT, BPETokenizer, ByteTokenizer, CharTokenizer, 
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 EACH_CHARACTER = r"[\s\S]"
+# What means one thing to tiktoken and another to tokenizers.
+_DIALECT = re.compile(r"\{\d+(?:,\d*)?\}\+|(?<!\\)\$|&&")
 # A blank keeps it apart from every byte-level token.
 _UNUSED = "<unused {}>"
 
@@ -115,11 +117,12 @@ def _split(pattern: str) -> dict[str, Any]:
 
 
 def _for_oniguruma(pattern: str) -> str:
-    """A pattern of tiktoken's in the dialect of tokenizers: `{1,3}+` is possessive there only without the plus's
-    other meaning, a second repetition, and `$` is the end of any line."""
-    pattern = re.sub(r"(\{\d+(?:,\d*)?\})\+(?=\||$)", r"\1", pattern)  # at an alternative's end it changes nothing
+    """A pattern of tiktoken's in the dialect of tokenizers, where `{1,3}+` is no possessive {1,3} but a repetition of
+    it, and `$` is the end of any line."""
+    # At the end of an alternative there is nothing to give back for: possessive or not is the same.
+    pattern = re.sub(r"(\{\d+(?:,\d*)?\})\+(?=\||$)", r"\1", pattern)
     pattern = re.sub(r"(?<!\\)\$(?=\||\)|$)", r"\\z", pattern)
-    if re.search(r"\}\+|(?<!\\)\$", pattern):
+    if _DIALECT.search(pattern):
         raise UserError(f"the tokenizer's pattern cannot be said in tokenizer.json: {pattern}")
     return pattern
 
@@ -244,7 +247,7 @@ def _pattern(step: dict[str, Any]) -> str | None:
         regex = (split.get("pattern") or {}).get("Regex")
         if split.get("behavior") != "Isolated" or split.get("invert") or regex is None or pattern is not None:
             raise ValueError("it splits text in a way that is not supported")
-        if re.search(r"\}\+|(?<!\\)\$|&&", regex):  # these mean something else to tiktoken
+        if _DIALECT.search(regex):
             raise ValueError(f"its pattern is not supported: {regex}")
         pattern = regex
     return pattern
