@@ -21,6 +21,7 @@ from gpt.distributed import Parallel, World, join, mode_of
 from gpt.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED, UserError, run_command
 from gpt.evaluate import evaluate, sample_text
 from gpt.guard import Guard, LossScale, all_finite
+from gpt.initial import copy_initial_weights
 from gpt.loader import Batches, TrainLoader, read_tokens
 from gpt.model import GPT
 from gpt.monitor import CorpusProgress, Monitor, SilentMonitor
@@ -72,6 +73,8 @@ def train(config: Config, world: World) -> int:
 
     # Model and optimizer.
     model = GPT(config.model).to(device)
+    if checkpoint is None:
+        copy_initial_weights(config, model)
     model.checkpoint_activations(options.activation_checkpointing)
     parameters = model.num_parameters()
     parallel = Parallel(model, world, mode_of(options, world), compiled=options.compile)
