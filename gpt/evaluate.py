@@ -128,6 +128,10 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
 def main(arguments: Arguments) -> int:
     """Score and print. Returns the exit status."""
     # Whatever is wrong with the text is said before a model is loaded.
@@ -151,14 +155,14 @@ def main(arguments: Arguments) -> int:
         print(json.dumps(result))
     elif arguments.corpus:
         print(
-            f"{result['documents']} documents, {result['tokens']:,} tokens, {result['bytes']:,} bytes, "
+            f"{_count(result['documents'], 'document')}, {result['tokens']:,} tokens, {result['bytes']:,} bytes, "
             f"windows {result['stride']} tokens apart\nloss {result['loss']:.4f} nats per token, "
             f"perplexity {result['perplexity']:.4f}, {result['bits_per_byte']:.4f} bits per byte"
         )
     else:
         cut = f"; {result['cut']} with a context too long, cut at its start" if result["cut"] else ""
         print(
-            f"{result['questions']} questions with {result['few_shot']} shots{cut}\naccuracy {result['accuracy']:.4f}, "
+            f"{_count(result['questions'], 'question')} with {_count(result['few_shot'], 'shot')}{cut}\naccuracy {result['accuracy']:.4f}, "
             f"by log-likelihood per byte {result['accuracy_normalised']:.4f}"
         )
     return EXIT_DONE

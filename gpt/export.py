@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from gpt.command_line import parse_flags
 from gpt.config import ModelConfig
 from gpt.errors import EXIT_DONE, UserError, run_command
-from gpt.hf import GELUS
 from gpt.hf_tokenizer import write_hf_tokenizer, write_tiktoken
 from gpt.hf_weights import fits_nanochat, tensors_for
 from gpt.model import GPT
@@ -121,7 +120,7 @@ def hf_config(family: str, config: ModelConfig, tokenizer: Tokenizer, dtype: str
         "pad_token_id": None,
     }
     if family == "gpt2":
-        names = {ours: theirs for theirs, ours in reversed(GELUS.items())}
+        names = {"gelu_tanh": "gelu_new"}
         return common | {
             "n_layer": config.n_layer,
             "n_head": config.n_head,

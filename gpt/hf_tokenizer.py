@@ -92,7 +92,7 @@ def _byte_level_model(tokenizer: Tokenizer) -> dict[str, Any]:
         known = [pair for pair in pairs if pair[0] in ids and pair[1] in ids]
         merges += [list(pair) for pair in sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))]
     vocab = ids | tokenizer.specials
-    # Ids are given in order of the vocabulary's size: a gap would move every special token after it.
+    # With no id left out, len() there is vocab_size here.
     vocab |= {_UNUSED.format(i): i for i in set(range(tokenizer.vocab_size)) - set(vocab.values())}
     return {
         "type": "BPE",

@@ -178,6 +178,7 @@ def test_special_tokens(pairs):
     for name, (ours, theirs, again) in pairs.items():
         assert theirs(f"a{DOCUMENT}b")["input_ids"] == ours.encode(f"a{DOCUMENT}b", allow_special=True), name
         assert theirs.eos_token_id == theirs.bos_token_id == ours.document_token == again.document_token
+        assert len(theirs) == ours.vocab_size
         assert again.specials == ours.specials and (again.token_bytes == ours.token_bytes).all()
 
 
