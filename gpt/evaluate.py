@@ -161,10 +161,9 @@ def main(arguments: Arguments) -> int:
         )
     else:
         cut = f"; {result['cut']} with a context too long, cut at its start" if result["cut"] else ""
-        print(
-            f"{_count(result['questions'], 'question')} with {_count(result['few_shot'], 'shot')}{cut}\naccuracy {result['accuracy']:.4f}, "
-            f"by log-likelihood per byte {result['accuracy_normalised']:.4f}"
-        )
+        asked = f"{_count(result['questions'], 'question')} with {_count(result['few_shot'], 'shot')}{cut}"
+        rules = f"{result['accuracy']:.4f}, by log-likelihood per byte {result['accuracy_normalised']:.4f}"
+        print(f"{asked}\naccuracy {rules}")
     return EXIT_DONE
 
 
