@@ -21,6 +21,7 @@ from gpt.distributed import Parallel, World, join, mode_of
 from gpt.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED, UserError, run_command
 from gpt.evaluate import evaluate, sample_text
 from gpt.guard import Guard, LossScale, all_finite
+from gpt.initial import copy_initial_weights
 from gpt.loader import Batches, TrainLoader, read_tokens
 from gpt.lock import RunLock
 from gpt.model import GPT
@@ -74,6 +75,8 @@ def train(config: Config, world: World, lock: RunLock) -> int:
 
     # Model and optimizer.
     model = GPT(config.model).to(device)
+    if checkpoint is None:
+        copy_initial_weights(config, model)
     model.checkpoint_activations(options.activation_checkpointing)
     parameters = model.num_parameters()
     parallel = Parallel(model, world, mode_of(options, world), compiled=options.compile)
@@ -89,8 +92,8 @@ def train(config: Config, world: World, lock: RunLock) -> int:
         state = load_training_state(checkpoint, model, optimizers, average)
         start = state["step"]
         tokens_seen = state.get("tokens", start * tokens_per_step)
-        loader.load_state_dict(state["loader"])
-        loss_scale.load_state_dict(state["scaler"])
+        loader.load_state_dict(state.get("loader", {}))
+        loss_scale.load_state_dict(state.get("scaler", {}))
     world.check_same(start, "the checkpoint to go on from")
     if options.eval_only:
         with averaged():

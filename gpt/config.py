@@ -291,6 +291,10 @@ class TrainConfig:
     """A step whose loss or gradient is not finite is skipped; after this many in a row training gives up."""
     run_dir: Path | None = None
     """The folder that holds everything of the run. None: runs/ and the config file's name."""
+    init_from: str | None = None
+    """Begin with the weights, the model options and the tokenizer of this: a run directory, or a Hugging Face
+    checkpoint (a directory or a name). seq_len may be shorter, dropout another.
+    A run that is gone on with does not look at it."""
     resume: bool = False
     """Go on from the run's newest checkpoint that verifies, or start where the run has none."""
     resume_from: Path | None = None

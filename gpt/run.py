@@ -41,12 +41,16 @@ def _present(run_dir: Path) -> list[Path]:
 def earlier_run(
     config: Config, lock: RunLock, say: Callable[[str], None] = print
 ) -> tuple[Tokenizer | None, Path | None]:
-    """The tokenizer and the checkpoint that this run goes on from; None twice for one that begins anew.
+    """The tokenizer and the checkpoint that this run goes on from.
+
+    A run that begins anew has no checkpoint, and no tokenizer unless init_from brings one.
 
     Takes the lock of a run that is there and may be written to, before anything of it is read.
     Raises UserError where the run directory is taken and neither resume nor overwrite is given, where there is nothing
     to evaluate, where the model asked for is not the run's, or a named checkpoint is damaged.
     """
+    from gpt.initial import initial_tokenizer  # it reads runs too
+
     train = config.train
     if _present(train.run_dir) and not train.eval_only:
         lock.take()
@@ -62,14 +66,14 @@ def earlier_run(
         source = train.run_dir
         checkpoint = read_run(source, say=say)[2] if train.eval_only else newest_checkpoint(checkpoints_of(source), say)
         if checkpoint is None:
-            return None, None
+            return initial_tokenizer(config), None
     elif _present(train.run_dir) and not (train.overwrite or train.resume):
         raise UserError(
             f"{train.run_dir} already holds a run: add --resume to go on, --overwrite to begin anew, "
             "or give another --run-dir"
         )
     else:
-        return None, None
+        return initial_tokenizer(config), None
     saved = asdict(config_from_toml(source / "config.toml").model)
     for key, value in asdict(config.model).items():
         if value != saved[key] and not (key == "vocab_size" and value is None):
