@@ -21,12 +21,15 @@ from gpt.distributed import Parallel, World, join, mode_of
 from gpt.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED, UserError, run_command
 from gpt.evaluate import evaluate, sample_text
 from gpt.guard import Guard, LossScale, all_finite
+from gpt.hardware import mfu, peak_flops
 from gpt.initial import copy_initial_weights
 from gpt.loader import Batches, TrainLoader, read_tokens
 from gpt.lock import RunLock
 from gpt.model import GPT
 from gpt.monitor import CorpusProgress, Monitor, SilentMonitor
 from gpt.optim import Average, build_optimizers, gradient_norm, lr_scale, scale_gradients, set_learning_rate
+from gpt.plan import describe
+from gpt.profile import Profiler
 from gpt.run import StopRequest, checkpoints_of, claim_run_dir, differences, earlier_run, recipe, write_run
 from gpt.saver import Saver
 
@@ -63,6 +66,10 @@ def train(config: Config, world: World, lock: RunLock) -> int:
             f"vocab_size {config.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}: "
             "raise it, or leave it out"
         )
+    if options.dry_run:
+        if world.main:
+            print(describe(config, device, corpus.train_tokens, world.size))
+        return EXIT_DONE
     train_tokens, val_tokens = read_tokens(corpus.train, tokenizer), read_tokens(corpus.val, tokenizer)
     loader = TrainLoader(
         train_tokens,
@@ -78,7 +85,7 @@ def train(config: Config, world: World, lock: RunLock) -> int:
     if checkpoint is None:
         copy_initial_weights(config, model)
     model.checkpoint_activations(options.activation_checkpointing)
-    parameters = model.num_parameters()
+    parameters, flops_per_token = model.num_parameters(), model.flops_per_token()
     parallel = Parallel(model, world, mode_of(options, world), compiled=options.compile)
     optimizers = build_optimizers(model, config.optim, world)
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -137,6 +144,7 @@ def train(config: Config, world: World, lock: RunLock) -> int:
     # Loop. Nothing in it waits for the device but what comes after guard.read().
     status, step, saved, stopping = EXIT_DONE, start, start, False
     batches, guard = Batches(loader, device), Guard(device)
+    profiler, peak = Profiler(run_dir, options.profile_steps * world.main, monitor.say), peak_flops(device)
     best = state.get("best")  # step and val_loss of the lowest validation loss so far
     model.train()
     since, since_step = time.perf_counter(), step
@@ -171,6 +179,7 @@ def train(config: Config, world: World, lock: RunLock) -> int:
             tokens_seen += tokens_per_step
             monitor.advance(step)
             saver.check()
+            profiler.step()
 
             stopping = world.size == 1 and stop.signal is not None
             last = step == options.max_steps or stopping
@@ -201,6 +210,8 @@ def train(config: Config, world: World, lock: RunLock) -> int:
                 rate = (step - since_step) * tokens_per_step / (time.perf_counter() - since)
                 learning_rate = scale * config.optim.learning_rate
                 numbers = {"learning_rate": learning_rate, "tokens_per_second": round(rate, 1)}
+                if peak is not None:
+                    numbers["mfu"] = round(mfu(rate, flops_per_token, peak, world.size), 4)
                 monitor.log(record | seen.record() | numbers)
             best_now = False
             if evaluate_now:
@@ -222,6 +233,7 @@ def train(config: Config, world: World, lock: RunLock) -> int:
     finally:
         saver.close()
         batches.close()
+        profiler.close()
         monitor.close()
         stop.close()
     if world.main:

@@ -303,6 +303,10 @@ class TrainConfig:
     """Delete what an earlier run left in the run directory."""
     eval_only: bool = False
     """Evaluate the newest checkpoint and stop."""
+    dry_run: bool = False
+    """Read the corpus, say what the run will cost (memory, tokens, FLOPs, time) and stop; the run is not touched."""
+    profile_steps: int = 0
+    """Trace this many of the first steps into trace.json.gz and profile.txt; 0 traces none."""
 
     def __post_init__(self) -> None:
         require_sizes(self)
@@ -316,8 +320,10 @@ class TrainConfig:
             "max_skipped_steps",
         ):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        require(self.profile_steps >= 0, f"profile_steps must be at least 0, not {self.profile_steps}")
         require(self.eval_tokens is None or self.eval_tokens >= 1, "eval_tokens must be at least 1")
-        for first, second in (("resume", "overwrite"), ("eval_only", "overwrite"), ("eval_only", "resume_from")):
+        pairs = [("resume", "overwrite"), *(("eval_only", other) for other in ("overwrite", "resume_from", "dry_run"))]
+        for first, second in pairs:
             contradict = bool(getattr(self, first)) and bool(getattr(self, second))
             require(not contradict, f"{first} and {second} contradict each other: give one")
         require(self.seed >= 0, f"seed must be at least 0, not {self.seed}")

@@ -216,6 +216,7 @@ class Monitor:
         found = list_checkpoints(self.run_dir / "checkpoints")
         newest = [next((p.name for p in found if p.name.startswith(kind)), None) for kind in ("step", "best")]
         names += [f"checkpoints/{name}" for name in newest if name]
+        names += [name for name in ("trace.json.gz", "profile.txt") if (self.run_dir / name).exists()]
         return names + ["wandb"] * (self.wandb is not None)
 
 

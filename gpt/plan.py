@@ -5,7 +5,7 @@ autograd keeps for the backward is added up.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,11 +27,15 @@ class Memory:
     weights: int
     gradients: int
     optimizer: int
+    average: int
     activations: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {size(n)}" for name, n in asdict(self).items() if n)
 
 
 def saved_bytes(model: GPT, batch_size: int, dtype: str) -> int:
@@ -58,7 +62,22 @@ def saved_bytes(model: GPT, batch_size: int, dtype: str) -> int:
     return sum(kept.values())
 
 
-def memory_of(config: Config, device: torch.device) -> Memory:
+def activation_bytes(model: GPT, config: Config) -> int:
+    """What the forward pass of a micro-batch keeps for the backward.
+
+    Under activation checkpointing: what stands outside the blocks, each block's input, and all of one block.
+    """
+    train, blocks = config.train, model.config.n_layer
+    kept = saved_bytes(model, train.batch_size, train.dtype)
+    if not train.activation_checkpointing:
+        return kept
+    model.checkpoint_activations()  # whose blocks save nothing that saved_bytes sees
+    outside = saved_bytes(model, train.batch_size, train.dtype)
+    inputs = blocks * train.batch_size * model.config.seq_len * model.config.n_embd * model.embed.weight.element_size()
+    return outside + inputs + (kept - outside) // blocks
+
+
+def memory_of(config: Config, device: torch.device, processes: int = 1) -> Memory:
     """What training needs on one device. config.model.vocab_size must be set."""
     with FakeTensorMode(allow_non_fake_inputs=True), device:
         model = GPT(config.model)
@@ -71,8 +90,10 @@ def memory_of(config: Config, device: torch.device) -> Memory:
             for p in group["params"]
         ]
         momenta = sum(p.numel() * p.element_size() for p in muon)  # Muon keeps one, Adam two
-        activations = saved_bytes(model, config.train.batch_size, config.train.dtype)
-    return Memory(weights, weights, 2 * weights - momenta, activations)
+        activations = activation_bytes(model, config)
+    average = weights if config.optim.ema_decay else 0
+    shards = processes if config.train.parallel == "fsdp" else 1
+    return Memory(*(n // shards for n in (weights, weights, 2 * weights - momenta, average)), activations)
 
 
 def sparkline(values: list[float]) -> str:
@@ -86,7 +107,7 @@ def describe(config: Config, device: torch.device, train_tokens: int, world_size
     train, optim, T = config.train, config.optim, config.model.seq_len
     with torch.device("meta"):
         model = GPT(config.model)
-    memory = memory_of(config, device)
+    memory = memory_of(config, device, world_size)
     tables = sum(m.weight.numel() for m in model.modules() if isinstance(m, Embedding))
     blocks = sum(p.numel() for p in model.blocks.parameters())
     total = model.num_parameters()
@@ -94,11 +115,9 @@ def describe(config: Config, device: torch.device, train_tokens: int, world_size
     tokens = step_tokens * train.max_steps
     flops = model.flops_per_token() * tokens
     curve = [lr_scale(int(i * (train.max_steps - 1) / 59), train.max_steps, optim) for i in range(60)]
-    parts = ", ".join(f"{name} {size(getattr(memory, name))}" for name in ("weights", "gradients", "optimizer"))
     lines = [
         f"parameters       {total:,}: embeddings {tables:,}, blocks {blocks:,}, rest {total - tables - blocks:,}",
-        f"memory           {size(memory.total)} on {device} with micro-batches of {train.batch_size} x {T}: "
-        f"{parts}, activations {size(memory.activations)}",
+        f"memory           {size(memory.total)} on {device} with micro-batches of {train.batch_size} x {T}: {memory}",
         f"tokens           {tokens:,} in {train.max_steps:,} steps of {step_tokens:,}; "
         f"{tokens / train_tokens:.2f} epochs of {train_tokens:,}; {tokens / total:.1f} for each parameter",
         f"FLOPs            {flops:.3g}, {model.flops_per_token():.3g} for each token",

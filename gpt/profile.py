@@ -17,7 +17,7 @@ class Profiler:
 
     def __init__(self, run_dir: Path, steps: int, say: Callable[[str], None]) -> None:
         self.run_dir, self.say = run_dir, say
-        self.profile = None
+        self.profile, self.taken = None, 0
         if steps:
             schedule = torch.profiler.schedule(wait=SKIPPED - 1, warmup=1, active=steps, repeat=1)
             self.profile = torch.profiler.profile(schedule=schedule, on_trace_ready=self._write)
@@ -26,14 +26,19 @@ class Profiler:
     def step(self) -> None:
         if self.profile is not None:
             self.profile.step()
+            self.taken += 1
 
     def close(self) -> None:
         """End the trace; what was recorded so far is written, if it was not yet."""
         if self.profile is not None:
             self.profile.stop()
             self.profile = None
+            if self.taken <= SKIPPED:
+                self.say(f"no step was traced: the first {SKIPPED} never are")
 
     def _write(self, profile: torch.profiler.profile) -> None:
+        if self.taken <= SKIPPED:
+            return
         profile.export_chrome_trace(str(self.run_dir / "trace.json.gz"))
         by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = profile.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=40)

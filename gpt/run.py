@@ -27,6 +27,7 @@ from gpt.shards import read_tokens
 from gpt.tokenizer import Tokenizer, load_tokenizer
 
 CONTENTS = ("config.toml", "tokenizer.json", "corpus.json", "metrics.jsonl", "loss.png", "checkpoints", "wandb")
+CONTENTS += ("trace.json.gz", "profile.txt")
 
 
 def checkpoints_of(run_dir: Path) -> Path:
@@ -52,7 +53,7 @@ def earlier_run(
     from gpt.initial import initial_tokenizer  # it reads runs too
 
     train = config.train
-    if _present(train.run_dir) and not train.eval_only:
+    if _present(train.run_dir) and not (train.eval_only or train.dry_run):
         lock.take()
     if train.resume_from is not None:
         fault = verify(train.resume_from)

@@ -1,4 +1,6 @@
-"""The plan of a run: what it counts is what a run uses."""
+"""The plan of a run: what it counts is what a run uses; and the command that shows it, traces steps, counts MFU."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,8 +9,10 @@ from gpt import plan
 from gpt.config import PRESETS, Config, ModelConfig, OptimConfig, TrainConfig
 from gpt.hardware import mfu, peak_of
 from gpt.model import GPT
+from gpt.monitor import read_metrics
 from gpt.optim import build_optimizers
 from gpt.plan import describe, duration, memory_of, saved_bytes, size, sparkline
+from tests.run_checks import TEXT, status_of
 
 CPU = torch.device("cpu")
 
@@ -35,6 +39,15 @@ def test_memory_is_that_of_the_real_thing(preset, optimizer):
     assert planned.optimizer == sum(4 * x.numel() for x in states)
     assert planned.weights == planned.gradients == 4 * model.num_parameters()
     assert planned.total == sum((planned.weights, planned.gradients, planned.optimizer, planned.activations))
+
+
+def test_memory_of_the_average_of_shards_and_of_recomputation():
+    plain, more = config_of("modern"), config_of("modern", ema_decay=0.9)
+    few = Config(model=plain.model, train=replace(plain.train, activation_checkpointing=True, parallel="fsdp"))
+    one, average, two = memory_of(plain, CPU), memory_of(more, CPU), memory_of(few, CPU, 2)
+    assert average.total - one.total == average.average == one.weights
+    assert (two.weights, two.gradients, two.optimizer) == (one.weights // 2, one.gradients // 2, one.optimizer // 2)
+    assert one.activations / 2 < two.activations < one.activations
 
 
 def test_activations_grow_with_the_batch():
@@ -92,3 +105,41 @@ def test_mfu_is_the_formula():
     assert mfu(460_000, 8.6e8, 989.4e12) == pytest.approx(0.39984, abs=1e-4)
     assert mfu(460_000, 8.6e8, 989.4e12, devices=2) == pytest.approx(0.19992, abs=1e-4)
     assert mfu(1.0, 1.0, None) is None
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path
+
+
+def test_a_dry_run_says_the_plan_and_touches_no_run(folder, capsys):
+    assert status_of("--dry-run", "--max-steps", "7") == 0
+    output = capsys.readouterr().out
+    assert "in 7 steps of 64" in output and output.startswith("parameters")
+    assert not (folder / "run").exists()
+    assert status_of("--max-steps", "1") == 0
+    before = {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*")}
+    assert status_of("--max-steps", "3", "--dry-run", "--resume") == 0
+    assert {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*")} == before
+
+
+def test_a_trace_of_some_steps(folder, capsys):
+    assert status_of("--max-steps", "6", "--profile-steps", "2") == 0
+    assert "Self CPU" in (folder / "run/profile.txt").read_text()
+    assert (folder / "run/trace.json.gz").read_bytes().startswith(b"\x1f\x8b")
+    assert "run/profile.txt" in capsys.readouterr().out.split("written:")[1]
+    assert status_of("--max-steps", "3", "--profile-steps", "2", "--overwrite") == 0
+    assert not (folder / "run/profile.txt").exists()
+    assert "no step was traced" in capsys.readouterr().out
+
+
+def test_mfu_is_in_the_metrics_where_the_peak_is_known(folder, capsys, monkeypatch):
+    assert status_of("--max-steps", "1") == 0
+    assert not any("mfu" in r for r in read_metrics(folder / "run/metrics.jsonl"))
+    monkeypatch.setattr("train.peak_flops", lambda device: 1e9)
+    assert status_of("--max-steps", "1", "--overwrite") == 0
+    (record,) = [r for r in read_metrics(folder / "run/metrics.jsonl") if "mfu" in r]
+    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, seq_len=16, vocab_size=26))
+    assert record["mfu"] == pytest.approx(record["tokens_per_second"] * model.flops_per_token() / 1e9, abs=1e-4)
