@@ -12,8 +12,8 @@ import time
 import gpt  # isort: skip  # noqa: F401 - before torch, whose threads' waiting it sets
 import torch
 
-from gpt.checkpoint import load_training_state, save_checkpoint
-from gpt.command_line import load_config, with_changes, write_toml
+from gpt.checkpoint import load_training_state, training_tensors
+from gpt.command_line import load_config, with_changes
 from gpt.config import Config
 from gpt.corpus import check_length, prepare
 from gpt.device import autocast, require_compiler, seed_generators
@@ -21,11 +21,17 @@ from gpt.distributed import Parallel, World, join, mode_of
 from gpt.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED, UserError, run_command
 from gpt.evaluate import evaluate, sample_text
 from gpt.guard import Guard, LossScale, all_finite
+from gpt.hardware import mfu, peak_flops
+from gpt.initial import copy_initial_weights
 from gpt.loader import Batches, TrainLoader, read_tokens
+from gpt.lock import RunLock
 from gpt.model import GPT
 from gpt.monitor import CorpusProgress, Monitor, SilentMonitor
 from gpt.optim import Average, build_optimizers, gradient_norm, lr_scale, scale_gradients, set_learning_rate
-from gpt.run import StopRequest, checkpoints_of, claim_run_dir, earlier_run, write_provenance
+from gpt.plan import describe
+from gpt.profile import Profiler
+from gpt.run import StopRequest, checkpoints_of, claim_run_dir, differences, earlier_run, recipe, write_run
+from gpt.saver import Saver
 
 
 def main(config: Config) -> int:
@@ -33,12 +39,12 @@ def main(config: Config) -> int:
 
     Raises UserError for whatever the user can put right, before anything in the run directory is touched.
     """
-    with join(config.train) as world:
-        return train(config, world)
+    with join(config.train) as world, RunLock(config.train.run_dir if world.main else None) as lock:
+        return train(config, world, lock)
 
 
-def train(config: Config, world: World) -> int:
-    """main, in a world that is there."""
+def train(config: Config, world: World, lock: RunLock) -> int:
+    """main, in a world that is there, with a lock that is released when it ends."""
     options, device = config.train, world.device
 
     # Setup.
@@ -46,7 +52,7 @@ def train(config: Config, world: World) -> int:
         require_compiler(device)
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")
-    tokenizer, checkpoint = earlier_run(config, say=print if world.main else lambda text: None)
+    tokenizer, checkpoint = earlier_run(config, lock, say=print if world.main else lambda text: None)
 
     # Data: rank 0 makes what the others then find in the cache.
     with world.main_first(), CorpusProgress() as progress:
@@ -60,6 +66,10 @@ def train(config: Config, world: World) -> int:
             f"vocab_size {config.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}: "
             "raise it, or leave it out"
         )
+    if options.dry_run:
+        if world.main:
+            print(describe(config, device, corpus.train_tokens, world.size))
+        return EXIT_DONE
     train_tokens, val_tokens = read_tokens(corpus.train, tokenizer), read_tokens(corpus.val, tokenizer)
     loader = TrainLoader(
         train_tokens,
@@ -72,8 +82,10 @@ def train(config: Config, world: World) -> int:
 
     # Model and optimizer.
     model = GPT(config.model).to(device)
+    if checkpoint is None:
+        copy_initial_weights(config, model)
     model.checkpoint_activations(options.activation_checkpointing)
-    parameters = model.num_parameters()
+    parameters, flops_per_token = model.num_parameters(), model.flops_per_token()
     parallel = Parallel(model, world, mode_of(options, world), compiled=options.compile)
     optimizers = build_optimizers(model, config.optim, world)
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -81,14 +93,14 @@ def train(config: Config, world: World) -> int:
     average = Average(model, config.optim.ema_decay) if config.optim.ema_decay else None
     averaged = contextlib.nullcontext if average is None else average.swapped_in
     tokens_per_step = options.batch_size * options.grad_accum_steps * world.size * config.model.seq_len
-    start = tokens_seen = 0
+    start, tokens_seen, state = 0, 0, {}
     extra = {"z_loss": config.optim.z_loss, "label_smoothing": config.optim.label_smoothing}
     if checkpoint is not None:
         state = load_training_state(checkpoint, model, optimizers, average)
         start = state["step"]
         tokens_seen = state.get("tokens", start * tokens_per_step)
-        loader.load_state_dict(state["loader"])
-        loss_scale.load_state_dict(state["scaler"])
+        loader.load_state_dict(state.get("loader", {}))
+        loss_scale.load_state_dict(state.get("scaler", {}))
     world.check_same(start, "the checkpoint to go on from")
     if options.eval_only:
         with averaged():
@@ -101,11 +113,11 @@ def train(config: Config, world: World) -> int:
     # The run directory: from here on things are written, by rank 0.
     run_dir, monitor = options.run_dir, SilentMonitor()
     if world.main:
-        claim_run_dir(options)
-        write_toml(config, run_dir / "config.toml")
-        tokenizer.save(run_dir / "tokenizer.json")
-        write_provenance(corpus, run_dir / "corpus.json")
-        monitor = Monitor(config, start_step=start)
+        claim_run_dir(options, lock)
+        write_run(config, tokenizer, corpus)
+        lasting = {key: state.get(key) for key in ("metrics_bytes", "wandb_id")}
+        monitor = Monitor(config, start_step=start, **lasting)
+    saver = Saver(checkpoints_of(run_dir) if world.main else None, keep=options.keep_checkpoints, metrics=monitor.path)
     stop = StopRequest()
     monitor.say(
         f"{corpus.documents} document{'s' * (corpus.documents > 1)}: {corpus.train_tokens:,} tokens to train on, "
@@ -115,10 +127,25 @@ def train(config: Config, world: World) -> int:
     )
     if start >= options.max_steps:
         monitor.say(f"the run is at step {start} already: give more --max-steps to go on")
+    monitor.say(differences(state.get("recipe", {}), recipe(config, world.size), start))
+
+    def save(step: int, *kinds: str) -> None:
+        state = {
+            "step": step,
+            "tokens": tokens_seen,
+            "best": best,
+            "loader": batches.state_dict(),
+            "scaler": loss_scale.state_dict(),
+            "recipe": recipe(config, world.size),
+            **monitor.state(),
+        }
+        saver.save(training_tensors(model, optimizers, average, world), state, kinds=kinds)
 
     # Loop. Nothing in it waits for the device but what comes after guard.read().
     status, step, saved, stopping = EXIT_DONE, start, start, False
     batches, guard = Batches(loader, device), Guard(device)
+    profiler, peak = Profiler(run_dir, options.profile_steps * world.main, monitor.say), peak_flops(device)
+    best = state.get("best")  # step and val_loss of the lowest validation loss so far
     model.train()
     since, since_step = time.perf_counter(), step
     try:
@@ -151,6 +178,8 @@ def train(config: Config, world: World) -> int:
             step += 1
             tokens_seen += tokens_per_step
             monitor.advance(step)
+            saver.check()
+            profiler.step()
 
             stopping = world.size == 1 and stop.signal is not None
             last = step == options.max_steps or stopping
@@ -166,7 +195,7 @@ def train(config: Config, world: World) -> int:
                 monitor.say(f"step {step}: skipped {seen.skipped} of the last steps: loss or gradient was not finite")
             # A gradient out of float16's range says nothing against the weights; any other skipped step may.
             doubtful = seen.in_a_row > 0 and not (loss_scale.enabled and math.isfinite(seen.loss))
-            broken = save_now and not doubtful and not all_finite(weights, world)
+            broken = (save_now or evaluate_now) and not doubtful and not all_finite(weights, world)
             if broken or seen.in_a_row >= options.max_skipped_steps or (doubtful and last):
                 what = "weights are not finite" if broken else seen.fault
                 left = f"the checkpoint of step {saved} is sound" if saved else "nothing was saved"
@@ -181,29 +210,30 @@ def train(config: Config, world: World) -> int:
                 rate = (step - since_step) * tokens_per_step / (time.perf_counter() - since)
                 learning_rate = scale * config.optim.learning_rate
                 numbers = {"learning_rate": learning_rate, "tokens_per_second": round(rate, 1)}
+                if peak is not None:
+                    numbers["mfu"] = round(mfu(rate, flops_per_token, peak, world.size), 4)
                 monitor.log(record | seen.record() | numbers)
+            best_now = False
             if evaluate_now:
                 with averaged():
-                    monitor.log(record | evaluate(model, parallel, world, val_tokens, tokenizer, config))
+                    result = evaluate(model, parallel, world, val_tokens, tokenizer, config)
+                    monitor.log(record | result)
                     monitor.say(sample_text(model, parallel, world, tokenizer, config))
-            if save_now:
-                state = {
-                    "step": step,
-                    "tokens": tokens_seen,
-                    "loader": batches.state_dict(),
-                    "scaler": loss_scale.state_dict(),
-                    "threads": torch.get_num_threads(),
-                }
-                directory, keep = checkpoints_of(run_dir), options.keep_checkpoints
-                save_checkpoint(directory, model, optimizers, state, keep=keep, average=average, world=world)
+                best_now = result["val_loss"] < (best["val_loss"] if best else math.inf)
+                best = {"step": step, "val_loss": result["val_loss"]} if best_now else best
+            if save_now or best_now:
+                save(step, *["step"] * save_now, *["best"] * best_now)
                 saved = step
             since, since_step = time.perf_counter(), step
+        saver.wait()
         if stopping and status == EXIT_DONE:
             name = signal.Signals(stop.signal).name if stop.signal is not None else "a signal to another process"
             monitor.say(f"stopped by {name} after step {step}; --resume goes on from there")
             status = EXIT_STOPPED
     finally:
+        saver.close()
         batches.close()
+        profiler.close()
         monitor.close()
         stop.close()
     if world.main:

@@ -14,6 +14,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 from gpt.config import PRESETS, Config, ModelConfig
 from gpt.errors import UserError
 from gpt.generate import Piece, generate
+from gpt.hf import from_hf, tokenizer_from_hf
 from gpt.model import GPT, KVCache
 from gpt.run import load
 from gpt.sampling import SamplingConfig
@@ -27,6 +28,8 @@ __all__ = [
     "Piece",
     "SamplingConfig",
     "UserError",
+    "from_hf",
     "generate",
     "load",
+    "tokenizer_from_hf",
 ]

@@ -36,7 +36,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "tokenizers.Tokenizer":
 def merge_order(model: "tokenizers.Tokenizer") -> list[bytes]:
     """A trained byte-level BPE's tokens as tiktoken ranks them: the 256 bytes, then what each merge made."""
     vocab = model.get_vocab(with_added_tokens=False)
-    to_byte = {character: byte for byte, character in enumerate(_byte_characters())}
+    to_byte = {character: byte for byte, character in enumerate(byte_characters())}
     learned = [bytes(map(to_byte.__getitem__, token)) for token in sorted(vocab, key=vocab.__getitem__)]
     return [bytes([i]) for i in range(256)] + [token for token in learned if len(token) > 1]
 
@@ -48,7 +48,7 @@ def _short(texts: Iterable[str]) -> Iterator[str]:
             yield text[start : start + _SEGMENT]
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The printable character that stands for each byte in a byte-level BPE's vocabulary (Radford et al. 2019)."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))

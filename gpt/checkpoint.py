@@ -3,18 +3,22 @@
     checkpoints/step_00000500/model.safetensors       the weights
                               optimizer.safetensors   every optimizer state tensor, as "<weight's name>.<state's name>"
                               average.safetensors     the weights' moving average, where one is kept
-                              state.json              step, data position, float16's loss scale
+                              state.json              step, data position, float16's loss scale, best loss
                               manifest.json           size and SHA-256 of the files above, written last
+    checkpoints/best_00000400/                        the same, of the step with the lowest validation loss
 
 They hold whole tensors, whatever number of processes wrote them, so that any number can go on from them: under
-torchrun all ranks must call save_checkpoint together, and rank 0 writes.
+torchrun all ranks gather them together, and rank 0 writes.
 
-A checkpoint is written beside its place under a temporary name, each file fsynced, then renamed. Nothing is unpickled.
+A checkpoint is written beside its place under a temporary name, each file flushed to the disk, then renamed; it goes by
+way of a temporary name too. Nothing is unpickled. gpt.saver writes them beside the training.
 """
 
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,19 +30,13 @@ from torch import Tensor, nn
 
 from gpt.distributed import World, gathered, like, local
 from gpt.errors import UserError
+from gpt.files import flush
 from gpt.optim import Average
 
 MANIFEST = "manifest.json"
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 AVERAGE = "average.safetensors"  # the one file that a checkpoint may lack
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+Tensors = dict[str, dict[str, Tensor]]  # file name -> tensor's name -> tensor
 
 
 def _sha256(path: Path) -> str:
@@ -58,16 +56,49 @@ def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer])
 
 
 def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
-    """Put back what optimizer_tensors gave."""
+    """Put back what optimizer_tensors gave. UserError where it is not what these optimizers keep for this model."""
     weights = dict(model.named_parameters())
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    wanted: set[str] = set()
+    for optimizer in optimizers:
+        own = {
+            f"{name}.{key}" for name, p in weights.items() if owner.get(p) is optimizer for key in _kept_by(optimizer)
+        }
+        wanted |= own if own & tensors.keys() else set()  # one that took no step yet keeps nothing
+    for key in sorted(tensors.keys() ^ wanted):
+        who = "this run's" if key in wanted else "the checkpoint's"
+        raise UserError(f"only {who} optimizer keeps {key!r}: go on with the same --optimizer and model")
     for key, value in tensors.items():
         name, state_key = key.rsplit(".", 1)
-        if name not in weights:
-            raise UserError(f"the checkpoint's optimizer knows a weight {name!r} that the model lacks")
         p = weights[name]
+        if value.shape not in (p.shape, ()) or not value.is_floating_point():
+            raise UserError(f"the checkpoint's optimizer state {key!r} does not fit its weight of {tuple(p.shape)}")
         # Moments go where the weight is, and are sharded as it is; Adam's step count is on its device.
         owner[p].state[p][state_key] = like(value, p) if value.ndim else value.to(p.device)
+
+
+def _kept_by(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    return ("momentum_buffer",) if "momentum" in optimizer.defaults else ("step", "exp_avg", "exp_avg_sq")
+
+
+def training_tensors(
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    average: Average | None = None,
+    world: World | None = None,
+) -> Tensors:
+    """The tensors that a checkpoint holds, by file: live, or gathered where they are sharded; shared weights once.
+
+    All ranks must call it together; on those other than 0 there are none.
+    """
+    world = world or World(torch.device("cpu"))
+    tensors = {
+        FILES[0]: gathered(model.named_parameters(), world),
+        FILES[1]: gathered(optimizer_tensors(model, optimizers).items(), world),
+    }
+    if average is not None:
+        tensors[AVERAGE] = gathered(average.tensors.items(), world)
+    return tensors
 
 
 def save_checkpoint(
@@ -77,84 +108,118 @@ def save_checkpoint(
     state: dict[str, Any],
     *,
     keep: int,
-    average: Average | None = None,
-    world: World | None = None,
+    best: bool = False,
 ) -> Path:
-    """Write directory/step_<step>, then delete all but the newest `keep`. state: JSON values, state["step"] among them.
+    """Write directory/step_<step> and prune; best: write best_<step> instead. As store does, which see."""
+    store(directory, training_tensors(model, optimizers), state, keep=keep, kinds=("best" if best else "step",))
+    return directory / _name("best" if best else "step", state["step"])
 
-    average: the weights' moving average, if one is kept. Raises UserError, naming the file, where the disk refuses;
-    the older checkpoints are then untouched.
+
+def store(directory: Path, tensors: Tensors, state: dict[str, Any], *, keep: int, kinds: tuple[str, ...]) -> None:
+    """Write the checkpoint of state["step"], under each of the kinds "step" and "best", then prune.
+
+    What stays is the newest `keep` of the kind "step" and the newest of the kind "best". Later steps than this one's
+    go too: they are damaged or of a course that the run has left. state: JSON values.
+    Raises UserError, naming the file, where the disk refuses; the older checkpoints are then untouched.
     """
-    world = world or World(torch.device("cpu"))
-    final = directory / f"step_{state['step']:08d}"
-    tensors = {
-        FILES[0]: gathered(model.named_parameters(), world),  # shared weights once
-        FILES[1]: gathered(optimizer_tensors(model, optimizers).items(), world),
-    }
-    if average is not None:
-        tensors[AVERAGE] = gathered(average.tensors.items(), world)
-    if world.main:
-        _write(final, tensors, state)
-        for old in list_checkpoints(directory)[keep:]:
-            shutil.rmtree(old)
-    return final
+    for kind in kinds:
+        _write(directory / _name(kind, state["step"]), tensors, state)
+    try:
+        for kind, number in (("step", keep), ("best", 1)):
+            own = [path for path in list_checkpoints(directory) if path.name.startswith(kind)]
+            past = [path for path in own if _step(path) <= state["step"]]
+            for path in {*own} - {*past[:number]}:
+                _remove(path)
+    except OSError as error:
+        raise UserError(f"cannot delete the old checkpoint {error.filename}: {error.strerror}") from error
 
 
-def _write(final: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+def _write(final: Path, tensors: Tensors, state: dict[str, Any]) -> None:
     directory = final.parent
     temporary = directory / f".{final.name}.{os.getpid()}.tmp"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for stale in directory.glob(".step_*.tmp"):
+        if not directory.exists():
+            directory.mkdir(parents=True)
+            flush(directory.parent)
+        for stale in directory.glob(".*.tmp"):
             shutil.rmtree(stale)
         temporary.mkdir()
         for name, values in tensors.items():
             save_file({key: value.contiguous() for key, value in values.items()}, temporary / name)
         (temporary / FILES[2]).write_text(json.dumps(state, indent=1))
         names = (*tensors, FILES[2])
+        for name in names:
+            flush(temporary / name)
         manifest = {
             name: {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)} for name in names
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for name in (*names, MANIFEST):
-            _fsync(temporary / name)
+        flush(temporary / MANIFEST)
+        flush(temporary)
         if final.exists():
-            shutil.rmtree(final)
+            _remove(final)
         temporary.rename(final)
-        _fsync(directory)
+        flush(directory)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"cannot write the checkpoint {final}: {error}; the earlier ones are untouched") from error
 
 
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint so that no half of it is ever seen under its name."""
+    aside = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+    checkpoint.rename(aside)
+    shutil.rmtree(aside)
+
+
+def _name(kind: str, step: int) -> str:
+    return f"{kind}_{step:08d}"
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("_")[2])
+
+
 def list_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints under a directory, newest first, verified or not."""
-    return sorted(directory.glob("step_*"), reverse=True)
+    """The checkpoints under a directory, newest first, verified or not; of one step the kind "step" comes first."""
+    found = [p for p in directory.glob("*_*") if re.fullmatch(r"(step|best)_[0-9]{8,18}", p.name)]
+    return sorted(found, key=lambda path: (_step(path), path.name), reverse=True)
 
 
 def verify(checkpoint: Path) -> str | None:
     """None where every file stands as the manifest says; else one clause that names the file and its fault."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
-        for name in (*FILES, *([AVERAGE] if AVERAGE in manifest else [])):
+        for name in {*FILES, *manifest}:
             path, entry = checkpoint / name, manifest[name]
+            if path.parent != checkpoint:
+                raise ValueError(name)
             if path.stat().st_size != entry["bytes"]:
                 return f"{path} has {path.stat().st_size} bytes, not {entry['bytes']}"
             if _sha256(path) != entry["sha256"]:
                 return f"{path} does not have the checksum its manifest states"
     except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"{checkpoint / MANIFEST} is not a manifest"
     return None
 
 
 def newest_checkpoint(directory: Path, say=print) -> Path | None:
-    """The newest checkpoint that verifies, or None where there is none at all.
+    """The newest checkpoint that verifies, the best one included, or None where there is none at all.
 
     Says which newer ones it passes over and why. Raises UserError where there are some but none verifies.
     """
-    found = list_checkpoints(directory)
+    return _first_sound(list_checkpoints(directory), directory, say)
+
+
+def best_checkpoint(directory: Path, say=print) -> Path | None:
+    """The checkpoint with the lowest validation loss, or None where none is marked so. Else as newest_checkpoint."""
+    found = [path for path in list_checkpoints(directory) if path.name.startswith("best")]
+    return _first_sound(found, directory, say)
+
+
+def _first_sound(found: list[Path], directory: Path, say) -> Path | None:
     for checkpoint in found:
         fault = verify(checkpoint)
         if fault is None:
@@ -180,17 +245,24 @@ def load_weights(checkpoint: Path, model: nn.Module, *, averaged: bool = False) 
     path = checkpoint / FILES[0]
     if averaged and (checkpoint / AVERAGE).exists():
         path = checkpoint / AVERAGE
-    saved = _read(path)
     weights = dict(model.named_parameters())
-    for name in sorted(weights.keys() ^ saved.keys()):
-        raise UserError(f"{path} and the model differ: only one of them has the weight {name!r}")
+    saved = _read_like(path, weights)
     with torch.no_grad():
         for name, weight in weights.items():
-            if weight.shape != saved[name].shape:
-                raise UserError(
-                    f"{path}: {name} has shape {tuple(saved[name].shape)}, the model wants {tuple(weight.shape)}"
-                )
             local(weight).copy_(local(like(saved[name], weight)))
+
+
+def _read_like(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors, which have the names and shapes of the weights."""
+    saved = _read(path)
+    for name in sorted(weights.keys() ^ saved.keys()):
+        raise UserError(f"{path} and the model differ: only one of them has the weight {name!r}")
+    for name, weight in weights.items():
+        if weight.shape != saved[name].shape:
+            raise UserError(
+                f"{path}: {name} has shape {tuple(saved[name].shape)}, the model wants {tuple(weight.shape)}"
+            )
+    return saved
 
 
 def load_training_state(
@@ -199,9 +271,41 @@ def load_training_state(
     """Restore weights and optimizers from a verified checkpoint; returns its state.json.
 
     average: restored too; from the weights where the checkpoint holds none.
+    Raises UserError, naming the file, for what is no checkpoint of this model though its checksums are right.
     """
     load_weights(checkpoint, model)
     restore_optimizers(model, optimizers, _read(checkpoint / FILES[1]))
     if average is not None:
-        average.load(_read(checkpoint / (AVERAGE if (checkpoint / AVERAGE).exists() else FILES[0])))
-    return json.loads((checkpoint / FILES[2]).read_text())
+        path = checkpoint / (AVERAGE if (checkpoint / AVERAGE).exists() else FILES[0])
+        average.load(_read_like(path, average.tensors))
+    return read_state(checkpoint)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's state.json, each of its values of the kind it must be; UserError names the file and the key."""
+    path = checkpoint / FILES[2]
+    try:
+        state = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is not a training state: it is no JSON") from None
+    count = lambda value: type(value) is int and 0 <= value < 1 << 53
+    table = lambda of: lambda value: isinstance(value, dict) and all(map(of, value.values()))
+    number = lambda value: type(value) in (int, float) and math.isfinite(value)
+    checks = {
+        "step": count,
+        "tokens": count,
+        "metrics_bytes": count,
+        "loader": table(count),
+        "scaler": table(number),
+        "recipe": lambda value: isinstance(value, dict),
+        "best": lambda value: value is None or (isinstance(value, dict) and number(value.get("val_loss"))),
+        "wandb_id": lambda value: value is None or isinstance(value, str),
+    }
+    if not isinstance(state, dict) or "step" not in state:
+        raise UserError(f'{path} is not a training state: it has no "step"')
+    for key in checks.keys() & state.keys():
+        if not checks[key](state[key]):
+            raise UserError(f'{path} is not a training state: "{key}" is {str(state[key])[:40]!r}')
+    return state

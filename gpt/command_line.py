@@ -20,6 +20,7 @@ import tyro
 
 from gpt.config import PRESETS, Config
 from gpt.errors import UserError
+from gpt.files import write_whole
 
 T = TypeVar("T")
 
@@ -135,10 +136,11 @@ def _given(argv: Sequence[str], flag: str) -> str | None:
 def load_config(argv: Sequence[str], prog: str = "train.py") -> Config:
     """The Config that a command line asks for. Raises UserError.
 
+    With init_from the model's options begin as the source's, in a preset's place.
     With --resume or --eval-only and a run directory but no file, the run's own config.toml is the file.
     """
     path = Path(argv[0]) if argv and not argv[0].startswith("-") else None
-    run_dir = _given(argv, "--run-dir")
+    run_dir, saved = _given(argv, "--run-dir"), None
     if path is None and run_dir and {"--resume", "--eval-only", "--eval_only"} & set(argv):
         saved = Path(run_dir) / "config.toml"
         path = saved if saved.exists() else None
@@ -146,7 +148,16 @@ def load_config(argv: Sequence[str], prog: str = "train.py") -> Config:
     model = dict(tables.get("model", {}))
     preset = _given(argv, "--preset") or model.pop("preset", None)
     model.pop("preset", None)
-    tables["model"] = {**PRESETS.get(preset or "modern", {}), **model}
+    source = _given(argv, "--init-from") or tables.get("train", {}).get("init_from")
+    if source and preset:
+        raise UserError(f"preset {preset} and init_from {source} contradict each other: give one")
+    if source and (path is None or path != saved):  # a run's own config.toml has every option of the model already
+        from gpt.initial import initial_config
+
+        options = asdict(initial_config(source))
+    else:
+        options = PRESETS.get(preset or "modern", {})
+    tables["model"] = {**options, **model}
     try:
         base = {name: cls(**tables.get(name, {})) for name, cls in TABLES.items()}
     except UserError as error:
@@ -181,7 +192,7 @@ def write_toml(config: Config, path: Path) -> None:
         table: {key: plain(value) for key, value in values.items() if value is not None}
         for table, values in asdict(config).items()
     }
-    path.write_bytes(tomli_w.dumps(tables).encode())
+    write_whole(path, tomli_w.dumps(tables).encode())
 
 
 def config_from_toml(path: Path) -> Config:

@@ -4,7 +4,7 @@ Every value is checked when a dataclass is made, so that a Config that exists is
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,16 @@ def require(condition: bool, message: str) -> None:
     """Raise UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+_LARGE = ("seed", "split_seed", "max_corpus_bytes", "max_download_bytes", "eval_tokens")
+
+
+def require_sizes(options: Any) -> None:
+    """Raise UserError for a whole number that no machine could mean."""
+    for f in fields(options):
+        value, limit = getattr(options, f.name), 1 << (63 if f.name in _LARGE else 31)
+        require(type(value) is not int or abs(value) < limit, f"{f.name} must be below {limit}, not {value}")
 
 
 @dataclass(frozen=True)
@@ -33,10 +43,14 @@ class DataConfig:
     """What to do with bytes that are not UTF-8: refuse, or replace them with U+FFFD."""
     max_corpus_bytes: int | None = None
     """Read at most about this many bytes of text, whole documents, in the corpus's order."""
+    max_download_bytes: int = 16 << 30
+    """Refuse to download a file of more bytes than this."""
 
     def __post_init__(self) -> None:
+        require_sizes(self)
         require(0 < self.val_fraction < 1, f"val_fraction must lie between 0 and 1, not {self.val_fraction}")
         require(self.max_corpus_bytes is None or self.max_corpus_bytes > 0, "max_corpus_bytes must be positive")
+        require(self.max_download_bytes > 0, "max_download_bytes must be positive")
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,7 @@ class TokenizerConfig:
     """Size of the trained BPE vocabulary, the 256 bytes and the document token included."""
 
     def __post_init__(self) -> None:
+        require_sizes(self)
         require(self.bpe_vocab_size >= 257, f"bpe_vocab_size must be at least 257, not {self.bpe_vocab_size}")
 
 
@@ -100,6 +115,7 @@ class ModelConfig:
     """Initial weights: GPT-2's N(0, 0.02); Xavier's uniform; or N(0, 1/sqrt(fan_in)) with zeroed output projections."""
 
     def __post_init__(self) -> None:
+        require_sizes(self)
         for name in (
             "n_layer",
             "n_head",
@@ -219,6 +235,7 @@ class OptimConfig:
     """In training, the share of each target that is spread over the whole vocabulary."""
 
     def __post_init__(self) -> None:
+        require_sizes(self)
         for name in ("learning_rate", "embedding_lr", "head_lr"):
             require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
         require(
@@ -276,6 +293,10 @@ class TrainConfig:
     """A step whose loss or gradient is not finite is skipped; after this many in a row training gives up."""
     run_dir: Path | None = None
     """The folder that holds everything of the run. None: runs/ and the config file's name."""
+    init_from: str | None = None
+    """Begin with the weights, the model options and the tokenizer of this: a run directory, or a Hugging Face
+    checkpoint (a directory or a name). seq_len may be shorter, dropout another.
+    A run that is gone on with does not look at it."""
     resume: bool = False
     """Go on from the run's newest checkpoint that verifies, or start where the run has none."""
     resume_from: Path | None = None
@@ -284,8 +305,13 @@ class TrainConfig:
     """Delete what an earlier run left in the run directory."""
     eval_only: bool = False
     """Evaluate the newest checkpoint and stop."""
+    dry_run: bool = False
+    """Read the corpus, say what the run will cost (memory, tokens, FLOPs, time) and stop; the run is not touched."""
+    profile_steps: int = 0
+    """Trace this many of the first steps into trace.json.gz and profile.txt; 0 traces none."""
 
     def __post_init__(self) -> None:
+        require_sizes(self)
         for name in (
             "batch_size",
             "grad_accum_steps",
@@ -296,8 +322,10 @@ class TrainConfig:
             "max_skipped_steps",
         ):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        require(self.profile_steps >= 0, f"profile_steps must be at least 0, not {self.profile_steps}")
         require(self.eval_tokens is None or self.eval_tokens >= 1, "eval_tokens must be at least 1")
-        for first, second in (("resume", "overwrite"), ("eval_only", "overwrite"), ("eval_only", "resume_from")):
+        pairs = [("resume", "overwrite"), *(("eval_only", other) for other in ("overwrite", "resume_from", "dry_run"))]
+        for first, second in pairs:
             contradict = bool(getattr(self, first)) and bool(getattr(self, second))
             require(not contradict, f"{first} and {second} contradict each other: give one")
         require(self.seed >= 0, f"seed must be at least 0, not {self.seed}")
@@ -319,6 +347,7 @@ class LogConfig:
     """Its project."""
 
     def __post_init__(self) -> None:
+        require_sizes(self)
         require(self.log_interval >= 1, f"log_interval must be at least 1, not {self.log_interval}")
         require(self.sample_tokens >= 0, f"sample_tokens must be at least 0, not {self.sample_tokens}")
 

@@ -1,5 +1,7 @@
 """The one exception for what the user can put right, and how the commands end on it."""
 
+import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -8,6 +10,9 @@ EXIT_FAULT = 1  # the program's own fault: a traceback
 EXIT_USER = 2  # the user's input
 EXIT_DIVERGED = 3  # training gave up: not finite
 EXIT_STOPPED = 4  # stopped by a signal or a time limit, with everything saved
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(ValueError):
@@ -19,11 +24,15 @@ class LostProcess(RuntimeError):
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's main and leave with its exit status; a UserError becomes one line on stderr and status 2."""
+    """Run a command's main and leave with its exit status.
+
+    A UserError becomes one line on stderr and status 2, and so does a disk or a memory that is full.
+    """
     try:
         status = main()
+        sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         status = EXIT_USER
     except LostProcess as error:
         print(f"error: {error}", file=sys.stderr)
@@ -34,4 +43,24 @@ def run_command(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of our output went away, as in `sample.py ... | head`
         sys.stderr.close()
         status = EXIT_DONE
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        print(f"error: cannot write {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is left in its buffer has nowhere to go
+        status = EXIT_USER
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print("error: out of memory: lower --batch-size, --seq-len or the model's size", file=sys.stderr)
+        status = EXIT_USER
     sys.exit(status or EXIT_DONE)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error is the refusal of memory, by Python, by numpy, or by torch on a CPU or a GPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )

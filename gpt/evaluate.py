@@ -1,17 +1,32 @@
-"""What a run looks at now and then: its validation loss, and what the model writes."""
+"""What a run looks at now and then: its validation loss, and what the model writes; and a command that scores.
 
+python -m gpt.evaluate RUN --corpus TEXT ... [--stride N]
+python -m gpt.evaluate RUN --multiple-choice QUESTIONS.jsonl [--few-shot K]
+"""
+
+import json
 import math
-from typing import Any
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+import tyro
 
-from gpt.config import Config
+from gpt.command_line import parse_flags
+from gpt.config import Config, DataConfig, require
+from gpt.corpus import cache_folder
 from gpt.device import autocast
 from gpt.distributed import Parallel, World, whole_model
+from gpt.errors import EXIT_DONE, UserError, run_command
 from gpt.generate import generate
+from gpt.initial import load_source
 from gpt.loader import target_bytes, validation_batches
 from gpt.model import GPT
 from gpt.sampling import SamplingConfig
+from gpt.scoring import Question, multiple_choice, score_texts, with_shots
+from gpt.sources import find_sources
 from gpt.tokenizer import Tokenizer
 
 
@@ -46,3 +61,112 @@ def sample_text(model: GPT, parallel: Parallel, world: World, tokenizer: Tokeniz
     pieces = generate(whole, tokenizer, [config.log.sample_prompt], sampling)
     text = config.log.sample_prompt + "".join(piece.text for piece in pieces)
     return "\n".join("  | " + line for line in text.split("\n"))
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Score a text, or multiple-choice questions, with a run or a Hugging Face checkpoint."""
+
+    run: tyro.conf.Positional[str]
+    """The run directory; or a Hugging Face checkpoint, a directory or a name."""
+    corpus: tuple[str, ...] = ()
+    """Text to score: files, directories, globs, http(s) URLs, or python:stdlib."""
+    stride: int | None = None
+    """Tokens between the windows that a text is scored in; each token has at least the context less this before it.
+    None: half the context."""
+    multiple_choice: Path | None = None
+    """Questions to answer: JSON lines with ctx, endings and label, as HellaSwag has them."""
+    few_shot: int = 0
+    """Answered questions to put before each one."""
+    shots: Path | None = None
+    """Where those are drawn from. None: from the other questions."""
+    seed: int = 1337
+    """Seed of that draw."""
+    batch_size: int = 8
+    """Rows at a time."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Precision of the forward pass under autocast."""
+    json: bool = False
+    """Print one JSON object instead of lines for a reader."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.corpus) != (self.multiple_choice is not None), "give either corpus or multiple_choice")
+        require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
+        require(self.few_shot >= 0, f"few_shot must be at least 0, not {self.few_shot}")
+        require(self.stride is None or self.stride >= 1, f"stride must be at least 1, not {self.stride}")
+        require(self.stride is None or bool(self.corpus), "stride goes with corpus")
+        require(self.shots is None or self.few_shot > 0, "shots goes with few_shot: say how many")
+        require(self.few_shot == 0 or not self.corpus, "few_shot goes with multiple_choice")
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Questions of a file of JSON lines. Raises UserError, naming the line, for anything else."""
+    questions = []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not valid UTF-8: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            question = Question(row["ctx"], tuple(row["endings"]), int(row["label"]))
+            strings = isinstance(row["endings"], list) and all(
+                isinstance(x, str) for x in (row["ctx"], *row["endings"])
+            )
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}: line {number} is no question with ctx, endings and label ({error!r})") from None
+        if not strings or len(question.endings) < 2 or not 0 <= question.label < len(question.endings):
+            raise UserError(f"{path}: line {number} needs ctx, two or more endings, and a label that is one's number")
+        questions.append(question)
+    if not questions:
+        raise UserError(f"{path} holds no question")
+    return questions
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
+def main(arguments: Arguments) -> int:
+    """Score and print. Returns the exit status."""
+    # Whatever is wrong with the text is said before a model is loaded.
+    if arguments.corpus:
+        data = DataConfig(arguments.corpus)
+        sources = find_sources(data, cache_folder(None) / "downloads")
+    else:
+        questions = read_questions(arguments.multiple_choice)
+        shots = questions if arguments.shots is None else read_questions(arguments.shots)
+        contexts = with_shots(questions, shots, arguments.few_shot, arguments.seed)
+    model, tokenizer = load_source(arguments.run, arguments.device)
+    batch_size = arguments.batch_size
+    with autocast(model.embed.weight.device, arguments.dtype):
+        if arguments.corpus:
+            texts = ("".join(source.chunks("strict")) for source in sources)
+            result = score_texts(model, tokenizer, texts, stride=arguments.stride, batch_size=batch_size)
+        else:
+            result = multiple_choice(model, tokenizer, questions, contexts, batch_size)
+            result |= {"few_shot": arguments.few_shot}
+    if arguments.json:
+        print(json.dumps(result))
+    elif arguments.corpus:
+        print(
+            f"{_count(result['documents'], 'document')}, {result['tokens']:,} tokens, {result['bytes']:,} bytes, "
+            f"windows {result['stride']} tokens apart\nloss {result['loss']:.4f} nats per token, "
+            f"perplexity {result['perplexity']:.4f}, {result['bits_per_byte']:.4f} bits per byte"
+        )
+    else:
+        cut = f"; {result['cut']} with a context too long, cut at its start" if result["cut"] else ""
+        asked = f"{_count(result['questions'], 'question')} with {_count(result['few_shot'], 'shot')}{cut}"
+        rules = f"{result['accuracy']:.4f}, by log-likelihood per byte {result['accuracy_normalised']:.4f}"
+        print(f"{asked}\naccuracy {rules}")
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(parse_flags(Arguments, sys.argv[1:], prog="gpt.evaluate")))

@@ -1,12 +1,14 @@
 """What a run shows and leaves behind: progress bar, metrics.jsonl, loss.png, and wandb where it is switched on."""
 
+import contextlib
+import errno
 import json
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 from gpt.checkpoint import list_checkpoints
 from gpt.config import Config
 from gpt.errors import UserError
+from gpt.files import write_whole
 
 _IMPORTED = time.monotonic()
 
@@ -28,15 +31,37 @@ def process_seconds() -> float:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that was cut short is left out."""
+    """The records of a metrics.jsonl; what follows a line that is none, as one cut short, is left out."""
     records = []
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_bytes().splitlines():
             try:
-                records.append(json.loads(line))
-            except ValueError:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
                 break
+            if not isinstance(record, dict) or type(record.get("step")) is not int:
+                break
+            records.append(record)
     return records
+
+
+def kept_metrics(path: Path, start_step: int, size: int | None) -> list[dict[str, Any]]:
+    """Cut a metrics.jsonl down to what it was at start_step, when it had `size` bytes; the records it then holds."""
+    if size is not None and path.exists() and path.stat().st_size >= size:
+        os.truncate(path, size)
+        return read_metrics(path)
+    records = [r for r in read_metrics(path) if r["step"] <= start_step]
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records).encode())
+    return records
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns a disk's refusal into a UserError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; the checkpoints are untouched") from error
 
 
 def plot_losses(records: Iterable[dict[str, Any]], path: Path, title: str) -> None:
@@ -96,20 +121,23 @@ class CorpusProgress:
 class Monitor:
     """Lines of metrics.jsonl, a bar on a terminal (plain lines elsewhere), and wandb.
 
-    On resume from step n, records of later steps are dropped, so that the file reads as one run.
+    On resume from step n, what was written after it was saved is dropped, so that the file reads as one run: what
+    stands beyond metrics_bytes, or, where the file is shorter than that, the records of later steps.
+    Raises UserError where the file cannot be written.
     """
 
-    def __init__(self, config: Config, *, start_step: int = 0):
+    def __init__(
+        self, config: Config, *, start_step: int = 0, metrics_bytes: int | None = None, wandb_id: str | None = None
+    ):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.run_dir, self.max_steps = config.train.run_dir, config.train.max_steps
-        path = self.run_dir / "metrics.jsonl"
-        self.records = [r for r in read_metrics(path) if r["step"] <= start_step]
-        self.file = path.open("w")
-        self.file.writelines(json.dumps(record) + "\n" for record in self.records)
-        self.file.flush()
-        self.wandb = start_wandb(config) if config.log.wandb != "off" else None
+        self.path = self.run_dir / "metrics.jsonl"
+        with writing(self.path):
+            self.records = kept_metrics(self.path, start_step, metrics_bytes)
+            self.file = self.path.open("ab", buffering=0)  # a line is in the file, or the error is here
+        self.wandb = start_wandb(config, wandb_id) if config.log.wandb != "off" else None
         self.console = Console(highlight=False)
         self.last_line = -math.inf
         self.progress = Progress(
@@ -143,8 +171,10 @@ class Monitor:
         """One line of metrics.jsonl; wall seconds are added. Shown in the bar, or as a line where there is none."""
         record = {**record, "seconds": round(process_seconds(), 3)}
         self.records.append(record)
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        with writing(self.path):
+            line = (json.dumps(record) + "\n").encode()
+            if self.file.write(line) != len(line):  # a disk that fills within the line
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self.wandb is not None:
             self.wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
         step = record["step"]
@@ -160,25 +190,37 @@ class Monitor:
                 self.last_line = step
                 self.say(f"step {step}/{self.max_steps}: {status}")
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it: how long the metrics are, and the wandb run that they go to."""
+        return {"metrics_bytes": self.file.tell(), "wandb_id": self.wandb.id if self.wandb is not None else None}
+
     def close(self) -> None:
         """Stop the bar, close the file, draw loss.png, finish the wandb run."""
         self.progress.stop()
         for name in ("kernels", "gpt"):
             logging.getLogger(name).removeHandler(self.handler)
         self.file.close()
-        plot_losses(self.records, self.run_dir / "loss.png", self.run_dir.resolve().name)
+        try:
+            plot_losses(self.records, self.run_dir / "loss.png", self.run_dir.resolve().name)
+        except OSError as error:  # a picture is not worth a run's exit status
+            self.say(f"loss.png was not drawn: {error.strerror or error}")
         if self.wandb is not None:
             self.wandb.finish()
 
     def written(self) -> list[str]:
-        """Names of what the run directory now holds, the newest checkpoint in full."""
+        """Names of what the run directory now holds: of the checkpoints the newest and the best."""
         names = ["config.toml", "tokenizer.json", "corpus.json", "metrics.jsonl", "loss.png"]
-        names += [f"checkpoints/{path.name}" for path in list_checkpoints(self.run_dir / "checkpoints")[:1]]
+        found = list_checkpoints(self.run_dir / "checkpoints")
+        newest = [next((p.name for p in found if p.name.startswith(kind)), None) for kind in ("step", "best")]
+        names += [f"checkpoints/{name}" for name in newest if name]
+        names += [name for name in ("trace.json.gz", "profile.txt") if (self.run_dir / name).exists()]
         return names + ["wandb"] * (self.wandb is not None)
 
 
 class SilentMonitor:
     """What the ranks other than 0 have in a Monitor's place."""
+
+    path = None
 
     def say(self, text: str | None) -> None: ...
 
@@ -186,11 +228,14 @@ class SilentMonitor:
 
     def log(self, record: dict[str, Any]) -> None: ...
 
+    def state(self) -> dict[str, Any]:
+        return {}
+
     def close(self) -> None: ...
 
 
-def start_wandb(config: Config) -> Any:
-    """A wandb run whose files stand in the run directory."""
+def start_wandb(config: Config, run_id: str | None) -> Any:
+    """A wandb run whose files stand in the run directory; with the id of an earlier one it goes on with that."""
     run_dir, mode = config.train.run_dir, config.log.wandb
     try:
         import wandb
@@ -200,6 +245,8 @@ def start_wandb(config: Config) -> Any:
             name=run_dir.resolve().name,
             dir=run_dir,
             mode=mode,
+            id=run_id,
+            resume="allow" if run_id and mode == "online" else None,  # offline it has nothing to ask
             config=json.loads(json.dumps(asdict(config), default=str)),
             settings=wandb.Settings(silent=True, console="off"),
         )

@@ -7,23 +7,27 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
 
-from gpt.checkpoint import load_weights, newest_checkpoint, verify
-from gpt.command_line import config_from_toml
+from gpt.checkpoint import best_checkpoint, load_weights, newest_checkpoint, verify
+from gpt.command_line import config_from_toml, write_toml
 from gpt.config import Config, TrainConfig
 from gpt.corpus import Corpus, cache_folder
 from gpt.device import pick_device
 from gpt.errors import UserError
+from gpt.files import write_whole
 from gpt.generate import generate
+from gpt.lock import RunLock
 from gpt.model import GPT
 from gpt.sampling import SamplingConfig
 from gpt.shards import read_tokens
 from gpt.tokenizer import Tokenizer, load_tokenizer
 
 CONTENTS = ("config.toml", "tokenizer.json", "corpus.json", "metrics.jsonl", "loss.png", "checkpoints", "wandb")
+CONTENTS += ("trace.json.gz", "profile.txt")
 
 
 def checkpoints_of(run_dir: Path) -> Path:
@@ -35,13 +39,22 @@ def _present(run_dir: Path) -> list[Path]:
     return [run_dir / name for name in CONTENTS if (run_dir / name).exists()]
 
 
-def earlier_run(config: Config, say: Callable[[str], None] = print) -> tuple[Tokenizer | None, Path | None]:
-    """The tokenizer and the checkpoint that this run goes on from; None twice for one that begins anew.
+def earlier_run(
+    config: Config, lock: RunLock, say: Callable[[str], None] = print
+) -> tuple[Tokenizer | None, Path | None]:
+    """The tokenizer and the checkpoint that this run goes on from.
 
+    A run that begins anew has no checkpoint, and no tokenizer unless init_from brings one.
+
+    Takes the lock of a run that is there and may be written to, before anything of it is read.
     Raises UserError where the run directory is taken and neither resume nor overwrite is given, where there is nothing
     to evaluate, where the model asked for is not the run's, or a named checkpoint is damaged.
     """
+    from gpt.initial import initial_tokenizer  # it reads runs too
+
     train = config.train
+    if _present(train.run_dir) and not (train.eval_only or train.dry_run):
+        lock.take()
     if train.resume_from is not None:
         fault = verify(train.resume_from)
         if fault:
@@ -52,16 +65,16 @@ def earlier_run(config: Config, say: Callable[[str], None] = print) -> tuple[Tok
             raise UserError(f"{train.run_dir} already holds another run: add --overwrite, or give another --run-dir")
     elif train.eval_only or (train.resume and _present(train.run_dir)):
         source = train.run_dir
-        checkpoint = read_run(source, say)[2] if train.eval_only else newest_checkpoint(checkpoints_of(source), say)
+        checkpoint = read_run(source, say=say)[2] if train.eval_only else newest_checkpoint(checkpoints_of(source), say)
         if checkpoint is None:
-            return None, None
+            return initial_tokenizer(config), None
     elif _present(train.run_dir) and not (train.overwrite or train.resume):
         raise UserError(
             f"{train.run_dir} already holds a run: add --resume to go on, --overwrite to begin anew, "
             "or give another --run-dir"
         )
     else:
-        return None, None
+        return initial_tokenizer(config), None
     saved = asdict(config_from_toml(source / "config.toml").model)
     for key, value in asdict(config.model).items():
         if value != saved[key] and not (key == "vocab_size" and value is None):
@@ -69,43 +82,96 @@ def earlier_run(config: Config, say: Callable[[str], None] = print) -> tuple[Tok
     return load_tokenizer(source / "tokenizer.json"), checkpoint
 
 
-def claim_run_dir(train: TrainConfig) -> Path:
-    """Make the run directory; overwrite first deletes what a run writes there, and nothing else."""
+def claim_run_dir(train: TrainConfig, lock: RunLock) -> Path:
+    """Make the run directory and take its lock; overwrite first deletes what a run writes there, and nothing else."""
     try:
+        train.run_dir.mkdir(parents=True, exist_ok=True)
+        if lock.take() and _present(train.run_dir) and not train.overwrite:
+            raise UserError(f"another training has begun in {train.run_dir}: give another --run-dir")
         if train.overwrite:
             for path in _present(train.run_dir):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        train.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot use the run directory {train.run_dir}: {error.strerror}") from error
     return train.run_dir
+
+
+def write_run(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> None:
+    """The run directory's config.toml, tokenizer.json and corpus.json, each there whole or as it was before."""
+    run_dir = config.train.run_dir
+    try:
+        write_toml(config, run_dir / "config.toml")
+        tokenizer.save(run_dir / "tokenizer.json")
+        write_provenance(corpus, run_dir / "corpus.json")
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename}: {error.strerror}; the checkpoints are untouched") from error
+
+
+def recipe(config: Config, processes: int = 1) -> dict[str, Any]:
+    """What decides a run's numbers beside its text and model, by name: kept in each checkpoint for differences."""
+    train = {key: getattr(config.train, key) for key in ("batch_size", "grad_accum_steps", "dtype", "max_steps")}
+    dropout = {"dropout": config.model.dropout}
+    return {"threads": torch.get_num_threads(), "processes": processes, **train, **dropout, **asdict(config.optim)}
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any], step: int) -> str | None:
+    """One sentence on what is not as it was when a checkpoint was saved, and what that changes; None: nothing is."""
+    reasons = {
+        "threads": "CPU sums are rounded in another order",
+        "processes": "sums are rounded in another order",
+        "batch_size": "a step sees other text",
+        "grad_accum_steps": "a step sees other text",
+        "max_steps": "the learning rate falls along another curve",
+    }
+    changed = [key for key in now if key in saved and saved[key] != now[key]]
+    if now["schedule"] == "constant" == saved.get("schedule"):
+        changed = [key for key in changed if key != "max_steps"]
+    if not changed:
+        return None
+    clauses = [
+        f"{key} is {now[key]}, was {saved[key]}" + f" ({reasons.get(key)})" * (key in reasons) for key in changed
+    ]
+    return f"from step {step} on this run differs from one that was never stopped: {'; '.join(clauses)}"
 
 
 def write_provenance(corpus: Corpus, path: Path) -> None:
     """What the run was trained on: every source with its size and SHA-256, and how it was split."""
     sources = [{"name": name, "bytes": size, "sha256": sha256} for name, size, sha256 in corpus.sources]
     counts = ("digest", "documents", "train_tokens", "val_tokens", "train_bytes", "val_bytes")
-    path.write_text(json.dumps({key: getattr(corpus, key) for key in counts} | {"sources": sources}, indent=1) + "\n")
+    record = {key: getattr(corpus, key) for key in counts} | {"sources": sources}
+    write_whole(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
-def read_run(run_dir: Path, say: Callable[[str], None] = print) -> tuple[Config, Tokenizer, Path]:
-    """Config, tokenizer and newest sound checkpoint of a run. Raises UserError where one is missing."""
+def read_run(
+    run_dir: Path, which: str | Path = "newest", say: Callable[[str], None] = print
+) -> tuple[Config, Tokenizer, Path]:
+    """Config, tokenizer and a sound checkpoint of a run: its newest, its best, or the one at a path.
+
+    Raises UserError where one is missing or damaged.
+    """
     if not run_dir.is_dir():
         raise UserError(f"{run_dir} is not a run directory: there is no such directory")
     if not (run_dir / "config.toml").exists():
         raise UserError(f"{run_dir} is not a run directory: it has no config.toml")
-    checkpoint = newest_checkpoint(checkpoints_of(run_dir), say)
-    if checkpoint is None:
-        raise UserError(f"{run_dir} has no checkpoint yet: train it first, or wait for its first one")
+    if which in ("newest", "best"):
+        checkpoint = {"newest": newest_checkpoint, "best": best_checkpoint}[which](checkpoints_of(run_dir), say)
+        if checkpoint is None:
+            kind = "checkpoint" if which == "newest" else "best checkpoint"
+            raise UserError(f"{run_dir} has no {kind} yet: train it first, or wait for its first one")
+    else:
+        checkpoint = Path(which)
+        if fault := verify(checkpoint):
+            raise UserError(f"the checkpoint {checkpoint} cannot be used: {fault}")
     return config_from_toml(run_dir / "config.toml"), load_tokenizer(run_dir / "tokenizer.json"), checkpoint
 
 
-def load(run_dir: str | Path, device: str = "auto") -> tuple[GPT, Tokenizer]:
-    """The model (in eval mode, fp32) and tokenizer of a run's newest sound checkpoint: the averaged weights, if kept.
+def load(run_dir: str | Path, device: str = "auto", *, which: str | Path = "newest") -> tuple[GPT, Tokenizer]:
+    """The model (in eval mode, fp32) and tokenizer of a run: the averaged weights, if kept.
 
+    which: "newest", its newest sound checkpoint; "best", that of the lowest validation loss; or a checkpoint's path.
     Raises UserError where the directory holds no run, no checkpoint, or a damaged one.
     """
-    config, tokenizer, checkpoint = read_run(Path(run_dir))
+    config, tokenizer, checkpoint = read_run(Path(run_dir), which)
     place = pick_device(device)
     model = GPT(config.model)
     load_weights(checkpoint, model, averaged=True)

@@ -27,7 +27,6 @@ from gpt.errors import UserError
 log = logging.getLogger(__name__)
 
 STDLIB = "python:stdlib"
-MAX_DOWNLOAD_BYTES = 16 << 30
 TIMEOUT_S = 30.0  # of each wait for the network
 _CHUNK = 1 << 20  # bytes read at a time
 _HEAD = 8192  # bytes that tell text from binary
@@ -135,7 +134,7 @@ def find_sources(data: DataConfig, downloads: Path, progress: Progress | None = 
     cap = data.max_corpus_bytes
     found: dict[str, Source] = {}
     total = 0
-    for source in (source for spec in data.corpus for source in _named(spec, downloads, progress)):
+    for source in (source for spec in data.corpus for source in _named(spec, data, downloads, progress)):
         key = os.path.realpath(source.path)
         if source.size == 0 or key in found:
             continue
@@ -150,21 +149,21 @@ def find_sources(data: DataConfig, downloads: Path, progress: Progress | None = 
     return list(found.values())
 
 
-def _named(spec: str, downloads: Path, progress: Progress | None) -> Iterator[Source]:
+def _named(spec: str, data: DataConfig, downloads: Path, progress: Progress | None) -> Iterator[Source]:
     """The documents of one entry of data.corpus, in order."""
     try:
-        yield from _expand(spec, downloads, progress)
+        yield from _expand(spec, data, downloads, progress)
     except OSError as error:
         raise UserError(f"cannot read the corpus {spec}: {error.strerror or error}") from None
 
 
-def _expand(spec: str, downloads: Path, progress: Progress | None) -> Iterable[Source]:
+def _expand(spec: str, data: DataConfig, downloads: Path, progress: Progress | None) -> Iterable[Source]:
     if not spec.strip():
         raise UserError("the corpus has an entry without a name: give a file, folder, glob or URL")
     if spec == STDLIB:
         return _stdlib()
     if re.match(r"https?://", spec, re.IGNORECASE):
-        return [download(spec, downloads, progress)]
+        return [download(spec, downloads, progress, limit=data.max_download_bytes)]
     path = Path(os.path.expanduser(spec))
     if path.is_dir():
         return _texts(spec, [path])
@@ -232,15 +231,16 @@ def _stdlib() -> Iterator[Source]:
         level = [path for path in entries if path.is_dir() and not path.is_symlink() and path.name not in _LEFT_OUT]
 
 
-def download(url: str, folder: Path, progress: Progress | None = None) -> Source:
+def download(url: str, folder: Path, progress: Progress | None = None, *, limit: int = 16 << 30) -> Source:
     """The file behind a URL, fetched once into a folder of its own below `folder`, beside its record.
 
-    A second call uses that copy without the network. Raises UserError when the URL does not give a whole file.
+    A second call uses that copy without the network. Raises UserError when the URL does not give a whole file, or one
+    of more than `limit` bytes.
     """
     place = folder / hashlib.sha256(url.encode()).hexdigest()[:32]
     if not (place / "record.json").is_file():
         with publish(place) as work:
-            digest, size = _fetch(url, work / "content", progress)
+            digest, size = _fetch(url, work / "content", progress, limit)
             record = {"url": url, "sha256": digest, "bytes": size}
             (work / "record.json").write_text(json.dumps(record, indent=0))
     try:
@@ -250,11 +250,11 @@ def download(url: str, folder: Path, progress: Progress | None = None) -> Source
         raise UserError(f"the download in {place} is damaged: delete that folder to fetch {url} again") from None
 
 
-def _fetch(url: str, path: Path, progress: Progress | None) -> tuple[str, int]:
+def _fetch(url: str, path: Path, progress: Progress | None, limit: int) -> tuple[str, int]:
     """Download to path; (sha256, bytes)."""
     digest, size = hashlib.sha256(), 0
     with open(path, "wb") as file:
-        for block, total in _received(url):
+        for block, total in _received(url, limit):
             file.write(block)
             digest.update(block)
             size += len(block)
@@ -263,7 +263,7 @@ def _fetch(url: str, path: Path, progress: Progress | None) -> tuple[str, int]:
     return digest.hexdigest(), size
 
 
-def _received(url: str) -> Iterator[tuple[bytes, int]]:
+def _received(url: str, limit: int) -> Iterator[tuple[bytes, int]]:
     """The body of a URL in blocks, each with the length that the server announced (0: none)."""
     import http.client
     import urllib.error
@@ -276,9 +276,9 @@ def _received(url: str) -> Iterator[tuple[bytes, int]]:
             total = int(response.headers.get("Content-Length") or 0)
             while block := response.read(_CHUNK):
                 size += len(block)
-                if max(size, total) > MAX_DOWNLOAD_BYTES:
+                if max(size, total) > limit:
                     raise UserError(
-                        f"{url} has more than {MAX_DOWNLOAD_BYTES} bytes: download it by hand and name the file"
+                        f"{url} has more than {limit} bytes: raise --max-download-bytes, or name a file of your own"
                     )
                 yield block, total
     except urllib.error.HTTPError as error:

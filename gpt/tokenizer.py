@@ -14,7 +14,6 @@ import difflib
 import hashlib
 import json
 import logging
-import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +25,7 @@ import numpy as np
 
 from gpt.config import TokenizerConfig
 from gpt.errors import UserError
+from gpt.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -127,13 +127,7 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write the tokenizer as JSON; the file is there whole or not at all."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(self._serialized)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(Path(path), self._serialized)
 
     @property
     def _serialized(self) -> bytes:
@@ -200,15 +194,26 @@ class BPETokenizer(Tokenizer):
     tokens: the bytes of each id in merge order, every single byte among them; None for an id that is no such token.
     Text is encoded in segments of at most 100,000 characters, cut where no piece can run over; only text without any
     such place (100,000 characters and no letter followed by a blank or a mark) is cut inside a piece.
+    normalization: NFC where the text is composed first (as Qwen's is). document: the document token's spelling.
     """
 
-    def __init__(self, name: str, pattern: str, tokens: list[bytes | None], specials: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        name: str,
+        pattern: str,
+        tokens: list[bytes | None],
+        specials: Mapping[str, int],
+        normalization: str | None = None,
+        document: str = DOCUMENT,
+    ) -> None:
         import tiktoken
 
         self.name, self.pattern, self.tokens = name, pattern, tokens
+        self.normalization, self.document = normalization, document
         pieces = [token or b"" for token in tokens]
         pieces += [b""] * (max(specials.values(), default=-1) + 1 - len(pieces))
         super().__init__(pieces, specials)
+        self.document_token = self.specials.get(document)
         ranks = {token: i for i, token in enumerate(tokens) if token is not None}
         self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.specials)
 
@@ -225,6 +230,8 @@ class BPETokenizer(Tokenizer):
             yield rest
 
     def _encode(self, text: str) -> np.ndarray:
+        if self.normalization:
+            text = unicodedata.normalize(self.normalization, text)
         parts = [
             self._encoding.encode_to_numpy(part, disallowed_special=()).astype(self.dtype)
             for part in self.segments([text])
@@ -233,7 +240,10 @@ class BPETokenizer(Tokenizer):
 
     def _form(self) -> dict[str, Any]:
         tokens = [None if token is None else base64.b64encode(token).decode() for token in self.tokens]
-        return {
+        # Only where they say something, so that a tokenizer without them keeps its fingerprint.
+        extra = {"normalization": self.normalization} if self.normalization else {}
+        extra |= {"document": self.document} if self.document != DOCUMENT else {}
+        return extra | {
             "kind": "bpe",
             "name": self.name,
             "pattern": self.pattern,
@@ -331,9 +341,12 @@ def _from_form(form: Any) -> Tokenizer:
     _check(kind == "bpe", f'"kind" is {kind!r}, known are char, byte and bpe')
     name, pattern = form.get("name"), form.get("pattern")
     _check(isinstance(name, str) and isinstance(pattern, str), '"name" or "pattern" is no string')
-    tokens, specials = _tokens(form.get("tokens")), form.get("special_tokens")
-    _check_specials(specials, tokens)
-    return BPETokenizer(name, pattern, tokens, specials)
+    normalization, document = form.get("normalization"), form.get("document", DOCUMENT)
+    _check(normalization in (None, "NFC") and isinstance(document, str), '"normalization" or "document" is wrong')
+    specials = form.get("special_tokens")
+    return BPETokenizer(
+        name, pattern, check_tokens(_tokens(form.get("tokens")), specials), specials, normalization, document
+    )
 
 
 def _tokens(entries: Any) -> list[bytes | None]:
@@ -343,18 +356,20 @@ def _tokens(entries: Any) -> list[bytes | None]:
         tokens = [None if entry is None else base64.b64decode(entry, validate=True) for entry in entries]
     except binascii.Error as error:
         raise ValueError(f'"tokens" holds bad base64 ({error})') from None
-    given = [token for token in tokens if token is not None]
-    _check(len(set(given)) == len(given), '"tokens" holds one twice')
-    _check(b"" not in given and {bytes([i]) for i in range(256)} <= set(given), '"tokens" lacks single bytes')
     return tokens
 
 
-def _check_specials(specials: Any, tokens: list[bytes | None]) -> None:
+def check_tokens(tokens: list[bytes | None], specials: Any) -> list[bytes | None]:
+    """The tokens; ValueError where they and the special tokens make no vocabulary of a byte-level BPE."""
+    given = [token for token in tokens if token is not None]
+    _check(len(set(given)) == len(given), '"tokens" holds one twice')
+    _check(b"" not in given and {bytes([i]) for i in range(256)} <= set(given), '"tokens" lacks single bytes')
     _check(isinstance(specials, dict) and "" not in specials, '"special_tokens" is no table')
     ids = list(specials.values())
     _check(all(type(i) is int and 0 <= i < MAX_VOCAB for i in ids), '"special_tokens" holds an impossible id')
     free = all(i >= len(tokens) or tokens[i] is None for i in ids)
     _check(free and len(set(ids)) == len(ids), '"special_tokens" holds an id that is taken')
+    return tokens
 
 
 def _check(condition: bool, message: str) -> None:

@@ -77,3 +77,18 @@ def named(monkeypatch):
 
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: make_named())
     return build_tokenizer(TokenizerConfig("gpt2"), list)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """A run directory as a user has it: bytes, a Qwen3 of one layer, three steps."""
+    from gpt.command_line import load_config
+    from train import main
+
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "text.txt").write_text("all work and no play makes jack a dull boy\n" * 20)
+    words = ["--corpus", folder / "text.txt", "--run-dir", folder / "run", "--cache-dir", folder / "cache"]
+    words += ["--tokenizer", "byte", "--n-layer", 1, "--n-head", 2, "--n-embd", 32, "--seq-len", 32]
+    words += ["--max-steps", 3, "--sample-tokens", 0, "--device", "cpu", "--dtype", "float32"]
+    assert main(load_config(list(map(str, words)))) == 0
+    return folder / "run"

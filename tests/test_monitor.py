@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 
 from gpt.command_line import load_config
 from gpt.monitor import Monitor, plot_losses, process_seconds, read_metrics
@@ -12,8 +13,8 @@ def record(step: int, **values) -> dict:
     return {"step": step, "tokens": 10 * step, "tokens_per_second": 5.0, **values}
 
 
-def monitor_in(folder, start_step: int = 0) -> Monitor:
-    return Monitor(load_config(["--run-dir", str(folder), "--max-steps", "20"]), start_step=start_step)
+def monitor_in(folder, **options) -> Monitor:
+    return Monitor(load_config(["--run-dir", str(folder), "--max-steps", "20"]), **options)
 
 
 def test_resume_drops_later_records_and_a_line_cut_short(tmp_path, capsys):
@@ -79,3 +80,32 @@ def test_metrics_are_json_lines(tmp_path, capsys):
     monitor.close()
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line).keys() == {"step", "tokens", "tokens_per_second", "train_loss", "seconds"}
+
+
+def test_a_resumed_run_goes_on_with_its_wandb_run(tmp_path, capsys, monkeypatch):
+    calls = []
+
+    def init(**options):
+        calls.append(options)
+        return types.SimpleNamespace(id=options["id"] or "new1", log=lambda *_, **__: None, finish=lambda: None)
+
+    fake = types.SimpleNamespace(init=init, Settings=dict, Error=RuntimeError)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = load_config(["--run-dir", str(tmp_path), "--wandb", "online"])
+    first = Monitor(config)
+    state = first.state()
+    first.close()
+    assert state == {"metrics_bytes": 0, "wandb_id": "new1"}
+    Monitor(config, **state).close()
+    assert [(call["id"], call["resume"]) for call in calls] == [(None, None), ("new1", "allow")]
+
+
+def test_metrics_beyond_the_saved_length_are_cut_off(tmp_path, capsys):
+    monitor = monitor_in(tmp_path)
+    monitor.log(record(2, train_loss=0.5))
+    length = monitor.state()["metrics_bytes"]
+    monitor.log(record(1, event="a step that was left"))
+    monitor.close()
+    monitor = monitor_in(tmp_path, start_step=2, metrics_bytes=length)
+    monitor.close()
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [2]

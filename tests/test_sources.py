@@ -223,10 +223,9 @@ def test_failed_download_leaves_nothing(server, make, tmp_path, page, message):
 
 @pytest.mark.parametrize("page", ["text", "endless"])
 def test_download_stops_at_the_size_limit(server, make, tmp_path, monkeypatch, page):
-    monkeypatch.setattr(sources, "MAX_DOWNLOAD_BYTES", 1000)
     monkeypatch.setattr(sources, "_CHUNK", 100)
     with pytest.raises(UserError, match="more than 1000 bytes"):
-        make(f"{server.url}/{page}")
+        make(f"{server.url}/{page}", max_download_bytes=1000)
     assert list((tmp_path / "cache" / "downloads").iterdir()) == []
 
 

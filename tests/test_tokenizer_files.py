@@ -8,7 +8,7 @@ import sys
 import pytest
 import tiktoken
 
-from gpt import tokenizer as module
+from gpt import files
 from gpt.errors import UserError
 from gpt.tokenizer import (
     DOCUMENT,
@@ -99,7 +99,7 @@ def test_file_that_cannot_be_read(tmp_path, place):
 def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "tokenizer.json"
     BYTE.save(path)
-    monkeypatch.setattr(module.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         BPE.save(path)
     assert load_tokenizer(path).fingerprint == BYTE.fingerprint

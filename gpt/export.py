@@ -1,0 +1,208 @@
+"""Write a run as a Hugging Face checkpoint: python -m gpt.export RUN DIR [--dtype bfloat16] [--overwrite]
+
+AutoModelForCausalLM and AutoTokenizer load the directory, with the run's logits and token ids. Transformers is not
+needed to write it.
+"""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from gpt.command_line import parse_flags
+from gpt.config import ModelConfig
+from gpt.errors import EXIT_DONE, UserError, run_command
+from gpt.hf_tokenizer import write_hf_tokenizer, write_tiktoken
+from gpt.hf_weights import fits_nanochat, tensors_for
+from gpt.model import GPT
+from gpt.run import load
+from gpt.tokenizer import CharTokenizer, Tokenizer
+
+CLASSES = {
+    "gpt2": "GPT2LMHeadModel",
+    "nanochat": "NanoChatForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+_NONE, _ANY = (None,), None
+_LLAMA = {
+    "position": ("rotary",),
+    "norm": ("rmsnorm",),
+    "norm_order": ("pre",),
+    "activation": ("swiglu", "relu2"),
+    "qk_norm": (False,),
+    "bias": _ANY,
+    "window": _NONE,
+    "logit_softcap": _NONE,
+}
+# The values of our options that a family can say; in the order in which families are tried.
+FITS: dict[str, dict[str, tuple | None]] = {
+    "gpt2": _LLAMA
+    | {"position": ("learned",), "norm": ("layernorm",), "activation": ("gelu_tanh", "gelu", "relu", "relu2")},
+    "nanochat": _LLAMA
+    | {
+        "activation": ("relu2",),
+        "qk_norm": (True,),
+        "bias": (False,),
+        "tied_embeddings": (False,),
+        "logit_softcap": _ANY,
+    },
+    "llama": _LLAMA,
+    "mistral": _LLAMA | {"bias": (False,), "window": _ANY},
+    "qwen3": _LLAMA | {"bias": (False,), "window": _ANY, "qk_norm": (True,)},
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Write a run as a Hugging Face checkpoint: config.json, model.safetensors, tokenizer.json."""
+
+    run: tyro.conf.Positional[Path]
+    """The run directory."""
+    directory: tyro.conf.Positional[Path]
+    """Where to write."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the weights written."""
+    overwrite: bool = False
+    """Delete what the directory holds."""
+
+
+def misfits(family: str, model: GPT) -> list[str]:
+    """Why a family cannot say this model's options, one clause each; none if it can."""
+    config, found = model.config, []
+    for option, allowed in FITS[family].items():
+        value = getattr(config, option, None)
+        if allowed is not None and value not in allowed:
+            found.append(f"{option} {value} (not {' or '.join(map(str, allowed))})")
+    if family == "gpt2" and config.kv_heads != config.n_head:
+        found.append(f"n_kv_head {config.n_kv_head} (not n_head)")
+    if family == "gpt2" and config.head_width * config.n_head != config.n_embd:
+        found.append(f"head_dim {config.head_dim} (not n_embd / n_head)")
+    if family == "llama" and config.n_embd % config.n_head:
+        found.append(f"n_embd {config.n_embd} (not a multiple of n_head)")
+    if family == "nanochat" and not found:
+        found += fits_nanochat(model)
+    return found
+
+
+def family_of(model: GPT) -> str:
+    """The Hugging Face family that computes what this model does. UserError lists the options that none has."""
+    faults = {family: misfits(family, model) for family in FITS}
+    least = min(map(len, faults.values()))
+    nearest = {family: found for family, found in faults.items() if len(found) == least}
+    if least:
+        raise UserError(
+            "no Hugging Face family known here has this model's options; the nearest lack: "
+            + " | ".join(f"{family}: {'; '.join(found)}" for family, found in nearest.items())
+        )
+    return next(iter(nearest))
+
+
+def hf_config(family: str, config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+    """The content of config.json."""
+    document = tokenizer.document_token
+    common = {
+        "architectures": [CLASSES[family]],
+        "model_type": family,
+        "dtype": dtype,
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tied_embeddings,
+        "bos_token_id": document,
+        "eos_token_id": document,
+        "pad_token_id": None,
+    }
+    if family == "gpt2":
+        names = {"gelu_tanh": "gelu_new"}
+        return common | {
+            "n_layer": config.n_layer,
+            "n_head": config.n_head,
+            "n_embd": config.n_embd,
+            "n_inner": config.mlp_width,
+            "n_positions": config.seq_len,
+            "layer_norm_epsilon": config.norm_eps,
+            "activation_function": names.get(config.activation, config.activation),
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
+        }
+    gate = {"swiglu": "silu", "relu2": "relu"}
+    return common | {
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.kv_heads,
+        "hidden_size": config.n_embd,
+        "head_dim": config.head_width,
+        "intermediate_size": config.mlp_width,
+        "max_position_embeddings": config.seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": config.activation if family == "nanochat" else gate[config.activation],
+        # The newer spelling and the older one.
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_theta": config.rope_theta,
+        "attention_bias": config.bias,
+        **_extras(family, config),
+    }
+
+
+def _extras(family: str, config: ModelConfig) -> dict[str, Any]:
+    """What one of Llama's kin says beyond the others."""
+    if family == "llama":
+        return {"mlp_bias": config.bias}
+    if family == "mistral":
+        return {"sliding_window": config.window}
+    if family == "nanochat":
+        return {"final_logit_softcapping": config.logit_softcap}
+    kind = "full_attention" if config.window is None else "sliding_attention"
+    window = {"sliding_window": config.window, "use_sliding_window": config.window is not None}
+    return window | {"max_window_layers": 0, "layer_types": [kind] * config.n_layer}
+
+
+def export(model: GPT, tokenizer: Tokenizer, directory: str | Path, *, dtype: str = "float32") -> str:
+    """Write the checkpoint into a directory, made if need be; returns the family's name.
+
+    Raises UserError for a model that no family fits, before anything is written, and where the disk refuses.
+    """
+    family, folder = family_of(model), Path(directory)
+    settings = hf_config(family, model.config, tokenizer, dtype)
+    ends = {"bos_token_id": tokenizer.document_token, "eos_token_id": tokenizer.document_token}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors_for(family, model, getattr(torch, dtype)), folder / "model.safetensors", {"format": "pt"})
+        for name, content in (("config.json", settings), ("generation_config.json", ends)):
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_hf_tokenizer(tokenizer, folder, seq_len=model.config.seq_len)
+        if not isinstance(tokenizer, CharTokenizer):
+            write_tiktoken(tokenizer, folder / "ranks.tiktoken")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {folder}: {error}") from error
+    return family
+
+
+def main(arguments: Arguments) -> int:
+    """Export and say what was written. Returns the exit status."""
+    folder = arguments.directory
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: give a directory to write to")
+    taken = folder.is_dir() and any(folder.iterdir())
+    if taken and not arguments.overwrite:
+        raise UserError(f"{folder} is not empty: give another directory, or --overwrite to delete what it holds")
+    if (folder / "config.toml").exists():
+        raise UserError(f"{folder} holds a run, which an export does not overwrite: give another directory")
+    model, tokenizer = load(arguments.run, "cpu")
+    family_of(model)
+    if taken:
+        shutil.rmtree(folder)
+    family = export(model, tokenizer, folder, dtype=arguments.dtype)
+    print(f"{CLASSES[family]}, {model.num_parameters():,} parameters, {arguments.dtype}; written:")
+    print("\n".join(f"  {path}" for path in sorted(folder.iterdir())))
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(parse_flags(Arguments, sys.argv[1:], prog="gpt.export")))

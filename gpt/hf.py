@@ -1,0 +1,211 @@
+"""Hugging Face checkpoints read without transformers: config.json into a ModelConfig, safetensors into a GPT.
+
+Read are GPT-2, Llama, Mistral, Qwen2, Qwen3 and nanochat, where the checkpoint's options are among ours; whatever has
+no place here is refused, all of it in one sentence. Nothing is unpickled.
+"""
+
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from gpt.config import ModelConfig
+from gpt.device import pick_device
+from gpt.errors import UserError
+from gpt.hf_tokenizer import read_hf_tokenizer, read_json
+from gpt.hf_weights import copy_from
+from gpt.model import GPT
+from gpt.tokenizer import Tokenizer
+
+# What a family's config.json means where it says nothing: transformers' defaults, as far as the model depends on them.
+_LLAMA = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "sliding_window": None,
+    "max_position_embeddings": 2048,
+}
+_QWEN = _LLAMA | {"num_key_value_heads": 32, "max_position_embeddings": 32768, "max_window_layers": 28}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpt2": {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+    "llama": _LLAMA,
+    "mistral": _LLAMA | {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
+    "qwen2": _QWEN | {"attention_bias": True},
+    "qwen3": _QWEN | {"head_dim": 128},
+    "nanochat": _LLAMA | {"hidden_act": "relu2", "final_logit_softcapping": 15.0},
+}
+# Keys that change what a family computes, with the only values that we compute too.
+FIXED: dict[str, dict[str, tuple]] = {
+    "gpt2": {
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    }
+}
+GELUS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu"}
+UNGATED = GELUS | {"relu": "relu", "relu2": "relu2"}
+# A gate that is its own input, relu(x) * x, is relu(x)^2: so an MLP of ReLU^2 stands in a family with a gate.
+GATED = {"silu": "swiglu", "swish": "swiglu", "relu": "relu2"}
+
+
+def from_hf(source: str | Path, *, seq_len: int | None = None, device: str = "auto") -> GPT:
+    """The model of a Hugging Face checkpoint (in eval mode, fp32): a directory, or a name on the Hub.
+
+    seq_len: a context shorter than the checkpoint's; a learned position table is cut to it.
+    Raises UserError where the checkpoint cannot be had, is damaged, or has options that this model lacks.
+    """
+    place, folder = pick_device(device), fetch(source)
+    family, config = config_from_hf(folder)
+    if seq_len is not None:
+        config = crop(config, seq_len, str(source))
+    model = GPT(config)
+    copy_from(folder, family, model)
+    return model.eval().to(place)
+
+
+def tokenizer_from_hf(source: str | Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face checkpoint; UserError where there is none or it is not byte-level."""
+    return read_hf_tokenizer(fetch(source))
+
+
+def crop(config: ModelConfig, seq_len: int, source: str) -> ModelConfig:
+    """The config with another context; UserError where a learned position table would have to grow."""
+    if config.position == "learned" and seq_len > config.seq_len:
+        raise UserError(f"{source} knows {config.seq_len} positions: seq_len {seq_len} is too long for it")
+    return replace(config, seq_len=seq_len)
+
+
+def fetch(source: str | Path) -> Path:
+    """The checkpoint's directory: the one named, or a download of its JSON and safetensors files."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(source)):
+        raise UserError(f"there is no directory {source}, and it is no name of a Hugging Face checkpoint")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(f"there is no directory {source}; to download by name, pip install huggingface_hub") from None
+    try:
+        # The root's files only: folders below it hold other formats, consolidated* the same weights again.
+        patterns = {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": ["*/*", "consolidated*"]}
+        return Path(snapshot_download(str(source), **patterns))
+    except Exception as error:  # the Hub's client raises errors of several libraries
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"there is no directory {source}, and the checkpoint of that name could not be downloaded "
+            f"({type(error).__name__}: {reason})"
+        ) from error
+
+
+def config_from_hf(folder: Path) -> tuple[str, ModelConfig]:
+    """The family and the ModelConfig of a checkpoint's config.json. UserError lists every option that does not fit."""
+    path = folder / "config.json"
+    content = read_json(path)
+    family = content.get("model_type")
+    if family not in DEFAULTS:
+        raise UserError(f"{path}: model_type {family!r} is not supported: {', '.join(DEFAULTS)} are")
+    given = DEFAULTS[family] | content
+    misfits = [
+        f"{key} {given[key]!r} (not {allowed[0]!r})"
+        for key, allowed in FIXED.get(family, {}).items()
+        if key in given and given[key] not in allowed
+    ]
+    if given.get("quantization_config"):
+        misfits.append("quantization_config (full weights only)")
+    try:
+        options = _gpt2(given, misfits) if family == "gpt2" else _llama(family, given, misfits)
+    except KeyError as error:
+        raise UserError(f"{path} lacks the key {error}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} holds a value of the wrong kind: {error}") from None
+    known = {f.name for f in fields(ModelConfig)}
+    misfits += [f"{key} {value!r}" for key, value in options.items() if key not in known and value is not None]
+    if misfits:
+        raise UserError(f"{path} asks for what this model lacks: {'; '.join(misfits)}")
+    try:
+        return family, ModelConfig(**{key: value for key, value in options.items() if key in known})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except TypeError as error:
+        raise UserError(f"{path} holds a value of the wrong kind: {error}") from None
+
+
+def _activation(name: str, known: dict[str, str], misfits: list[str]) -> str:
+    if name not in known:
+        misfits.append(f"activation {name!r} (known are {', '.join(known)})")
+    return known.get(name, next(iter(known.values())))
+
+
+def _gpt2(given: dict[str, Any], misfits: list[str]) -> dict[str, Any]:
+    return {
+        "n_layer": given["n_layer"],
+        "n_head": given["n_head"],
+        "n_embd": given["n_embd"],
+        "mlp_dim": given.get("n_inner"),
+        "seq_len": given["n_positions"],
+        "vocab_size": given["vocab_size"],
+        "position": "learned",
+        "norm": "layernorm",
+        "norm_eps": given["layer_norm_epsilon"],
+        "activation": _activation(given["activation_function"], UNGATED, misfits),
+        "bias": True,
+        "qk_norm": False,
+        "tied_embeddings": given["tie_word_embeddings"],
+        "init": "gpt2",
+    }
+
+
+def _llama(family: str, given: dict[str, Any], misfits: list[str]) -> dict[str, Any]:
+    return {
+        "n_layer": given["num_hidden_layers"],
+        "n_head": given["num_attention_heads"],
+        "n_kv_head": given["num_key_value_heads"],
+        "n_embd": given["hidden_size"],
+        "head_dim": given["head_dim"],
+        "mlp_dim": given["intermediate_size"],
+        "seq_len": given["max_position_embeddings"],
+        "vocab_size": given["vocab_size"],
+        "rope_theta": _rope_theta(given, misfits),
+        "norm_eps": given["rms_norm_eps"],
+        "activation": _activation(given["hidden_act"], UNGATED if family == "nanochat" else GATED, misfits),
+        # Where only some of the linear layers have a bias, the others' are zeros.
+        "bias": bool(given["attention_bias"] or (family == "llama" and given["mlp_bias"])),
+        "qk_norm": family in ("qwen3", "nanochat"),
+        "window": _window(family, given, misfits),
+        "tied_embeddings": given["tie_word_embeddings"],
+        "logit_softcap": given.get("final_logit_softcapping") if family == "nanochat" else None,
+    }
+
+
+def _rope_theta(given: dict[str, Any], misfits: list[str]) -> float:
+    """The base of plain rotary positions, in the newer spelling (rope_parameters) or the older one (rope_theta)."""
+    rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if any(isinstance(value, dict) for value in rope.values()):
+        misfits.append("rope_parameters of their own for some layers")
+    elif kind != "default":
+        misfits.append(f"rope_type {kind!r} (not 'default')")
+    share = rope.get("partial_rotary_factor", given.get("partial_rotary_factor"))
+    if share not in (None, 1, 1.0):
+        misfits.append(f"partial_rotary_factor {share!r} (not 1)")
+    return float(rope.get("rope_theta") or given.get("rope_theta") or 10000.0)
+
+
+def _window(family: str, given: dict[str, Any], misfits: list[str]) -> int | None:
+    """The sliding window, if all layers have it."""
+    window, layers = given["sliding_window"], given["num_hidden_layers"]
+    if family == "mistral":
+        return window
+    if family not in ("qwen2", "qwen3") or not given.get("use_sliding_window") or window is None:
+        return None
+    kinds = given.get("layer_types") or [
+        "sliding_attention" if i >= given["max_window_layers"] else "full_attention" for i in range(layers)
+    ]
+    if len(set(kinds)) > 1:
+        misfits.append(f"a sliding window in {kinds.count('sliding_attention')} of {layers} layers (all or none)")
+    return window if "sliding_attention" in kinds else None

@@ -1,0 +1,279 @@
+"""Tokenizers as others keep them: Hugging Face's tokenizer.json and tiktoken's rank files, both ways.
+
+A tokenizer.json that we write gives the ids that ours gives, on any text. There, other than here, the spelling of a
+special token in the text is the special token, unless transformers is called with split_special_tokens=True.
+"""
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gpt.bpe import byte_characters
+from gpt.errors import UserError
+from gpt.tokenizer import DOCUMENT, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, check_tokens
+
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+EACH_CHARACTER = r"[\s\S]"
+# What means one thing to tiktoken and another to tokenizers.
+_DIALECT = re.compile(r"\{\d+(?:,\d*)?\}\+|(?<!\\)\$|&&")
+# A blank keeps it apart from every byte-level token.
+_UNUSED = "<unused {}>"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; UserError, naming the file, for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return content
+
+
+# Out.
+
+
+def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of a tokenizer.json whose ids are this tokenizer's."""
+    if isinstance(tokenizer, CharTokenizer):
+        vocab: dict[str, int] = {c: i for i, c in enumerate(tokenizer.characters)} | tokenizer.specials
+        # With no unknown token, a character that is not in the vocabulary is refused there as well.
+        model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
+        split, decoder = _split(EACH_CHARACTER), {"type": "Fuse"}
+    else:
+        model, decoder = _byte_level_model(tokenizer), _byte_level()
+        split = _byte_level()
+        if isinstance(tokenizer, BPETokenizer):
+            pattern = _for_oniguruma(tokenizer.pattern)
+            split = {"type": "Sequence", "pretokenizers": [_split(pattern), _byte_level()]}
+    form = getattr(tokenizer, "normalization", None)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": i,
+                "content": spelling,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for spelling, i in sorted(tokenizer.specials.items(), key=lambda item: item[1])
+        ],
+        "normalizer": {"type": form} if form else None,
+        "pre_tokenizer": split,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": model,
+    }
+
+
+def _byte_level_model(tokenizer: Tokenizer) -> dict[str, Any]:
+    """A BPE whose merges are every way to put a token together, in the order of ids: tiktoken's rule."""
+    tokens = tokenizer.tokens if isinstance(tokenizer, BPETokenizer) else [bytes([i]) for i in range(256)]
+    spelling = byte_characters()
+    texts = [
+        _UNUSED.format(i) if token is None else "".join(spelling[b] for b in token) for i, token in enumerate(tokens)
+    ]
+    ids = {text: i for i, text in enumerate(texts) if tokens[i] is not None}
+    merges = []
+    for text in ids:
+        pairs = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
+        known = [pair for pair in pairs if pair[0] in ids and pair[1] in ids]
+        merges += [list(pair) for pair in sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))]
+    vocab = ids | tokenizer.specials
+    # With no id left out, len() there is vocab_size here.
+    vocab |= {_UNUSED.format(i): i for i in set(range(tokenizer.vocab_size)) - set(vocab.values())}
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": isinstance(tokenizer, BPETokenizer),  # a whole piece that is a token is that token
+        "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
+        "merges": merges,
+    }
+
+
+def _byte_level() -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def _for_oniguruma(pattern: str) -> str:
+    """A pattern of tiktoken's in the dialect of tokenizers, where `{1,3}+` is no possessive {1,3} but a repetition of
+    it, and `$` is the end of any line."""
+    # At the end of an alternative there is nothing to give back for: possessive or not is the same.
+    pattern = re.sub(r"(\{\d+(?:,\d*)?\})\+(?=\||$)", r"\1", pattern)
+    pattern = re.sub(r"(?<!\\)\$(?=\||\)|$)", r"\\z", pattern)
+    if _DIALECT.search(pattern):
+        raise UserError(f"the tokenizer's pattern cannot be said in tokenizer.json: {pattern}")
+    return pattern
+
+
+def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, seq_len: int) -> None:
+    """Write tokenizer.json and tokenizer_config.json, for AutoTokenizer.
+
+    Raises UserError where a special token's spelling, as plain text, would be the special token there.
+    """
+    import tokenizers
+
+    text = json.dumps(to_tokenizer_json(tokenizer), ensure_ascii=False)
+    theirs = tokenizers.Tokenizer.from_str(text)
+    theirs.encode_special_tokens = True
+    for spelling in tokenizer.specials if not isinstance(tokenizer, CharTokenizer) else ():
+        if theirs.encode(spelling).ids != tokenizer.encode(spelling):
+            raise UserError(f"the special token {spelling!r} cannot be told from text in tokenizer.json")
+    document = next((s for s, i in tokenizer.specials.items() if i == tokenizer.document_token), None)
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": seq_len,
+        "clean_up_tokenization_spaces": False,
+    }
+    if document is not None:
+        settings |= {"bos_token": document, "eos_token": document}
+    (folder / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tiktoken(tokenizer: Tokenizer, path: Path) -> None:
+    """tiktoken's rank file: a line of base64 and id for each token. Pattern and special tokens are not in it.
+
+    Raises UserError for a character tokenizer, whose tokens are no byte pairs.
+    """
+    if isinstance(tokenizer, CharTokenizer):
+        raise UserError("a character tokenizer has no ranks: only byte and BPE tokenizers go into tiktoken's format")
+    tokens = tokenizer.tokens if isinstance(tokenizer, BPETokenizer) else [bytes([i]) for i in range(256)]
+    lines = [base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens) if token is not None]
+    path.write_bytes(b"".join(lines))
+
+
+# In.
+
+
+def read_tiktoken(path: Path, pattern: str, specials: Mapping[str, int], name: str = "tiktoken") -> BPETokenizer:
+    """The tokenizer of a tiktoken rank file, with the pattern and the special tokens that belong to it.
+
+    Raises UserError, naming the file, for one that is no such file.
+    """
+    try:
+        pairs = [line.split() for line in Path(path).read_bytes().splitlines() if line.strip()]
+        ranks = {int(rank): base64.b64decode(token, validate=True) for token, rank in pairs}
+        if len(ranks) != len(pairs) or min(ranks) < 0:
+            raise ValueError("an id is there twice, or negative")
+        tokens = check_tokens([ranks.get(i) for i in range(max(ranks) + 1)], dict(specials))
+        return BPETokenizer(name, pattern, tokens, specials)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, binascii.Error) as error:
+        raise UserError(f"{path} is no rank file of tiktoken: {error}") from None
+
+
+def read_hf_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint's tokenizer.json (and of tokenizer_config.json, for which token ends a document).
+
+    Byte-level BPE is read, with GPT-2's or a pattern of its own, and what write_hf_tokenizer wrote. All added tokens
+    are special tokens here. Raises UserError, naming the file and what in it is not supported.
+    """
+    path = folder / "tokenizer.json"
+    content = read_json(path)
+    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+    try:
+        return _from_tokenizer_json(content, settings)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be used: {error}") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {error!r}") from None
+
+
+def _from_tokenizer_json(content: dict[str, Any], settings: dict[str, Any]) -> Tokenizer:
+    model, specials = content["model"], {entry["content"]: entry["id"] for entry in content.get("added_tokens") or []}
+    if model.get("type") == "WordLevel":
+        return _characters(content, specials)
+    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or model.get("continuing_subword_prefix"):
+        raise ValueError(f"its model is {model.get('type')}, and only byte-level BPE is supported")
+    form = (content.get("normalizer") or {}).get("type")
+    if form not in (None, "NFC"):
+        raise ValueError(f"it has the normalizer {form}, and only NFC is supported")
+    pattern = _pattern(content.get("pre_tokenizer") or {})
+    tokens = _byte_tokens(model["vocab"], specials)
+    _check_merges(model)
+    learned = sum(token is not None for token in tokens) > 256
+    if not learned and pattern is None and specials == {DOCUMENT: 256} and tokens == [bytes([i]) for i in range(256)]:
+        return ByteTokenizer()
+    if pattern is None and not learned:
+        pattern = EACH_CHARACTER
+    if pattern is None:
+        raise ValueError("it splits text by no pattern, and its tokens run over any")
+    return BPETokenizer("hf", pattern, check_tokens(tokens, specials), specials, form, _document(specials, settings))
+
+
+def _characters(content: dict[str, Any], specials: dict[str, int]) -> CharTokenizer:
+    vocab = {text: i for text, i in content["model"]["vocab"].items() if text not in specials or len(text) == 1}
+    characters = "".join(sorted(vocab, key=vocab.__getitem__))
+    if content.get("pre_tokenizer") != _split(EACH_CHARACTER) or list(characters) != sorted(vocab):
+        raise ValueError("its model is WordLevel, and only one of single characters in their order is supported")
+    ours = CharTokenizer(characters, document_token=bool(specials))
+    if specials != ours.specials or list(vocab.values()) != list(range(len(vocab))):
+        raise ValueError("its special tokens are not a character tokenizer's")
+    return ours
+
+
+def _pattern(step: dict[str, Any]) -> str | None:
+    """The pre-tokenizer's pattern; None where it is ByteLevel alone, without one."""
+    steps = step["pretokenizers"] if step.get("type") == "Sequence" else [step]
+    last = steps[-1] if steps else {}
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space") or len(steps) > 2:
+        raise ValueError("it is not byte-level, or puts a blank before the text")
+    pattern = GPT2_PATTERN if last.get("use_regex", True) else None
+    if len(steps) == 2:
+        split = steps[0]
+        regex = (split.get("pattern") or {}).get("Regex")
+        if split.get("behavior") != "Isolated" or split.get("invert") or regex is None or pattern is not None:
+            raise ValueError("it splits text in a way that is not supported")
+        if _DIALECT.search(regex):
+            raise ValueError(f"its pattern is not supported: {regex}")
+        pattern = regex
+    return pattern
+
+
+def _byte_tokens(vocab: dict[str, int], specials: dict[str, int]) -> list[bytes | None]:
+    to_byte = {character: byte for byte, character in enumerate(byte_characters())}
+    found: dict[int, bytes] = {}
+    for text, i in vocab.items():
+        if text in specials or text == _UNUSED.format(i):
+            continue
+        if not all(character in to_byte for character in text):
+            raise ValueError(f"its token {text!r} is not byte-level")
+        found[i] = bytes(to_byte[character] for character in text)
+    return [found.get(i) for i in range(max(found, default=-1) + 1)]
+
+
+def _check_merges(model: dict[str, Any]) -> None:
+    """ValueError unless merges come in the order of the ids of what they make, which is what tiktoken goes by."""
+    made = [model["vocab"]["".join(pair.split(" ") if isinstance(pair, str) else pair)] for pair in model["merges"]]
+    if made != sorted(made):
+        raise ValueError("its merges are not in the order of its ids")
+
+
+def _document(specials: dict[str, int], settings: dict[str, Any]) -> str:
+    """The token that stands between documents: <|endoftext|>, else the checkpoint's first or last token."""
+    names = [settings.get(key) for key in ("bos_token", "eos_token")]
+    names = [name["content"] if isinstance(name, dict) else name for name in names]
+    return next((name for name in (DOCUMENT, *names) if name in specials), DOCUMENT)

@@ -1,0 +1,227 @@
+"""Where each weight of a GPT stands in a Hugging Face checkpoint, told once and read in both directions."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gpt.config import ModelConfig
+from gpt.errors import UserError
+from gpt.model import GPT
+
+INDEX = "model.safetensors.index.json"
+# Tables that older checkpoints carry beside their weights.
+_TABLES = re.compile(r"(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One weight of ours and where its rows stand in theirs.
+
+    sizes: rows that each of theirs holds. transposed: theirs has inputs first, as GPT-2's Conv1D has.
+    equal: theirs are copies of one another, ours is the one. halves: the two halves of each head's rows change places.
+    No theirs: a norm without a weight, ours is 1.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    sizes: tuple[int, ...] = ()
+    transposed: bool = False
+    equal: bool = False
+    halves: tuple[int, int] | None = None  # heads whose rows are swapped, and the head width
+
+
+def layout(family: str, config: ModelConfig) -> Iterator[Place]:
+    """A place for every weight of a GPT of this config in the family's checkpoint."""
+    yield from _gpt2(config) if family == "gpt2" else _llama(family, config)
+    if not config.tied_embeddings:
+        yield Place("head.weight", ("lm_head.weight",))
+
+
+def _gpt2(config: ModelConfig) -> Iterator[Place]:
+    yield Place("embed.weight", ("transformer.wte.weight",))
+    yield Place("position_embed.weight", ("transformer.wpe.weight",))
+    for kind in ("weight", "bias"):
+        yield Place(f"norm.{kind}", (f"transformer.ln_f.{kind}",))
+        for i in range(config.n_layer):
+            ours, theirs = f"blocks.{i}", f"transformer.h.{i}"
+            yield Place(f"{ours}.attn_norm.{kind}", (f"{theirs}.ln_1.{kind}",))
+            yield Place(f"{ours}.mlp_norm.{kind}", (f"{theirs}.ln_2.{kind}",))
+            conv = {"transposed": kind == "weight"}
+            yield Place(f"{ours}.attn.c_qkv.{kind}", (f"{theirs}.attn.c_attn.{kind}",), **conv)
+            yield Place(f"{ours}.attn.c_proj.{kind}", (f"{theirs}.attn.c_proj.{kind}",), **conv)
+            yield Place(f"{ours}.mlp.c_fc.{kind}", (f"{theirs}.mlp.c_fc.{kind}",), **conv)
+            yield Place(f"{ours}.mlp.c_proj.{kind}", (f"{theirs}.mlp.c_proj.{kind}",), **conv)
+
+
+def _llama(family: str, config: ModelConfig) -> Iterator[Place]:
+    """Llama and its kin: projections apart, RMSNorm, a gate; nanochat has no norm weights and no gate."""
+    H, H_kv, D = config.n_head, config.kv_heads, config.head_width
+    bare = family == "nanochat"
+
+    def norm(ours: str, theirs: str) -> Place:
+        return Place(f"{ours}.weight", () if bare else (f"{theirs}.weight",))
+
+    yield Place("embed.weight", ("model.embed_tokens.weight",))
+    yield norm("norm", "model.norm")
+    for i in range(config.n_layer):
+        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
+        yield norm(f"{ours}.attn_norm", f"{theirs}.input_layernorm")
+        yield norm(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm")
+        if config.qk_norm:
+            yield norm(f"{ours}.attn.q_norm", f"{theirs}.self_attn.q_norm")
+            yield norm(f"{ours}.attn.k_norm", f"{theirs}.self_attn.k_norm")
+        for kind in ("weight", "bias") if config.bias else ("weight",):
+            names = tuple(f"{theirs}.self_attn.{x}_proj.{kind}" for x in "qkv")
+            # nanochat turns rotary positions the other way round; with the halves swapped the scores are the same.
+            halves = (H + H_kv, D) if bare else None
+            yield Place(f"{ours}.attn.c_qkv.{kind}", names, (H * D, H_kv * D, H_kv * D), halves=halves)
+            yield Place(f"{ours}.attn.c_proj.{kind}", (f"{theirs}.self_attn.o_proj.{kind}",))
+            if bare:
+                yield Place(f"{ours}.mlp.c_fc.{kind}", (f"{theirs}.mlp.fc1.{kind}",))
+                yield Place(f"{ours}.mlp.c_proj.{kind}", (f"{theirs}.mlp.fc2.{kind}",))
+                continue
+            gated = tuple(f"{theirs}.mlp.{x}_proj.{kind}" for x in ("gate", "up"))
+            if config.activation == "relu2":
+                yield Place(f"{ours}.mlp.c_fc.{kind}", gated, equal=True)
+            else:
+                yield Place(f"{ours}.mlp.c_fc.{kind}", gated, (config.mlp_width, config.mlp_width))
+            yield Place(f"{ours}.mlp.c_proj.{kind}", (f"{theirs}.mlp.down_proj.{kind}",))
+
+
+class Tensors:
+    """The tensors of a checkpoint's safetensors files, one file or several with an index, read as they are asked for.
+
+    Raises UserError where there are none, one is damaged, or the weights are pickles.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.unread = folder, {}
+        self._files = {}
+        for name in self._names():
+            path = folder / name
+            try:
+                self._files[name] = safe_open(path, "pt")
+                self.unread |= dict.fromkeys(self._files[name].keys(), name)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"cannot read {path}: {error}") from None
+
+    def _names(self) -> list[str]:
+        if (self.folder / INDEX).exists():
+            try:
+                names = sorted(
+                    set(json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+                )
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{self.folder / INDEX} is no index of safetensors files: {error!r}") from None
+            if not all(isinstance(name, str) and Path(name).name == name for name in names):
+                raise UserError(f"{self.folder / INDEX} names files outside of its directory")
+            return names
+        if (self.folder / "model.safetensors").exists():
+            return ["model.safetensors"]
+        pickles = sorted(path.name for path in self.folder.glob("*.bin"))
+        if pickles:
+            raise UserError(
+                f"{self.folder} has its weights in a pickle, {pickles[0]}, which can run any code when it is read: "
+                "save them as safetensors first"
+            )
+        raise UserError(f"{self.folder} has no weights: there is no model.safetensors")
+
+    def take(self, name: str, prefix: str) -> Tensor | None:
+        """The tensor of that name, or of that name without the prefix, as checkpoints of the bare decoder have it."""
+        found = next((n for n in (name, name.removeprefix(prefix)) if n in self.unread), None)
+        if found is None:
+            return None
+        file = self.unread.pop(found)
+        try:
+            return self._files[file].get_tensor(found)
+        except SafetensorError as error:
+            raise UserError(f"cannot read {found} in {self.folder / file}: {error}") from None
+
+
+def _swap_halves(rows: Tensor, heads: int, width: int) -> Tensor:
+    """Rows of queries, keys and values: the two halves of each of the first `heads` heads change places."""
+    turned, rest = rows[: heads * width], rows[heads * width :]
+    turned = turned.view(heads, 2, width // 2, *rows.shape[1:]).flip(1).reshape(turned.shape)
+    return torch.cat((turned, rest))
+
+
+@torch.no_grad()
+def copy_from(folder: Path, family: str, model: GPT) -> None:
+    """Copy a checkpoint's weights into a model made of config_from_hf; a position table is cut to the model's context.
+
+    Raises UserError for a weight that is missing, of another shape, or has no place in the model.
+    """
+    tensors, weights = Tensors(folder), dict(model.named_parameters())
+    prefix = "transformer." if family == "gpt2" else "model."
+    for place in layout(family, model.config):
+        weight = weights.pop(place.ours)
+        if not place.theirs:
+            weight.fill_(1.0)
+            continue
+        parts = [tensors.take(name, prefix) for name in place.theirs]
+        sizes = place.sizes or (len(weight),) * len(parts)
+        for i, (part, name) in enumerate(zip(parts, place.theirs, strict=True)):
+            if part is None and not name.endswith(".bias"):
+                raise UserError(f"{folder} lacks the weight {name}")
+            if part is None:
+                parts[i] = torch.zeros(sizes[i])
+            elif place.transposed:
+                parts[i] = part.T
+            if place.ours == "position_embed.weight":
+                parts[i] = parts[i][: len(weight)]
+            if parts[i].shape != (sizes[i], *weight.shape[1:]):
+                wanted = (sizes[i], *weight.shape[1:])
+                wanted = wanted[::-1] if place.transposed else wanted
+                raise UserError(f"{folder}: {name} has shape {tuple(part.shape)}, not {wanted}")
+        if place.equal and not torch.equal(parts[0], parts[1]):
+            raise UserError(f"{folder} has a ReLU that gates another projection: only a gate equal to it, ReLU^2, fits")
+        rows = parts[0] if len(parts) == 1 or place.equal else torch.cat(parts)
+        weight.copy_(rows if place.halves is None else _swap_halves(rows, *place.halves))
+    if family == "nanochat":  # its norm after the table is folded into the table
+        embed = model.embed.weight
+        embed.mul_(embed.square().mean(-1, keepdim=True).add_(model.config.norm_eps).rsqrt_())
+    left = [n for n in tensors.unread if not _TABLES.search(n) and n != "lm_head.weight"]
+    if left:
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        raise UserError(f"{folder} holds weights that this model has no place for: {', '.join(left[:3])}{more}")
+
+
+@torch.no_grad()
+def tensors_for(family: str, model: GPT, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The model's weights under the family's names; biases that the model lacks are zeros."""
+    state, found = dict(model.named_parameters()), {}
+    for place in layout(family, model.config):
+        if not place.theirs:
+            continue
+        if place.ours in state:
+            rows = state[place.ours].detach().cpu()
+        else:
+            rows = torch.zeros(len(state[place.ours.removesuffix("bias") + "weight"]))
+        rows = rows if place.halves is None else _swap_halves(rows, *place.halves)
+        parts = [rows] * len(place.theirs) if place.equal else rows.split(place.sizes or (len(rows),))
+        for name, part in zip(place.theirs, parts, strict=True):
+            found[name] = (part.T if place.transposed else part).to(dtype).contiguous().clone()
+    if family == "nanochat":
+        # What the norm after its table makes into ours: a row of mean square s comes from one that is
+        # sqrt(eps / (1 - s)) times as large.
+        embed = model.embed.weight.detach().cpu()
+        rest = 1 - embed.double().square().mean(-1, keepdim=True)
+        scale = (model.config.norm_eps / rest.clamp(min=1e-7)).sqrt()
+        found["model.embed_tokens.weight"] = (embed * scale).to(dtype)
+    return found
+
+
+def fits_nanochat(model: GPT) -> list[str]:
+    """What in the weights keeps a model from being written as nanochat, whose norms have no weights."""
+    state, faults = dict(model.named_parameters()), []
+    if not all(torch.all(state[p.ours] == 1) for p in layout("nanochat", model.config) if not p.theirs):
+        faults.append("norms with weights other than 1")
+    if model.embed.weight.square().mean(-1).max() > 1 + 1e-5:
+        faults.append("embeddings whose root mean square is above 1")
+    return faults

@@ -1,0 +1,77 @@
+"""Our models under EleutherAI's lm-evaluation-harness, which is imported when it is asked for and not before.
+
+model = gpt.lm_eval.harness_model(*gpt.load("runs/x"))
+lm_eval.simple_evaluate(model=model, tasks=["hellaswag", "lambada_openai"])
+"""
+
+from typing import Any
+
+import torch
+
+from gpt.decode import Decoder
+from gpt.errors import UserError
+from gpt.generate import TextStream
+from gpt.model import GPT
+from gpt.sampling import SamplingConfig, distribution, draw, uniforms
+from gpt.scoring import Row, continuation, score, windows
+from gpt.tokenizer import Tokenizer
+
+
+def harness_model(model: GPT, tokenizer: Tokenizer, *, batch_size: int = 8) -> Any:
+    """An lm_eval.api.model.LM over the model (in eval mode). UserError where lm_eval is not installed.
+
+    Long contexts lose their beginning; rolling likelihoods are over windows of the whole context, one after the other,
+    as the harness's own models have them.
+    """
+    try:
+        from lm_eval.api.model import LM
+    except ImportError:
+        raise UserError("lm-evaluation-harness is not installed: pip install lm-eval") from None
+
+    class Harness(LM):
+        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+            rows = [_row(tokenizer, *request.args, model.config.seq_len) for request in requests]
+            return [(float(found.sum()), greedy) for found, greedy in score(model, rows, batch_size)]
+
+        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+            return [_rolling(model, tokenizer, request.args[0], batch_size) for request in requests]
+
+        def generate_until(self, requests: list[Any]) -> list[str]:
+            return [_generate(model, tokenizer, *request.args) for request in requests]
+
+    return Harness()
+
+
+def _row(tokenizer: Tokenizer, context: str, text: str, seq_len: int) -> Row:
+    """Blanks at the context's end go to the text: tokens begin with a blank, and do not end with one."""
+    bare = context.rstrip()
+    return continuation(tokenizer, bare, context[len(bare) :] + text, seq_len)[0]
+
+
+def _rolling(model: GPT, tokenizer: Tokenizer, text: str, batch_size: int) -> float:
+    tokens = [tokenizer.start_token, *tokenizer.encode(text)]
+    rows = windows(tokens, model.config.seq_len, model.config.seq_len)
+    return float(sum(found.sum() for found, _ in score(model, rows, batch_size)))
+
+
+def _generate(model: GPT, tokenizer: Tokenizer, context: str, options: dict[str, Any]) -> str:
+    until = options.get("until") or []
+    until = [until] if isinstance(until, str) else until
+    count = max(1, min(int(options.get("max_gen_toks", 256)), model.config.seq_len - 1))
+    temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
+    sampling = SamplingConfig(max_new_tokens=count, temperature=temperature)
+    start = [] if tokenizer.document_token is None else [tokenizer.document_token]
+    prompt = (start + tokenizer.encode(context) or [tokenizer.start_token])[-(model.config.seq_len - count) :]
+    device, stream, text = model.embed.weight.device, TextStream(tokenizer, until), ""
+    decoder = Decoder(model, 1, len(prompt) + count)
+    logits, seed = decoder.prefill(0, prompt), torch.tensor([sampling.seed])
+    for position in range(len(prompt), len(prompt) + count):
+        probs = distribution(logits[: tokenizer.vocab_size].cpu(), sampling)  # (V,)
+        token = int(draw(probs, uniforms(seed, torch.tensor([position]))))
+        if token == tokenizer.document_token:
+            break
+        text += stream.push(token)
+        if stream.ended or position + 1 == len(prompt) + count:
+            break
+        logits = decoder.step(torch.tensor([[token]], device=device))[0, -1]
+    return text + stream.flush()

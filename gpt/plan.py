@@ -1,0 +1,146 @@
+"""What a run will cost, before anything is spent: python train.py ... --dry-run.
+
+Memory is counted, not guessed: the model runs forward on tensors without data (torch's FakeTensorMode), and what
+autograd keeps for the backward is added up.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import Embedding
+
+from gpt.config import Config
+from gpt.device import autocast
+from gpt.hardware import peak_flops
+from gpt.model import GPT
+from gpt.optim import build_optimizers, lr_scale
+
+ASSUMED_MFU = 0.4  # of the peak; what llm.c reaches on an H100 at 124M parameters
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, by what they are for."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {size(n)}" for name, n in asdict(self).items() if n)
+
+
+def saved_bytes(model: GPT, batch_size: int, dtype: str) -> int:
+    """Bytes that a forward pass of batch_size rows keeps for the backward, weights aside; each storage once.
+
+    Runs on real tensors and on fake ones. Labels and what an operator needs only while it runs are not in it.
+    """
+    device = model.embed.weight.device
+    own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+    alive = []  # a storage that is freed could come again under the same address
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in own and storage._cdata not in kept:
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(storage)
+        return x
+
+    idx = torch.zeros(batch_size, model.config.seq_len, dtype=torch.int64, device=device)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast(device, dtype):
+        loss = model.loss(idx, idx)
+    del loss
+    return sum(kept.values())
+
+
+def activation_bytes(model: GPT, config: Config) -> int:
+    """What the forward pass of a micro-batch keeps for the backward.
+
+    Under activation checkpointing: what stands outside the blocks, each block's input, and all of one block.
+    """
+    train, blocks = config.train, model.config.n_layer
+    kept = saved_bytes(model, train.batch_size, train.dtype)
+    if not train.activation_checkpointing:
+        return kept
+    model.checkpoint_activations()  # whose blocks save nothing that saved_bytes sees
+    outside = saved_bytes(model, train.batch_size, train.dtype)
+    inputs = blocks * train.batch_size * model.config.seq_len * model.config.n_embd * model.embed.weight.element_size()
+    return outside + inputs + (kept - outside) // blocks
+
+
+def memory_of(config: Config, device: torch.device, processes: int = 1) -> Memory:
+    """What training needs on one device. config.model.vocab_size must be set."""
+    with FakeTensorMode(allow_non_fake_inputs=True), device:
+        model = GPT(config.model)
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        muon = [
+            p
+            for optimizer in build_optimizers(model, config.optim)
+            if not isinstance(optimizer, torch.optim.AdamW)
+            for group in optimizer.param_groups
+            for p in group["params"]
+        ]
+        momenta = sum(p.numel() * p.element_size() for p in muon)  # Muon keeps one, Adam two
+        activations = activation_bytes(model, config)
+    average = weights if config.optim.ema_decay else 0
+    shards = processes if config.train.parallel == "fsdp" else 1
+    return Memory(*(n // shards for n in (weights, weights, 2 * weights - momenta, average)), activations)
+
+
+def sparkline(values: list[float]) -> str:
+    """Numbers from 0 up as a line of blocks, the largest the highest."""
+    blocks, largest = " ▁▂▃▄▅▆▇█", max([*values, 1e-30])
+    return "".join(blocks[round(8 * value / largest)] for value in values)
+
+
+def describe(config: Config, device: torch.device, train_tokens: int, world_size: int = 1) -> str:
+    """The plan as text: parameters, memory, tokens, FLOPs, learning rate and, where the device is known, time."""
+    train, optim, T = config.train, config.optim, config.model.seq_len
+    with torch.device("meta"):
+        model = GPT(config.model)
+    memory = memory_of(config, device, world_size)
+    tables = sum(m.weight.numel() for m in model.modules() if isinstance(m, Embedding))
+    blocks = sum(p.numel() for p in model.blocks.parameters())
+    total = model.num_parameters()
+    step_tokens = train.batch_size * train.grad_accum_steps * T * world_size
+    tokens = step_tokens * train.max_steps
+    flops = model.flops_per_token() * tokens
+    curve = [lr_scale(int(i * (train.max_steps - 1) / 59), train.max_steps, optim) for i in range(60)]
+    lines = [
+        f"parameters       {total:,}: embeddings {tables:,}, blocks {blocks:,}, rest {total - tables - blocks:,}",
+        f"memory           {size(memory.total)} on {device} with micro-batches of {train.batch_size} x {T}: {memory}",
+        f"tokens           {tokens:,} in {train.max_steps:,} steps of {step_tokens:,}; "
+        f"{tokens / train_tokens:.2f} epochs of {train_tokens:,}; {tokens / total:.1f} for each parameter",
+        f"FLOPs            {flops:.3g}, {model.flops_per_token():.3g} for each token",
+        f"learning rate    {sparkline(curve)}  peak {optim.learning_rate:g}, "
+        f"last {optim.learning_rate * lr_scale(train.max_steps - 1, train.max_steps, optim):.3g}",
+    ]
+    peak = peak_flops(device)
+    if peak is not None:
+        seconds = flops / (peak * world_size * ASSUMED_MFU)
+        lines.append(f"time             {duration(seconds)} if {ASSUMED_MFU:.0%} of the device's peak is reached")
+    else:
+        lines.append(f"time             unknown: no peak of {device} is known")
+    return "\n".join(lines)
+
+
+def size(n_bytes: int) -> str:
+    """Bytes as people say them."""
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 1 << 30 else f"{n_bytes / 2**20:.1f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{math.ceil(seconds)} s"

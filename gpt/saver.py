@@ -1,0 +1,67 @@
+"""Checkpoints written beside the training: the state is copied at once, and one thread brings the copy to the disk."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt.checkpoint import Tensors, store
+from gpt.errors import UserError
+from gpt.files import flush
+
+
+def snapshot(tensors: Tensors) -> Tensors:
+    """A copy in CPU memory that later steps cannot change."""
+    copy = lambda tensor: torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format).copy_(tensor)
+    return {file: {name: copy(tensor.detach()) for name, tensor in values.items()} for file, values in tensors.items()}
+
+
+class Saver:
+    """Writes the checkpoints of one run, one at a time.
+
+    save() returns when the state is copied; it first waits for the checkpoint before. What goes wrong in the thread is
+    raised, as UserError, by the next check(), save() or wait(). The thread is no daemon: an exit, by Ctrl-C too, waits
+    for it. metrics: a file that is flushed to the disk before each checkpoint that counts on its lines. directory None:
+    nothing is written, as on the ranks other than 0.
+    """
+
+    def __init__(self, directory: Path | None, *, keep: int, metrics: Path | None = None) -> None:
+        self.directory, self.keep, self.metrics = directory, keep, metrics
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, tensors: Tensors, state: dict[str, Any], *, kinds: tuple[str, ...] = ("step",)) -> None:
+        """Write what the tensors and the state (JSON values) are now. kinds: as gpt.checkpoint.store takes them."""
+        self.wait()
+        if self.directory is None:
+            return
+        self._thread = threading.Thread(target=self._write, args=(snapshot(tensors), state, kinds), name="saver")
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise what went wrong in a save that has ended; does not wait."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self) -> None:
+        """Wait for the save that is under way, and raise what went wrong in it."""
+        self.close()
+        self.check()
+
+    def close(self) -> None:
+        """Wait for the save that is under way."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, tensors: Tensors, state: dict[str, Any], kinds: tuple[str, ...]) -> None:
+        try:
+            if self.metrics is not None:
+                flush(self.metrics)
+            store(self.directory, tensors, state, keep=self.keep, kinds=kinds)
+        except OSError as error:
+            self._error = UserError(f"cannot write {self.metrics}: {error.strerror}; the checkpoints are untouched")
+        except BaseException as error:
+            self._error = error

@@ -1,0 +1,46 @@
+"""A tiny run for tests of what goes wrong with one: made once, copied for each test."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gpt.checkpoint import MANIFEST, _sha256
+from gpt.command_line import load_config
+from gpt.errors import run_command
+from train import main
+
+TEXT = "".join(f"{a} and {b} went up the hill, said {c}.\n" for a in "JKLM" for b in "abcdef" for c in "xyz")
+WORDS = (
+    "--corpus text.txt --run-dir run --cache-dir cache --device cpu --dtype float32 --n-layer 1 --n-head 2 --n-embd 16 "
+    "--seq-len 16 --batch-size 4 --checkpoint-interval 2 --eval-interval 100 --sample-tokens 0"
+)
+FLAGS = WORDS.split()
+NEWEST, OLDER = "step_00000004", "step_00000002"
+
+
+def make_run(folder: Path) -> None:
+    """text.txt, and run with checkpoints at the steps 2 and 4, in a folder that is the working directory."""
+    (folder / "text.txt").write_text(TEXT)
+    assert main(load_config([*FLAGS, "--max-steps", "2"])) == 0
+    assert main(load_config([*FLAGS, "--max-steps", "4", "--resume"])) == 0
+    for best in Path("run/checkpoints").glob("best_*"):
+        for file in best.iterdir():
+            file.unlink()
+        best.rmdir()
+
+
+def status_of(*words: str) -> int:
+    """The exit status of train.py with the flags and these words."""
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: main(load_config([*FLAGS, *words])))
+    return stop.value.code
+
+
+def reseal(checkpoint: Path) -> None:
+    """Make the manifest true of the files as they are: what someone does who hands out a poisoned checkpoint."""
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    for name in manifest:
+        data = (checkpoint / name).stat().st_size
+        manifest[name] = {"bytes": data, "sha256": _sha256(checkpoint / name)}
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))

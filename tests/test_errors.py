@@ -1,0 +1,40 @@
+"""How a command ends on what the user can put right."""
+
+import numpy as np
+import pytest
+import torch
+
+from gpt.errors import UserError, run_command
+
+
+def ended(capsys, main) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as stop:
+        run_command(main)
+    return stop.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [lambda: torch.empty(1 << 50), lambda: np.empty(1 << 50), lambda: [0] * (1 << 50)],
+    ids=["torch", "numpy", "python"],
+)
+def test_memory_that_runs_out_is_one_sentence(capsys, allocate):
+    status, errors = ended(capsys, lambda: allocate() and 0)
+    assert status == 2
+    assert errors == "error: out of memory: lower --batch-size, --seq-len or the model's size\n"
+
+
+def test_a_message_with_line_breaks_is_one_line(capsys):
+    def main():
+        raise UserError("no file 'a\nb'")
+
+    assert ended(capsys, main) == (2, "error: no file 'a b'\n")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(5, "Input/output error")], ids=["runtime", "os"])
+def test_the_programs_own_faults_keep_their_traceback(error):
+    def main():
+        raise error
+
+    with pytest.raises(type(error)):
+        run_command(main)

@@ -1,0 +1,228 @@
+"""Hugging Face checkpoints give here the logits that they give in transformers; what does not fit is refused."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import gpt
+from gpt.errors import UserError
+
+LLAMA = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 72,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 24,
+    "pad_token_id": None,
+}
+THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}
+GPT2 = {"vocab_size": 61, "n_positions": 24, "n_embd": 32, "n_layer": 2, "n_head": 4}
+CASES = {
+    "gpt2": ("GPT2", GPT2),
+    "gpt2-untied-gelu": ("GPT2", {**GPT2, "tie_word_embeddings": False, "activation_function": "gelu", "n_inner": 40}),
+    "llama": ("Llama", {**LLAMA, **THETA}),
+    "llama-bias-tied": ("Llama", {**LLAMA, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "llama-attention-bias": ("Llama", {**LLAMA, "attention_bias": True, "head_dim": 24}),
+    "mistral": ("Mistral", {**LLAMA, "sliding_window": 5}),
+    "qwen2": ("Qwen2", {**LLAMA, **WINDOW, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {**LLAMA, **THETA, "head_dim": 12, "rms_norm_eps": 1e-5}),
+    "qwen3-window": ("Qwen3", {**LLAMA, **WINDOW, "head_dim": 12}),
+    "nanochat": ("NanoChat", {**LLAMA, **THETA, "final_logit_softcapping": None}),
+    "nanochat-softcap": ("NanoChat", {**LLAMA, "final_logit_softcapping": 2.0}),
+}
+
+
+def random_tokens() -> torch.Tensor:
+    return torch.randint(61, (3, 24), generator=torch.Generator().manual_seed(1))
+
+
+def make_theirs(kind: str, options: dict):
+    """Their model with every weight random, so that neither zeros nor ones hide anything."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**options)
+    head = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
+    model = getattr(transformers, head)(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(std=0.3).add_(1.0 if weight.ndim == 1 else 0.0)
+    return model
+
+
+def edit(folder, **changes):
+    """Change keys of config.json; None deletes one."""
+    content = json.loads((folder / "config.json").read_text()) | changes
+    content = {key: value for key, value in content.items() if value != "delete"}
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """checkpoints(case): their model and the directory that it was saved to."""
+    made = {}
+
+    def get(case):
+        if case not in made:
+            model = make_theirs(*CASES[case])
+            folder = tmp_path_factory.mktemp(case)
+            model.save_pretrained(folder)
+            made[case] = model, folder
+        return made[case]
+
+    return get
+
+
+@pytest.fixture
+def checkpoint(checkpoints, tmp_path):
+    """A copy of a checkpoint, to spoil."""
+
+    def copy(case):
+        _, folder = checkpoints(case)
+        for path in folder.iterdir():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+        return tmp_path
+
+    return copy
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_transformers(checkpoints, case):
+    theirs, folder = checkpoints(case)
+    ours = gpt.from_hf(folder, device="cpu")
+    assert not ours.training
+    expected = theirs(random_tokens()).logits
+    assert expected.std() > 0.5  # something to be wrong about
+    torch.testing.assert_close(ours(random_tokens()), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_sharded_checkpoint(tmp_path):
+    theirs = make_theirs(*CASES["llama"])
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    torch.testing.assert_close(
+        gpt.from_hf(tmp_path, device="cpu")(random_tokens()), theirs(random_tokens()).logits, atol=1e-4, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama"])
+def test_names_without_the_prefix_and_old_tables(checkpoints, checkpoint, case):
+    """As the released GPT-2 has them: the bare decoder's names, the causal masks among the weights."""
+    folder = checkpoint(case)
+    prefix = "transformer." if case == "gpt2" else "model."
+    weights = {name.removeprefix(prefix): value for name, value in load_file(folder / "model.safetensors").items()}
+    extra = {"h.0.attn.bias": torch.ones(1, 1, 24, 24)} if case == "gpt2" else {"rotary_emb.inv_freq": torch.ones(4)}
+    save_file(weights | extra, folder / "model.safetensors")
+    expected = checkpoints(case)[0](random_tokens()).logits
+    torch.testing.assert_close(gpt.from_hf(folder, device="cpu")(random_tokens()), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_rope_theta_as_it_used_to_be_spelt(checkpoints, checkpoint):
+    folder = checkpoint("llama")
+    edit(folder, rope_parameters="delete", rope_theta=500.0, rope_scaling=None)
+    expected = checkpoints("llama")[0](random_tokens()).logits
+    torch.testing.assert_close(gpt.from_hf(folder, device="cpu")(random_tokens()), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["gpt2", "qwen3"])
+def test_a_shorter_context(checkpoints, case):
+    theirs, folder = checkpoints(case)
+    ours = gpt.from_hf(folder, seq_len=10, device="cpu")
+    assert ours.config.seq_len == 10
+    idx = random_tokens()[:, :10]
+    torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=1e-4, rtol=1e-5)
+
+
+def test_a_learned_table_does_not_grow(checkpoints):
+    with pytest.raises(UserError, match="knows 24 positions: seq_len 25 is too long"):
+        gpt.from_hf(checkpoints("gpt2")[1], seq_len=25)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "message"),
+    [
+        ("llama", {"model_type": "mixtral"}, "model_type 'mixtral' is not supported: gpt2, llama"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0}}, "rope_type 'llama3'"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ("llama", {"hidden_act": "gelu"}, "activation 'gelu' .known are silu, swish, relu"),
+        ("llama", {"hidden_act": "relu"}, "only a gate equal to it"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("llama", {"hidden_size": "delete"}, "lacks the key 'hidden_size'"),
+        ("llama", {"hidden_size": "wide"}, "config.json"),
+        ("llama", {"intermediate_size": 80}, r"up_proj|gate_proj.* has shape \(72, 32\), not \(80, 32\)"),
+        ("llama", {"num_hidden_layers": 1}, "has no place for: model.layers.1"),
+        ("llama", {"num_hidden_layers": 3}, "lacks the weight model.layers.2"),
+        ("qwen3-window", {"layer_types": ["full_attention", "sliding_attention"]}, "a sliding window in 1 of 2"),
+        (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 5, "layer_types": None, "max_window_layers": 1},
+            "in 1 of 2 layers",
+        ),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True .not False"),
+        ("gpt2", {"n_inner": 100}, r"mlp.c_fc.weight has shape \(32, 128\), not \(32, 100\)"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_does_not_fit_is_refused(checkpoint, case, changes, message):
+    folder = checkpoint(case)
+    edit(folder, **changes)
+    with pytest.raises(UserError, match=message):
+        gpt.from_hf(folder, device="cpu")
+
+
+def test_all_that_does_not_fit_is_listed(checkpoint):
+    folder = checkpoint("gpt2")
+    edit(folder, scale_attn_weights=False, add_cross_attention=True, activation_function="mish")
+    with pytest.raises(UserError, match=r"scale_attn_weights False.*add_cross_attention True.*activation 'mish'"):
+        gpt.from_hf(folder, device="cpu")
+
+
+def test_damaged_files_are_refused(checkpoint):
+    folder = checkpoint("gpt2")
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"cannot read .*model\.safetensors"):
+        gpt.from_hf(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="has no weights"):
+        gpt.from_hf(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(UserError, match=r"in a pickle, pytorch_model\.bin"):
+        gpt.from_hf(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../secret.safetensors"}}')
+    with pytest.raises(UserError, match="names files outside"):
+        gpt.from_hf(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        gpt.from_hf(folder)
+
+
+def test_by_name_only_json_and_safetensors_are_asked_for(checkpoints, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def download(name, allow_patterns, ignore_patterns):
+        asked.append((name, allow_patterns))
+        return str(checkpoints("gpt2")[1])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert gpt.from_hf("openai-community/gpt2", device="cpu").config.n_embd == 32
+    assert asked == [("openai-community/gpt2", ["*.json", "*.safetensors"])]
+
+
+def test_a_name_that_cannot_be_had(monkeypatch):
+    import huggingface_hub
+
+    def refuse(*args, **kwargs):
+        raise OSError("no route to host\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(UserError, match=r"could not be downloaded \(OSError: no route to host\)"):
+        gpt.from_hf("gpt2")
+    with pytest.raises(UserError, match="it is no name"):
+        gpt.from_hf("no/such/folder")

@@ -1,0 +1,145 @@
+"""The plan of a run: what it counts is what a run uses; and the command that shows it, traces steps, counts MFU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gpt import plan
+from gpt.config import PRESETS, Config, ModelConfig, OptimConfig, TrainConfig
+from gpt.hardware import mfu, peak_of
+from gpt.model import GPT
+from gpt.monitor import read_metrics
+from gpt.optim import build_optimizers
+from gpt.plan import describe, duration, memory_of, saved_bytes, size, sparkline
+from tests.run_checks import TEXT, status_of
+
+CPU = torch.device("cpu")
+
+
+def config_of(preset: str, **options) -> Config:
+    model = ModelConfig(**PRESETS[preset], n_layer=2, n_head=2, n_embd=32, seq_len=48, vocab_size=70)
+    return Config(model=model, optim=OptimConfig(**options), train=TrainConfig(batch_size=3, dtype="float32"))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_memory_is_that_of_the_real_thing(preset, optimizer):
+    """Weights and optimizer by what is there after a step; activations by what autograd keeps of real tensors."""
+    config = config_of(preset, optimizer=optimizer)
+    planned = memory_of(config, CPU)
+    model = GPT(config.model)
+    assert planned.activations == saved_bytes(model, 3, "float32") > 0
+    optimizers = build_optimizers(model, config.optim)
+    idx = torch.randint(70, (3, 48))
+    model.loss(idx, idx).backward()
+    for each in optimizers:
+        each.step()
+    states = [x for each in optimizers for s in each.state.values() for x in s.values() if x.ndim > 0]
+    assert planned.optimizer == sum(4 * x.numel() for x in states)
+    assert planned.weights == planned.gradients == 4 * model.num_parameters()
+    assert planned.total == sum((planned.weights, planned.gradients, planned.optimizer, planned.activations))
+
+
+def test_memory_of_the_average_of_shards_and_of_recomputation():
+    plain, more = config_of("modern"), config_of("modern", ema_decay=0.9)
+    few = Config(model=plain.model, train=replace(plain.train, activation_checkpointing=True, parallel="fsdp"))
+    one, average, two = memory_of(plain, CPU), memory_of(more, CPU), memory_of(few, CPU, 2)
+    assert average.total - one.total == average.average == one.weights
+    assert (two.weights, two.gradients, two.optimizer) == (one.weights // 2, one.gradients // 2, one.optimizer // 2)
+    assert one.activations / 2 < two.activations < one.activations
+
+
+def test_activations_grow_with_the_batch():
+    config = config_of("modern")
+    one, two = (memory_of(Config(model=config.model, train=TrainConfig(batch_size=n)), CPU) for n in (8, 16))
+    assert 1.9 * one.activations < two.activations < 2.01 * one.activations
+
+
+def test_saved_bytes_counts_each_storage_once_and_no_weight():
+    class Square(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(1, 10)
+            self.config = ModelConfig(seq_len=5)
+
+        def loss(self, idx, targets):
+            x = torch.zeros(100, requires_grad=True)
+            return (
+                (x.exp() * self.embed.weight.sum()).square().sum()
+            )  # keeps the exponential, the scalar and the product
+
+    assert saved_bytes(Square(), 1, "float32") == 400 + 4 + 400
+
+
+def test_describe(monkeypatch):
+    config = config_of("gpt2")
+    text = describe(config, CPU, train_tokens=10_000)
+    tokens = 2000 * 3 * 48
+    assert f"{GPT(config.model).num_parameters():,}" in text
+    assert f"{tokens:,} in 2,000 steps of 144; {tokens / 10_000:.2f} epochs of 10,000" in text
+    assert "unknown" in text.splitlines()[-1]
+    monkeypatch.setattr(plan, "peak_flops", lambda device: 1e9)
+    flops = GPT(config.model).flops_per_token() * tokens
+    assert duration(flops / 0.4e9) in describe(config, CPU, train_tokens=10_000).splitlines()[-1]
+
+
+def test_numbers_as_people_say_them():
+    assert [duration(s) for s in (0.2, 119, 121, 7200, 200_000)] == ["1 s", "119 s", "2.0 min", "2.0 h", "2.3 days"]
+    assert [size(n) for n in (1 << 19, 3 << 29)] == ["0.5 MiB", "1.50 GiB"]
+    assert sparkline([0, 0.5, 1]) == " ▄█"
+
+
+def test_peak_by_name():
+    """The words of an entry, whole, and the longest entry that fits."""
+    assert peak_of("NVIDIA H100 80GB HBM3") == 989.4e12
+    assert peak_of("NVIDIA H100 PCIe") == 756e12
+    assert peak_of("NVIDIA A100-SXM4-40GB") == 312e12
+    assert peak_of("NVIDIA L4") == 121e12
+    assert peak_of("NVIDIA L40S") == 362e12
+    assert peak_of("NVIDIA GeForce RTX 4090") == 165.2e12
+    assert peak_of("Quadro K2000") is None
+
+
+def test_mfu_is_the_formula():
+    assert mfu(460_000, 8.6e8, 989.4e12) == pytest.approx(0.39984, abs=1e-4)
+    assert mfu(460_000, 8.6e8, 989.4e12, devices=2) == pytest.approx(0.19992, abs=1e-4)
+    assert mfu(1.0, 1.0, None) is None
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path
+
+
+def test_a_dry_run_says_the_plan_and_touches_no_run(folder, capsys):
+    assert status_of("--dry-run", "--max-steps", "7") == 0
+    output = capsys.readouterr().out
+    assert "in 7 steps of 64" in output and output.startswith("parameters")
+    assert not (folder / "run").exists()
+    assert status_of("--max-steps", "1") == 0
+    before = {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*")}
+    assert status_of("--max-steps", "3", "--dry-run", "--resume") == 0
+    assert {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*")} == before
+
+
+def test_a_trace_of_some_steps(folder, capsys):
+    assert status_of("--max-steps", "6", "--profile-steps", "2") == 0
+    assert "Self CPU" in (folder / "run/profile.txt").read_text()
+    assert (folder / "run/trace.json.gz").read_bytes().startswith(b"\x1f\x8b")
+    assert "run/profile.txt" in capsys.readouterr().out.split("written:")[1]
+    assert status_of("--max-steps", "3", "--profile-steps", "2", "--overwrite") == 0
+    assert not (folder / "run/profile.txt").exists()
+    assert "no step was traced" in capsys.readouterr().out
+
+
+def test_mfu_is_in_the_metrics_where_the_peak_is_known(folder, capsys, monkeypatch):
+    assert status_of("--max-steps", "1") == 0
+    assert not any("mfu" in r for r in read_metrics(folder / "run/metrics.jsonl"))
+    monkeypatch.setattr("train.peak_flops", lambda device: 1e9)
+    assert status_of("--max-steps", "1", "--overwrite") == 0
+    (record,) = [r for r in read_metrics(folder / "run/metrics.jsonl") if "mfu" in r]
+    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, seq_len=16, vocab_size=26))
+    assert record["mfu"] == pytest.approx(record["tokens_per_second"] * model.flops_per_token() / 1e9, abs=1e-4)
