@@ -14,12 +14,18 @@ from torch import Tensor, nn
 from gpt.linear import PlainLinear, prepare_linear
 from gpt.model import GPT, Block, CausalSelfAttention
 from gpt.quantize import Int8Linear
-from kernels import attention
+from kernels import attention, attention_decode
 
 CHUNK = 256  # tokens of a row that go through the model at once: it bounds the memory of a long prompt
 SLACK = 64  # tokens that a row with a window can be taken back by, at least
 TILES = (8, 4, 2)  # rows computed together when batch-invariant, the first that serves
+FEW = 16  # new tokens of a row that attention_decode is made for
 ALIGNED = 16  # a row's cache is this many tokens or a multiple, so that every row starts at a multiple of 64 bytes
+
+
+def decode_impl(device: torch.device) -> str | None:
+    """Which attention_decode attends for a few new tokens: the fastest on a GPU; None on a CPU, see _Group."""
+    return "auto" if device.type == "cuda" else None
 
 
 def _plainly(method: Callable) -> Callable:
@@ -232,8 +238,8 @@ class _Span:
     """Where the next T tokens of some rows go, and what they see: worked out once for all layers.
 
     at: their positions, for a table's rows. Rows of equal length go through attention together; rows of different
-    lengths too when T is 1, the longest row's keys masked for the others; otherwise one by one. `padding` rows more are
-    carried along that have no cache and attend to nothing.
+    lengths too when T is 1, the longest row's keys masked for the others; otherwise one by one. On a GPU a kernel takes
+    all rows as they are. `padding` rows more are carried along that have no cache and attend to nothing.
     """
 
     def __init__(self, decoder: Decoder, rows: range, T: int, padding: int = 0):
@@ -249,6 +255,12 @@ class _Span:
         else:
             starts = torch.tensor(lengths + [0] * padding, device=decoder.device)
             self.at = starts[:, None] + torch.arange(T, device=decoder.device)  # (R, T)
+        decoder._lengths[first:end] = [n + T for n in lengths]
+        self.impl = decode_impl(decoder.device) if T <= FEW else None
+        if self.impl is not None:
+            self.cache = decoder._cache[:, first:end]
+            self.filled = torch.tensor(filled, dtype=torch.int32, device=decoder.device)
+            return
         together = not decoder._batch_invariant and (T == 1 or len(set(filled)) == 1)
         bounds = [(0, len(rows))] if together else [(i, i + 1) for i in range(len(rows))]
         self.groups = [
@@ -258,14 +270,24 @@ class _Span:
         if T == 1:
             for group in self.groups:
                 group.bias = group.bias_for(self.slopes, decoder.config.kv_heads, decoder.device)
-        decoder._lengths[first:end] = [n + T for n in lengths]
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         """Attention of one layer for qkv (R, T, H + 2 H_kv, D), whose keys and values are stored; (R, T, H * D)."""
-        outputs = [group.attend(layer, qkv, self.n_head, self.mask, self.slopes) for group in self.groups]
+        if self.impl is None:
+            outputs = [group.attend(layer, qkv, self.n_head, self.mask, self.slopes) for group in self.groups]
+        else:
+            outputs = [self._attend_in_one(layer, qkv[: len(self.filled)])]
         if self.padding:
             outputs.append(outputs[0].new_zeros(self.padding, *outputs[0].shape[1:]))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _attend_in_one(self, layer: int, qkv: Tensor) -> Tensor:
+        """The same by attention_decode, which stores keys and values and knows rows of different lengths."""
+        q, new = qkv[:, :, : self.n_head], qkv[:, :, self.n_head :]
+        k_new, v_new = new.chunk(2, dim=2)  # (R, T, H_kv, D) each
+        k, v = self.cache[layer].transpose(2, 3).unbind(1)  # (R, size, H_kv, D) each
+        options = {"mask": self.mask, "alibi_slopes": self.slopes, "impl": self.impl}
+        return attention_decode(q, k, v, self.filled, k_new=k_new, v_new=v_new, **options).flatten(2)
 
 
 class _Group:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gpt import decode
 from gpt.config import PRESETS, ModelConfig
 from gpt.decode import CHUNK, SLACK, Decoder
 from gpt.model import GPT
@@ -53,13 +54,31 @@ def model(request) -> GPT:
 @pytest.mark.parametrize("lengths", [(4,), (4, 4, 4), (1, 9, 4, 17)], ids=str)
 @pytest.mark.parametrize("invariant", [False, True], ids=["default", "invariant"])
 def test_logits_are_the_uncached_models(model, lengths, invariant):
+    follow_the_model(model, lengths, invariant)
+
+
+@pytest.mark.parametrize("invariant", [False, True], ids=["default", "invariant"])
+def test_logits_by_attention_decode_are_the_uncached_models(model, invariant, monkeypatch):
+    """Every option by the function that a GPU's kernel stands behind."""
+    monkeypatch.setattr(decode, "decode_impl", lambda device: "torch")
+    follow_the_model(model, (1, 9, 17), invariant)
+
+
+@pytest.mark.parametrize("name", ["modern", "window-alibi-post"])
+def test_logits_by_the_kernel_are_the_uncached_models(name, monkeypatch):
+    """What a GPU does, here in Triton's interpreter."""
+    monkeypatch.setattr(decode, "decode_impl", lambda device: "triton")
+    follow_the_model(model_of(n_layer=1, **OPTIONS[name]), (1, 9), False, steps=(1, 3))
+
+
+def follow_the_model(model: GPT, lengths: tuple[int, ...], invariant: bool, steps=(1, 1, 5, 1, 1)) -> None:
     """A prompt, lone tokens, several tokens at once, lone tokens again."""
     decoder = Decoder(model, len(lengths), 48, batch_invariant=invariant)
     texts = [text_of(n + 9, seed) for seed, n in enumerate(lengths)]
     for row, n in enumerate(lengths):
         assert_near(decoder.prefill(row, texts[row][:n]), uncached(model, texts[row][:n])[-1])
     done = list(lengths)
-    for T in (1, 1, 5, 1, 1):
+    for T in steps:
         new = torch.tensor([text[n : n + T] for text, n in zip(texts, done)])
         logits = decoder.step(new)
         done = [n + T for n in done]

@@ -1,5 +1,6 @@
 """Tokenizers on disk: saved and loaded, and files that are refused."""
 
+import errno
 import hashlib
 import json
 import subprocess
@@ -99,7 +100,7 @@ def test_file_that_cannot_be_read(tmp_path, place):
 def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "tokenizer.json"
     BYTE.save(path)
-    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "disk full")))
     with pytest.raises(OSError, match="disk full"):
         BPE.save(path)
     assert load_tokenizer(path).fingerprint == BYTE.fingerprint
