@@ -272,6 +272,7 @@ def train(config: Config, world: World, lock: RunLock) -> int:
         stop.close()
     if world.main:
         print("\n".join(["written:", *(f"  {run_dir / name}" for name in monitor.written())]))
+    world.sum(0)  # torchrun ends the others when one leaves with a status: none does before rank 0 is through
     return status
 
 

@@ -79,22 +79,22 @@ def bad_rows(monkeypatch):
     return met
 
 
-BACK = ["--max-skipped-steps", "2", "--max-steps", "8", "--eval-interval", "4"]
+BACK = ["--max-skipped-steps", "2", "--max-steps", "8", "--checkpoint-interval", "3"]
 
 
 def test_a_run_goes_back_and_on_with_other_data(bad_rows, capsys):
     assert run(*BACK) == 0
-    assert "step 6: the loss is nan; rollback 1: on from step 4 with other data" in capsys.readouterr().out
+    assert "step 6: the loss is nan; rollback 1: on from step 3 with other data" in capsys.readouterr().out
     assert len(bad_rows) == 2  # not met again
     steps = [r["step"] for r in lasting() if "train_loss" in r]
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
     (back,) = [r for r in lasting() if "rollbacks" in r]
-    assert (back["step"], back["rollbacks"]) == (4, 1)
+    assert (back["step"], back["rollbacks"]) == (3, 1)
     assert json.loads(Path("run/checkpoints/step_00000008/state.json").read_text())["loader"]["rollbacks"] == 1
     assert all(w.isfinite().all() for w in weights_of("run", 8).values())
 
 
-@pytest.mark.parametrize("step", [4, 6])
+@pytest.mark.parametrize("step", [3, 6])
 def test_a_run_that_went_back_resumes_exactly(bad_rows, capsys, step):
     """From before it went back, which it then does again, and from after."""
     assert run(*BACK, "--keep-checkpoints", "9") == 0
