@@ -5,20 +5,23 @@ The loop is flat, in train(config, world): setup, data, model, optimizer, loop. 
 
 import contextlib
 import math
-import signal
 import sys
 import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import gpt  # isort: skip  # noqa: F401 - before torch, whose threads' waiting it sets
 import torch
+from torch import Tensor
 
-from gpt.checkpoint import load_training_state, training_tensors
-from gpt.command_line import load_config, with_changes
+from gpt.checkpoint import load_training_state, training_tensors, verify
+from gpt.command_line import load_config
 from gpt.config import Config
 from gpt.corpus import check_length, prepare
 from gpt.device import autocast, require_compiler, seed_generators
 from gpt.distributed import Parallel, World, join, mode_of
-from gpt.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED, UserError, run_command
+from gpt.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED, out_of_memory, run_command
 from gpt.evaluate import evaluate, sample_text
 from gpt.guard import Guard, LossScale, all_finite
 from gpt.hardware import mfu, peak_flops
@@ -28,9 +31,20 @@ from gpt.lock import RunLock
 from gpt.model import GPT
 from gpt.monitor import CorpusProgress, Monitor, SilentMonitor
 from gpt.optim import Average, build_optimizers, gradient_norm, lr_scale, scale_gradients, set_learning_rate
-from gpt.plan import describe
+from gpt.plan import describe, fewer_rows
 from gpt.profile import Profiler
-from gpt.run import StopRequest, checkpoints_of, claim_run_dir, differences, earlier_run, recipe, write_run
+from gpt.progress import Progress
+from gpt.run import (
+    StopRequest,
+    checkpoints_of,
+    claim_run_dir,
+    differences,
+    earlier_run,
+    recipe,
+    summary,
+    with_vocabulary,
+    write_run,
+)
 from gpt.saver import Saver
 
 
@@ -60,25 +74,14 @@ def train(config: Config, world: World, lock: RunLock) -> int:
         corpus = prepare(config.data, config.tokenizer, fixed_tokenizer=tokenizer, progress=shown)
     tokenizer = corpus.tokenizer
     check_length(corpus, config.model.seq_len)
-    config = with_changes(config, "model", vocab_size=config.model.vocab_size or tokenizer.vocab_size)
-    if config.model.vocab_size < tokenizer.vocab_size:
-        raise UserError(
-            f"vocab_size {config.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}: "
-            "raise it, or leave it out"
-        )
+    config = with_vocabulary(config, tokenizer)
     if options.dry_run:
         if world.main:
             print(describe(config, device, corpus.train_tokens, world.size))
         return EXIT_DONE
     train_tokens, val_tokens = read_tokens(corpus.train, tokenizer), read_tokens(corpus.val, tokenizer)
-    loader = TrainLoader(
-        train_tokens,
-        batch_size=options.batch_size,
-        seq_len=config.model.seq_len,
-        seed=options.seed,
-        rank=world.rank,
-        world_size=world.size,
-    )
+    share = {"seed": options.seed, "rank": world.rank, "world_size": world.size}
+    loader = TrainLoader(train_tokens, batch_size=options.batch_size, seq_len=config.model.seq_len, **share)
 
     # Model and optimizer.
     model = GPT(config.model).to(device)
@@ -93,14 +96,20 @@ def train(config: Config, world: World, lock: RunLock) -> int:
     average = Average(model, config.optim.ema_decay) if config.optim.ema_decay else None
     averaged = contextlib.nullcontext if average is None else average.swapped_in
     tokens_per_step = options.batch_size * options.grad_accum_steps * world.size * config.model.seq_len
-    start, tokens_seen, state = 0, 0, {}
+    batches, guard, at, state = Batches(loader, device), Guard(device, options.spike_threshold), Progress(), {}
     extra = {"z_loss": config.optim.z_loss, "label_smoothing": config.optim.label_smoothing}
-    if checkpoint is not None:
+
+    def restore(checkpoint: Path, **place: int) -> dict[str, Any]:
         state = load_training_state(checkpoint, model, optimizers, average)
-        start = state["step"]
-        tokens_seen = state.get("tokens", start * tokens_per_step)
-        loader.load_state_dict(state.get("loader", {}))
+        at.load(state, tokens_per_step)
+        batches.go_to(state.get("loader", {}) | place)
         loss_scale.load_state_dict(state.get("scaler", {}))
+        guard.load_state_dict(state.get("guard", {}))
+        return state
+
+    if checkpoint is not None:
+        state = restore(checkpoint)
+    start = at.step
     world.check_same(start, "the checkpoint to go on from")
     if options.eval_only:
         with averaged():
@@ -118,51 +127,68 @@ def train(config: Config, world: World, lock: RunLock) -> int:
         lasting = {key: state.get(key) for key in ("metrics_bytes", "wandb_id")}
         monitor = Monitor(config, start_step=start, **lasting)
     saver = Saver(checkpoints_of(run_dir) if world.main else None, keep=options.keep_checkpoints, metrics=monitor.path)
-    stop = StopRequest()
-    monitor.say(
-        f"{corpus.documents} document{'s' * (corpus.documents > 1)}: {corpus.train_tokens:,} tokens to train on, "
-        f"{corpus.val_tokens:,} to validate; vocabulary {tokenizer.vocab_size:,}\n"
-        f"{parameters:,} parameters on {device}, {tokens_per_step:,} tokens a step"
-        + (f", {world.size} processes ({parallel.mode})" if world.size > 1 else "")
-    )
+    stop = StopRequest(options.max_minutes)
+    monitor.say(summary(corpus, parameters, tokens_per_step, world, parallel.mode))
     if start >= options.max_steps:
         monitor.say(f"the run is at step {start} already: give more --max-steps to go on")
     monitor.say(differences(state.get("recipe", {}), recipe(config, world.size), start))
 
-    def save(step: int, *kinds: str) -> None:
+    def save(*kinds: str) -> Path:
         state = {
-            "step": step,
-            "tokens": tokens_seen,
-            "best": best,
+            **asdict(at),
             "loader": batches.state_dict(),
             "scaler": loss_scale.state_dict(),
+            "guard": guard.state_dict(),
             "recipe": recipe(config, world.size),
             **monitor.state(),
         }
         saver.save(training_tensors(model, optimizers, average, world), state, kinds=kinds)
+        return checkpoints_of(run_dir) / f"{kinds[0]}_{at.step:08d}"
+
+    def forward_backward() -> Tensor:
+        """A step's gradients; its loss, the mean over micro steps."""
+        loss = torch.zeros((), device=device)
+        micro_steps = options.batch_size * options.grad_accum_steps // loader.batch_size
+        for micro_step in range(1, micro_steps + 1):
+            x, y = batches.next_batch()
+            with parallel.gradients(reduced=micro_step == micro_steps):
+                with autocast(device, options.dtype):
+                    micro_loss = parallel.loss(x, y, **extra) / micro_steps
+                (micro_loss * loss_scale.scale if loss_scale.enabled else micro_loss).backward()
+            loss += micro_loss.detach()
+        return loss
+
+    def can_go_back() -> bool:
+        if options.max_rollbacks <= loader.rollbacks:
+            return False
+        saver.wait()
+        world.sum(0)  # all ranks wait for rank 0's checkpoint
+        return world.sum(checkpoint is not None and verify(checkpoint) is None) == [world.size]
 
     # Loop. Nothing in it waits for the device but what comes after guard.read().
-    status, step, saved, stopping = EXIT_DONE, start, start, False
-    batches, guard = Batches(loader, device), Guard(device)
+    status, stopping = EXIT_DONE, False
     profiler, peak = Profiler(run_dir, options.profile_steps * world.main, monitor.say), peak_flops(device)
-    best = state.get("best")  # step and val_loss of the lowest validation loss so far
     model.train()
-    since, since_step = time.perf_counter(), step
+    since, since_step = time.perf_counter(), at.step
     try:
-        while step < options.max_steps and not stopping:
-            scale = lr_scale(step, options.max_steps, config.optim)
+        while at.step < options.max_steps and not (stopping or at.without_progress(options.patience)):
+            scale = lr_scale(at.step, options.max_steps, config.optim)
             set_learning_rate(optimizers, scale)
-            seed_generators(device, options.seed, step, world.rank)  # of dropout: a resumed run draws as this one does
-            loss = torch.zeros((), device=device)
-            for micro_step in range(1, options.grad_accum_steps + 1):
-                x, y = batches.next_batch()
-                with parallel.gradients(reduced=micro_step == options.grad_accum_steps):
-                    with autocast(device, options.dtype):
-                        micro_loss = parallel.loss(x, y, **extra) / options.grad_accum_steps
-                    (micro_loss * loss_scale.scale if loss_scale.enabled else micro_loss).backward()
-                loss += micro_loss.detach()
+            seed_generators(device, options.seed, at.step, world.rank)  # of dropout: a resumed run draws alike
+            place, loss = batches.state_dict(), None
+            try:
+                loss = forward_backward()
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+            if loss is None:  # out here the error no longer holds on to the activations
+                model.zero_grad(set_to_none=True)
+                rows = loader.batch_size
+                batches.go_to(place, rows=fewer_rows(rows, config, device, world.size))
+                monitor.say(f"out of memory: micro-batches of {loader.batch_size} rows from now on, not {rows}")
+                continue
             # Ranks must stop at the same step: what each was asked travels with the losses.
-            loss, asked = world.mean(torch.stack((loss, torch.full_like(loss, stop.signal is not None)))).unbind()
+            loss, asked = world.mean(torch.stack((loss, torch.full_like(loss, stop.reason is not None)))).unbind()
             grad_norm = gradient_norm(weights) / loss_scale.scale
             found_inf = guard.update(loss, grad_norm, asked)
             if config.optim.grad_clip or loss_scale.enabled:
@@ -175,39 +201,46 @@ def train(config: Config, world: World, lock: RunLock) -> int:
             loss_scale.update(found_inf)
             if average is not None:
                 average.update(found_inf)
-            step += 1
-            tokens_seen += tokens_per_step
-            monitor.advance(step)
+            at.step += 1
+            at.tokens += tokens_per_step
+            monitor.advance(at.step)
             saver.check()
             profiler.step()
 
-            stopping = world.size == 1 and stop.signal is not None
-            last = step == options.max_steps or stopping
-            log_now = last or step % config.log.log_interval == 0
-            evaluate_now = step == options.max_steps or step % options.eval_interval == 0
-            save_now = last or step % options.checkpoint_interval == 0
+            stopping = world.size == 1 and stop.reason is not None
+            last = at.step == options.max_steps or stopping
+            log_now = last or at.step % config.log.log_interval == 0
+            evaluate_now = at.step == options.max_steps or at.step % options.eval_interval == 0
+            save_now = last or at.step % options.checkpoint_interval == 0
             if not (log_now or evaluate_now or save_now):
                 continue
             seen = guard.read()  # waits for the device, and so does what follows
             stopping = stopping or seen.stopping
             last, save_now = last or stopping, save_now or stopping
-            if seen.skipped:
-                monitor.say(f"step {step}: skipped {seen.skipped} of the last steps: loss or gradient was not finite")
-            # A gradient out of float16's range says nothing against the weights; any other skipped step may.
-            doubtful = seen.in_a_row > 0 and not (loss_scale.enabled and math.isfinite(seen.loss))
+            monitor.say(seen.said(at.step))
+            # A spike, or a gradient out of float16's range, says nothing against the weights; any other may.
+            doubtful = seen.in_a_row > 0 and not seen.spike and not (loss_scale.enabled and math.isfinite(seen.loss))
             broken = (save_now or evaluate_now) and not doubtful and not all_finite(weights, world)
-            if broken or seen.in_a_row >= options.max_skipped_steps or (doubtful and last):
-                what = "weights are not finite" if broken else seen.fault
-                left = f"the checkpoint of step {saved} is sound" if saved else "nothing was saved"
-                monitor.say(f"step {step}: the {what} and training gives up; {left}.")
+            failed = broken or seen.in_a_row >= options.max_skipped_steps
+            what = f"step {at.step}: the {'weights are not finite' if broken else seen.fault}"
+            if failed and not stopping and can_go_back():
+                restore(checkpoint, rollbacks=loader.rollbacks + 1)
+                monitor.rewind(at.step)
+                monitor.log({"step": at.step, "tokens": at.tokens, "rollbacks": loader.rollbacks})
+                monitor.say(f"{what}; rollback {loader.rollbacks}: on from step {at.step} with other data")
+                since, since_step = time.perf_counter(), at.step
+                continue
+            if failed or (doubtful and last):
+                left = f"the checkpoint {checkpoint.name} is sound" if checkpoint else "nothing was saved"
+                monitor.say(f"{what} and training gives up; {left}.")
                 monitor.say("Try a lower --learning-rate, a longer --warmup-steps, or --grad-clip 1")
                 status = EXIT_DIVERGED
                 break
             if doubtful:
                 continue  # until a step is taken there is nothing new to see, and nothing to save
-            record = {"step": step, "tokens": tokens_seen}
+            record = {"step": at.step, "tokens": at.tokens}
             if log_now or stopping:
-                rate = (step - since_step) * tokens_per_step / (time.perf_counter() - since)
+                rate = (at.step - since_step) * tokens_per_step / (time.perf_counter() - since)
                 learning_rate = scale * config.optim.learning_rate
                 numbers = {"learning_rate": learning_rate, "tokens_per_second": round(rate, 1)}
                 if peak is not None:
@@ -219,16 +252,17 @@ def train(config: Config, world: World, lock: RunLock) -> int:
                     result = evaluate(model, parallel, world, val_tokens, tokenizer, config)
                     monitor.log(record | result)
                     monitor.say(sample_text(model, parallel, world, tokenizer, config))
-                best_now = result["val_loss"] < (best["val_loss"] if best else math.inf)
-                best = {"step": step, "val_loss": result["val_loss"]} if best_now else best
+                best_now = at.evaluated(result["val_loss"])
+                save_now = save_now or at.without_progress(options.patience)
             if save_now or best_now:
-                save(step, *["step"] * save_now, *["best"] * best_now)
-                saved = step
-            since, since_step = time.perf_counter(), step
+                checkpoint = save(*["step"] * save_now, *["best"] * best_now)
+            since, since_step = time.perf_counter(), at.step
         saver.wait()
+        if at.without_progress(options.patience) and status == EXIT_DONE:
+            monitor.say(f"{at.said()}, and training ends")
         if stopping and status == EXIT_DONE:
-            name = signal.Signals(stop.signal).name if stop.signal is not None else "a signal to another process"
-            monitor.say(f"stopped by {name} after step {step}; --resume goes on from there")
+            reason = stop.reason or "what another process was told"
+            monitor.say(f"stopped by {reason} after step {at.step}; --resume goes on from there")
             status = EXIT_STOPPED
     finally:
         saver.close()
@@ -238,6 +272,7 @@ def train(config: Config, world: World, lock: RunLock) -> int:
         stop.close()
     if world.main:
         print("\n".join(["written:", *(f"  {run_dir / name}" for name in monitor.written())]))
+    world.sum(0)  # torchrun ends the others when one leaves with a status: none does before rank 0 is through
     return status
 
 

@@ -299,6 +299,13 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         "metrics_bytes": count,
         "loader": table(count),
         "scaler": table(number),
+        "evaluations_since_best": count,
+        "guard": lambda value: (
+            isinstance(value, dict)
+            and count(value.get("in_a_row"))
+            and isinstance(value.get("losses"), list)
+            and all(map(number, value["losses"]))
+        ),
         "recipe": lambda value: isinstance(value, dict),
         "best": lambda value: value is None or (isinstance(value, dict) and number(value.get("val_loss"))),
         "wandb_id": lambda value: value is None or isinstance(value, str),

@@ -290,7 +290,16 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay on disk."""
     max_skipped_steps: int = 10
-    """A step whose loss or gradient is not finite is skipped; after this many in a row training gives up."""
+    """A step whose loss or gradient is not finite is skipped; after this many in a row the run goes back to its last
+    checkpoint, with another order of the data."""
+    max_rollbacks: int = 3
+    """So often a run goes back before training gives up; 0 gives up at once."""
+    spike_threshold: float = 0.0
+    """Skip a step as well whose loss lies this many robust standard deviations above the last ones; 0 skips none."""
+    patience: int = 0
+    """End after this many evaluations in a row without a lower validation loss; 0 never does."""
+    max_minutes: float = 0.0
+    """Finish the step and save when the process is this old, in minutes; 0 sets no limit."""
     run_dir: Path | None = None
     """The folder that holds everything of the run. None: runs/ and the config file's name."""
     init_from: str | None = None
@@ -322,7 +331,10 @@ class TrainConfig:
             "max_skipped_steps",
         ):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        require(self.profile_steps >= 0, f"profile_steps must be at least 0, not {self.profile_steps}")
+        for name in ("profile_steps", "max_rollbacks", "patience"):
+            require(getattr(self, name) >= 0, f"{name} must be at least 0, not {getattr(self, name)}")
+        for name in ("spike_threshold", "max_minutes"):
+            require(0 <= getattr(self, name) < math.inf, f"{name} must be at least 0, not {getattr(self, name)}")
         require(self.eval_tokens is None or self.eval_tokens >= 1, "eval_tokens must be at least 1")
         pairs = [("resume", "overwrite"), *(("eval_only", other) for other in ("overwrite", "resume_from", "dry_run"))]
         for first, second in pairs:

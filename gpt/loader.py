@@ -26,7 +26,8 @@ class TrainLoader:
     An epoch cuts the tokens, from a random phase below seq_len on, into windows of seq_len + 1 that share their end
     token with the next one's start, so that each token is predicted at most once: all but the fewer than 2 seq_len at
     the two ends that fill no window. The windows come in a random order, a Feistel permutation that is computed and not
-    stored. Phase and order depend on (seed, epoch) alone.
+    stored. Phase and order depend on (seed, epoch) alone, and the order on `rollbacks`, which the state
+    holds: how often a run went back to leave behind what came next.
 
     Epochs follow each other without a seam, as one stream of windows. A step takes the next world_size * batch_size of
     them, of which this rank gets its batch_size: the ranks together see what one process with the whole batch would.
@@ -40,7 +41,7 @@ class TrainLoader:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not below world_size {world_size}")
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.rollbacks = rank, world_size, 0
         self._tokens = np.asarray(tokens)  # a plain view: slicing a memmap is slow
         self._rows = np.lib.stride_tricks.sliding_window_view(self._tokens, seq_len + 1)  # (N - seq_len, seq_len + 1)
         self._go_to(0, 0)
@@ -54,7 +55,7 @@ class TrainLoader:
 
     def state_dict(self) -> dict[str, int]:
         """Where the next batch begins: windows used of the epoch, over all ranks; and what the order depends on."""
-        return {"epoch": self._epoch, "index": self._index, **self._order()}
+        return {"epoch": self._epoch, "index": self._index, "rollbacks": self.rollbacks, **self._order()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to where state_dict was taken. batch_size and world_size may differ from then."""
@@ -64,6 +65,7 @@ class TrainLoader:
                     f"the checkpoint's data order has {name} {state.get(name)}, this run has {value}: give it the same "
                     "text, tokenizer, seed and seq_len"
                 )
+        self.rollbacks = state.get("rollbacks", 0)
         self._go_to(state["epoch"], state["index"])
 
     def _order(self) -> dict[str, int]:
@@ -76,6 +78,9 @@ class TrainLoader:
         count = (starts - 1 - phase) // self.seq_len + 1
         if not 0 <= index <= count or epoch < 0:
             raise UserError(f"the checkpoint's place in the data, window {index} of {count}, epoch {epoch}, is none")
+        if self.rollbacks:
+            name = f"{self.seed}:{epoch}:{self.rollbacks}"
+            words = np.frombuffer(hashlib.shake_256(name.encode()).digest(8 + 8 * _ROUNDS), "<u8")
         self._phase, self._count, self._keys = phase, count, words[1:]
         self._epoch, self._index = epoch, index
         self._ahead, self._ahead_from = np.empty(0, np.int64), index
@@ -124,6 +129,15 @@ class Batches:
     def _read(self) -> tuple[tuple[Tensor, Tensor], dict[str, int]]:
         x, y = self._loader.next_batch()
         return ((x.pin_memory(), y.pin_memory()) if self._pinned else (x, y)), self._loader.state_dict()
+
+    def go_to(self, state: dict[str, Any], rows: int | None = None) -> None:
+        """Go on from where state_dict was taken, from now on with so many rows a batch."""
+        if self._next is not None:
+            self._next.exception()  # whatever it was, it is not wanted
+            self._next = None
+        self._loader.batch_size = rows or self._loader.batch_size
+        self._loader.load_state_dict(state)
+        self._state = self._loader.state_dict()
 
     def state_dict(self) -> dict[str, int]:
         """As TrainLoader.state_dict, where the next batch that next_batch gives begins."""

@@ -134,9 +134,7 @@ class Monitor:
 
         self.run_dir, self.max_steps = config.train.run_dir, config.train.max_steps
         self.path = self.run_dir / "metrics.jsonl"
-        with writing(self.path):
-            self.records = kept_metrics(self.path, start_step, metrics_bytes)
-            self.file = self.path.open("ab", buffering=0)  # a line is in the file, or the error is here
+        self._open(start_step, metrics_bytes)
         self.wandb = start_wandb(config, wandb_id) if config.log.wandb != "off" else None
         self.console = Console(highlight=False)
         self.last_line = -math.inf
@@ -190,6 +188,18 @@ class Monitor:
                 self.last_line = step
                 self.say(f"step {step}/{self.max_steps}: {status}")
 
+    def _open(self, step: int, size: int | None) -> None:
+        with writing(self.path):
+            self.records = kept_metrics(self.path, step, size)
+            self.file = self.path.open("ab", buffering=0)  # a line is in the file, or the error is here
+
+    def rewind(self, step: int) -> None:
+        """Drop the records of later steps: the run has gone back to this one."""
+        self.file.close()
+        self._open(step, None)
+        self.last_line = -math.inf
+        self.advance(step)
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it: how long the metrics are, and the wandb run that they go to."""
         return {"metrics_bytes": self.file.tell(), "wandb_id": self.wandb.id if self.wandb is not None else None}
@@ -227,6 +237,8 @@ class SilentMonitor:
     def advance(self, step: int) -> None: ...
 
     def log(self, record: dict[str, Any]) -> None: ...
+
+    def rewind(self, step: int) -> None: ...
 
     def state(self) -> dict[str, Any]:
         return {}

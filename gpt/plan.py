@@ -5,7 +5,7 @@ autograd keeps for the backward is added up.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,6 +13,7 @@ from torch.nn import Embedding
 
 from gpt.config import Config
 from gpt.device import autocast
+from gpt.errors import UserError
 from gpt.hardware import peak_flops
 from gpt.model import GPT
 from gpt.optim import build_optimizers, lr_scale
@@ -94,6 +95,23 @@ def memory_of(config: Config, device: torch.device, processes: int = 1) -> Memor
     average = weights if config.optim.ema_decay else 0
     shards = processes if config.train.parallel == "fsdp" else 1
     return Memory(*(n // shards for n in (weights, weights, 2 * weights - momenta, average)), activations)
+
+
+def fewer_rows(rows: int, config: Config, device: torch.device, processes: int = 1) -> int:
+    """The rows of a micro-batch that is to take less memory than one of `rows`: half, or the next that divides them.
+
+    UserError, with what the memory is for, where there is none. So it is with several processes: a rank cannot leave a
+    step alone, as the others wait for its gradients.
+    """
+    if rows > 1 and processes == 1:
+        return next(part for part in range(rows // 2, 0, -1) if rows % part == 0)
+    small = replace(config, train=replace(config.train, batch_size=rows))
+    raise UserError(
+        f"out of memory on {device} with micro-batches of {rows} x {config.model.seq_len}, which need about "
+        f"{memory_of(small, device, processes)}, and room to work in: lower --batch-size (and raise --grad-accum-steps "
+        "alike), --seq-len or the model's size, or add --activation-checkpointing, --dtype bfloat16 or, with torchrun, "
+        "--parallel fsdp"
+    )
 
 
 def sparkline(values: list[float]) -> str:

@@ -13,15 +13,17 @@ import numpy as np
 import torch
 
 from gpt.checkpoint import best_checkpoint, load_weights, newest_checkpoint, verify
-from gpt.command_line import config_from_toml, write_toml
+from gpt.command_line import config_from_toml, with_changes, write_toml
 from gpt.config import Config, TrainConfig
 from gpt.corpus import Corpus, cache_folder
 from gpt.device import pick_device
+from gpt.distributed import World
 from gpt.errors import UserError
 from gpt.files import write_whole
 from gpt.generate import generate
 from gpt.lock import RunLock
 from gpt.model import GPT
+from gpt.monitor import process_seconds
 from gpt.sampling import SamplingConfig
 from gpt.shards import read_tokens
 from gpt.tokenizer import Tokenizer, load_tokenizer
@@ -94,6 +96,26 @@ def claim_run_dir(train: TrainConfig, lock: RunLock) -> Path:
     except OSError as error:
         raise UserError(f"cannot use the run directory {train.run_dir}: {error.strerror}") from error
     return train.run_dir
+
+
+def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
+    """The config with the tokenizer's vocabulary, unless it asks for a larger one; UserError where it is too small."""
+    size = config.model.vocab_size or tokenizer.vocab_size
+    if size < tokenizer.vocab_size:
+        raise UserError(
+            f"vocab_size {size} is smaller than the tokenizer's {tokenizer.vocab_size}: raise it, or leave it out"
+        )
+    return with_changes(config, "model", vocab_size=size)
+
+
+def summary(corpus: Corpus, parameters: int, tokens_per_step: int, world: World, mode: str) -> str:
+    """What a training begins with, in two lines."""
+    return (
+        f"{corpus.documents} document{'s' * (corpus.documents > 1)}: {corpus.train_tokens:,} tokens to train on, "
+        f"{corpus.val_tokens:,} to validate; vocabulary {corpus.tokenizer.vocab_size:,}\n"
+        f"{parameters:,} parameters on {world.device}, {tokens_per_step:,} tokens a step"
+        + (f", {world.size} processes ({mode})" if world.size > 1 else "")
+    )
 
 
 def write_run(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> None:
@@ -216,14 +238,24 @@ def _validation_tokens(run_dir: Path, tokenizer: Tokenizer) -> np.ndarray | None
 
 
 class StopRequest:
-    """Notes the first SIGINT or SIGTERM in `signal`, for the loop to end in order; the second ends the process.
+    """Why the loop should end in order: the first SIGINT or SIGTERM (the second ends the process), or a time limit.
 
-    close() gives the signals back to who had them before.
+    max_minutes: since the process began; 0 is no limit. close() gives the signals back to who had them before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_minutes: float = 0.0) -> None:
         self.signal: int | None = None
+        self.max_minutes = max_minutes
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    @property
+    def reason(self) -> str | None:
+        """What stops this process; None while nothing does."""
+        if self.signal is not None:
+            return signal.Signals(self.signal).name
+        if 0 < self.max_minutes <= process_seconds() / 60:
+            return f"its limit of {self.max_minutes:g} minutes"
+        return None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:

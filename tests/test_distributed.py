@@ -215,6 +215,28 @@ def test_a_signal_stops_all_ranks_at_one_step_and_saves(job, tmp_path):
     assert int(newest.name.removeprefix("step_")) == read_metrics(tmp_path / "run/metrics.jsonl")[-1]["step"]
 
 
+def test_all_ranks_go_back_and_give_up_together(tmp_path):
+    """A rate so high that the first step leaves weights which the second cannot use."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    words = flags("run", 4, "--parallel", "fsdp", "--learning-rate", "1e30", "--warmup-steps", "0")
+    words += [
+        "--checkpoint-interval",
+        "1",
+        "--max-skipped-steps",
+        "2",
+        "--max-rollbacks",
+        "2",
+        "--eval-interval",
+        "100",
+    ]
+    command = [*LAUNCH, str(ROOT / "train.py"), *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment())
+    assert "rollback 2: on from step 1 with other data" in done.stdout, done.stderr
+    assert "training gives up; the checkpoint step_00000001 is sound" in done.stdout
+    assert "exitcode: 3" in done.stderr
+    assert verify(tmp_path / "run/checkpoints/step_00000001") is None
+
+
 def children_of(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 

@@ -196,7 +196,7 @@ def test_state_is_plain_and_names_the_place():
     loader = TrainLoader(numbered(1000), batch_size=4, seq_len=10, seed=7)
     for _ in range(3):
         loader.next_batch()
-    assert loader.state_dict() == {"epoch": 0, "index": 12, "seed": 7, "seq_len": 10, "tokens": 1000}
+    assert loader.state_dict() == {"epoch": 0, "index": 12, "rollbacks": 0, "seed": 7, "seq_len": 10, "tokens": 1000}
 
 
 def test_resume_with_another_batch_goes_on_at_the_same_window():
