@@ -172,8 +172,12 @@ TABLE = {
     for bits, rows in ((16, _16_BIT[arch]), (32, _FLOAT32))
     for kernel, row in (*rows.items(), ("decode", _DECODE[bits]))
 }
-# Triton 3.6 would spill 8 bytes there with 64 keys.
-TABLE["sm_80", 16, "decode"] = [(64, Config(64, 32, 4, 4)), *_DECODE[16][1:]]
+# Where 64 keys, or 32, would spill a few bytes with one mask or another, or with Triton 3.6.
+for _arch in ("sm_80", "sm_90", "sm_100"):
+    TABLE[_arch, 16, "decode"] = [(64, Config(64, 32, 4, 4)), *_DECODE[16][1:]]
+for _arch in ("sm_89", "sm_120"):
+    TABLE[_arch, 16, "decode"] = [(64, Config(64, 64, 8, 3)), *_DECODE[16][1:]]
+TABLE["sm_120", 16, "decode"][1] = (128, Config(32, 64, 4, 3))
 # Three stages would take all the shared memory that this one has, and leave one program where two could run.
 TABLE["gfx942", 16, "decode"] = [(limit, config._replace(num_stages=2)) for limit, config in _DECODE[16]]
 
