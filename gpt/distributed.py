@@ -4,6 +4,7 @@ Under `torchrun --nproc-per-node N train.py ...` each process is a rank with a d
 without it is a world of one, for which everything here does nothing.
 """
 
+import gc
 import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -107,6 +108,7 @@ def join(train: TrainConfig) -> Iterator[World]:
         raise LostProcess(
             f"rank {rank} lost contact with another process, which ended or hangs: {first_line[:120]}"
         ) from error
+    gc.collect()  # what still holds on to the groups, such as DDP's reducer in a cycle, goes before they do
     dist.destroy_process_group()  # only in order: after an error it could wait for ranks that are gone
 
 
