@@ -32,7 +32,8 @@ class DataConfig:
     """Which text, and how it is split."""
 
     corpus: tuple[str, ...] = ()
-    """Text to train on: files, directories, globs, http(s) URLs, or python:stdlib (the interpreter's own library)."""
+    """What to train on: files (text, .jsonl, .parquet, .gz, .zst), directories, globs, http(s) URLs, hf:NAME for a
+    Hugging Face dataset, - for stdin, python:stdlib (the interpreter's own library), or .bin files of token ids."""
     cache_dir: Path | None = None
     """Where tokenized corpora and downloads are kept; by default a folder under the user's cache folder."""
     val_fraction: float = 0.1
@@ -41,6 +42,8 @@ class DataConfig:
     """Seed of the hash that picks the validation documents."""
     encoding_errors: Literal["strict", "replace"] = "strict"
     """What to do with bytes that are not UTF-8: refuse, or replace them with U+FFFD."""
+    text_field: str = "text"
+    """The field of JSON lines, or the column of Parquet files and datasets, that holds the text."""
     max_corpus_bytes: int | None = None
     """Read at most about this many bytes of text, whole documents, in the corpus's order."""
     max_download_bytes: int = 16 << 30

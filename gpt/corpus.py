@@ -6,41 +6,39 @@
 The cache key is a hash of the sources' bytes, the tokenizer's settings, the split and the format, so that nothing is
 ever out of date. Text is never held whole: it passes through in chunks.
 
-Documents: each file is one. The tokenizer's document token, where it has one, stands before each document; the
-held-out tail of a document is no new one. A character tokenizer gets the token only for several documents, so that one
-text gives exactly its characters.
-Split: one document at its tail. Of several, a seeded hash of each one's bytes decides, so that a document keeps its
-side when the corpus grows. Text is kept as it stands, blanks and line ends too; nothing but blanks is refused.
+Documents: each text file is one, and so is each line of JSON lines and each row of a Parquet file or dataset. The
+tokenizer's document token, where it has one, stands before each document; the held-out tail of a document is no new
+one. A character tokenizer gets the token only for several documents, so that one text gives exactly its characters.
+gpt/documents.py says which are held out. Text is kept as it stands, blanks and line ends too; nothing but blanks is
+refused.
 """
 
 import hashlib
 import json
 import logging
-import math
-import os
 import shutil
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-
+from gpt.build_tokenizer import build_tokenizer, check_name
+from gpt.cache import cache_folder, publish
 from gpt.config import DataConfig, TokenizerConfig
+from gpt.documents import Split, find_split, read_documents
+from gpt.downloads import Progress
 from gpt.errors import UserError
-from gpt.shards import ShardWriter, read_tokens
-from gpt.sources import Progress, Source, find_sources, publish
-from gpt.tokenizer import BPETokenizer, Tokenizer, UnknownCharacter, build_tokenizer, check_name, load_tokenizer
+from gpt.readers import OnRead, Source
+from gpt.shards import read_tokens
+from gpt.sources import find_sources
+from gpt.tokenize_corpus import write_tokens
+from gpt.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["Corpus", "Progress", "check_length", "prepare", "read_tokens"]
+__all__ = ["Corpus", "Progress", "cache_folder", "check_length", "prepare", "read_tokens"]
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # of a cached corpus; part of its key
-Side = Literal["train", "val"]
 
 
 @dataclass(frozen=True)
@@ -58,34 +56,6 @@ class Corpus:
     documents: int
     sources: tuple[tuple[str, int, str], ...]  # name, bytes of the file, sha256
     digest: str  # sha256 of all that decides the tokens
-
-
-@dataclass(frozen=True)
-class _Document:
-    """A source, of which the first `cut` UTF-8 bytes of text are trained on: inf for all, 0 for none."""
-
-    source: Source
-    cut: float
-
-    def parts(self, errors: str) -> Iterator[tuple[Side, str]]:
-        """The text in chunks, each wholly on one side; the cut moves down to a character's start."""
-        done = 0
-        for text in self.source.chunks(errors):
-            size = utf8_bytes(text)
-            if done + size <= self.cut:
-                yield "train", text
-            elif done >= self.cut:
-                yield "val", text
-            else:
-                raw = text.encode()
-                at = int(self.cut) - done
-                while raw[at] & 0xC0 == 0x80:
-                    at -= 1
-                head = len(raw[:at].decode())
-                head = max(head, done == 0)  # up, where nothing would be left to train on
-                yield "train", text[:head]
-                yield "val", text[head:]
-            done += size
 
 
 def prepare(
@@ -113,7 +83,7 @@ def prepare(
         except UserError as error:
             log.warning("%s: tokenizing again", error)
             shutil.rmtree(place, ignore_errors=True)
-    with publish(place) as work:
+    with publish(place, resume=True) as work:
         made = _write(work, sources, data, tokenizer, fixed_tokenizer, progress)
     return _open(place, sources, digest, made, verify=False)
 
@@ -128,33 +98,18 @@ def check_length(corpus: Corpus, seq_len: int) -> None:
             )
 
 
-def cache_folder(given: Path | None) -> Path:
-    """Where corpora and downloads are kept: `given`, or a folder in $XDG_CACHE_HOME or ~/.cache."""
-    if given is not None:
-        return Path(given).expanduser().absolute()
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(root):  # the XDG specification: a relative path is ignored
-        root = os.path.expanduser("~/.cache")
-    if not os.path.isabs(root):
-        raise UserError("this user has no home folder to keep tokenized text in: give a folder with --cache-dir")
-    return Path(root, "gpt-on-triton")
-
-
-def utf8_bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode())
-
-
 def _digest(sources: list[Source], data: DataConfig, config: TokenizerConfig, fixed: Tokenizer | None) -> str:
     """The cache key: sha256 of all that decides the tokens."""
     if fixed is not None:
         tokenizer: list[Any] = ["fixed", fixed.fingerprint]
     else:
         tokenizer = [config.tokenizer, config.bpe_vocab_size if config.tokenizer == "bpe" else None]
+    several = len(sources) > 1 or sources[0].kind != "text"
     key = {
         "format": FORMAT,
-        "sources": [[source.sha256, source.coding, source.limit] for source in sources],
+        "sources": [[source.sha256, *source.form] for source in sources],
         "tokenizer": tokenizer,
-        "split": [data.val_fraction, data.split_seed if len(sources) > 1 else None],
+        "split": [data.val_fraction, data.split_seed if several else None],
         "encoding_errors": data.encoding_errors,
     }
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()
@@ -164,7 +119,7 @@ def _open(place: Path, sources: list[Source], digest: str, tokenizer: Tokenizer,
     """The corpus in a cache folder; UserError if anything in it is damaged."""
     try:
         counts = json.loads((place / "corpus.json").read_text())
-        train_bytes, val_bytes = int(counts["train_bytes"]), int(counts["val_bytes"])
+        counts = {name: int(counts[name]) for name in ("train_bytes", "val_bytes", "documents")}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"the tokenized corpus in {place} is damaged") from None
     train, val = (read_tokens(place / f"{side}.tokens", tokenizer, verify=verify) for side in ("train", "val"))
@@ -175,9 +130,7 @@ def _open(place: Path, sources: list[Source], digest: str, tokenizer: Tokenizer,
         val=place / "val.tokens",
         train_tokens=len(train),
         val_tokens=len(val),
-        train_bytes=train_bytes,
-        val_bytes=val_bytes,
-        documents=len(sources),
+        **counts,
         sources=tuple((source.name, source.size, source.sha256) for source in sources),
         digest=digest,
     )
@@ -191,117 +144,59 @@ def _write(
     fixed: Tokenizer | None,
     progress: Progress | None,
 ) -> Tokenizer:
-    """Make a corpus folder: tokenizer.json, train.tokens, val.tokens, corpus.json. Returns the tokenizer."""
-    documents = _split(sources, data)
-    tokenizer = fixed or _learn(documents, data, config, progress)
-    tokenizer.save(folder / "tokenizer.json")
-    counts = {"train_bytes": 0, "val_bytes": 0}
-    total, blank = sum(source.size for source in sources), True
-    with ShardWriter(folder / "train.tokens", tokenizer) as train, ShardWriter(folder / "val.tokens", tokenizer) as val:
-        writers = {"train": train, "val": val}
-        for piece, ids in _encoded(documents, tokenizer, data.encoding_errors):
-            if piece.starts and tokenizer.document_token is not None:
-                writers[piece.side].append(np.array([tokenizer.document_token]))
-            writers[piece.side].append(ids)
-            counts[f"{piece.side}_bytes"] += utf8_bytes(piece.text)
-            blank = blank and piece.text.isspace()
-            if progress is not None:
-                progress("tokenizing", min(sum(counts.values()), total), total)
-    if blank:
+    """Make a corpus folder: tokenizer.json, train.tokens, val.tokens, corpus.json. Returns the tokenizer.
+
+    In a folder that an interrupted call left behind it goes on with the tokenizer and the tokens that are there.
+    """
+    split = find_split(sources, data)
+    saved = folder / "tokenizer.json"
+    tokenizer = fixed or _unfinished(saved)
+    if tokenizer is None:
+        tokenizer = _learn(sources, split, data, config, _meter("reading", sources, progress))
+    tokenizer.save(saved)
+    counts = write_tokens(
+        folder, sources, split, tokenizer, data.encoding_errors, _meter("tokenizing", sources, progress)
+    )
+    if counts.blank:
         raise UserError(f"the corpus {', '.join(data.corpus)} is empty: it holds nothing but blanks")
-    if not (train.tokens and val.tokens):
+    if not (counts.train_bytes and counts.val_bytes):
         raise UserError(f"the corpus {', '.join(data.corpus)} is too short to be split: give more text")
-    (folder / "corpus.json").write_text(json.dumps(counts, indent=0))
+    kept = {name: getattr(counts, name) for name in ("train_bytes", "val_bytes", "documents")}
+    (folder / "corpus.json").write_text(json.dumps(kept, indent=0))
     return tokenizer
 
 
-def _split(sources: list[Source], data: DataConfig) -> list[_Document]:
-    """Which text is trained on. Both sides get some, if there is more than one character or document."""
-    fraction = data.val_fraction
-    if len(sources) == 1:
-        total = sum(utf8_bytes(text) for text in sources[0].chunks(data.encoding_errors))
-        return [_Document(sources[0], min(max(int(total * (1 - fraction)), 1), total - 1))]
-    draws = [_draw(source, data.split_seed) for source in sources]
-    held = [draw < fraction for draw in draws]
-    if not any(held):
-        held = [draw == min(draws) for draw in draws]
-    if all(held):
-        held = [draw != max(draws) for draw in draws]
-    if not any(held):  # all are copies of one text
-        held[-1] = True
-    return [_Document(source, 0 if out else math.inf) for source, out in zip(sources, held)]
+def _unfinished(path: Path) -> Tokenizer | None:
+    """The tokenizer that an interrupted call has learned."""
+    try:
+        return load_tokenizer(path) if path.exists() else None
+    except UserError:
+        return None
 
 
-def _draw(source: Source, seed: int) -> float:
-    """A number in [0, 1) that depends on the seed and the document's bytes alone."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{source.sha256}".encode()).digest()[:6]) / 2**48
+def _meter(what: str, sources: list[Source], progress: Progress | None) -> OnRead | None:
+    """Tells progress how much of the sources' files has been read."""
+    if progress is None:
+        return None
+    total, done = sum(source.size for source in sources), 0
+
+    def on_read(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(what, min(done, total), total)
+
+    return on_read
 
 
 def _learn(
-    documents: list[_Document], data: DataConfig, config: TokenizerConfig, progress: Progress | None
+    sources: list[Source], split: Split, data: DataConfig, config: TokenizerConfig, on_read: OnRead | None
 ) -> Tokenizer:
     """The tokenizer that config asks for, from the whole text for characters, from the training part for a BPE."""
-    total = sum(document.source.size for document in documents)
 
     def texts() -> Iterator[str]:
-        done = 0
-        for document in documents:
-            for side, text in document.parts(data.encoding_errors):
-                done += utf8_bytes(text)
-                if progress is not None:
-                    progress("reading", min(done, total), total)
+        for number, document in enumerate(read_documents(sources, data.encoding_errors, on_read)):
+            for side, text in split.parts(number, document):
                 if side == "train" or config.tokenizer == "char":
                     yield text
 
-    return build_tokenizer(config, texts, document_token=len(documents) > 1)
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Text to encode by itself."""
-
-    side: Side
-    text: str
-    source: Source
-    position: int  # of its first character in the document
-    starts: bool  # the document begins here
-
-
-def _pieces(documents: list[_Document], tokenizer: Tokenizer, errors: str) -> Iterator[_Piece]:
-    for document in documents:
-        position = 0
-        for side, parts in groupby(document.parts(errors), key=lambda part: part[0]):
-            for text in tokenizer.segments(text for _, text in parts):
-                if text:
-                    yield _Piece(side, text, document.source, position, position == 0)
-                    position += len(text)
-
-
-def _encoded(documents: list[_Document], tokenizer: Tokenizer, errors: str) -> Iterator[tuple[_Piece, np.ndarray]]:
-    """Each piece with its ids, in order. tiktoken works outside the interpreter's lock: it gets a thread per core."""
-    pieces = _pieces(documents, tokenizer, errors)
-    threads = _cores() if isinstance(tokenizer, BPETokenizer) else 1
-    waiting: deque[tuple[_Piece, Future[np.ndarray]]] = deque()
-    pool = ThreadPoolExecutor(threads)
-    try:
-        for piece in pieces:
-            waiting.append((piece, pool.submit(tokenizer.encode_to_array, piece.text)))
-            if len(waiting) > 2 * threads:
-                yield _result(*waiting.popleft())
-        while waiting:
-            yield _result(*waiting.popleft())
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _result(piece: _Piece, future: "Future[np.ndarray]") -> tuple[_Piece, np.ndarray]:
-    try:
-        return piece, future.result()
-    except UnknownCharacter as error:
-        position = piece.position + error.position
-        raise UnknownCharacter(error.character, position, piece.source.name) from None
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return build_tokenizer(config, texts, document_token=split.several)

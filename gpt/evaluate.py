@@ -19,6 +19,7 @@ from gpt.config import Config, DataConfig, require
 from gpt.corpus import cache_folder
 from gpt.device import autocast
 from gpt.distributed import Parallel, World, whole_model
+from gpt.documents import read_documents
 from gpt.errors import EXIT_DONE, UserError, run_command
 from gpt.generate import generate
 from gpt.initial import load_source
@@ -70,7 +71,9 @@ class Arguments:
     run: tyro.conf.Positional[str]
     """The run directory; or a Hugging Face checkpoint, a directory or a name."""
     corpus: tuple[str, ...] = ()
-    """Text to score: files, directories, globs, http(s) URLs, or python:stdlib."""
+    """Text to score: whatever train.py takes as a corpus, token files excepted."""
+    text_field: str = "text"
+    """The field of JSON lines, or the column of Parquet files and datasets, that holds the text."""
     stride: int | None = None
     """Tokens between the windows that a text is scored in; each token has at least the context less this before it.
     None: half the context."""
@@ -137,7 +140,7 @@ def main(arguments: Arguments) -> int:
     """Score and print. Returns the exit status."""
     # Whatever is wrong with the text is said before a model is loaded.
     if arguments.corpus:
-        data = DataConfig(arguments.corpus)
+        data = DataConfig(arguments.corpus, text_field=arguments.text_field)
         sources = find_sources(data, cache_folder(None) / "downloads")
     else:
         questions = read_questions(arguments.multiple_choice)
@@ -147,7 +150,7 @@ def main(arguments: Arguments) -> int:
     batch_size = arguments.batch_size
     with autocast(model.embed.weight.device, arguments.dtype):
         if arguments.corpus:
-            texts = ("".join(source.chunks("strict")) for source in sources)
+            texts = ("".join(document.chunks) for document in read_documents(sources, "strict"))
             result = score_texts(model, tokenizer, texts, stride=arguments.stride, batch_size=batch_size)
         else:
             result = multiple_choice(model, tokenizer, questions, contexts, batch_size)

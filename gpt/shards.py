@@ -5,9 +5,11 @@ sha256 of the ids, 32 bytes | zeros.
 """
 
 import hashlib
+import os
 import struct
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -22,15 +24,22 @@ _DTYPES = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 
 
 class ShardWriter:
-    """Writes one token file; the header, and with it a valid file, comes only with a `with` block that ends well."""
+    """Writes one token file; the header, and with it a valid file, comes only with a `with` block that ends well.
 
-    def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
+    state: what state() gave of a file that was left unfinished, to go on after those tokens; what follows them is cut
+    off. Raises UserError where the file does not begin with them.
+    """
+
+    def __init__(self, path: Path, tokenizer: Tokenizer, state: dict[str, Any] | None = None) -> None:
         self.tokens = 0
         self._dtype = tokenizer.dtype.newbyteorder("<")
         self._fingerprint = bytes.fromhex(tokenizer.fingerprint)
         self._digest = hashlib.sha256()
-        self._file = open(path, "wb")  # noqa: SIM115
-        self._file.write(bytes(HEADER_BYTES))
+        self._file = open(path, "wb" if state is None else "r+b")  # noqa: SIM115
+        if state is None:
+            self._file.write(bytes(HEADER_BYTES))
+        else:
+            self._go_on(state)
 
     def append(self, ids: np.ndarray) -> None:
         """Add ids (n,) of the tokenizer."""
@@ -38,6 +47,32 @@ class ShardWriter:
         self._digest.update(data)
         self._file.write(data)
         self.tokens += len(ids)
+
+    def state(self) -> dict[str, Any]:
+        """Bring the tokens so far to the disk; what another writer needs to go on after them."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return {"tokens": self.tokens, "sha256": self._digest.hexdigest()}
+
+    def _go_on(self, state: dict[str, Any]) -> None:
+        try:
+            self._file.seek(HEADER_BYTES)
+            left = state["tokens"] * self._dtype.itemsize
+            while left and (block := self._file.read(min(left, 1 << 20))):
+                self._digest.update(block)
+                left -= len(block)
+            if left or self._digest.hexdigest() != state["sha256"]:
+                raise UserError(f"the unfinished token file {self._file.name} is not as it was left")
+            self._file.seek(self._file.tell())  # between reading and writing
+            self._file.truncate()
+            self.tokens = state["tokens"]
+        except BaseException:
+            self._file.close()
+            raise
+
+    def close(self) -> None:
+        """Leave the file unfinished."""
+        self._file.close()
 
     def __enter__(self) -> "ShardWriter":
         return self

@@ -3,6 +3,7 @@
 Four rules hold for every kind. The spelling of a special token in text stays text unless the caller asks otherwise.
 Decoding is total: any ids of the vocabulary give a string. A special token decodes to nothing, so that
 len(decode_bytes(ids)) == token_bytes[ids].sum(). A saved tokenizer is one JSON file that needs nothing else.
+gpt/build_tokenizer.py makes a new one.
 
 Libraries (tiktoken, tokenizers) are imported where they are used: a character run starts without them.
 """
@@ -10,27 +11,21 @@ Libraries (tiktoken, tokenizers) are imported where they are used: a character r
 import base64
 import binascii
 import codecs
-import difflib
 import hashlib
 import json
-import logging
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gpt.config import TokenizerConfig
 from gpt.errors import UserError
 from gpt.files import write_whole
 
-log = logging.getLogger(__name__)
-
 DOCUMENT = "<|endoftext|>"  # spelling of the token that stands before each document
-OWN_KINDS = ("char", "byte", "bpe")
 FORMAT = "gpt-tokenizer"
 VERSION = 1
 MAX_VOCAB = 1 << 24
@@ -153,12 +148,12 @@ class CharTokenizer(Tokenizer):
         super().__init__(
             [*pieces, b""] if document_token else pieces, {DOCUMENT: len(pieces)} if document_token else {}
         )
-        codes = _codes(characters)
+        codes = code_points(characters)
         self._lookup = np.full(int(codes.max(initial=0)) + 2, -1, np.int32)  # code point -> id; the last entry: unknown
         self._lookup[codes] = np.arange(len(codes), dtype=np.int32)
 
     def _encode(self, text: str) -> np.ndarray:
-        ids = self._lookup[np.minimum(_codes(text), len(self._lookup) - 1)]
+        ids = self._lookup[np.minimum(code_points(text), len(self._lookup) - 1)]
         if len(ids) and ids.min() < 0:
             position = int(np.argmin(ids))
             raise UnknownCharacter(text[position], position)
@@ -268,51 +263,6 @@ class StreamDecoder:
         return self._decoder.decode(b"", final=True)
 
 
-def build_tokenizer(
-    config: TokenizerConfig, texts: Callable[[], Iterable[str]], *, document_token: bool = True
-) -> Tokenizer:
-    """The tokenizer that config asks for.
-
-    texts: gives the text to learn from, anew at each call: all of it for char, the training part for bpe; the other
-    kinds never call it. document_token: whether a character tokenizer gets one; every other kind has one anyway.
-    Raises UserError for a name that nobody knows, or an encoding that is not at hand and cannot be downloaded.
-    """
-    kind = config.tokenizer
-    if kind == "char":
-        seen, first = np.zeros(0x110000, bool), ""
-        for text in texts():
-            seen[_codes(text)] = True
-            first = first or text[:1]
-        alphabet = "".join(map(chr, np.flatnonzero(seen).tolist()))
-        return CharTokenizer(alphabet, document_token=document_token, first=first)
-    if kind == "byte":
-        return ByteTokenizer()
-    if kind == "bpe":
-        from gpt.bpe import PATTERN, merge_order, train_bpe
-
-        tokens = merge_order(train_bpe(texts(), config.bpe_vocab_size - 1))
-        size = len(tokens) + 1
-        if size < config.bpe_vocab_size:
-            log.warning(
-                "the text is too small for bpe_vocab_size %d: the vocabulary has %d tokens", config.bpe_vocab_size, size
-            )
-        return BPETokenizer("bpe", PATTERN, list(tokens), {DOCUMENT: len(tokens)})
-    return _named(kind)
-
-
-def check_name(name: str) -> None:
-    """UserError, with the known names, unless build_tokenizer knows this one. Downloads nothing."""
-    if name in OWN_KINDS:
-        return
-    import tiktoken
-
-    names = [*OWN_KINDS, *tiktoken.list_encoding_names()]
-    if name not in names:
-        near = difflib.get_close_matches(name, names, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"there is no tokenizer {name!r}: {hint}Known are {', '.join(names)}")
-
-
 def load_tokenizer(path: Path) -> Tokenizer:
     """Read what Tokenizer.save wrote. UserError, naming the file, for anything else."""
     path = Path(path)
@@ -377,25 +327,6 @@ def _check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _named(name: str) -> BPETokenizer:
-    """One of tiktoken's own encodings, from TIKTOKEN_CACHE_DIR or the network."""
-    check_name(name)
-    import tiktoken
-
-    try:
-        encoding = tiktoken.get_encoding(name)
-    except (OSError, ValueError) as error:  # requests' errors are OSErrors; ValueError: a download with a wrong hash
-        raise UserError(
-            f"the tokenizer {name} could not be downloaded ({type(error).__name__}): connect to the network, set "
-            "TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer char, byte or bpe"
-        ) from error
-    ranks = encoding._mergeable_ranks
-    tokens: list[bytes | None] = [None] * (max(ranks.values()) + 1)
-    for token, rank in ranks.items():
-        tokens[rank] = token
-    return BPETokenizer(name, encoding._pat_str, tokens, encoding._special_tokens)
-
-
 def _cut(text: str, start: int, end: int) -> int:
     """The last place in text[start + 1 : end + 1] where it may be cut, else end."""
     for first in (max(start + 1, end - 1000), start + 1):
@@ -405,6 +336,6 @@ def _cut(text: str, start: int, end: int) -> int:
     return end
 
 
-def _codes(text: str) -> np.ndarray:
+def code_points(text: str) -> np.ndarray:
     """Code points of the text's characters, uint32."""
     return np.frombuffer(text.encode("utf-32-le"), np.uint32)

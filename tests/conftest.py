@@ -71,8 +71,8 @@ def named(monkeypatch):
     """A small encoding, under the name of tiktoken's gpt2."""
     import tiktoken
 
+    from gpt.build_tokenizer import build_tokenizer
     from gpt.config import TokenizerConfig
-    from gpt.tokenizer import build_tokenizer
     from tests.tokenizer_checks import make_named
 
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: make_named())

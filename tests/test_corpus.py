@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt import corpus as module
-from gpt import sources
+from gpt import readers
 from gpt import tokenizer as tokenizer_module
 from gpt.config import DataConfig
 from gpt.corpus import Corpus, check_length, read_tokens
+from gpt.documents import find_split, read_documents
 from gpt.errors import UserError
-from gpt.sources import Source
+from gpt.readers import Source
 from gpt.tokenizer import DOCUMENT, CharTokenizer, UnknownCharacter
 from tests.corpus_checks import POEM, calm, folder_of, sides, write
 
@@ -54,9 +54,10 @@ def test_a_split_falls_between_characters_and_leaves_both_sides_some(tmp_path_fa
     path = write(tmp_path_factory.mktemp("split") / "text", text)
     for chunk in (1, 5, 1 << 20):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sources, "_CHUNK", chunk)
-            document = module._split([Source("text", path, 0, sha256="")], DataConfig(val_fraction=fraction))[0]
-            parts = list(document.parts("strict"))
+            patch.setattr(readers, "_CHUNK", chunk)
+            source = Source("text", path, 0).hashed()
+            (document,) = source.documents("strict")
+            parts = list(find_split([source], DataConfig(val_fraction=fraction)).parts(0, document))
         train = "".join(text for side, text in parts if side == "train")
         val = "".join(text for side, text in parts if side == "val")
         assert train
@@ -95,7 +96,7 @@ def test_reading_in_small_chunks_gives_the_same_tokens(tmp_path, make, kind, mon
     monkeypatch.setattr(tokenizer_module, "_SEGMENT", 200)
     whole = make(path, kind)
     tokens = [read_tokens(side, whole.tokenizer).copy() for side in (whole.train, whole.val)]
-    monkeypatch.setattr(sources, "_CHUNK", 7)
+    monkeypatch.setattr(readers, "_CHUNK", 7)
     chunked = make(path, kind, fixed=whole.tokenizer)
     assert chunked.directory != whole.directory
     for side, ids in zip((chunked.train, chunked.val), tokens):
@@ -133,7 +134,7 @@ def test_whitespace_line_ends_and_controls_are_kept(tmp_path, make):
 
 @pytest.mark.parametrize("chunk", [3, 9, 1 << 20])  # a block begins at the second mark, or at neither
 def test_byte_order_mark_is_left_out_at_the_start_only(tmp_path, make, monkeypatch, chunk):
-    monkeypatch.setattr(sources, "_CHUNK", chunk)
+    monkeypatch.setattr(readers, "_CHUNK", chunk)
     corpus = make(write(tmp_path / "text", codecs.BOM_UTF8 + "hello \ufeff world\n".encode()))
     assert "".join(sides(corpus)) == "hello \ufeff world\n"
 
@@ -169,7 +170,9 @@ def test_several_documents_are_separated_and_split_whole(tmp_path, make, kind):
 
 
 def held_out(sources_: list[Source], **data) -> set[str]:
-    return {document.source.name for document in module._split(sources_, DataConfig(**data)) if document.cut == 0}
+    split = find_split(sources_, DataConfig(**data))
+    documents = enumerate(read_documents(sources_, "strict"))
+    return {document.name for number, document in documents if split.side(number, document) == "val"}
 
 
 def fakes(*names: object) -> list[Source]:
@@ -188,8 +191,9 @@ def test_split_is_stable_when_the_corpus_grows_and_seeded():
 @pytest.mark.parametrize("fraction", [0.001, 0.5, 0.999])
 @pytest.mark.parametrize("names", [(0, 1), (0, 1, 2), (0, 0), (0, 0, 0), (0, 0, 1)], ids=str)
 def test_both_sides_get_a_document(names, fraction):
-    documents = module._split(fakes(*names), DataConfig(val_fraction=fraction))
-    assert {document.cut for document in documents} == {0, float("inf")}
+    documents = fakes(*names)
+    split = find_split(documents, DataConfig(val_fraction=fraction))
+    assert {split.side(*each) for each in enumerate(read_documents(documents, "strict"))} == {"train", "val"}
 
 
 def test_a_char_run_on_other_text_needs_no_document_token(tmp_path, make):
@@ -217,7 +221,7 @@ def test_a_char_run_on_other_text_needs_no_document_token(tmp_path, make):
     ids=ascii,
 )
 def test_invalid_utf8_says_where(tmp_path, make, monkeypatch, content, offset, line, chunk):
-    monkeypatch.setattr(sources, "_CHUNK", chunk)
+    monkeypatch.setattr(readers, "_CHUNK", chunk)
     path = write(tmp_path / "bad.txt", content)
     with pytest.raises(UserError) as caught:
         make(path)
@@ -308,7 +312,7 @@ def test_unreadable_path(tmp_path, make, monkeypatch, entry):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(sources, "open", refuse, raising=False)
+    monkeypatch.setattr(readers, "open", refuse, raising=False)
     with pytest.raises(UserError, match=r"cannot read .*texts.*Permission denied"):
         make(path if entry == "file" else path.parent)
 
@@ -334,7 +338,7 @@ def test_unknown_tokenizer_is_refused_before_any_work(make):
 
 
 def test_unknown_character_names_file_and_position(tmp_path, make, monkeypatch):
-    monkeypatch.setattr(sources, "_CHUNK", 10)
+    monkeypatch.setattr(readers, "_CHUNK", 10)
     write(tmp_path / "texts" / "a.txt", "plain words")
     path = write(tmp_path / "texts" / "b.txt", "plain words, and é")
     fixed = CharTokenizer("".join(sorted(set("plain words, and"))))

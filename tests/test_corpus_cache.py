@@ -1,6 +1,8 @@
 """The cache of tokenized corpora: when it is used, made again, cleared away, or refused."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -8,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from gpt import corpus as module
-from gpt import sources
+from gpt import corpus as corpus_module
+from gpt import readers, tokenize_corpus
+from gpt import tokenizer as tokenizer_module
+from gpt.cache import cache_folder
 from gpt.config import DataConfig, TokenizerConfig
-from gpt.corpus import cache_folder, prepare
+from gpt.corpus import prepare
 from gpt.errors import UserError
 from gpt.shards import ShardWriter
 from gpt.tokenizer import ByteTokenizer
@@ -22,7 +26,7 @@ from tests.corpus_checks import POEM, folder_of, sides, write
 def test_second_run_opens_what_the_first_made(tmp_path, make, kind, monkeypatch):
     path = write(tmp_path / "poem.txt", POEM)
     first = make(path, kind)
-    monkeypatch.setattr(module, "_write", None)
+    monkeypatch.setattr(corpus_module, "_write", None)
     second = make(path, kind)
     assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
     same = ("directory", "train_tokens", "val_tokens", "train_bytes", "val_bytes", "documents", "sources", "digest")
@@ -57,7 +61,8 @@ def test_whatever_decides_the_tokens_is_in_the_key(tmp_path, make):
 def test_interrupted_write_leaves_nothing(tmp_path, make, monkeypatch):
     path, cache = write(tmp_path / "poem.txt", POEM), tmp_path / "cache" / "corpora"
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "_CHUNK", 100)
+        patch.setattr(tokenize_corpus, "GROUP", 100)
+        patch.setattr(readers, "_CHUNK", 100)
         calls = iter(range(1000))
         append = ShardWriter.append
 
@@ -88,12 +93,143 @@ def test_killed_process_leaves_no_half_cache_and_is_cleared_away(tmp_path, make)
     done = subprocess.run([sys.executable, "-c", KILLED, path, cache])
     assert done.returncode == 9
     (left,) = (cache / "corpora").iterdir()
-    assert left.name.startswith(".writing-")
+    assert left.name.startswith(".resume-")
     assert "".join(sides(make(path))) == POEM
-    assert left.exists()  # it might be another process at work
-    os.utime(left, (time.time() - 90_000,) * 2)
+    assert not left.exists()  # what was unfinished there is what is finished now
+
+
+@pytest.mark.parametrize(("name", "days"), [(".writing-x", 1), (".resume-x", 30)])
+def test_what_killed_processes_left_is_cleared_away(tmp_path, make, name, days):
+    left = tmp_path / "cache" / "corpora" / name
+    write(left / "train.tokens", "half of it")
+    path = write(tmp_path / "poem.txt", POEM)
+    make(path)
+    assert left.exists()  # it might be another process at work, or gone on with
+    os.utime(left, (time.time() - 86_400 * days - 10,) * 2)
     make(path, "byte")
     assert not left.exists()
+
+
+# --- going on where a killed process was ------------------------------------------------------------------------------
+
+GO_ON = """
+import os, signal, sys
+from pathlib import Path
+from gpt import readers, tokenize_corpus, tokenizer
+from gpt.config import DataConfig, TokenizerConfig
+from gpt.corpus import prepare
+tokenizer._SEGMENT = 300
+tokenize_corpus.GROUP, tokenize_corpus.PART, readers._CHUNK = 500, 2000, 400
+written = tokenize_corpus.write_whole
+def stop(path, data):
+    written(path, data)
+    journals.append(path)
+    if len(journals) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+journals = []
+tokenize_corpus.write_whole = stop
+prepare(DataConfig((sys.argv[1],), Path(sys.argv[2])), TokenizerConfig(sys.argv[3], 300))
+"""
+
+
+@pytest.fixture
+def killed(tmp_path, monkeypatch):
+    """killed(text, tokenizer) is killed after its third part; the folder that it leaves, and what it had finished."""
+
+    def killed(path: Path, kind: str) -> tuple[Path, dict]:
+        done = subprocess.run([sys.executable, "-c", GO_ON, path, tmp_path / "cache", kind])
+        assert done.returncode == -9
+        (left,) = (tmp_path / "cache" / "corpora").iterdir()
+        return left, json.loads((left / "progress.json").read_text())
+
+    monkeypatch.setattr(tokenize_corpus, "GROUP", 500)
+    monkeypatch.setattr(tokenize_corpus, "PART", 2000)
+    monkeypatch.setattr(readers, "_CHUNK", 400)
+    monkeypatch.setattr(tokenizer_module, "_SEGMENT", 300)
+    return killed
+
+
+def encoded_by(make, monkeypatch, *arguments, **options):
+    """A corpus, and how many characters were encoded to make it."""
+    characters, encode = [], tokenize_corpus._encode
+    with monkeypatch.context() as patch:
+        counted = lambda group, tokenizer: characters.extend(len(p.text) for p in group) or encode(group, tokenizer)
+        patch.setattr(tokenize_corpus, "_encode", counted)
+        return make(*arguments, **options), sum(characters)
+
+
+def files_of(corpus) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in corpus.directory.iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+@pytest.mark.parametrize("form", ["text", "folder", "jsonl"])
+def test_a_killed_process_is_gone_on_with(tmp_path, make, monkeypatch, killed, kind, form):
+    text = POEM * 8
+    if form == "text":
+        path = write(tmp_path / "poem.txt", text)
+    elif form == "folder":
+        path = folder_of(tmp_path / "texts", 200)
+    else:
+        rows = [{"text": text[i : i + 90]} for i in range(0, len(text), 90)]
+        path = write(tmp_path / "x.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    left, journal = killed(path, kind)
+    assert journal["characters"] >= 3 * 2000
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_module, "_learn", None)  # nor is the tokenizer learned again
+        corpus, characters = encoded_by(make, monkeypatch, path, kind)
+    shutil.rmtree(corpus.directory)
+    fresh, all_characters = encoded_by(make, monkeypatch, path, kind)
+    assert characters == all_characters - journal["characters"] > 0
+    files = {name: (fresh.directory / name).read_bytes() for name in files_of(fresh)}
+    assert not left.exists()
+    assert set(files) == {"tokenizer.json", "train.tokens", "val.tokens", "corpus.json"}
+    shutil.rmtree(fresh.directory)
+    killed(path, kind)
+    assert files_of(make(path, kind)) == files
+
+
+@pytest.mark.parametrize("damage", ["journal", "tokens", "short", "missing", "group"])
+def test_a_damaged_unfinished_folder_is_begun_anew(tmp_path, make, monkeypatch, killed, damage):
+    path = write(tmp_path / "poem.txt", POEM * 8)
+    left, journal = killed(path, "byte")
+    tokens = left / "train.tokens"
+    if damage == "journal":
+        write(left / "progress.json", b'{"groups": 3')
+    elif damage == "group":
+        write(left / "progress.json", json.dumps(journal | {"group": 501}))
+    elif damage == "missing":
+        tokens.unlink()
+    elif damage == "short":
+        write(tokens, tokens.read_bytes()[:500])
+    else:
+        write(tokens, tokens.read_bytes()[:1000] + b"?" + tokens.read_bytes()[1001:])
+    corpus, characters = encoded_by(make, monkeypatch, path, "byte")
+    assert characters == len(POEM) * 8
+    assert "".join(sides(corpus)) == POEM * 8
+
+
+def test_an_interrupt_after_a_part_keeps_it(tmp_path, make, monkeypatch):
+    monkeypatch.setattr(tokenize_corpus, "GROUP", 500)
+    monkeypatch.setattr(tokenize_corpus, "PART", 2000)
+    monkeypatch.setattr(readers, "_CHUNK", 400)
+    monkeypatch.setattr(tokenizer_module, "_SEGMENT", 300)
+    path = write(tmp_path / "poem.txt", POEM * 8)
+    append, calls = ShardWriter.append, []
+
+    def stop(self, ids):
+        append(self, ids)
+        calls.append(ids)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "append", stop)
+        with pytest.raises(KeyboardInterrupt):
+            make(path, "byte")
+    corpus, characters = encoded_by(make, monkeypatch, path, "byte")
+    assert 0 < characters < len(POEM) * 8 - 4000
+    assert "".join(sides(corpus)) == POEM * 8
 
 
 def test_two_runs_at_once(tmp_path, make):

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from gpt.build_tokenizer import build_tokenizer
 from gpt.config import PRESETS, ModelConfig, TokenizerConfig
 from gpt.errors import UserError
 from gpt.generate import Piece, generate
 from gpt.model import GPT
 from gpt.sampling import SamplingConfig, sample_seed
-from gpt.tokenizer import build_tokenizer, load_tokenizer
+from gpt.tokenizer import load_tokenizer
 
 TEXT = "the quick brown fox\njumps over the lazy dog: é漢🙂"
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt.build_tokenizer import build_tokenizer
 from gpt.config import TokenizerConfig
 from gpt.errors import UserError
 from gpt.sampling import (
@@ -22,7 +23,6 @@ from gpt.sampling import (
     token_id,
     uniforms,
 )
-from gpt.tokenizer import build_tokenizer
 
 
 def reference(logits, config: SamplingConfig, bias, seen) -> np.ndarray:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from gpt import sources
+from gpt import downloads, sources
 from gpt.config import DataConfig
+from gpt.downloads import download
 from gpt.errors import UserError
-from gpt.sources import STDLIB, download, find_sources
+from gpt.sources import STDLIB, find_sources
 from gpt.tokenizer import ByteTokenizer
 from tests.corpus_checks import POEM, names, sides, write
 
@@ -223,7 +224,7 @@ def test_failed_download_leaves_nothing(server, make, tmp_path, page, message):
 
 @pytest.mark.parametrize("page", ["text", "endless"])
 def test_download_stops_at_the_size_limit(server, make, tmp_path, monkeypatch, page):
-    monkeypatch.setattr(sources, "_CHUNK", 100)
+    monkeypatch.setattr(downloads, "_CHUNK", 100)
     with pytest.raises(UserError, match="more than 1000 bytes"):
         make(f"{server.url}/{page}", max_download_bytes=1000)
     assert list((tmp_path / "cache" / "downloads").iterdir()) == []
@@ -248,7 +249,7 @@ def test_silent_server_times_out(make, monkeypatch):
     import socket
 
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(sources, "TIMEOUT_S", 0.05)
+    monkeypatch.setattr(downloads, "TIMEOUT_S", 0.05)
     start = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(UserError, match="timed out"):
         make(f"http://127.0.0.1:{silent.getsockname()[1]}/text")

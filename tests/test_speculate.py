@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 
+from gpt.build_tokenizer import build_tokenizer
 from gpt.config import ModelConfig, TokenizerConfig
 from gpt.generate import generate
 from gpt.model import GPT
 from gpt.sampling import SamplingConfig, distribution, sample_seed
 from gpt.speculate import Ngrams, Proposals, judge
-from gpt.tokenizer import build_tokenizer
 from tests.test_generate import model_of, text_of, tokenizer_of, tokens_of
 from tests.test_sampling import chi_square
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from gpt import tokenizer as module
 from gpt.bpe import train_bpe
+from gpt.build_tokenizer import build_tokenizer, check_name
 from gpt.config import TokenizerConfig
 from gpt.errors import UserError
 from gpt.tokenizer import (
@@ -21,8 +22,6 @@ from gpt.tokenizer import (
     CharTokenizer,
     StreamDecoder,
     UnknownCharacter,
-    build_tokenizer,
-    check_name,
 )
 from tests.tokenizer_checks import (
     BPE,

@@ -8,13 +8,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from gpt.bpe import PATTERN, merge_order, train_bpe
+from gpt.build_tokenizer import build_tokenizer
 from gpt.config import TokenizerConfig
 from gpt.tokenizer import (
     DOCUMENT,
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
-    build_tokenizer,
 )
 
 calm = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
