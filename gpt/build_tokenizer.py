@@ -77,3 +77,19 @@ def _named(name: str) -> BPETokenizer:
     for token, rank in ranks.items():
         tokens[rank] = token
     return BPETokenizer(name, encoding._pat_str, tokens, encoding._special_tokens)
+
+
+def encoding_at_hand(name: str) -> BPETokenizer | None:
+    """One of tiktoken's own encodings if its files are in tiktoken's cache; nothing is downloaded."""
+    import tiktoken.load
+
+    def refuse(address: str) -> bytes:
+        raise OSError(f"{address} is not asked for")
+
+    read_file, tiktoken.load.read_file = tiktoken.load.read_file, refuse
+    try:
+        return _named(name)
+    except UserError:
+        return None
+    finally:
+        tiktoken.load.read_file = read_file

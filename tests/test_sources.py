@@ -1,24 +1,19 @@
-"""Where text comes from: folders, globs, the cap, the interpreter's own library, downloads."""
+"""Where text comes from: folders, globs, the cap, the interpreter's own library."""
 
 import codecs
 import hashlib
-import http.server
-import json
 import os
 import sysconfig
-import threading
-import time
 from pathlib import Path
 
 import pytest
 
-from gpt import downloads, sources
+from gpt import sources
 from gpt.config import DataConfig
-from gpt.downloads import download
 from gpt.errors import UserError
 from gpt.sources import STDLIB, find_sources
 from gpt.tokenizer import ByteTokenizer
-from tests.corpus_checks import POEM, names, sides, write
+from tests.corpus_checks import names, sides, write
 
 # --- folders, globs, lists --------------------------------------------------------------------------------------------
 
@@ -151,117 +146,3 @@ def test_stdlib_that_is_not_in_files(monkeypatch, tmp_path, make):
     monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(tmp_path / "python311.zip"))
     with pytest.raises(UserError, match="no library in files"):
         make(STDLIB)
-
-
-# --- downloads --------------------------------------------------------------------------------------------------------
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    requests = 0
-
-    def do_GET(self) -> None:
-        type(self).requests += 1
-        if self.path == "/moved":
-            self.send_response(302)
-            self.send_header("Location", "/text")
-            self.end_headers()
-            return
-        if self.path not in ("/text", "/short", "/empty", "/endless"):
-            self.send_error(404)
-            return
-        body = b"" if self.path == "/empty" else POEM.encode()
-        self.send_response(200)
-        if self.path != "/endless":  # no length: only reading tells
-            self.send_header("Content-Length", str(len(body) + 10 * (self.path == "/short")))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    """A server of this machine; its address, and `requests` served."""
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(Handler, "requests", 0)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        httpd.url = f"http://127.0.0.1:{httpd.server_address[1]}"
-        yield httpd
-        httpd.shutdown()
-        thread.join()
-
-
-@pytest.mark.parametrize("page", ["text", "moved", "endless"])
-def test_url_is_fetched_once_and_its_hash_recorded(server, make, tmp_path, page):
-    url, calls = f"{server.url}/{page}", []
-    first = make(url, progress=lambda *call: calls.append(call))
-    digest, size = hashlib.sha256(POEM.encode()).hexdigest(), len(POEM.encode())
-    assert "".join(sides(first)) == POEM
-    assert first.sources == ((url, size, digest),)
-    assert (f"downloading {url}", size, 0 if page == "endless" else size) in calls
-    (record,) = (tmp_path / "cache" / "downloads").glob("*/record.json")
-    assert json.loads(record.read_text()) == {"url": url, "sha256": digest, "bytes": size}
-    served = Handler.requests
-    server.shutdown()
-    server.server_close()
-    assert make(url, "byte").sources == first.sources  # another tokenizer, no network
-    assert Handler.requests == served
-
-
-@pytest.mark.parametrize(
-    ("page", "message"),
-    [("nothing", "404 Not Found"), ("short", "broke off after|IncompleteRead"), ("empty", "broke off after 0")],
-)
-def test_failed_download_leaves_nothing(server, make, tmp_path, page, message):
-    with pytest.raises(UserError, match=message) as caught:
-        make(f"{server.url}/{page}")
-    assert f"{server.url}/{page}" in str(caught.value)
-    assert list((tmp_path / "cache" / "downloads").iterdir()) == []
-
-
-@pytest.mark.parametrize("page", ["text", "endless"])
-def test_download_stops_at_the_size_limit(server, make, tmp_path, monkeypatch, page):
-    monkeypatch.setattr(downloads, "_CHUNK", 100)
-    with pytest.raises(UserError, match="more than 1000 bytes"):
-        make(f"{server.url}/{page}", max_download_bytes=1000)
-    assert list((tmp_path / "cache" / "downloads").iterdir()) == []
-
-
-def test_no_server(server, make):
-    url = f"{server.url}/text"
-    server.shutdown()
-    server.server_close()
-    with pytest.raises(UserError, match=r"cannot download http://127.*check the address and the network"):
-        make(url)
-
-
-@pytest.mark.parametrize("url", ["http://", "http://[", "https://exa mple/x", "http://127.0.0.1:99999/x"])
-def test_impossible_url(make, url, monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")
-    with pytest.raises(UserError, match="cannot download"):
-        make(url)
-
-
-def test_silent_server_times_out(make, monkeypatch):
-    import socket
-
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(downloads, "TIMEOUT_S", 0.05)
-    start = time.monotonic()
-    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(UserError, match="timed out"):
-        make(f"http://127.0.0.1:{silent.getsockname()[1]}/text")
-    assert time.monotonic() - start < 2
-
-
-def test_damaged_download_is_refused(server, make, tmp_path):
-    url = f"{server.url}/text"
-    source = download(url, tmp_path / "cache" / "downloads")
-    write(source.path, POEM[:-1])
-    with pytest.raises(UserError, match="after deleting it if it is a download"):
-        make(url)
-    write(source.path.parent / "record.json", "{}")
-    with pytest.raises(UserError, match="is damaged: delete that folder"):
-        make(url)

@@ -1,0 +1,154 @@
+"""Tokenization, timed: `python -m benchmarks.tokenize [FILE ...]`, on any machine.
+
+Ours is the whole way from files to token files: reading, hashing, splitting, encoding, writing. tiktoken is its
+`encode_ordinary_batch` alone, with a thread per core, on the same documents in memory. Each run is a process of its
+own, in turn, so that what else the machine does is shared by both; medians are reported, and the median of the paired
+ratios. Peak memory is that of the whole process. Without a FILE the text is the interpreter's own library, repeated.
+The tokenizer is gpt2 where tiktoken has it cached, else a BPE of 32,768 tokens trained on the text.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from gpt.build_tokenizer import build_tokenizer, encoding_at_hand
+from gpt.config import DataConfig, TokenizerConfig
+from gpt.corpus import prepare
+from gpt.documents import read_documents
+from gpt.errors import UserError, run_command
+from gpt.sources import STDLIB, find_sources
+from gpt.tokenize_corpus import _cores
+from gpt.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
+
+OURS, TIKTOKEN = "ours", "tiktoken"
+SAMPLE = 2_000_000  # characters whose bytes per token are reported
+
+
+def texts_of(corpus: list[str], cache: Path) -> list[str]:
+    sources = find_sources(DataConfig(tuple(corpus), cache), cache / "downloads")
+    return ["".join(document.chunks) for document in read_documents(sources, "replace")]
+
+
+def write_text(path: Path, size: int, per_document: int) -> None:
+    """About `size` bytes of the interpreter's library as JSON lines, each of some per_document characters."""
+    library = "".join(texts_of([STDLIB], path.parent))
+    with open(path, "w", encoding="utf-8") as file:
+        number = 0
+        while file.tell() < size:
+            for start in range(0, len(library), per_document):
+                text = f"# {number}\n" + library[start : start + per_document]  # no document twice
+                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                number += 1
+
+
+def run(which: str, corpus: list[str], tokenizer: Tokenizer, cache: Path) -> dict[str, float]:
+    """One run in this process: seconds, bytes of text, tokens, MiB of memory at most."""
+    if which == OURS:
+        start = time.perf_counter()
+        made = prepare(DataConfig(tuple(corpus), cache), TokenizerConfig(), fixed_tokenizer=tokenizer)
+        seconds = time.perf_counter() - start
+        size, tokens = made.train_bytes + made.val_bytes, made.train_tokens + made.val_tokens
+    else:
+        texts = texts_of(corpus, cache)
+        start = time.perf_counter()
+        ids = tokenizer._encoding.encode_ordinary_batch(texts, num_threads=_cores())
+        seconds = time.perf_counter() - start
+        size, tokens = sum(len(text.encode()) for text in texts), sum(map(len, ids))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 10 if sys.platform != "darwin" else 1 << 20)
+    return {"seconds": seconds, "bytes": size, "tokens": tokens, "mib": peak}
+
+
+def measure(corpus: list[str], tokenizer: Tokenizer, rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Runs of both in processes of their own, in turn, the first of each round in turn as well."""
+    found: dict[str, list[dict[str, float]]] = {OURS: [], TIKTOKEN: []}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder, "tokenizer.json"))
+        for i in range(rounds):
+            for which in (OURS, TIKTOKEN) if i % 2 == 0 else (TIKTOKEN, OURS):
+                with tempfile.TemporaryDirectory(dir=folder) as cache:
+                    words = [sys.executable, "-m", "benchmarks.tokenize", "--child", which, "--cache-dir", cache]
+                    words += ["--tokenizer-file", str(Path(folder, "tokenizer.json")), *corpus]
+                    found[which].append(json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE).stdout))
+    return found
+
+
+def report(found: dict[str, list[dict[str, float]]]) -> str:
+    """Medians of both, and of the paired ratios."""
+    lines = []
+    for which, runs in found.items():
+        rate = statistics.median(r["bytes"] / r["seconds"] for r in runs)
+        peak = max(r["mib"] for r in runs)
+        lines.append(f"{which:9} {rate / 1e6:7.2f} MB/s   {peak:6.0f} MiB at most")
+    ratios = [b["seconds"] / a["seconds"] for a, b in zip(found[OURS], found[TIKTOKEN])]
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} pairs"
+    lines.append(f"ours / tiktoken: {statistics.median(ratios):.2f} ({spread})")
+    return "\n".join(lines)
+
+
+def bytes_per_token(text: str, tokenizer: Tokenizer) -> str:
+    """One line that compares a tokenizer with gpt2 and cl100k_base on a text, where those can be had."""
+    size, shown = len(text.encode()), []
+    for name in ("the tokenizer", "gpt2", "cl100k_base"):
+        each = tokenizer if name == "the tokenizer" else encoding_at_hand(name)
+        if each is not None:
+            shown.append(f"{name} ({each.vocab_size:,}) {size / max(1, len(each.encode_to_array(text))):.3f}")
+        else:
+            shown.append(f"{name} is not in tiktoken's cache (TIKTOKEN_CACHE_DIR)")
+    return f"bytes per token: {', '.join(shown)}"
+
+
+def pick(name: str | None, text: str, vocab_size: int) -> Tokenizer:
+    at_hand = encoding_at_hand("gpt2") if name is None else None
+    if at_hand is not None:
+        return at_hand
+    config = TokenizerConfig(name or "bpe", vocab_size)
+    start = time.perf_counter()
+    tokenizer = build_tokenizer(config, lambda: [text])
+    if config.tokenizer == "bpe":
+        print(f"a BPE of {vocab_size:,} tokens trained on {len(text):,} characters", end=" ")
+        print(f"in {time.perf_counter() - start:.1f} s")
+    if not isinstance(tokenizer, BPETokenizer):
+        raise UserError(f"tiktoken has nothing to compare a {name} tokenizer with: give bpe or an encoding's name")
+    return tokenizer
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.tokenize", description=__doc__.splitlines()[0])
+    parser.add_argument("corpus", nargs="*", help="text, as train.py's --corpus; none: the interpreter's library")
+    parser.add_argument("--megabytes", type=int, default=64, help="of that library, repeated")
+    parser.add_argument("--document", type=int, default=4000, help="characters of each of its documents")
+    parser.add_argument("--tokenizer", help="bpe or one of tiktoken's; by default gpt2 where it is cached, else bpe")
+    parser.add_argument("--vocab-size", type=int, default=32_768, help="of the trained BPE")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--child", choices=(OURS, TIKTOKEN), help=argparse.SUPPRESS)
+    parser.add_argument("--cache-dir", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--tokenizer-file", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.child:
+        print(json.dumps(run(args.child, args.corpus, load_tokenizer(args.tokenizer_file), args.cache_dir)))
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = args.corpus
+        if not corpus:
+            corpus = [str(Path(folder, "library.jsonl"))]
+            write_text(Path(corpus[0]), args.megabytes * 1_000_000, args.document)
+        text = "".join(texts_of(corpus, Path(folder)))
+        tokenizer = pick(args.tokenizer, text, args.vocab_size)
+        sample = text[:SAMPLE]
+        del text
+        found = measure(corpus, tokenizer, args.rounds)
+        first = found[OURS][0]
+        print(f"{first['bytes'] / 1e6:.1f} MB of text, {first['tokens']:,.0f} tokens, {_cores()} cores")
+        print(report(found))
+        print(bytes_per_token(sample, tokenizer))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))
