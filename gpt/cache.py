@@ -59,28 +59,36 @@ def unfinished(folder: Path, resume: str | None = None) -> Iterator[Path]:
     """
     work, lock, keep = None, None, False
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
-        work, lock = _resumed(folder / f".resume-{resume}") if resume else (None, None)
-        work = work or Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
-        work.chmod(0o755)
-        yield work
-    except BrokenPipeError:  # of the terminal, not of the cache
-        raise
-    except OSError as error:
-        keep = lock is not None
-        reason = error.strerror or error
-        raise UserError(
-            f"cannot write to the cache folder {folder} ({reason}): give another with --cache-dir"
-        ) from error
-    except KeyboardInterrupt:
-        keep = lock is not None
+        with writing(folder):
+            _sweep(folder)
+            work, lock = _resumed(folder / f".resume-{resume}") if resume else (None, None)
+            work = work or Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+            work.chmod(0o755)
+            yield work
+    except (KeyboardInterrupt, UserError) as error:
+        # What was interrupted, or found the disk full, may go on; text that was refused will be another.
+        keep = lock is not None and (isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, OSError))
         raise
     finally:
         if work is not None and not (keep and (work / JOURNAL).exists()):
             shutil.rmtree(work, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Makes a folder of the cache; a write that fails in the block is a UserError that names it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BrokenPipeError:  # of the terminal, not of the cache
+        raise
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"cannot write to the cache folder {folder} ({reason}): give another with --cache-dir"
+        ) from error
 
 
 def _resumed(work: Path) -> tuple[Path | None, int | None]:

@@ -28,6 +28,7 @@ from gpt.config import DataConfig, TokenizerConfig
 from gpt.documents import Split, find_split, read_documents
 from gpt.downloads import Progress
 from gpt.errors import UserError
+from gpt.foreign import find_token_files, hashed, write_index
 from gpt.readers import OnRead, Source
 from gpt.shards import read_tokens
 from gpt.sources import find_sources
@@ -73,6 +74,8 @@ def prepare(
     if fixed_tokenizer is None:
         check_name(tokenizer.tokenizer)
     cache = cache_folder(data.cache_dir)
+    if files := find_token_files(data):
+        return _prepare_tokens(files, data, fixed_tokenizer or _maker(files, tokenizer), cache, progress)
     sources = [source.hashed() for source in find_sources(data, cache / "downloads", progress)]
     digest = _digest(sources, data, tokenizer, fixed_tokenizer)
     place = cache / "corpora" / digest[:32]
@@ -86,6 +89,42 @@ def prepare(
     with publish(place, resume=True) as work:
         made = _write(work, sources, data, tokenizer, fixed_tokenizer, progress)
     return _open(place, sources, digest, made, verify=False)
+
+
+def _maker(files: list[Path], config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer that made token files, which must be named."""
+    if config.tokenizer in ("char", "bpe"):
+        table = " (meta.pkl beside it is not read: a pickle can run code)" * (files[0].parent / "meta.pkl").exists()
+        raise UserError(
+            f"{files[0]} holds tokens and no text to learn a tokenizer from{table}: name the one that made them, such "
+            "as --tokenizer gpt2, or train on the text itself"
+        )
+    return build_tokenizer(config, list)
+
+
+def _prepare_tokens(
+    files: list[Path], data: DataConfig, tokenizer: Tokenizer, cache: Path, progress: Progress | None
+) -> Corpus:
+    """A corpus of other programs' token files, which stay where they are."""
+    sources = hashed(files, cache, progress)
+    key = {
+        "format": FORMAT,
+        "token files": [[source.path.name, source.sha256] for source in sources],
+        "tokenizer": tokenizer.fingerprint,
+        "split": data.val_fraction,
+    }
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    place = cache / "corpora" / digest[:32]
+    if place.is_dir():
+        try:
+            return _open(place, sources, digest, tokenizer, verify=True)
+        except UserError as error:  # moved, or touched
+            log.warning("%s: checking again", error)
+            shutil.rmtree(place, ignore_errors=True)
+    with publish(place) as work:
+        tokenizer.save(work / "tokenizer.json")
+        write_index(work, files, tokenizer, data.val_fraction, _meter("checking tokens", sources, progress))
+    return _open(place, sources, digest, tokenizer, verify=False)
 
 
 def check_length(corpus: Corpus, seq_len: int) -> None:

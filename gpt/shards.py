@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gpt.errors import UserError
+from gpt.foreign import INDEX, TokenParts, read_index
 from gpt.tokenizer import Tokenizer
 
 MAGIC = b"GPTSHARD"
@@ -85,8 +86,8 @@ class ShardWriter:
                 self._file.write(_FIELDS.pack(MAGIC, VERSION, width, self.tokens, self._fingerprint, digest))
 
 
-def read_tokens(path: Path, tokenizer: Tokenizer, *, verify: bool = False) -> np.memmap:
-    """The ids of a token file, (tokens,) uint16 or uint32, mapped read-only.
+def read_tokens(path: Path, tokenizer: Tokenizer, *, verify: bool = False) -> np.memmap | TokenParts:
+    """The ids of a token file, (tokens,) uint16 or uint32, mapped read-only; of other programs' files by their index.
 
     verify: also compare the ids with their checksum, about a second per GB. Raises UserError for a file that is none of
     ours, is truncated or damaged, or holds another tokenizer's ids.
@@ -98,6 +99,8 @@ def read_tokens(path: Path, tokenizer: Tokenizer, *, verify: bool = False) -> np
         size = path.stat().st_size
     except OSError as error:
         raise UserError(f"cannot read the token file {path}: {error.strerror or error}") from None
+    if header.startswith(INDEX):
+        return read_index(path, tokenizer)
     if len(header) < HEADER_BYTES or not header.startswith(MAGIC):
         raise UserError(f"{path} is no token file of this program, or was never finished")
     _, version, width, tokens, fingerprint, digest = _FIELDS.unpack_from(header)

@@ -133,19 +133,41 @@ prepare(DataConfig((sys.argv[1],), Path(sys.argv[2])), TokenizerConfig(sys.argv[
 
 
 @pytest.fixture
-def killed(tmp_path, monkeypatch):
-    """killed(text, tokenizer) is killed after its third part; the folder that it leaves, and what it had finished."""
-
-    def killed(path: Path, kind: str) -> tuple[Path, dict]:
-        done = subprocess.run([sys.executable, "-c", GO_ON, path, tmp_path / "cache", kind])
-        assert done.returncode == -9
-        (left,) = (tmp_path / "cache" / "corpora").iterdir()
-        return left, json.loads((left / "progress.json").read_text())
-
+def small(monkeypatch):
+    """Groups and parts of so few characters that a poem has many."""
     monkeypatch.setattr(tokenize_corpus, "GROUP", 500)
     monkeypatch.setattr(tokenize_corpus, "PART", 2000)
     monkeypatch.setattr(readers, "_CHUNK", 400)
     monkeypatch.setattr(tokenizer_module, "_SEGMENT", 300)
+
+
+@pytest.fixture
+def killed(tmp_path, make, monkeypatch, small):
+    """killed(text, tokenizer) leaves what a kill amid the fourth part does; the folder, and what it had finished."""
+
+    def killed(path: Path, kind: str) -> tuple[Path, dict]:
+        journals, appended, names = [], [], []
+        written, append = tokenize_corpus.write_whole, ShardWriter.append
+
+        def stop(self, ids):
+            append(self, ids)
+            if len(journals) == 3:
+                appended.append(self)
+                self._file.flush()
+            if len(appended) == 3:
+                (work,) = (tmp_path / "cache" / "corpora").iterdir()
+                names.append(work)
+                shutil.copytree(work, tmp_path / "copy")
+                raise MemoryError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenize_corpus, "write_whole", lambda *words: journals.append(written(*words)))
+            patch.setattr(ShardWriter, "append", stop)
+            with pytest.raises(MemoryError):
+                make(path, kind)
+        left = shutil.move(tmp_path / "copy", names[-1])
+        return left, json.loads((left / "progress.json").read_text())
+
     return killed
 
 
@@ -181,12 +203,25 @@ def test_a_killed_process_is_gone_on_with(tmp_path, make, monkeypatch, killed, k
     shutil.rmtree(corpus.directory)
     fresh, all_characters = encoded_by(make, monkeypatch, path, kind)
     assert characters == all_characters - journal["characters"] > 0
-    files = {name: (fresh.directory / name).read_bytes() for name in files_of(fresh)}
+    files = files_of(fresh)
     assert not left.exists()
     assert set(files) == {"tokenizer.json", "train.tokens", "val.tokens", "corpus.json"}
     shutil.rmtree(fresh.directory)
     killed(path, kind)
     assert files_of(make(path, kind)) == files
+
+
+def test_a_process_that_is_killed_itself(tmp_path, make, monkeypatch, small):
+    rows = "".join(json.dumps({"text": f"{i} {POEM[i : i + 90]}"}) + "\n" for i in range(200))
+    path = write(tmp_path / "x.jsonl", rows)
+    fresh, all_characters = encoded_by(make, monkeypatch, path, "bpe")
+    files = files_of(fresh)
+    shutil.rmtree(fresh.directory)
+    done = subprocess.run([sys.executable, "-c", GO_ON, path, tmp_path / "cache", "bpe"])
+    assert done.returncode == -9
+    corpus, characters = encoded_by(make, monkeypatch, path, "bpe")
+    assert 0 < characters <= all_characters - 6000
+    assert files_of(corpus) == files
 
 
 @pytest.mark.parametrize("damage", ["journal", "tokens", "short", "missing", "group"])
@@ -209,11 +244,7 @@ def test_a_damaged_unfinished_folder_is_begun_anew(tmp_path, make, monkeypatch, 
     assert "".join(sides(corpus)) == POEM * 8
 
 
-def test_an_interrupt_after_a_part_keeps_it(tmp_path, make, monkeypatch):
-    monkeypatch.setattr(tokenize_corpus, "GROUP", 500)
-    monkeypatch.setattr(tokenize_corpus, "PART", 2000)
-    monkeypatch.setattr(readers, "_CHUNK", 400)
-    monkeypatch.setattr(tokenizer_module, "_SEGMENT", 300)
+def test_an_interrupt_after_a_part_keeps_it(tmp_path, make, monkeypatch, small):
     path = write(tmp_path / "poem.txt", POEM * 8)
     append, calls = ShardWriter.append, []
 

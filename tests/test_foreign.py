@@ -1,0 +1,223 @@
+"""Other programs' token files: nanoGPT's and llm.c's, read as they are, and every one that is not whole."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt import foreign
+from gpt.corpus import check_length, read_tokens
+from gpt.errors import UserError
+from gpt.foreign import TokenParts
+from gpt.loader import TrainLoader, target_bytes, validation_batches
+from gpt.tokenizer import ByteTokenizer
+from tests.corpus_checks import POEM, sides, write
+
+IDS = np.concatenate([np.concatenate([[256], np.frombuffer(POEM.encode(), np.uint8)]) for _ in range(3)])
+
+
+def nanogpt(path: Path, ids=IDS) -> Path:
+    return write(path, np.asarray(ids, "<u2").tobytes())
+
+
+def llm_c(path: Path, ids=IDS, magic=20240520, version=1, width=2, tokens=None) -> Path:
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(ids) if tokens is None else tokens
+    return write(path, header.tobytes() + np.asarray(ids, f"<u{width}").tobytes())
+
+
+def llama(path: Path, ids=IDS, **options) -> Path:
+    return llm_c(path, ids, **{"magic": 20240801, "version": 7, "width": 4, **options})
+
+
+KINDS = {"nanogpt": nanogpt, "llm.c": llm_c, "llm.c-uint32": llama}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_are_mapped_where_they_are(tmp_path, make, kind):
+    folder = tmp_path / "data"
+    KINDS[kind](folder / "train.bin")
+    KINDS[kind](folder / "val.bin", IDS[:500])
+    write(folder / "meta.pkl", b"\x80\x04never read")
+    write(folder / "input.txt", "not read either")
+    corpus = make(folder, "byte")
+    train, val = (read_tokens(path, corpus.tokenizer) for path in (corpus.train, corpus.val))
+    assert isinstance(train, np.memmap)
+    assert Path(train.filename) == folder / "train.bin"
+    assert train.dtype == (np.uint32 if kind == "llm.c-uint32" else np.uint16)
+    assert (train.tolist(), val.tolist()) == (IDS.tolist(), IDS[:500].tolist())
+    assert (corpus.train_tokens, corpus.val_tokens, corpus.documents) == (len(IDS), 500, 4)
+    assert (corpus.train_bytes, corpus.val_bytes) == (len(POEM.encode()) * 3, 499)
+    assert [name for name, *_ in corpus.sources] == [str(folder / "train.bin"), str(folder / "val.bin")]
+    assert sum(path.stat().st_size for path in corpus.directory.iterdir()) < 3000
+    check_length(corpus, 100)
+
+
+def test_shards_named_by_a_glob_follow_each_other(tmp_path, make):
+    for i, part in enumerate(np.array_split(IDS, 5)):
+        llm_c(tmp_path / f"fineweb_train_{i:06}.bin", part)
+    llm_c(tmp_path / "fineweb_val_000000.bin", IDS[:300])
+    corpus = make(tmp_path / "*.bin", "byte")
+    train = read_tokens(corpus.train, corpus.tokenizer)
+    assert isinstance(train, TokenParts)
+    assert np.asarray(train).tolist() == IDS.tolist()
+    assert corpus.val_tokens == 300
+    assert len(corpus.sources) == 6
+    one = make((tmp_path / "fineweb_train_000003.bin", tmp_path / "fineweb_val_000000.bin"), "byte")
+    assert read_tokens(one.train, one.tokenizer).tolist() == np.array_split(IDS, 5)[3].tolist()
+
+
+@pytest.mark.parametrize("cuts", [1, 3])
+def test_without_validation_files_the_tail_validates(tmp_path, make, cuts):
+    for i, part in enumerate(np.array_split(IDS, cuts)):
+        nanogpt(tmp_path / f"{i}.bin", part)
+    corpus = make(tmp_path / "*.bin", "byte", val_fraction=0.5)
+    train, val = (np.asarray(read_tokens(path, corpus.tokenizer)) for path in (corpus.train, corpus.val))
+    assert [*train, *val] == IDS.tolist()
+    assert len(train) == len(IDS) // 2
+
+
+def test_parts_are_an_array_to_the_loader(tmp_path):
+    whole = np.arange(1000, dtype=np.uint16) % 250
+    parts = TokenParts([whole[:1], whole[1:400], whole[400:410], whole[410:].astype(np.uint32)])
+    assert (len(parts), parts.shape, parts.dtype) == (1000, (1000,), np.uint32)
+    assert (parts[-1], parts[0], parts[409]) == (whole[-1], 0, whole[409])
+    for start, stop in [(0, 1000), (0, 1), (399, 411), (5, 5), (1000, 2000), (-3, None), (0, 400), (10, 5)]:
+        assert parts[start:stop].tolist() == whole[start:stop].tolist()
+    assert (parts == 7).tolist() == (whole == 7).tolist()
+    with pytest.raises(IndexError):
+        parts[1000]
+    with pytest.raises(IndexError, match="steps of 1"):
+        parts[::2]
+    loaders = [TrainLoader(tokens, batch_size=7, seq_len=16, seed=3) for tokens in (whole, parts)]
+    for _ in range(20):
+        (x, y), (their_x, their_y) = (loader.next_batch() for loader in loaders)
+        assert x.equal(their_x)
+        assert y.equal(their_y)
+    batches = [list(validation_batches(tokens, batch_size=4, seq_len=16)) for tokens in (whole, parts)]
+    assert all(a[0].equal(b[0]) and a[1].equal(b[1]) for a, b in zip(*batches, strict=True))
+    assert target_bytes(parts, ByteTokenizer()) == 999
+
+
+def test_a_file_is_hashed_once(tmp_path, make, monkeypatch):
+    path = nanogpt(tmp_path / "x.bin")
+    first = make(path, "byte")
+    with monkeypatch.context() as patch:
+        patch.setattr(foreign.Source, "hashed", None)
+        patch.setattr(foreign, "count_ids", None)
+        assert make(path, "byte").directory == first.directory
+    nanogpt(path, IDS[::-1])
+    again = make(path, "byte")
+    assert again.directory != first.directory
+    assert read_tokens(again.train, again.tokenizer)[0] == IDS[-1]
+
+
+@pytest.mark.parametrize("change", ["touched", "moved"])
+def test_files_that_were_touched_or_moved_are_checked_again(tmp_path, make, change, caplog):
+    path = nanogpt(tmp_path / "a" / "x.bin")
+    first = make(path, "byte")
+    if change == "touched":
+        os.utime(path, (0, 0))
+    else:
+        path = shutil.move(path.parent, tmp_path / "b") / "x.bin"
+    again = make(path, "byte")
+    assert again.directory == first.directory
+    assert "checking again" in caplog.text
+    assert sides(again) == sides(first)
+
+
+def test_a_run_on_shards(tmp_path, make, named):
+    """A named tokenizer's ids, beyond a byte."""
+    ids = np.asarray(named.encode(POEM))
+    assert ids.max() > 256
+    llm_c(tmp_path / "train.bin", ids)
+    llm_c(tmp_path / "val.bin", ids[:100])
+    corpus = make(tmp_path, "gpt2")
+    assert corpus.tokenizer.fingerprint == named.fingerprint
+    assert sides(corpus)[0] == POEM
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+BAD = {
+    "empty": (lambda p: write(p, b""), "is no token file: its 0 bytes"),
+    "odd": (lambda p: write(p, b"abc"), "is no token file: its 3 bytes"),
+    "version": (lambda p: llm_c(p, version=2), "llm.c token file of version 2: with magic 20240520, 1 is known"),
+    "cut": (lambda p: write(p, llm_c(p).read_bytes()[:-2]), "is damaged: .* bytes cannot hold"),
+    "count": (lambda p: llm_c(p, tokens=7), "is damaged: .* its 7 tokens of 2 bytes"),
+    "negative": (lambda p: llm_c(p, tokens=-7), "is damaged: .* its -7 tokens"),
+    "wide": (lambda p: llama(p, width=2), "is damaged: .* tokens of 4 bytes"),
+    "id": (lambda p: nanogpt(p, [1, 2, 257]), "holds the id 257 at byte 4, and the tokenizer has 257: .*--tokenizer"),
+    "large": (lambda p: llama(p, [1, 2**32 - 1]), "holds the id 4294967295 at byte 1028"),
+    "pickle": (lambda p: write(p, b"\x80\x04\x95\x10\x00\x00"), "holds the id 1152 at byte 0"),
+    "short": (lambda p: nanogpt(p, [1]), "too short to be split"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_files_say_what_is_wrong(tmp_path, make, case):
+    spoil, message = BAD[case]
+    spoil(tmp_path / "x.bin")
+    with pytest.raises(UserError, match=message) as caught:
+        make(tmp_path / "x.bin", "byte")
+    assert str(tmp_path / "x.bin") in str(caught.value)
+    assert list((tmp_path / "cache").glob("corpora/*")) == []
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_a_tokenizer_must_be_named(tmp_path, make, kind):
+    nanogpt(tmp_path / "train.bin")
+    nanogpt(tmp_path / "val.bin")
+    with pytest.raises(UserError, match=r"train\.bin holds tokens and no text to learn .* from: .*--tokenizer gpt2"):
+        make(tmp_path, kind)
+    write(tmp_path / "meta.pkl", b"")
+    with pytest.raises(UserError, match=r"meta\.pkl beside it is not read"):
+        make(tmp_path, kind)
+
+
+def test_what_goes_with_no_token_file(tmp_path, make):
+    path, text = nanogpt(tmp_path / "data_train.bin"), write(tmp_path / "x.txt", POEM)
+    with pytest.raises(UserError, match=r"x\.txt is text, and others are token files"):
+        make((path, text), "byte")
+    with pytest.raises(UserError, match="max_corpus_bytes counts bytes of text"):
+        make(path, "byte", max_corpus_bytes=10)
+    with pytest.raises(UserError, match=r"v_val\.bin is to validate, by its name"):
+        make(nanogpt(tmp_path / "v_val.bin"), "byte")
+
+
+def test_other_folders_are_text(tmp_path, make, caplog):
+    nanogpt(tmp_path / "texts" / "train.bin")
+    write(tmp_path / "texts" / "a.txt", POEM)
+    assert "".join(sides(make(tmp_path / "texts"))) == POEM
+    assert "1 binary files" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index.pop("files"),
+        lambda index: index["files"].clear(),
+        lambda index: index["files"][0].update(width="2"),
+        lambda index: index["files"][0].update(tokens=10**9),
+        lambda index: index["files"][0].update(offset=-2),
+        lambda index: index["files"][0].update(path=3),
+        lambda index: index["files"][0].update(other=3),
+        lambda index: index.update(files="abc"),
+    ],
+)
+def test_a_damaged_index_is_refused(tmp_path, make, change):
+    corpus = make(nanogpt(tmp_path / "x.bin"), "byte")
+    index = json.loads(corpus.train.read_bytes())
+    change(index)
+    corpus.train.write_bytes(json.dumps(index).encode())
+    with pytest.raises(UserError, match=r"train\.tokens is damaged"):
+        read_tokens(corpus.train, corpus.tokenizer)
+
+
+def test_an_index_of_another_tokenizer_is_refused(tmp_path, make, named):
+    corpus = make(nanogpt(tmp_path / "x.bin"), "byte")
+    with pytest.raises(UserError, match="made by another tokenizer"):
+        read_tokens(corpus.train, named)
