@@ -22,6 +22,7 @@ from gpt.config import DataConfig, TokenizerConfig
 from gpt.corpus import prepare
 from gpt.documents import read_documents
 from gpt.errors import UserError, run_command
+from gpt.inspect_corpus import bytes_per_token
 from gpt.sources import STDLIB, find_sources
 from gpt.tokenize_corpus import _cores
 from gpt.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
@@ -89,18 +90,6 @@ def report(found: dict[str, list[dict[str, float]]]) -> str:
     spread = f"{min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} pairs"
     lines.append(f"ours / tiktoken: {statistics.median(ratios):.2f} ({spread})")
     return "\n".join(lines)
-
-
-def bytes_per_token(text: str, tokenizer: Tokenizer) -> str:
-    """One line that compares a tokenizer with gpt2 and cl100k_base on a text, where those can be had."""
-    size, shown = len(text.encode()), []
-    for name in ("the tokenizer", "gpt2", "cl100k_base"):
-        each = tokenizer if name == "the tokenizer" else encoding_at_hand(name)
-        if each is not None:
-            shown.append(f"{name} ({each.vocab_size:,}) {size / max(1, len(each.encode_to_array(text))):.3f}")
-        else:
-            shown.append(f"{name} is not in tiktoken's cache (TIKTOKEN_CACHE_DIR)")
-    return f"bytes per token: {', '.join(shown)}"
 
 
 def pick(name: str | None, text: str, vocab_size: int) -> Tokenizer:

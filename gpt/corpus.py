@@ -4,7 +4,8 @@
     tokens = read_tokens(corpus.train, corpus.tokenizer)
 
 The cache key is a hash of the sources' bytes, the tokenizer's settings, the split and the format, so that nothing is
-ever out of date. Text is never held whole: it passes through in chunks.
+ever out of date. Text is never held whole: it passes through in chunks. `python -m gpt.corpus inspect PATH` says what
+came of it.
 
 Documents: each text file is one, and so is each line of JSON lines and each row of a Parquet file or dataset. The
 tokenizer's document token, where it has one, stands before each document; the held-out tail of a document is no new
@@ -239,3 +240,12 @@ def _learn(
                     yield text
 
     return build_tokenizer(config, texts, document_token=split.several)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from gpt.errors import run_command
+    from gpt.inspect_corpus import main
+
+    run_command(lambda: main(sys.argv[1:]))

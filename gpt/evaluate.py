@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from gpt.cache import cache_folder
 from gpt.command_line import parse_flags
 from gpt.config import Config, DataConfig, require
-from gpt.corpus import cache_folder
 from gpt.device import autocast
 from gpt.distributed import Parallel, World, whole_model
 from gpt.documents import read_documents

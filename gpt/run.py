@@ -7,15 +7,15 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from gpt.cache import cache_folder
 from gpt.checkpoint import best_checkpoint, load_weights, newest_checkpoint, verify
 from gpt.command_line import config_from_toml, with_changes, write_toml
 from gpt.config import Config, TrainConfig
-from gpt.corpus import Corpus, cache_folder
 from gpt.device import pick_device
 from gpt.distributed import World
 from gpt.errors import UserError
@@ -27,6 +27,9 @@ from gpt.monitor import process_seconds
 from gpt.sampling import SamplingConfig
 from gpt.shards import read_tokens
 from gpt.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from gpt.corpus import Corpus  # which is a command too: `import gpt` leaves it to be run
 
 CONTENTS = ("config.toml", "tokenizer.json", "corpus.json", "metrics.jsonl", "loss.png", "checkpoints", "wandb")
 CONTENTS += ("trace.json.gz", "profile.txt")
@@ -108,7 +111,7 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     return with_changes(config, "model", vocab_size=size)
 
 
-def summary(corpus: Corpus, parameters: int, tokens_per_step: int, world: World, mode: str) -> str:
+def summary(corpus: "Corpus", parameters: int, tokens_per_step: int, world: World, mode: str) -> str:
     """What a training begins with, in two lines."""
     return (
         f"{corpus.documents} document{'s' * (corpus.documents > 1)}: {corpus.train_tokens:,} tokens to train on, "
@@ -118,7 +121,7 @@ def summary(corpus: Corpus, parameters: int, tokens_per_step: int, world: World,
     )
 
 
-def write_run(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> None:
+def write_run(config: Config, tokenizer: Tokenizer, corpus: "Corpus") -> None:
     """The run directory's config.toml, tokenizer.json and corpus.json, each there whole or as it was before."""
     run_dir = config.train.run_dir
     try:
@@ -156,7 +159,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any], step: int) -> str | 
     return f"from step {step} on this run differs from one that was never stopped: {'; '.join(clauses)}"
 
 
-def write_provenance(corpus: Corpus, path: Path) -> None:
+def write_provenance(corpus: "Corpus", path: Path) -> None:
     """What the run was trained on: every source with its size and SHA-256, and how it was split."""
     sources = [{"name": name, "bytes": size, "sha256": sha256} for name, size, sha256 in corpus.sources]
     counts = ("digest", "documents", "train_tokens", "val_tokens", "train_bytes", "val_bytes")

@@ -7,6 +7,7 @@ import pytest
 from benchmarks import tokenize as benchmark
 from benchmarks.tokenize import OURS, TIKTOKEN
 from gpt.build_tokenizer import encoding_at_hand
+from gpt.inspect_corpus import bytes_per_token
 from tests.corpus_checks import POEM, write
 from tests.tokenizer_checks import make_bpe
 
@@ -36,7 +37,7 @@ def test_the_command(tmp_path, capsys):
     assert "a BPE of 300 tokens trained" in lines[0]
     assert lines[1].startswith("0.0 MB of text, ")
     assert "1 pairs" in lines[4]
-    assert lines[5].startswith("bytes per token: the tokenizer (300) ")
+    assert lines[5].startswith("bytes per token: this (300) ")
 
 
 def test_an_encoding_that_is_not_cached_is_not_downloaded(tmp_path, monkeypatch):
@@ -47,10 +48,10 @@ def test_an_encoding_that_is_not_cached_is_not_downloaded(tmp_path, monkeypatch)
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     monkeypatch.setattr(tiktoken.load, "read_file", lambda address: pytest.fail("the network was asked"))
     assert encoding_at_hand("gpt2") is None
-    assert "gpt2 is not in tiktoken's cache" in benchmark.bytes_per_token(POEM, make_bpe())
+    assert "gpt2 is not in tiktoken's cache" in bytes_per_token(POEM, make_bpe())
 
 
 def test_an_encoding_that_is_cached(named):
     assert encoding_at_hand("gpt2").vocab_size == 306
-    line = benchmark.bytes_per_token(POEM, make_bpe())
+    line = bytes_per_token(POEM, make_bpe())
     assert f"gpt2 (306) {len(POEM.encode()) / len(named.encode(POEM)):.3f}" in line

@@ -1,0 +1,152 @@
+"""What is in token files: python -m gpt.corpus inspect PATH ...
+
+PATH: a run directory, a folder of a tokenized corpus, one token file of it, or another program's .bin.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from gpt.build_tokenizer import build_tokenizer, encoding_at_hand
+from gpt.cache import cache_folder
+from gpt.command_line import config_from_toml, parse_flags
+from gpt.config import TokenizerConfig, require
+from gpt.errors import EXIT_DONE, UserError
+from gpt.foreign import look_at
+from gpt.shards import read_tokens
+from gpt.tokenizer import Tokenizer, load_tokenizer
+
+_CHUNK = 1 << 22  # tokens looked at a time
+_COMPARED = 500_000  # tokens at the start whose text is encoded by other tokenizers
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Say what is in token files: counts, documents, bytes per token, and how their text begins."""
+
+    command: tyro.conf.Positional[str]
+    """inspect, which is all there is."""
+    path: tyro.conf.Positional[Path]
+    """A run directory, a folder of a tokenized corpus, one token file of it, or another program's .bin."""
+    tokenizer: str | None = None
+    """What made a .bin: gpt2 or another of tiktoken's encodings, or byte. None: its ids are shown as numbers."""
+    sample_tokens: int = 100
+    """Tokens at the start that are shown as text."""
+
+    def __post_init__(self) -> None:
+        require(self.command == "inspect", f"there is no command {self.command!r}: python -m gpt.corpus inspect PATH")
+        require(0 <= self.sample_tokens < 1 << 20, f"sample_tokens must be at least 0, not {self.sample_tokens}")
+        require(
+            self.tokenizer not in ("char", "bpe"), f"a {self.tokenizer} tokenizer is learned from text: name another"
+        )
+
+
+def main(argv: list[str]) -> int:
+    """Print, for each token file of the path. Returns the exit status; raises UserError for what is none."""
+    arguments = parse_flags(Arguments, argv, prog="gpt.corpus")
+    for line in inspect(arguments.path, arguments.tokenizer, arguments.sample_tokens):
+        print(line)
+    return EXIT_DONE
+
+
+def inspect(path: Path, tokenizer: str | None = None, sample_tokens: int = 100) -> Iterator[str]:
+    """Lines on the token files that a path leads to. Raises UserError."""
+    if not path.exists():
+        raise UserError(f"there is no {path}, seen from {Path.cwd()}")
+    if path.is_file() and path.suffix == ".bin":
+        yield from _foreign(path, tokenizer, sample_tokens)
+        return
+    require(tokenizer is None, f"{path} has a tokenizer of its own: --tokenizer goes with another program's .bin")
+    folder = _tokenized(path) if path.is_dir() else path.parent
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(f"{path} is no run, tokenized corpus, token file or .bin: it has no tokenizer.json")
+    made = load_tokenizer(folder / "tokenizer.json")
+    yield f"{folder}: {_name(made)}"
+    files = [path] if path.is_file() else [folder / "train.tokens", folder / "val.tokens"]
+    for file in files:
+        ids = read_tokens(file, made, verify=True)
+        yield from _lines(file.name, ids, made, sample_tokens)
+    yield bytes_per_token(made.decode(np.asarray(read_tokens(files[0], made)[:_COMPARED])), made)
+
+
+def _tokenized(path: Path) -> Path:
+    """The folder of a tokenized corpus: the path itself, or a run's in the cache."""
+    if not (path / "config.toml").exists():
+        return path
+    try:
+        digest = json.loads((path / "corpus.json").read_text())["digest"]
+        folder = cache_folder(config_from_toml(path / "config.toml").data.cache_dir) / "corpora" / digest[:32]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is a run whose corpus.json cannot be read: {error}") from None
+    if not folder.is_dir():
+        raise UserError(
+            f"the tokenized corpus of {path} is no longer in the cache, {folder}: a training makes it again"
+        )
+    return folder
+
+
+def _foreign(path: Path, name: str | None, sample_tokens: int) -> Iterator[str]:
+    file = look_at(path)
+    kind = "a header of llm.c" if file.offset else "no header, as nanoGPT's"
+    if name is None:
+        uses = _uses(file.open())
+        yield f"{path}: {file.tokens:,} tokens of {file.width} bytes, {kind}"
+        yield f"  {np.count_nonzero(uses):,} ids used, the largest {len(uses) - 1}; name what made it with --tokenizer"
+        yield f"  begins: {' '.join(map(str, file.open()[:sample_tokens].tolist()))}"
+        return
+    made = build_tokenizer(TokenizerConfig(name), list)
+    yield f"{path}: {kind}, {file.width} bytes per token, read with {_name(made)}"
+    yield from _lines(path.name, file.open(), made, sample_tokens)
+    yield bytes_per_token(made.decode(np.asarray(file.open()[:_COMPARED])), made)
+
+
+def _name(tokenizer: Tokenizer) -> str:
+    kind = getattr(tokenizer, "name", type(tokenizer).__name__.removesuffix("Tokenizer").lower())
+    return f"a {kind} tokenizer of {tokenizer.vocab_size:,} tokens"
+
+
+def _lines(name: str, ids: Any, tokenizer: Tokenizer, sample_tokens: int) -> Iterator[str]:
+    uses = _uses(ids)
+    if len(uses) > tokenizer.vocab_size:
+        raise UserError(
+            f"{name} holds the id {len(uses) - 1} and the tokenizer has {tokenizer.vocab_size}: name what made it"
+        )
+    size = int(uses @ tokenizer.token_bytes[: len(uses)])
+    document = tokenizer.document_token
+    documents = int(uses[document]) if document is not None and document < len(uses) else 0
+    yield (
+        f"{name}: {len(ids):,} tokens, {documents:,} document tokens, {size:,} bytes of text, "
+        f"{size / len(ids):.3f} bytes per token, {np.count_nonzero(uses):,} ids used"
+    )
+    text = tokenizer.decode(np.asarray(ids[:sample_tokens]))
+    yield from (f"  | {line}" for line in text.splitlines())
+
+
+def _uses(ids: Any) -> np.ndarray:
+    """How often each id up to the largest occurs."""
+    uses = np.zeros(1, np.int64)
+    for start in range(0, len(ids), _CHUNK):
+        chunk = np.asarray(ids[start : start + _CHUNK])
+        if chunk.max() >= 1 << 24:
+            raise UserError(f"the id {int(chunk.max())} is larger than any vocabulary: are these tokens?")
+        found = np.bincount(chunk, minlength=len(uses))
+        found[: len(uses)] += uses
+        uses = found
+    return uses
+
+
+def bytes_per_token(text: str, tokenizer: Tokenizer) -> str:
+    """One line that compares a tokenizer with gpt2 and cl100k_base on a text, where those are in tiktoken's cache."""
+    size, shown = len(text.encode()), []
+    for name in ("this", "gpt2", "cl100k_base"):
+        each = tokenizer if name == "this" else encoding_at_hand(name)
+        if each is not None:
+            shown.append(f"{name} ({each.vocab_size:,}) {size / max(1, len(each.encode_to_array(text))):.3f}")
+        else:
+            shown.append(f"{name} is not in tiktoken's cache (TIKTOKEN_CACHE_DIR)")
+    return f"bytes per token: {', '.join(shown)}"

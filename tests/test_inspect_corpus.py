@@ -1,0 +1,117 @@
+"""python -m gpt.corpus inspect: what it says of each kind of token file, and one sentence for what is none."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt.errors import UserError
+from gpt.inspect_corpus import inspect, main
+from tests.corpus_checks import POEM, folder_of, write
+from tests.test_foreign import IDS, llama, llm_c, nanogpt
+
+
+def shown(path: Path, *words: str, capsys) -> list[str]:
+    assert main(["inspect", str(path), *words]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_tokenized_corpus(tmp_path, make, capsys):
+    corpus = make(folder_of(tmp_path / "texts"), "byte")
+    lines = shown(corpus.directory, "--sample-tokens", "20", capsys=capsys)
+    assert lines[0] == f"{corpus.directory}: a byte tokenizer of 257 tokens"
+    sides = {name: next(line for line in lines if line.startswith(name)) for name in ("train.tokens", "val.tokens")}
+    documents = [int(line.split(" tokens, ")[1].split()[0]) for line in sides.values()]
+    assert sum(documents) == 40
+    assert f"{corpus.train_tokens:,} tokens" in sides["train.tokens"]
+    assert f"{corpus.val_bytes:,} bytes of text" in sides["val.tokens"]
+    assert f"{corpus.train_bytes / corpus.train_tokens:.3f} bytes per token" in sides["train.tokens"]
+    assert lines[2] == "  | document number 0, "[: 4 + 19]
+    assert lines[-1].startswith("bytes per token: this (257) 1.")
+
+
+def test_one_token_file_and_a_run(tmp_path, make, tiny_run, capsys):
+    corpus = make(write(tmp_path / "poem.txt", POEM))
+    lines = shown(corpus.val, capsys=capsys)
+    assert lines[1].startswith(f"val.tokens: {corpus.val_tokens:,} tokens, 0 document tokens")
+    lines = shown(tiny_run, capsys=capsys)
+    assert "a byte tokenizer" in lines[0]
+    assert lines[2].startswith("  | all work and no play")
+
+
+@pytest.mark.parametrize(("kind", "said"), [(nanogpt, "no header"), (llm_c, "llm.c"), (llama, "llm.c")])
+def test_another_programs_file(tmp_path, capsys, kind, said):
+    path = kind(tmp_path / "train.bin")
+    lines = shown(path, "--sample-tokens", "3", capsys=capsys)
+    assert f"{len(IDS):,} tokens of {4 if kind is llama else 2} bytes" in lines[0]
+    assert said in lines[0]
+    assert "the largest 256" in lines[1]
+    assert lines[2] == f"  begins: {' '.join(map(str, IDS[:3]))}"
+    lines = shown(path, "--tokenizer", "byte", "--sample-tokens", "10", capsys=capsys)
+    assert "3 document tokens" in lines[1]
+    assert lines[2] == f"  | {POEM[:9]}"
+
+
+def test_shards_of_a_corpus(tmp_path, make, capsys):
+    for i in range(3):
+        llm_c(tmp_path / f"train_{i}.bin")
+    llm_c(tmp_path / "val.bin")
+    lines = shown(make(tmp_path, "byte").directory, capsys=capsys)
+    assert lines[1].startswith(f"train.tokens: {3 * len(IDS):,} tokens, 9 document tokens")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words", "message"),
+    [
+        (lambda p: p, (), r"there is no .*x\.bin"),
+        (lambda p: write(p, b"abc"), (), r"x\.bin is no token file: its 3 bytes"),
+        (lambda p: write(p, llm_c(p).read_bytes()[:-1]), (), r"x\.bin is damaged"),
+        (lambda p: llama(p, [1 << 30]), (), "are these tokens"),
+        (lambda p: nanogpt(p, [300]), ("--tokenizer", "byte"), r"x\.bin holds the id 300 and the tokenizer has 257"),
+        (nanogpt, ("--tokenizer", "gtp2"), "did you mean gpt2"),
+        (nanogpt, ("--tokenizer", "char"), "a char tokenizer is learned from text"),
+        (nanogpt, ("--sample-tokens", "-1"), "sample_tokens must be at least 0"),
+    ],
+)
+def test_a_bin_that_cannot_be_shown(tmp_path, spoil, words, message):
+    spoil(tmp_path / "x.bin")
+    with pytest.raises(UserError, match=message):
+        main(["inspect", str(tmp_path / "x.bin"), *words])
+
+
+def test_what_is_no_token_file(tmp_path, make):
+    text = write(tmp_path / "text.txt", POEM)
+    for path in (text, tmp_path):
+        with pytest.raises(UserError, match=r"is no run, tokenized corpus, token file or \.bin"):
+            list(inspect(path))
+    corpus = make(text)
+    with pytest.raises(UserError, match="has a tokenizer of its own"):
+        list(inspect(corpus.directory, "gpt2"))
+    content = bytearray(corpus.train.read_bytes())
+    content[-1] ^= 1
+    corpus.train.write_bytes(content)
+    with pytest.raises(UserError, match=r"train\.tokens is damaged: .* checksum"):
+        list(inspect(corpus.directory))
+    with pytest.raises(UserError, match=r"there is no command 'show'"):
+        main(["show", str(text)])
+
+
+def test_a_run_whose_corpus_is_gone(tmp_path, tiny_run):
+    for name in ("config.toml", "corpus.json"):
+        content = (tiny_run / name).read_text()
+        (tmp_path / name).write_text(content.replace('"digest": "', '"digest": "0'))
+    with pytest.raises(UserError, match="is no longer in the cache"):
+        list(inspect(tmp_path))
+    (tmp_path / "corpus.json").write_text("[]")
+    with pytest.raises(UserError, match=r"corpus\.json cannot be read"):
+        list(inspect(tmp_path))
+
+
+def test_the_command_itself(tmp_path):
+    """Its one line on stderr is the sentence: python has nothing to say of a module imported twice."""
+    words = [sys.executable, "-m", "gpt.corpus", "inspect", "nowhere"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: there is no nowhere")
+    assert done.stderr.count("\n") == 1
