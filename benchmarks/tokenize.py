@@ -3,7 +3,8 @@
 Ours is the whole way from files to token files: reading, hashing, splitting, encoding, writing. tiktoken is its
 `encode_ordinary_batch` alone, with a thread per core, on the same documents in memory. Each run is a process of its
 own, in turn, so that what else the machine does is shared by both; medians are reported, and the median of the paired
-ratios. Peak memory is that of the whole process. Without a FILE the text is the interpreter's own library, repeated.
+ratios, by the clock and by the time of all cores, which other work on the machine disturbs less. Peak memory is that
+of the whole process. Without a FILE the text is the interpreter's own library, repeated.
 The tokenizer is gpt2 where tiktoken has it cached, else a BPE of 32,768 tokens trained on the text.
 """
 
@@ -49,20 +50,29 @@ def write_text(path: Path, size: int, per_document: int) -> None:
 
 
 def run(which: str, corpus: list[str], tokenizer: Tokenizer, cache: Path) -> dict[str, float]:
-    """One run in this process: seconds, bytes of text, tokens, MiB of memory at most."""
+    """One run in this process: seconds, seconds of all cores, bytes of text, tokens, MiB of memory at most."""
+    texts = texts_of(corpus, cache) if which == TIKTOKEN else []
+    start, cpu = time.perf_counter(), time.process_time()
     if which == OURS:
-        start = time.perf_counter()
         made = prepare(DataConfig(tuple(corpus), cache), TokenizerConfig(), fixed_tokenizer=tokenizer)
-        seconds = time.perf_counter() - start
-        size, tokens = made.train_bytes + made.val_bytes, made.train_tokens + made.val_tokens
     else:
-        texts = texts_of(corpus, cache)
-        start = time.perf_counter()
         ids = tokenizer._encoding.encode_ordinary_batch(texts, num_threads=_cores())
-        seconds = time.perf_counter() - start
-        size, tokens = sum(len(text.encode()) for text in texts), sum(map(len, ids))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 10 if sys.platform != "darwin" else 1 << 20)
-    return {"seconds": seconds, "bytes": size, "tokens": tokens, "mib": peak}
+    spent = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu, "mib": peak_mib()}
+    if which == OURS:
+        return spent | {
+            "bytes": made.train_bytes + made.val_bytes,
+            "tokens": made.train_tokens + made.val_tokens,
+        }
+    return spent | {"bytes": sum(len(text.encode()) for text in texts), "tokens": sum(map(len, ids))}
+
+
+def peak_mib() -> float:
+    """The most memory that this process has held. (On Linux getrusage would tell its parent's, if that is more.)"""
+    try:
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    except (OSError, ValueError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
 def measure(corpus: list[str], tokenizer: Tokenizer, rounds: int) -> dict[str, list[dict[str, float]]]:
@@ -83,12 +93,13 @@ def report(found: dict[str, list[dict[str, float]]]) -> str:
     """Medians of both, and of the paired ratios."""
     lines = []
     for which, runs in found.items():
-        rate = statistics.median(r["bytes"] / r["seconds"] for r in runs)
+        rate, cpu = (statistics.median(r["bytes"] / r[unit] for r in runs) / 1e6 for unit in ("seconds", "cpu"))
         peak = max(r["mib"] for r in runs)
-        lines.append(f"{which:9} {rate / 1e6:7.2f} MB/s   {peak:6.0f} MiB at most")
-    ratios = [b["seconds"] / a["seconds"] for a, b in zip(found[OURS], found[TIKTOKEN])]
-    spread = f"{min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} pairs"
-    lines.append(f"ours / tiktoken: {statistics.median(ratios):.2f} ({spread})")
+        lines.append(f"{which:9} {rate:7.2f} MB/s   {cpu:7.2f} MB per second of a core   {peak:6.0f} MiB at most")
+    for unit, name in (("seconds", "speed"), ("cpu", "the same by the time of all cores")):
+        ratios = [b[unit] / a[unit] for a, b in zip(found[OURS], found[TIKTOKEN])]
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} pairs"
+        lines.append(f"ours / tiktoken, {name}: {statistics.median(ratios):.2f} ({spread})")
     return "\n".join(lines)
 
 
@@ -110,11 +121,11 @@ def pick(name: str | None, text: str, vocab_size: int) -> Tokenizer:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.tokenize", description=__doc__.splitlines()[0])
     parser.add_argument("corpus", nargs="*", help="text, as train.py's --corpus; none: the interpreter's library")
-    parser.add_argument("--megabytes", type=int, default=64, help="of that library, repeated")
+    parser.add_argument("--megabytes", type=int, default=24, help="of that library, repeated")
     parser.add_argument("--document", type=int, default=4000, help="characters of each of its documents")
     parser.add_argument("--tokenizer", help="bpe or one of tiktoken's; by default gpt2 where it is cached, else bpe")
     parser.add_argument("--vocab-size", type=int, default=32_768, help="of the trained BPE")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--child", choices=(OURS, TIKTOKEN), help=argparse.SUPPRESS)
     parser.add_argument("--cache-dir", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--tokenizer-file", type=Path, help=argparse.SUPPRESS)

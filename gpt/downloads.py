@@ -110,7 +110,7 @@ def spool_stdin(folder: Path, progress: Progress | None = None, *, limit: int = 
 
     def blocks() -> Iterator[tuple[bytes, int]]:
         size = 0
-        while block := sys.stdin.buffer.read(_CHUNK):
+        while block := _read_stdin():
             size += len(block)
             if size > limit:
                 raise UserError(f"stdin has more than {limit} bytes: raise --max-download-bytes, or save it to a file")
@@ -127,6 +127,13 @@ def spool_stdin(folder: Path, progress: Progress | None = None, *, limit: int = 
                 os.rename(work / "content", final / "content")
                 _record(final, "stdin", digest, size)
     return _kept(place, "stdin")
+
+
+def _read_stdin() -> bytes:
+    try:
+        return sys.stdin.buffer.read(_CHUNK)
+    except OSError as error:
+        raise UserError(f"cannot read stdin: {error.strerror or error}") from None
 
 
 def spool_dataset(spec: str, data: DataConfig, folder: Path, progress: Progress | None = None) -> Source:

@@ -9,6 +9,7 @@ imported everything forks one child per case. Case i of seed s is case 0 of seed
 
 import argparse
 import contextlib
+import gzip
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ import resource
 import shutil
 import signal
 import string
+import struct
 import sys
 import tempfile
 import traceback
@@ -28,9 +30,11 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # a process may fork only before torch has threads
 
 import matplotlib.pyplot  # noqa: F401 - what a training imports late, before the forks
+import pyarrow.parquet
 import rich.progress  # noqa: F401
 import tokenizers  # noqa: F401
 import tomli_w
+import zstandard
 
 import train
 from gpt.command_line import TABLES, load_config
@@ -214,7 +218,30 @@ def corpus(draw: random.Random) -> Command:
     return training([*FLAGS, *PLACE, *options, "--bpe-vocab-size", "300", "--eval-tokens", "100"])
 
 
-KINDS = [toml, command_line, token_file, run_file, tokenizer, corpus]
+def packed_corpus(draw: random.Random) -> Command:
+    """JSON lines, Parquet, compressed files and other programs' tokens, whole or scrambled."""
+    rows = [{"text": TEXT[i : i + 300], "id": i} for i in range(0, len(TEXT), 300)]
+    lines = [json.dumps(odd_inside(draw, row) if draw.random() < 0.05 else row).encode() for row in rows]
+    content, name = b"\n".join(lines), draw.choice(("x.jsonl", "x.jsonl.gz", "x.txt.zst", "x.parquet", "x.bin"))
+    kind = draw.choice(("char", "byte", "bpe"))
+    if name.endswith(".gz"):
+        content = gzip.compress(content)
+    elif name.endswith(".zst"):
+        content = zstandard.compress(content)
+    elif name.endswith(".parquet"):
+        column = pyarrow.array([row["text"] for row in rows])
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), name, row_group_size=4)
+        content = Path(name).read_bytes()
+    elif name.endswith(".bin"):
+        kind, header = "byte", struct.pack("<iii", 20240520, 1, len(TEXT)).ljust(1024, b"\0")
+        content = draw.choice((b"", header)) + b"".join(struct.pack("<H", ord(c)) for c in TEXT)
+    Path(name).write_bytes(scrambled(draw, content) if draw.random() < 0.8 else content)
+    errors = draw.choice(("strict", "replace"))
+    options = ["--corpus", name, "--tokenizer", kind, "--encoding-errors", errors]
+    return training([*FLAGS, *PLACE, *options, "--bpe-vocab-size", "300", "--eval-tokens", "100"])
+
+
+KINDS = [toml, command_line, token_file, run_file, tokenizer, corpus, packed_corpus]
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -257,6 +284,7 @@ def _child(command: Command) -> None:
     try:
         for number, place in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         signal.alarm(WALL_SECONDS)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 5))

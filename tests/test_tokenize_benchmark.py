@@ -13,12 +13,15 @@ from tests.tokenizer_checks import make_bpe
 
 
 def test_ratios_are_paired():
-    ours, theirs = ([{"seconds": s, "bytes": 8e6, "mib": s} for s in seconds] for seconds in ((1, 2, 4), (2, 2, 2)))
+    ours, theirs = (
+        [{"seconds": s, "cpu": 2 * s, "bytes": 8e6, "mib": s} for s in seconds] for seconds in ((1, 2, 4), (2, 2, 2))
+    )
     lines = benchmark.report({OURS: ours, TIKTOKEN: theirs}).splitlines()
     assert [" ".join(line.split()) for line in lines] == [
-        "ours 4.00 MB/s 4 MiB at most",
-        "tiktoken 4.00 MB/s 2 MiB at most",
-        "ours / tiktoken: 1.00 (0.50 to 2.00, 3 pairs)",
+        "ours 4.00 MB/s 2.00 MB per second of a core 4 MiB at most",
+        "tiktoken 4.00 MB/s 2.00 MB per second of a core 2 MiB at most",
+        "ours / tiktoken, speed: 1.00 (0.50 to 2.00, 3 pairs)",
+        "ours / tiktoken, the same by the time of all cores: 1.00 (0.50 to 2.00, 3 pairs)",
     ]
 
 
@@ -36,8 +39,8 @@ def test_the_command(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "a BPE of 300 tokens trained" in lines[0]
     assert lines[1].startswith("0.0 MB of text, ")
-    assert "1 pairs" in lines[4]
-    assert lines[5].startswith("bytes per token: this (300) ")
+    assert "1 pairs" in lines[5]
+    assert lines[6].startswith("bytes per token: this (300) ")
 
 
 def test_an_encoding_that_is_not_cached_is_not_downloaded(tmp_path, monkeypatch):
