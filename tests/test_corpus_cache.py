@@ -265,15 +265,19 @@ def test_an_interrupt_after_a_part_keeps_it(tmp_path, make, monkeypatch, small):
 
 def test_two_runs_at_once(tmp_path, make):
     """Another process finishes the same corpus while this one is writing: its folder stays, this one's goes."""
-    path, inner = write(tmp_path / "poem.txt", POEM), []
+    path, inner, at_work = write(tmp_path / "poem.txt", POEM), [], []
+
+    def look(what, done, total):
+        at_work.append(sorted(path.name.split("-")[0] for path in (tmp_path / "cache" / "corpora").iterdir()))
 
     def race(what, done, total):
         if what == "tokenizing" and not inner:
             inner.append(None)
-            inner[0] = make(path)
+            inner[0] = make(path, progress=look)
             (inner[0].directory / "mark").touch()
 
     outer = make(path, progress=race)
+    assert at_work[-1] == [".resume", ".writing"]  # never the same folder
     assert outer.directory == inner[0].directory
     assert (outer.directory / "mark").exists()
     assert "".join(sides(outer)) == POEM

@@ -92,6 +92,24 @@ def test_unfinished_shard_is_refused(tmp_path):
         read_tokens(tmp_path / "x.tokens", ByteTokenizer())
 
 
+def test_an_unfinished_shard_is_gone_on_with(tmp_path):
+    """What was written after the state is cut off, even if nothing follows it."""
+    path, tokenizer = tmp_path / "x.tokens", ByteTokenizer()
+    writer = ShardWriter(path, tokenizer)
+    writer.append(np.arange(100))
+    state = writer.state()
+    writer.append(np.arange(50))
+    writer.close()
+    for more in ([], [7]):
+        with ShardWriter(path, tokenizer, state) as writer:
+            assert writer.tokens == 100
+            writer.append(np.array(more, np.uint16))
+        assert read_tokens(path, tokenizer, verify=True).tolist() == [*range(100), *more]
+    for wrong in ({"tokens": 102, "sha256": state["sha256"]}, {"tokens": 100, "sha256": "0"}):
+        with pytest.raises(UserError, match=r"x\.tokens is not as it was left"):
+            ShardWriter(path, tokenizer, wrong)
+
+
 def test_missing_shard(tmp_path):
     with pytest.raises(UserError, match="cannot read the token file"):
         read_tokens(tmp_path / "none.tokens", ByteTokenizer())
