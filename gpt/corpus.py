@@ -26,7 +26,7 @@ from typing import Any
 from gpt.build_tokenizer import build_tokenizer, check_name
 from gpt.cache import cache_folder, publish
 from gpt.config import DataConfig, TokenizerConfig
-from gpt.documents import Split, find_split, read_documents
+from gpt.documents import Side, Split, find_split, read_documents
 from gpt.downloads import Progress
 from gpt.errors import UserError
 from gpt.foreign import find_token_files, hashed, write_index
@@ -41,6 +41,7 @@ __all__ = ["Corpus", "Progress", "cache_folder", "check_length", "prepare", "rea
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # of a cached corpus; part of its key
+BPE_BYTES = 200_000_000  # of text that a BPE learns from at most
 
 
 @dataclass(frozen=True)
@@ -231,13 +232,29 @@ def _meter(what: str, sources: list[Source], progress: Progress | None) -> OnRea
 def _learn(
     sources: list[Source], split: Split, data: DataConfig, config: TokenizerConfig, on_read: OnRead | None
 ) -> Tokenizer:
-    """The tokenizer that config asks for, from the whole text for characters, from the training part for a BPE."""
+    """The tokenizer that config asks for, from the whole text for characters, from the training part for a BPE.
+
+    A BPE's trainer keeps every distinct word in memory: it learns from at most BPE_BYTES, spread evenly over the text.
+    """
+    share = min(1.0, BPE_BYTES / max(1, sum(source.size for source in sources)))
+
+    def every_text() -> Iterator[tuple[Side, str]]:
+        for number, document in enumerate(read_documents(sources, data.encoding_errors, on_read)):
+            yield from split.parts(number, document)
 
     def texts() -> Iterator[str]:
-        for number, document in enumerate(read_documents(sources, data.encoding_errors, on_read)):
-            for side, text in split.parts(number, document):
-                if side == "train" or config.tokenizer == "char":
+        if config.tokenizer == "char":
+            yield from (text for _, text in every_text())
+            return
+        count = taken = 0
+        for side, text in every_text():
+            if side == "train":
+                count += 1
+                if int(count * share) > int((count - 1) * share):
+                    taken += len(text)
                     yield text
+            if taken >= BPE_BYTES:  # packed files hold more text than their size says
+                return
 
     return build_tokenizer(config, texts, document_token=split.several)
 

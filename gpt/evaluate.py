@@ -21,6 +21,7 @@ from gpt.device import autocast
 from gpt.distributed import Parallel, World, whole_model
 from gpt.documents import read_documents
 from gpt.errors import EXIT_DONE, UserError, run_command
+from gpt.foreign import find_token_files
 from gpt.generate import generate
 from gpt.initial import load_source
 from gpt.loader import target_bytes, validation_batches
@@ -141,6 +142,7 @@ def main(arguments: Arguments) -> int:
     # Whatever is wrong with the text is said before a model is loaded.
     if arguments.corpus:
         data = DataConfig(arguments.corpus, text_field=arguments.text_field)
+        require(not find_token_files(data), "token files (.bin) hold no text to score: give text as the corpus")
         sources = find_sources(data, cache_folder(None) / "downloads")
     else:
         questions = read_questions(arguments.multiple_choice)

@@ -127,6 +127,11 @@ class Source:
                     return total
         return total
 
+    def first_fits(self, most: int) -> bool:
+        """Whether the first document has at most `most` UTF-8 bytes of text; of a text file that is all of it."""
+        first = next(self.documents("replace"), None)
+        return first is not None and sum(len(text.encode()) for text in first.chunks) <= most
+
     def _read(self) -> Iterator[bytes]:
         """The bytes of the file that count."""
         left, chunk = self.limit if self.plain else None, _PACKED_CHUNK if self.packing else _CHUNK
@@ -228,7 +233,8 @@ class Source:
         pyarrow, parquet = need("pyarrow", "Parquet files"), need("pyarrow.parquet", "Parquet files")
         row, told = 0, 0
         try:
-            with parquet.ParquetFile(self.path) as file:
+            # With neither, a row group's whole column would be in memory.
+            with parquet.ParquetFile(self.path, buffer_size=_CHUNK, pre_buffer=False) as file:
                 self._check_column(file.schema_arrow, pyarrow.types)
                 for batch in file.iter_batches(_ROWS, columns=[self.field], use_threads=False):
                     for raw in batch.column(0).cast(pyarrow.large_binary()).to_pylist():

@@ -49,7 +49,7 @@ def find_sources(data: DataConfig, downloads: Path, progress: Progress | None = 
             if size > left:
                 if source.plain and not found:
                     found[key] = replace(source, size=cap, limit=cap, sha256="")
-                elif not source.plain and (not found or source.kind != "text"):
+                elif not source.plain and (not found or source.first_fits(left)):
                     found[key] = replace(source, limit=left)
                 break
             total += size

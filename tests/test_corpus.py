@@ -1,6 +1,7 @@
 """Corpora: how text is split and tokenized, the cache, and every bad input's sentence."""
 
 import codecs
+import gzip
 import hashlib
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt import corpus as corpus_module
 from gpt import readers
 from gpt import tokenizer as tokenizer_module
 from gpt.config import DataConfig
@@ -83,6 +85,27 @@ def test_bpe_learns_from_the_training_part_alone(tmp_path, make):
     tokens = [bytes(corpus.tokenizer.decode_bytes([i])) for i in range(corpus.tokenizer.vocab_size)]
     assert b" abcdefgh" in tokens
     assert not any(b"zy" in token for token in tokens)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_bpe_learns_from_so_much_text_spread_over_all_of_it(tmp_path, make, monkeypatch, packed):
+    seen, build = [], corpus_module.build_tokenizer
+
+    def noted(config, texts, **options):
+        seen.extend(texts())
+        return build(config, lambda: seen, **options)
+
+    monkeypatch.setattr(corpus_module, "build_tokenizer", noted)
+    rows = "".join(f'{{"text": "document {i:04}"}}\n' for i in range(1000)).encode()
+    path = write(tmp_path / ("x.jsonl.gz" if packed else "x.jsonl"), gzip.compress(rows) if packed else rows)
+    monkeypatch.setattr(corpus_module, "BPE_BYTES", path.stat().st_size // 10)
+    make(path, "bpe")
+    numbers = [int(text.split()[1]) for text in seen]
+    if packed:  # a tenth of the file's size in bytes of text
+        assert sum(map(len, seen)) - 13 < path.stat().st_size // 10 <= sum(map(len, seen))
+    else:
+        assert 80 <= len(seen) <= 100
+        assert numbers[0] < 20 and numbers[-1] > 980
 
 
 def test_char_alphabet_comes_from_the_whole_text(tmp_path, make):

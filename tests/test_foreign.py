@@ -188,6 +188,13 @@ def test_what_goes_with_no_token_file(tmp_path, make):
         make(nanogpt(tmp_path / "v_val.bin"), "byte")
 
 
+def test_tokens_are_no_text_to_score(tmp_path):
+    from gpt.evaluate import Arguments, main
+
+    with pytest.raises(UserError, match="hold no text to score"):
+        main(Arguments("a run", (str(nanogpt(tmp_path / "val.bin")),)))
+
+
 def test_other_folders_are_text(tmp_path, make, caplog):
     nanogpt(tmp_path / "texts" / "train.bin")
     write(tmp_path / "texts" / "a.txt", POEM)

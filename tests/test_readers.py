@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,8 @@ def test_cap_counts_the_text_of_whole_documents(tmp_path, make):
     assert kept(30) == "acé"
     assert kept(29) == "aé"
     assert kept(25, (other, path)) == "ae"
+    assert kept(15, (other, path)) == "e"
+    assert kept(20, (other, path)) == "ae"
     assert kept(7) == "a"  # a first document alone is cut
 
 
@@ -194,6 +197,14 @@ def test_memory_does_not_grow_with_documents(tmp_path, form):
     count, grown = map(int, subprocess.run(words, capture_output=True, check=True).stdout.split())
     assert count == 200_000
     assert grown < 20_000  # KiB
+
+
+def test_memory_does_not_grow_with_a_row_group(tmp_path):
+    draw = random.Random(0)
+    path = parquet(tmp_path / "x.parquet", [draw.randbytes(1000).hex() for _ in range(10_000)], use_dictionary=False)
+    held = [pa.total_allocated_bytes() for _ in Source("x", path, 0, kind="parquet").documents("strict")]
+    assert path.stat().st_size > 10e6
+    assert max(held) - held[-1] < 4e6
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
