@@ -14,6 +14,7 @@ from gpt.errors import UserError
 from gpt.model import GPT
 from gpt.sampling import SamplingConfig, bias_vector, distribution, pick, sample_seed, token_id, uniforms
 from gpt.speculate import Ngrams, Proposals, agreeing, judge, propose_by_lookup, propose_by_model
+from gpt.step_graph import can_record
 from gpt.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -90,6 +91,8 @@ def generate(
     speculative = draft is not None or config.speculate is not None
     require(draft is None or draft.config.seq_len >= 2, "a draft model with a context of 1 cannot propose")
     require(speculative or config.draft_tokens is None, "draft_tokens needs a draft model or speculate")
+    device = model.embed.weight.device
+    require(not config.cuda_graphs or can_record(device), f"cuda_graphs needs a GPU, and the model is on {device}")
     bias = bias_vector(tokenizer, config, _sampling_device(model))
     ends = {token_id(tokenizer, token, "stop_tokens"): "stop" for token in config.stop_tokens}
     if tokenizer.document_token is not None:
@@ -259,8 +262,8 @@ class _Drawer:
 
     def _reader(self, model: GPT, longest: int, behind: int) -> _Reader:
         dtype = None if self.config.dtype is None else getattr(torch, self.config.dtype)
-        options = {"batch_invariant": self.config.batch_invariant, "quantize": self.config.quantize, "dtype": dtype}
-        decoder = Decoder(model, self.rows, min(model.config.seq_len, longest + self.count), **options)
+        options = {name: getattr(self.config, name) for name in ("batch_invariant", "quantize", "cuda_graphs")}
+        decoder = Decoder(model, self.rows, min(model.config.seq_len, longest + self.count), dtype=dtype, **options)
         return _Reader(decoder, self.rows, self.vocab_size, behind, model.embed.weight.device)
 
     def begin(self, row: int, sample: _Sample) -> None:
@@ -288,7 +291,7 @@ class _Drawer:
             target = distribution(logits, self.config, bias=self.bias, seen=seen)
             tokens, counts = judge(target, proposals, seeds, positions)
         else:
-            uniform = uniforms(seeds, positions).to(self.device)
+            uniform = None if self.config.temperature == 0 else uniforms(seeds, positions).to(self.device)
             tokens = pick(logits, uniform, self.config, bias=self.bias, seen=seen)
             counts = None if proposals is None else agreeing(tokens, proposals)
         counts = [1] * len(texts) if counts is None else counts.tolist()

@@ -115,12 +115,11 @@ def propose_by_model(
     feed, tokens, probs = torch.tensor([[text[0], *text][-2:] for text in texts], device=device), [], []
     for t in range(max(lengths)):
         logits = step(feed)[:, -1:]  # (B, 1, V)
-        uniform = uniforms(seeds, positions + t, PROPOSE).to(device)
         if config.temperature == 0:
-            feed = pick(logits, uniform, config, bias=bias, seen=seen)
+            feed = pick(logits, None, config, bias=bias, seen=seen)
         else:
             probs.append(distribution(logits, config, bias=bias, seen=seen))
-            feed = draw(probs[-1], uniform)
+            feed = draw(probs[-1], uniforms(seeds, positions + t, PROPOSE).to(device))
         tokens.append(feed)  # (B, 1)
         seen = None if seen is None else seen.scatter(2, feed.unsqueeze(1), True)
     lengths = torch.tensor(lengths, device=device)
