@@ -49,8 +49,8 @@ class Decoder:
     quantize: "int8" for 8-bit weights (gpt/quantize.py), with bfloat16 as the default dtype.
     batch_invariant: a row's logits are the same bits whatever other rows there are, for equal calls on that row;
     for that, rows go through the matrices in tiles of one size, and through attention one by one.
-    cuda_graphs: whether a step of few tokens is recorded as a CUDA graph the third time that it has the same shape, and
-    from then on replayed; None: on a GPU, unless batch-invariant.
+    cuda_graphs: on a GPU a step of few tokens is recorded as a CUDA graph the third time that it has the same shape,
+    and from then on replayed, unless batch-invariant.
 
     With config.window the cache holds some 2 * window + 320 tokens of a row, however long it grows. Raises ValueError
     where a row would pass the capacity or the context.
@@ -65,15 +65,11 @@ class Decoder:
         dtype: torch.dtype | None = None,
         quantize: str | None = None,
         batch_invariant: bool = False,
-        cuda_graphs: bool | None = None,
+        cuda_graphs: bool = True,
     ):
         if quantize not in (None, "int8"):
             raise ValueError(f"quantize is int8 or None, not {quantize!r}")
         config, self.device = model.config, model.embed.weight.device
-        if cuda_graphs and not can_record(self.device):
-            raise ValueError(f"cuda_graphs needs a GPU, and the model is on {self.device}")
-        if cuda_graphs and batch_invariant:
-            raise ValueError("cuda_graphs and batch_invariant contradict each other")
         if dtype is None and torch.is_autocast_enabled(self.device.type):
             dtype = torch.get_autocast_dtype(self.device.type)
         dtype = dtype or (torch.bfloat16 if quantize else model.embed.weight.dtype)
@@ -83,9 +79,8 @@ class Decoder:
         self._size = -(-size // ALIGNED) * ALIGNED
         self._starts, self._lengths = [0] * rows, [0] * rows  # a row's cache holds tokens start to length
         self._batch_invariant = batch_invariant
-        if cuda_graphs is None:
-            cuda_graphs = can_record(self.device) and not batch_invariant
-        self._graphs = StepGraphs(self._run) if cuda_graphs else None
+        records = cuda_graphs and can_record(self.device) and not batch_invariant
+        self._graphs = StepGraphs(self._run) if records else None
         self._prepare(model, TILES[0] if batch_invariant else rows, quantize)
         self._tile = next((n for n in TILES if self._same_in_every_place(n)), 1) if batch_invariant else 0
 

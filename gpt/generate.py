@@ -14,7 +14,6 @@ from gpt.errors import UserError
 from gpt.model import GPT
 from gpt.sampling import SamplingConfig, bias_vector, distribution, pick, sample_seed, token_id, uniforms
 from gpt.speculate import Ngrams, Proposals, agreeing, judge, propose_by_lookup, propose_by_model
-from gpt.step_graph import can_record
 from gpt.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -91,8 +90,6 @@ def generate(
     speculative = draft is not None or config.speculate is not None
     require(draft is None or draft.config.seq_len >= 2, "a draft model with a context of 1 cannot propose")
     require(speculative or config.draft_tokens is None, "draft_tokens needs a draft model or speculate")
-    device = model.embed.weight.device
-    require(not config.cuda_graphs or can_record(device), f"cuda_graphs needs a GPU, and the model is on {device}")
     bias = bias_vector(tokenizer, config, _sampling_device(model))
     ends = {token_id(tokenizer, token, "stop_tokens"): "stop" for token in config.stop_tokens}
     if tokenizer.document_token is not None:

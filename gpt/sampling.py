@@ -58,8 +58,8 @@ class SamplingConfig:
     """Samples that are worked on at a time, at most."""
     batch_invariant: bool = False
     """Compute each row so that its bits do not depend on the others; slower."""
-    cuda_graphs: bool | None = None
-    """On a GPU, record the model's step once and replay it. None: on a GPU, unless batch_invariant."""
+    cuda_graphs: bool = True
+    """On a GPU, record the model's step once and replay it, unless batch_invariant."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision of weights and activations. None: that of the model, float32, or under autocast that of autocast; with
     int8 weights bfloat16."""
@@ -80,9 +80,6 @@ class SamplingConfig:
         require(0 < penalty < math.inf, f"repetition_penalty must be above 0, not {penalty}")
         require(self.num_samples >= 1, f"num_samples must be at least 1, not {self.num_samples}")
         require(0 <= self.seed < 1 << 63, f"seed must be at least 0 and below 2**63, not {self.seed}")
-        require(
-            not (self.cuda_graphs and self.batch_invariant), "cuda_graphs and batch_invariant contradict each other"
-        )
         require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
         require(self.draft_tokens is None or 1 <= self.draft_tokens <= 64, "draft_tokens must be 1 to 64")
         # Strings are sequences of strings: a lone one would be taken letter by letter.

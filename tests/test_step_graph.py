@@ -9,7 +9,6 @@ from torch.utils._pytree import tree_leaves
 
 from gpt import decode, step_graph
 from gpt.decode import Decoder
-from gpt.errors import UserError
 from gpt.generate import generate
 from gpt.sampling import SamplingConfig
 from tests.test_decode import OPTIONS, assert_near, model_of, text_of, uncached
@@ -118,16 +117,19 @@ def test_what_a_step_returned_is_not_overwritten(tapes):
     assert all(not torch.equal(one, other) for one, other in itertools.pairwise(kept)) and len(tapes) == 1
 
 
-def test_graphs_need_a_gpu_and_are_off_without_one():
-    model = model_of()
-    with pytest.raises(ValueError, match=r"cuda_graphs needs a GPU, and the model is on cpu"):
-        Decoder(model, 1, 10, cuda_graphs=True)
-    assert Decoder(model, 1, 10)._graphs is None
+def test_graphs_can_be_switched_off_and_need_a_gpu(tapes, monkeypatch):
     tokenizer = tokenizer_of()
-    with pytest.raises(UserError, match=r"cuda_graphs needs a GPU, and the model is on cpu"):
-        generate(model_of_text(tokenizer), tokenizer, ["a"], SamplingConfig(cuda_graphs=True))
-    with pytest.raises(UserError, match="cuda_graphs and batch_invariant"):
-        SamplingConfig(cuda_graphs=True, batch_invariant=True)
+    model = model_of_text(tokenizer, n_layer=1)
+
+    def text(**options) -> str:
+        config = SamplingConfig(max_new_tokens=5, **options)
+        return "".join(piece.text for piece in generate(model, tokenizer, ["the "], config))
+
+    assert text() == text(cuda_graphs=False) == text(batch_invariant=True)
+    assert len(tapes) == 1
+    monkeypatch.undo()
+    text()
+    assert len(tapes) == 1
 
 
 @pytest.mark.gpu
