@@ -31,7 +31,7 @@ build/triton-%: $(VENV)/.installed
 
 tritons: build/triton-3.6.0 build/triton-3.9.0
 	for folder in $^; do echo "with $$folder"; PYTHONPATH=$(CURDIR)/$$folder $(BIN)/python -m pytest -n 2 -q \
-		tests/test_attention_features.py tests/test_attention_torch.py || exit 1; done
+		tests/test_attention_features.py tests/test_attention_torch.py tests/test_kernels_compile.py || exit 1; done
 
 compile-report: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.compile_report --write docs/compile_report.md

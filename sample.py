@@ -17,6 +17,7 @@ import gpt
 from gpt.command_line import parse_flags
 from gpt.config import require
 from gpt.errors import EXIT_DONE, EXIT_STOPPED, UserError, run_command
+from gpt.files import read_lines
 from gpt.generate import Generation, Piece, generate
 from gpt.run import StopRequest, load, loss_of_int8
 from gpt.sampling import SamplingConfig, sample_seed
@@ -85,13 +86,8 @@ def read_prompts(arguments: Arguments) -> list[dict[str, Any]]:
     if path is None:
         prompt = arguments.prompt or ""
         return [{"prompt": sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt}]
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(f"cannot read the prompt file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"the prompt file {path} is not UTF-8: {error.reason} at byte {error.start}") from error
-    numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1) if line.strip()]
+    lines = enumerate(read_lines(path, "prompt file"), 1)
+    numbered = [(number, line.removesuffix("\r")) for number, line in lines if line.strip()]
     require(bool(numbered), f"the prompt file {path} holds no prompt")
     if path.suffix != ".jsonl":
         return [{"prompt": line} for _, line in numbered]

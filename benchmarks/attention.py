@@ -205,19 +205,22 @@ def conditions() -> dict[str, str]:
     return found | dict(zip(fields, values))
 
 
-def write(rows: list, device: str, before: dict, after: dict, folder: Path, benchmark: str = "attention") -> Path:
-    """results/<device>.json; rows are dataclasses."""
-    path = folder / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+def slug(device: str) -> str:
+    """A device's name as part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def write_record(path: Path, benchmark: str, device: str, before: dict, **content) -> Path:
+    """What was measured, with the conditions before and now."""
     record = {
         "benchmark": benchmark,
         "device": device,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "dtype": "bfloat16",
         "conditions_before": before,
-        "conditions_after": after,
-        "rows": [asdict(row) for row in rows],
+        "conditions_after": conditions(),
+        **content,
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return path
 
@@ -261,7 +264,9 @@ def main(argv: list[str] | None = None) -> int:
     show(rows, device)
     for name, reason in sorted({item for row in rows for item in row.missing.items()}):
         print(f"{name}: {reason}")
-    print(f"written to {write(rows, device, before, conditions(), args.results)}")
+    content = {"dtype": "bfloat16", "rows": [asdict(row) for row in rows]}
+    path = write_record(args.results / f"{slug(device)}.json", "attention", device, before, **content)
+    print(f"written to {path}")
     return 0
 
 

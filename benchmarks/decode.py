@@ -10,12 +10,12 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from benchmarks.attention import RESULTS, EventTimer, conditions, write
+from benchmarks.attention import RESULTS, EventTimer, conditions, interleaved, slug, write_record
 from kernels import attention_decode, attention_reference
 
 # Cached tokens of all sequences: 256 MiB of keys and values at least, more than the level-2 cache of any GPU of today.
@@ -102,15 +102,10 @@ def measure(setting: Setting, timer: Callable, rounds: int, device: str = "cuda"
     # Half of the bytes are read and half are written, so that a copy moves as many as a call reads.
     source = torch.ones(setting.bytes() // 2, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    calls = {"ours": call, "copy": lambda: target.copy_(source)}
+    calls = {"copy": lambda: target.copy_(source), "ours": call}
     if device == "cuda":
         calls = {name: captured(fn) for name, fn in calls.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for n in range(-3, rounds):
-        for name in ("ours", "copy") if n % 2 else ("copy", "ours"):
-            elapsed = timer(calls[name])
-            if n >= 0:
-                times[name].append(elapsed)
+    times = interleaved(calls, timer, rounds)
     ours, copy = statistics.median(times["ours"]), statistics.median(times["copy"])
     share = statistics.median(theirs / own for own, theirs in zip(times["ours"], times["copy"]))
     return Row(setting, ours, copy, setting.bytes() / ours / 1e6, setting.bytes() / copy / 1e6, share)
@@ -145,7 +140,8 @@ def main(argv: list[str] | None = None) -> int:
     rows = [measure(setting, timer, args.rounds) for setting in settings()]
     show(rows, device)
     if args.write:
-        print(f"written to {write(rows, device, before, conditions(), args.results / 'decode', 'decode')}")
+        path, content = args.results / "decode" / f"{slug(device)}.json", [asdict(row) for row in rows]
+        print(f"written to {write_record(path, 'decode', device, before, dtype='bfloat16', rows=content)}")
     return 0
 
 

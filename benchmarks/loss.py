@@ -6,8 +6,6 @@ times each of them once, in an order that rotates; medians are reported. The res
 """
 
 import argparse
-import json
-import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -17,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmarks.attention import RESULTS, EventTimer, conditions
+from benchmarks.attention import RESULTS, EventTimer, conditions, interleaved, slug, write_record
 from kernels import linear_cross_entropy
 
 OURS, EAGER, COMPILED = "ours", "eager", "compiled"
@@ -79,15 +77,7 @@ def measure(
         except torch.OutOfMemoryError:
             if name == OURS:
                 raise
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    for n in range(-3, rounds):
-        turn = n % len(names)
-        for name in names[turn:] + names[:turn]:
-            elapsed = timer(steps[name])
-            if n >= 0:
-                times[name].append(elapsed)
-    medians = {name: statistics.median(each) for name, each in times.items()}
+    medians = {name: statistics.median(each) for name, each in interleaved(steps, timer, rounds).items()}
     return [Row(tokens, name, medians.get(name), peaks.get(name)) for name in losses]
 
 
@@ -119,11 +109,8 @@ def main(argv: list[str] | None = None) -> int:
     for row in rows:
         print("{:>10}  {:10}{:>14}{:>14}".format(*row.cells()))
     device = torch.cuda.get_device_name()
-    path = args.results / f"loss-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
-    record = {"benchmark": "loss", "device": device, "width": args.width, "vocab_size": args.vocab_size}
-    record |= {"conditions_before": before, "conditions_after": conditions(), "rows": [asdict(row) for row in rows]}
-    args.results.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    content = {"width": args.width, "vocab_size": args.vocab_size, "rows": [asdict(row) for row in rows]}
+    path = write_record(args.results / f"loss-{slug(device)}.json", "loss", device, before, **content)
     print(f"written to {path}")
     return 0
 

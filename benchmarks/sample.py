@@ -4,7 +4,8 @@ Tokens per second of greedy decoding: our decoder in fp32, bf16 and with int8 we
 generate on a GPT-2 of the same shape, and our own model without a cache. All weights are random. Every round times each
 contender once, in an order that rotates, so that what else the machine does is shared by all; medians are reported, and
 the medians of the paired ratios. Without a cache a token's cost grows with its position: it is timed at a few evenly
-spread lengths, and their mean stands for all.
+spread lengths, and their mean stands for all. "weights GB/s" (fp32, bf16, int8) is the bytes of all matrices over a
+step's time, which a copy's GB/s, measured before and after, bounds where one row is decoded.
 """
 
 import argparse
@@ -42,6 +43,11 @@ class Setting:
     prompt: int
     new: int
 
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes of the matrices that a step reads, by our contenders."""
+        weights = 12 * self.n_layer * self.n_embd**2 + self.vocab_size * self.n_embd
+        return {FP32: 4 * weights, BF16: 2 * weights, INT8: weights}
+
     def config(self, preset: str = "gpt2") -> ModelConfig:
         shape = {key: getattr(self, key) for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
         return ModelConfig(**(PRESETS[preset] | shape | {"seq_len": self.prompt + self.new}))
@@ -56,18 +62,19 @@ class Row:
     ratios: dict[str, float]
     milliseconds_per_step: dict[str, float]
     early_and_late_ms: tuple[float, float]  # a step of fp32 in the first and in the last quarter of the text
+    weights_gb_per_second: dict[str, float]  # bytes of all matrices over the time of a step
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def settings(quick: bool, full: bool) -> list[Setting]:
+def settings(quick: bool, full: bool, device: str = "cpu") -> list[Setting]:
     medium_text = (256, 256) if full else (64, 32)
     small = ("6 x 384", 6, 6, 384, 65)
     medium = ("GPT-2 124M", 12, 12, 768, 50257)
     if quick:
         return [Setting(*small, rows, 16, 32) for rows in (1, 8)]
-    return [Setting(*small, rows, 16, 240) for rows in (1, 8)] + [
-        Setting(*medium, rows, *medium_text) for rows in (1, 8)
-    ]
+    large = [Setting("GPT 1B", 16, 16, 2048, 50257, 1, 256, 256)] if device == "cuda" else []
+    models = ((small, (16, 240)), (medium, medium_text))
+    return [Setting(*model, rows, *text) for model, text in models for rows in (1, 8)] + large
 
 
 def steps_of(decoder: Decoder, prompts: torch.Tensor, new: int) -> list[float]:
@@ -180,6 +187,7 @@ def measure(setting: Setting, rounds: int, device: str, samples: int) -> Row:
     quarter = max(1, len(steps[0]) // 4)
     early = statistics.median(t for each in steps for t in each[:quarter])
     late = statistics.median(t for each in steps for t in each[-quarter:])
+    step_ms = {name: 1000 * seconds / setting.new for name, seconds in medians.items()}
     made = setting.rows * setting.new
     return Row(
         setting,
@@ -190,16 +198,31 @@ def measure(setting: Setting, rounds: int, device: str, samples: int) -> Row:
             for other in (HF, UNCACHED)
             if other in times
         },
-        {name: 1000 * seconds / setting.new for name, seconds in medians.items()},
+        step_ms,
         (1000 * early, 1000 * late),
+        {name: size / step_ms[name] / 1e6 for name, size in setting.weight_bytes().items()},
         missing,
     )
+
+
+def copy_bandwidth(device: str) -> float:
+    """GB/s, read and written, of copying 512 MB: what the weights' GB/s may be held against."""
+    source = torch.ones(1 << 27, device=device)
+    target, seconds = torch.zeros_like(source), []
+    for _ in range(5):
+        start = time.perf_counter()
+        target.copy_(source)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * source.nbytes / statistics.median(seconds) / 1e9
 
 
 def conditions(device: str) -> dict[str, object]:
     """Where it was measured, and how busy the machine was: a load above 1 before the run is somebody else's."""
     found: dict[str, object] = {"torch": torch.__version__, "device": device, "machine": platform.machine()}
     found |= {"threads": torch.get_num_threads(), "cpus": os.cpu_count()}
+    found["copy_gb_per_second"] = copy_bandwidth(device)
     found["load"] = os.getloadavg() if hasattr(os, "getloadavg") else None
     if device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
@@ -214,15 +237,16 @@ def show(rows: list[Row]) -> None:
     table = Table(title="greedy decoding, tokens/s")
     names = [FP32, BF16, INT8, HF, UNCACHED]
     ratios = [f"{name} / {HF}" for name in (FP32, BF16, INT8)] + [f"{FP32} / {UNCACHED}"]
-    for heading in ("model", "rows", "prompt + new", *names, *ratios, "ms early, late"):
+    for heading in ("model", "rows", "prompt + new", *names, *ratios, "ms early, late", "weights GB/s"):
         table.add_column(heading, justify="right")
     for row in rows:
         s = row.setting
         speeds = [f"{row.tokens_per_second[name]:.1f}" if name in row.tokens_per_second else "-" for name in names]
         times = [f"{row.ratios[name]:.2f}" if name in row.ratios else "-" for name in ratios]
         ends = "{:.2f}, {:.2f}".format(*row.early_and_late_ms)
-        table.add_row(s.name, str(s.rows), f"{s.prompt} + {s.new}", *speeds, *times, ends)
-    Console(width=None if sys.stdout.isatty() else 170).print(table)
+        read = ", ".join(f"{row.weights_gb_per_second[name]:.0f}" for name in (FP32, BF16, INT8))
+        table.add_row(s.name, str(s.rows), f"{s.prompt} + {s.new}", *speeds, *times, ends, read)
+    Console(width=None if sys.stdout.isatty() else 190).print(table)
     for name, reason in {item for row in rows for item in row.missing.items()}:
         print(f"{name}: {reason}")
 
@@ -245,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="also write what was measured to this file")
     args = parser.parse_args(argv)
     before, rows = conditions(args.device), []
-    for setting in settings(args.quick, args.full):
+    for setting in settings(args.quick, args.full, args.device):
         if (args.only and args.only not in setting.name) or (args.rows and setting.rows not in args.rows):
             continue
         setting = Setting(**(asdict(setting) | ({"new": args.new} if args.new else {})))

@@ -9,21 +9,18 @@ JSON file, which KERNELS_TUNED_TABLE=<file> puts before the default table: bits 
 
 import argparse
 import itertools
-import json
 import os
-import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
-from benchmarks.attention import MASKS, RESULTS, EventTimer, Setting, conditions, interleaved
+from benchmarks.attention import MASKS, RESULTS, EventTimer, Setting, conditions, interleaved, slug, write_record
 from kernels import configs, masks
 from kernels.attention_backward import dkdv_launch, dq_launch, prepare_launch
 from kernels.attention_forward import forward_launch
@@ -193,19 +190,10 @@ def tune(
     return result
 
 
-def write(outcomes: list[Outcome], device: str, before: dict, after: dict, path: Path) -> None:
+def write(outcomes: list[Outcome], device: str, before: dict, path: Path) -> None:
     """The table, which must be readable."""
-    record = {
-        "benchmark": "tune_attention",
-        "device": device,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "conditions_before": before,
-        "conditions_after": after,
-        "entries": [outcome.entry() for outcome in outcomes if outcome.winner is not None],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    configs.read_tuned(path)
+    entries = [outcome.entry() for outcome in outcomes if outcome.winner is not None]
+    configs.read_tuned(write_record(path, "tune_attention", device, before, entries=entries))
 
 
 def show(outcome: Outcome) -> None:
@@ -243,9 +231,8 @@ def main(argv: list[str] | None = None) -> int:
         bench = Bench(key, Setting(head_dim, args.length, args.mask, kernel), "cuda")
         outcomes.append(tune(bench, candidates(key), timer, args.rounds, "cuda"))
         show(outcomes[-1])
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    path = args.write or RESULTS / f"tuned-{slug}.json"
-    write(outcomes, device, before, conditions(), path)
+    path = args.write or RESULTS / f"tuned-{slug(device)}.json"
+    write(outcomes, device, before, path)
     print(f"written to {path}: KERNELS_TUNED_TABLE={path} uses it")
     return 0
 

@@ -14,18 +14,13 @@ from torch import Tensor, nn
 from gpt.linear import PlainLinear, prepare_linear
 from gpt.model import GPT, Block, CausalSelfAttention
 from gpt.quantize import Int8Linear
-from kernels import attention, attention_decode
+from gpt.span import FEW, KernelSpan, Layers, NoAttention, Span, decode_impl
+from gpt.step_graph import StepGraphs, can_record
 
 CHUNK = 256  # tokens of a row that go through the model at once: it bounds the memory of a long prompt
 SLACK = 64  # tokens that a row with a window can be taken back by, at least
 TILES = (8, 4, 2)  # rows computed together when batch-invariant, the first that serves
-FEW = 16  # new tokens of a row that attention_decode is made for
 ALIGNED = 16  # a row's cache is this many tokens or a multiple, so that every row starts at a multiple of 64 bytes
-
-
-def decode_impl(device: torch.device) -> str | None:
-    """Which attention_decode attends for a few new tokens: the fastest on a GPU; None on a CPU, see _Group."""
-    return "auto" if device.type == "cuda" else None
 
 
 def _plainly(method: Callable) -> Callable:
@@ -54,6 +49,8 @@ class Decoder:
     quantize: "int8" for 8-bit weights (gpt/quantize.py), with bfloat16 as the default dtype.
     batch_invariant: a row's logits are the same bits whatever other rows there are, for equal calls on that row;
     for that, rows go through the matrices in tiles of one size, and through attention one by one.
+    cuda_graphs: on a GPU a step of few tokens is recorded as a CUDA graph the third time that it has the same shape,
+    and from then on replayed, unless batch-invariant.
 
     With config.window the cache holds some 2 * window + 320 tokens of a row, however long it grows. Raises ValueError
     where a row would pass the capacity or the context.
@@ -68,6 +65,7 @@ class Decoder:
         dtype: torch.dtype | None = None,
         quantize: str | None = None,
         batch_invariant: bool = False,
+        cuda_graphs: bool = True,
     ):
         if quantize not in (None, "int8"):
             raise ValueError(f"quantize is int8 or None, not {quantize!r}")
@@ -81,6 +79,8 @@ class Decoder:
         self._size = -(-size // ALIGNED) * ALIGNED
         self._starts, self._lengths = [0] * rows, [0] * rows  # a row's cache holds tokens start to length
         self._batch_invariant = batch_invariant
+        records = cuda_graphs and can_record(self.device) and not batch_invariant
+        self._graphs = StepGraphs(self._run) if records else None
         self._prepare(model, TILES[0] if batch_invariant else rows, quantize)
         self._tile = next((n for n in TILES if self._same_in_every_place(n)), 1) if batch_invariant else 0
 
@@ -118,7 +118,7 @@ class Decoder:
         if new.shape[1] == 0:
             raise ValueError("prefill takes one token or more")
         for chunk in new.split(CHUNK, dim=1):
-            hidden = self._hidden(chunk, _Span(self, range(row, row + 1), chunk.shape[1]))
+            hidden = self._hidden(chunk, self._span(range(row, row + 1), chunk.shape[1]))
         return self._read(hidden[-1:])[0]
 
     @_plainly
@@ -129,6 +129,8 @@ class Decoder:
             raise ValueError(f"step takes tokens of {len(self._lengths)} rows, not {B}")
         if T > CHUNK:
             return torch.cat([self.step(chunk) for chunk in tokens.split(CHUNK, dim=1)], dim=1)
+        if self._graphs is not None and T <= FEW:
+            return self._graphs.step(tokens, self._advance(range(B), T))
         if not self._batch_invariant:
             return self._logits(tokens, range(B), B)
         # Several tokens of one row are as many rows of a matrix, whatever other rows there are.
@@ -140,9 +142,35 @@ class Decoder:
     def _logits(self, tokens: Tensor, rows: range, tile: int) -> Tensor:
         """Logits of these rows' tokens (R, T), computed as `tile` rows."""
         R, T = tokens.shape
-        span = _Span(self, rows, T, padding=tile - R)
-        hidden = self._hidden(F.pad(tokens, (0, 0, 0, tile - R)) if R < tile else tokens, span)
+        hidden = self._hidden(F.pad(tokens, (0, 0, 0, tile - R)) if R < tile else tokens, self._span(rows, T, tile - R))
         return self._read(hidden).view(tile, T, -1)[:R]
+
+    def _run(self, tokens: Tensor, where: Tensor) -> Tensor:
+        """Logits (B, T, V) of all rows' tokens; every number that changes from step to step is in a tensor."""
+        layers = self._layers(range(len(tokens)))
+        hidden = self._hidden(tokens, KernelSpan(layers, where, tokens.shape[1], decode_impl(self.device)))
+        return self._read(hidden).view(*tokens.shape, -1)
+
+    def _span(self, rows: range, T: int, padding: int = 0) -> Span | KernelSpan:
+        """The next T tokens of these rows, which from now on hold them."""
+        lengths, filled = self._advance(rows, T)
+        impl = decode_impl(self.device)
+        if T <= FEW and impl is not None:
+            where = torch.tensor([lengths + [0] * padding, filled + [0] * padding], device=self.device)
+            return KernelSpan(self._layers(rows), where, T, impl, padding)
+        return Span(self._layers(rows), lengths, filled, T, padding, one_by_one=self._batch_invariant)
+
+    def _layers(self, rows: range) -> Layers:
+        cache = self._cache[:, rows.start : rows.stop]
+        return Layers(cache, self.config.n_head, self._mask, self._slopes, self.config.window)
+
+    def _advance(self, rows: range, T: int) -> tuple[list[int], list[int]]:
+        """Make room for T more tokens of these rows. How many tokens each had, and how many of them in the cache."""
+        for row in rows:
+            self._make_room(row, T)
+        lengths, starts = (each[rows.start : rows.stop] for each in (self._lengths, self._starts))
+        self._lengths[rows.start : rows.stop] = [n + T for n in lengths]
+        return lengths, [n - start for n, start in zip(lengths, starts)]
 
     def _read(self, hidden: Tensor) -> Tensor:
         """The head: logits (M, V), float32, of hidden (M, C)."""
@@ -182,8 +210,10 @@ class Decoder:
         self._cache = self._cache[:, rows]
         self._lengths = [self._lengths[row] for row in rows]
         self._starts = [self._starts[row] for row in rows]
+        if self._graphs is not None:
+            self._graphs.clear()  # they have the old cache's addresses
 
-    def _hidden(self, tokens: Tensor, span: "_Span | _NoAttention") -> Tensor:
+    def _hidden(self, tokens: Tensor, span: Span | KernelSpan | NoAttention) -> Tensor:
         """What the head reads, (R * T, C), for tokens (R, T)."""
         R, T = tokens.shape
         x = F.embedding(tokens, self._embed)  # (R, T, C)
@@ -216,133 +246,10 @@ class Decoder:
     def _same_in_every_place(self, tile: int) -> bool:
         """Whether equal rows of a tile come out equal, wherever in the tile they stand."""
         hidden = self._hidden(
-            torch.zeros(tile, 1, dtype=torch.int64, device=self.device), _NoAttention(self.config.n_head)
+            torch.zeros(tile, 1, dtype=torch.int64, device=self.device), NoAttention(self.config.n_head)
         )
         logits = self._head(hidden)
         return bool((logits == logits[:1]).all() and (hidden == hidden[:1]).all())
-
-
-class _NoAttention:
-    """Stands in for a _Span: each token sees itself alone."""
-
-    at = slice(0, 1)
-
-    def __init__(self, n_head: int):
-        self.n_head = n_head
-
-    def attend(self, layer: int, qkv: Tensor) -> Tensor:
-        return qkv[:, :, : self.n_head].flatten(2)
-
-
-class _Span:
-    """Where the next T tokens of some rows go, and what they see: worked out once for all layers.
-
-    at: their positions, for a table's rows. Rows of equal length go through attention together; rows of different
-    lengths too when T is 1, the longest row's keys masked for the others; otherwise one by one. On a GPU a kernel takes
-    all rows as they are. `padding` rows more are carried along that have no cache and attend to nothing.
-    """
-
-    def __init__(self, decoder: Decoder, rows: range, T: int, padding: int = 0):
-        for row in rows:
-            decoder._make_room(row, T)
-        self.n_head, self.mask, self.slopes = decoder.config.n_head, decoder._mask, decoder._slopes
-        self.padding = padding
-        first, end = rows.start, rows.stop
-        lengths = decoder._lengths[first:end]
-        filled = [n - start for n, start in zip(lengths, decoder._starts[first:end])]
-        if len(set(lengths)) == 1 and not padding:
-            self.at = slice(lengths[0], lengths[0] + T)
-        else:
-            starts = torch.tensor(lengths + [0] * padding, device=decoder.device)
-            self.at = starts[:, None] + torch.arange(T, device=decoder.device)  # (R, T)
-        decoder._lengths[first:end] = [n + T for n in lengths]
-        self.impl = decode_impl(decoder.device) if T <= FEW else None
-        if self.impl is not None:
-            self.cache = decoder._cache[:, first:end]
-            self.filled = torch.tensor(filled, dtype=torch.int32, device=decoder.device)
-            return
-        together = not decoder._batch_invariant and (T == 1 or len(set(filled)) == 1)
-        bounds = [(0, len(rows))] if together else [(i, i + 1) for i in range(len(rows))]
-        self.groups = [
-            _Group(slice(a, b), decoder._cache[:, first + a : first + b], filled[a:b], T, decoder.config.window)
-            for a, b in bounds
-        ]
-        if T == 1:
-            for group in self.groups:
-                group.bias = group.bias_for(self.slopes, decoder.config.kv_heads, decoder.device)
-
-    def attend(self, layer: int, qkv: Tensor) -> Tensor:
-        """Attention of one layer for qkv (R, T, H + 2 H_kv, D), whose keys and values are stored; (R, T, H * D)."""
-        if self.impl is None:
-            outputs = [group.attend(layer, qkv, self.n_head, self.mask, self.slopes) for group in self.groups]
-        else:
-            outputs = [self._attend_in_one(layer, qkv[: len(self.filled)])]
-        if self.padding:
-            outputs.append(outputs[0].new_zeros(self.padding, *outputs[0].shape[1:]))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-    def _attend_in_one(self, layer: int, qkv: Tensor) -> Tensor:
-        """The same by attention_decode, which stores keys and values and knows rows of different lengths."""
-        q, new = qkv[:, :, : self.n_head], qkv[:, :, self.n_head :]
-        k_new, v_new = new.chunk(2, dim=2)  # (R, T, H_kv, D) each
-        k, v = self.cache[layer].transpose(2, 3).unbind(1)  # (R, size, H_kv, D) each
-        options = {"mask": self.mask, "alibi_slopes": self.slopes, "impl": self.impl}
-        return attention_decode(q, k, v, self.filled, k_new=k_new, v_new=v_new, **options).flatten(2)
-
-
-class _Group:
-    """Rows that go through attention together: their part of the cache, and views of what it is and will be.
-
-    cache (n_layer, R, 2, H_kv, size, D); filled: how many of its tokens are each row's.
-    """
-
-    def __init__(self, rows: slice, cache: Tensor, filled: list[int], T: int, window: int | None):
-        self.rows, self.filled, self.window, self.bias = rows, filled, window, None
-        self.is_even = len(set(filled)) == 1
-        self.begin = 0 if window is None else max(0, min(filled) + 1 - window)  # the first key that any of them sees
-        self.end = max(filled) + T
-        if self.is_even:
-            self.targets = cache[..., filled[0] : self.end, :].unbind(0)
-        else:
-            self.targets = cache.unbind(0)
-            at = torch.tensor(filled, device=cache.device)
-            self.where = (torch.arange(len(filled), device=cache.device), slice(None), slice(None), at)
-        self.k, self.v = (part.unbind(0) for part in cache[..., self.begin : self.end, :].unbind(2))
-
-    def bias_for(self, slopes: Tensor | None, kv_heads: int, device: torch.device) -> Tensor | None:
-        """What a lone query of each row adds to its scores, (R or 1, H_kv or 1, G or 1, Tk): ALiBi and the mask."""
-        if self.is_even and slopes is None:
-            return None
-        at = torch.tensor(self.filled[:1] if self.is_even else self.filled, device=device).view(-1, 1, 1, 1)
-        distance = at - torch.arange(self.begin, self.end, device=device)  # (R or 1, 1, 1, Tk)
-        bias = torch.zeros(distance.shape, device=device)
-        if slopes is not None:
-            bias = -slopes.view(kv_heads, -1, 1) * distance
-        if self.is_even:
-            return bias
-        hidden = distance < 0 if self.window is None else (distance < 0) | (distance >= self.window)
-        return bias.masked_fill_(hidden, float("-inf"))
-
-    def attend(self, layer: int, qkv: Tensor, n_head: int, mask, slopes: Tensor | None) -> Tensor:
-        """Store the keys and values of qkv's rows, and let the queries see all of theirs: (R, T, H * D)."""
-        qkv = qkv[self.rows]
-        R, T, _, D = qkv.shape
-        new = qkv[:, :, n_head:].unflatten(2, (2, -1))  # (R, T, 2, H_kv, D)
-        if self.is_even:
-            self.targets[layer].copy_(new.permute(0, 2, 3, 1, 4))
-        else:
-            self.targets[layer][self.where] = new[:, 0]
-        q, k, v = qkv[:, :, :n_head], self.k[layer], self.v[layer]  # (R, T, H, D), (R, H_kv, Tk, D) twice
-        if T > 1:
-            y = attention(q, k.transpose(1, 2), v.transpose(1, 2), mask=mask, alibi_slopes=slopes)
-            return y.reshape(R, T, n_head * D)
-        if self.rows.start:
-            # To where a first row's queries would stand, in bytes past a multiple of 64: products round by that too.
-            q = q.clone()
-        # One query: the heads of a group are queries of one head, and no key is read twice.
-        q = q.view(R, k.shape[1], n_head // k.shape[1], D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)  # (R, H_kv, G, D)
-        return y.reshape(R, 1, n_head * D)
 
 
 class _Block:
@@ -382,8 +289,8 @@ def _norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     shape, eps, weight = norm.normalized_shape, norm.eps, norm.weight.detach()
     if isinstance(norm, nn.LayerNorm):
         bias = None if norm.bias is None else norm.bias.detach()
-        return lambda x: F.layer_norm(x, shape, weight, bias, eps)
-    return lambda x: F.rms_norm(x, shape, weight, eps)
+        return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+    return lambda x: torch.rms_norm(x, shape, weight, eps)
 
 
 def _qk_weight(attn: CausalSelfAttention, dtype: torch.dtype) -> Tensor | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,6 @@ class World:
     rank: int = 0
     size: int = 1
     joined: bool = False
-    patient: Any = None  # a group whose collectives may wait for the corpus
 
     @property
     def main(self) -> bool:
@@ -63,11 +62,16 @@ class World:
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """Rank 0 goes through the block alone; the others follow when it is through."""
+        if self.size == 1:
+            yield
+            return
+        patient = dist.new_group(backend="gloo", timeout=CORPUS_TIMEOUT)
         if not self.main:
-            dist.barrier(self.patient)
+            dist.barrier(patient)
         yield
-        if self.main and self.size > 1:
-            dist.barrier(self.patient)
+        if self.main:
+            dist.barrier(patient)
+        dist.destroy_process_group(patient)
 
     def check_same(self, number: int, what: str) -> None:
         """UserError where the ranks do not have the same number."""
@@ -98,9 +102,8 @@ def join(train: TrainConfig) -> Iterator[World]:
     device = _device_of(local_rank, train.device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device if backend == "nccl" else None)
-    patient = dist.new_group(backend="gloo", timeout=CORPUS_TIMEOUT)
     try:
-        yield World(device, rank, size, True, patient)
+        yield World(device, rank, size, True)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
@@ -108,7 +111,8 @@ def join(train: TrainConfig) -> Iterator[World]:
         raise LostProcess(
             f"rank {rank} lost contact with another process, which ended or hangs: {first_line[:120]}"
         ) from error
-    gc.collect()  # what still holds on to the groups, such as DDP's reducer in a cycle, goes before they do
+    # A group's threads end before Python does: what still holds on to it, such as DDP's reducer in a cycle, goes now.
+    gc.collect()
     dist.destroy_process_group()  # only in order: after an error it could wait for ranks that are gone
 
 

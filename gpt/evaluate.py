@@ -21,6 +21,7 @@ from gpt.device import autocast
 from gpt.distributed import Parallel, World, whole_model
 from gpt.documents import read_documents
 from gpt.errors import EXIT_DONE, UserError, run_command
+from gpt.files import read_lines
 from gpt.foreign import find_token_files
 from gpt.generate import generate
 from gpt.initial import load_source
@@ -108,13 +109,7 @@ class Arguments:
 def read_questions(path: Path) -> list[Question]:
     """Questions of a file of JSON lines. Raises UserError, naming the line, for anything else."""
     questions = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not valid UTF-8: {error}") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path, "file of questions"), 1):
         if not line.strip():
             continue
         try:

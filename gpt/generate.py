@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import isnan
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from gpt.config import require
 from gpt.decode import SLACK, Decoder
 from gpt.errors import UserError
 from gpt.model import GPT
-from gpt.sampling import SamplingConfig, bias_vector, distribution, draw, sample_seed, token_id, uniforms
-from gpt.speculate import Ngrams, Proposals, judge, propose_by_lookup, propose_by_model
+from gpt.sampling import SamplingConfig, bias_vector, distribution, pick, sample_seed, token_id, uniforms
+from gpt.speculate import Ngrams, Proposals, agreeing, judge, propose_by_lookup, propose_by_model
 from gpt.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -166,6 +167,15 @@ class _Sample:
 
     def __post_init__(self) -> None:
         self.text = list(self.prompt_tokens)
+        self._seen, self._known = None, 0  # (V,) bool, which of the text's first tokens it knows
+
+    def seen_of(self, vocab_size: int) -> Tensor:
+        """(V,) bool: the tokens that the text holds; what it has grown by is added."""
+        if self._seen is None:
+            self._seen = torch.zeros(vocab_size, dtype=torch.bool)
+        self._seen[self.text[self._known :]] = True
+        self._known = len(self.text)
+        return self._seen
 
     def finished(self, reason: str) -> Piece:
         return Piece(self.prompt, self.sample, None, self.stream.flush(), finish_reason=reason)
@@ -249,8 +259,8 @@ class _Drawer:
 
     def _reader(self, model: GPT, longest: int, behind: int) -> _Reader:
         dtype = None if self.config.dtype is None else getattr(torch, self.config.dtype)
-        options = {"batch_invariant": self.config.batch_invariant, "quantize": self.config.quantize, "dtype": dtype}
-        decoder = Decoder(model, self.rows, min(model.config.seq_len, longest + self.count), **options)
+        options = {name: getattr(self.config, name) for name in ("batch_invariant", "quantize", "cuda_graphs")}
+        decoder = Decoder(model, self.rows, min(model.config.seq_len, longest + self.count), dtype=dtype, **options)
         return _Reader(decoder, self.rows, self.vocab_size, behind, model.embed.weight.device)
 
     def begin(self, row: int, sample: _Sample) -> None:
@@ -264,28 +274,31 @@ class _Drawer:
     def next_tokens(self, samples: Sequence[_Sample], state: _State) -> list[list[tuple[int, float]]]:
         """The tokens that come next in each sample, at least one, with their log-probabilities."""
         texts = [sample.text for sample in samples]
-        seeds = torch.tensor([sample.seed for sample in samples], device=self.device)
-        seen = self._seen(texts)
+        seeds = torch.tensor([[sample.seed] for sample in samples])  # (B, 1)
+        seen = self._seen(samples)
         room = min(self.reader.follow(texts), max(sample.left for sample in samples) - 1)
         proposals = self._propose(samples, texts, seeds, seen, min(room, self.count))
-        proposed = seeds.new_empty((len(texts), 0)) if proposals is None else proposals.tokens
-        last = torch.tensor([text[-1:] for text in texts], device=self.device)
-        logits = self.reader.step(torch.cat((last, proposed), dim=1))  # (B, T, V)
-        target = self._distribution(logits, proposed, seen)
-        positions = torch.tensor([[len(text)] for text in texts], device=self.device)
-        positions = positions + torch.arange(logits.shape[1], device=self.device)
-        if proposals is None:
-            tokens, counts = draw(target, uniforms(seeds.unsqueeze(1), positions)), [1] * len(texts)
-        else:
+        fed = torch.tensor([text[-1:] for text in texts], device=self.device)
+        if proposals is not None:
+            fed = torch.cat((fed, proposals.tokens), dim=1)
+            seen = None if seen is None else self._seen_along(seen, proposals.tokens)
+        logits = self.reader.step(fed)  # (B, T, V)
+        positions = torch.tensor([[len(text)] for text in texts]) + torch.arange(logits.shape[1])
+        if proposals is not None and proposals.probs is not None:
+            target = distribution(logits, self.config, bias=self.bias, seen=seen)
             tokens, counts = judge(target, proposals, seeds, positions)
-            counts = counts.tolist()
+        else:
+            uniform = None if self.config.temperature == 0 else uniforms(seeds, positions).to(self.device)
+            tokens = pick(logits, uniform, self.config, bias=self.bias, seen=seen)
+            counts = None if proposals is None else agreeing(tokens, proposals)
+        counts = [1] * len(texts) if counts is None else counts.tolist()
+        if proposals is not None:
             state.proposed += int(proposals.lengths.sum())
             state.accepted += sum(counts) - len(counts)
-        logprobs = logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        if bool(logprobs.isnan().any()):
+        logprobs = logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1).tolist()
+        if any(isnan(value) for row in logprobs for value in row):
             raise UserError("the model's logits are not finite: its weights are of no use, train it again")
-        pairs = zip(tokens.tolist(), logprobs.tolist(), counts)
-        return [list(zip(row[:count], values[:count])) for row, values, count in pairs]
+        return [list(zip(row[:n], values[:n])) for row, values, n in zip(tokens.tolist(), logprobs, counts)]
 
     def _propose(self, samples, texts, seeds: Tensor, seen: Tensor | None, count: int) -> Proposals | None:
         if count < 1:
@@ -298,25 +311,21 @@ class _Drawer:
         count = min(max(lengths), self.draft.follow(texts, ahead=count - 1) + 1)  # the last proposal is not fed
         if count < 1:
             return None
-        after = lambda logits, seen: distribution(logits, self.config, bias=self.bias, seen=seen)
-        return propose_by_model(self.draft.step, after, texts, [min(count, n) for n in lengths], seeds, seen)
+        lengths = [min(count, n) for n in lengths]
+        return propose_by_model(self.draft.step, self.config, texts, lengths, seeds, self.bias, seen, self.device)
 
-    def _seen(self, texts: Sequence[list[int]]) -> Tensor | None:
-        """(B, V) bool: the tokens that each text holds; None where nobody asks."""
+    def _seen(self, samples: Sequence[_Sample]) -> Tensor | None:
+        """(B, 1, V) bool: the tokens that each text holds; None where nobody asks."""
         if self.config.repetition_penalty == 1:
             return None
-        seen = torch.zeros(len(texts), self.vocab_size, dtype=torch.bool)
-        for row, text in zip(seen, texts):
-            row[torch.tensor(text)] = True
-        return seen.to(self.device)
+        return torch.stack([sample.seen_of(self.vocab_size) for sample in samples]).unsqueeze(1).to(self.device)
 
-    def _distribution(self, logits: Tensor, proposed: Tensor, seen: Tensor | None) -> Tensor:
-        """(B, T, V) probabilities from logits, each after the texts and 0 to T - 1 of tokens (B, T - 1) behind them."""
-        if seen is not None:
-            seen = seen.unsqueeze(1).repeat(1, logits.shape[1], 1)
-            for t, tokens in enumerate(proposed.unbind(1), start=1):
-                seen[:, t:].scatter_(2, tokens.view(-1, 1, 1).expand(-1, logits.shape[1] - t, 1), True)
-        return distribution(logits, self.config, bias=self.bias, seen=seen)
+    def _seen_along(self, seen: Tensor, proposed: Tensor) -> Tensor:
+        """(B, K + 1, V): what the texts hold, with 0 to K of their proposed tokens (B, K)."""
+        seen = seen.repeat(1, proposed.shape[1] + 1, 1)
+        for t, tokens in enumerate(proposed.unbind(1), start=1):
+            seen[:, t:].scatter_(2, tokens.view(-1, 1, 1).expand(-1, seen.shape[1] - t, 1), True)
+        return seen
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ from gpt.decode import Decoder
 from gpt.errors import UserError
 from gpt.generate import TextStream
 from gpt.model import GPT
-from gpt.sampling import SamplingConfig, distribution, draw, uniforms
+from gpt.sampling import SamplingConfig, pick, uniforms
 from gpt.scoring import Row, continuation, score, windows
 from gpt.tokenizer import Tokenizer
 
@@ -66,8 +66,8 @@ def _generate(model: GPT, tokenizer: Tokenizer, context: str, options: dict[str,
     decoder = Decoder(model, 1, len(prompt) + count)
     logits, seed = decoder.prefill(0, prompt), torch.tensor([sampling.seed])
     for position in range(len(prompt), len(prompt) + count):
-        probs = distribution(logits[: tokenizer.vocab_size].cpu(), sampling)  # (V,)
-        token = int(draw(probs, uniforms(seed, torch.tensor([position]))))
+        uniform = uniforms(seed, torch.tensor([position]))
+        token = int(pick(logits[None, : tokenizer.vocab_size].cpu(), uniform, sampling))
         if token == tokenizer.document_token:
             break
         text += stream.push(token)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,8 +20,8 @@ from gpt.tokenizer import Tokenizer
 # Independent draws at one position: the token itself; whether a proposed token is accepted; the draft's proposal.
 TOKEN, ACCEPT, PROPOSE = 0, 1, 2
 
-_MASK = (1 << 64) - 1
-_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_GOLDEN, _FIRST, _SECOND = map(np.uint64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_LIKELIEST = 1024  # tokens among which a nucleus is looked for first
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class SamplingConfig:
     """Samples that are worked on at a time, at most."""
     batch_invariant: bool = False
     """Compute each row so that its bits do not depend on the others; slower."""
+    cuda_graphs: bool = True
+    """On a GPU, record the model's step once and replay it, unless batch_invariant."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Precision of weights and activations. None: that of the model, float32, or under autocast that of autocast; with
     int8 weights bfloat16."""
@@ -135,33 +138,63 @@ def distribution(
     takes the distribution that the one before left, normalised. bias (V,); seen (..., V) bool: tokens that the text
     holds already, needed where there is a repetition penalty.
     """
-    logits = logits.double()
-    if config.repetition_penalty != 1:
-        penalty = config.repetition_penalty
-        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if bias is not None:
-        logits = logits + bias
+    logits = _adjusted(logits, config, bias, seen)
     if config.temperature == 0:
         likeliest = logits.argmax(-1, keepdim=True)
         return torch.zeros_like(logits).scatter_(-1, likeliest, 1.0)
     # A tiny temperature must not overflow: relative to the likeliest all logits are at most 0.
-    logits = (logits - logits.amax(-1, keepdim=True)) / config.temperature
+    logits.sub_(logits.amax(-1, keepdim=True)).div_(config.temperature)
     if config.top_k is not None and config.top_k < logits.shape[-1]:
         last = logits.topk(config.top_k).values[..., -1:]
-        logits = logits.masked_fill(logits < last, -math.inf)
+        logits.masked_fill_(logits < last, -math.inf)
     probs = logits.softmax(-1)
     if config.top_p < 1:
         probs = _nucleus(probs, config.top_p)
     if config.min_p > 0:
-        probs = probs * (probs >= config.min_p * probs.amax(-1, keepdim=True))
-    return probs / probs.sum(-1, keepdim=True)
+        probs *= probs >= config.min_p * probs.amax(-1, keepdim=True)
+    return probs.div_(probs.sum(-1, keepdim=True)) if config.top_p < 1 or config.min_p > 0 else probs
+
+
+def _adjusted(logits: Tensor, config: SamplingConfig, bias: Tensor | None, seen: Tensor | None) -> Tensor:
+    """A float64 copy of the logits, with repetition penalty and bias."""
+    logits = logits.to(torch.float64, copy=True)
+    if config.repetition_penalty != 1:
+        penalty = config.repetition_penalty
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    return logits if bias is None else logits.add_(bias)
 
 
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:
     """A token stays while the likelier ones, and equally likely ones of smaller id, add up to less than top_p."""
-    ordered, index = probs.sort(dim=-1, descending=True, stable=True)
-    ordered = ordered * (ordered.cumsum(-1) - ordered < top_p)
-    return torch.zeros_like(probs).scatter_(-1, index, ordered)
+    V = probs.shape[-1]
+    # Few tokens are enough, mostly, and a CPU sorts 50,000 for longer than a small model takes for a step.
+    for count in (min(_LIKELIEST, V) if probs.device.type == "cpu" else V, V):
+        ordered = probs.topk(count).values
+        before = ordered.cumsum(-1) - ordered  # what the likelier ones add up to
+        if count == V or bool((before[..., -1] >= top_p).all()):
+            break
+    kept = (before < top_p).sum(-1, keepdim=True)
+    last = ordered.gather(-1, kept - 1)
+    # Of tokens as likely as the last one, those of the smallest ids.
+    equal = probs == last
+    room = kept - (ordered > last).sum(-1, keepdim=True)
+    return probs * ((probs > last) | (equal & (equal.cumsum(-1) <= room)))
+
+
+def pick(
+    logits: Tensor,
+    uniform: Tensor | None,
+    config: SamplingConfig,
+    *,
+    bias: Tensor | None = None,
+    seen: Tensor | None = None,
+) -> Tensor:
+    """The token that uniform (...) draws from the distribution of logits (..., V); at temperature 0 the likeliest,
+    for which no uniform is needed.
+    """
+    if config.temperature == 0:
+        return _adjusted(logits, config, bias, seen).argmax(-1)
+    return draw(distribution(logits, config, bias=bias, seen=seen), uniform)
 
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
@@ -173,13 +206,14 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
 
 
 def uniforms(seeds: Tensor, positions: Tensor, stream: int = TOKEN) -> Tensor:
-    """Numbers in [0, 1), float64 of 52 random bits, for seeds and positions (int64, same shape).
+    """Numbers in [0, 1), float64 of 52 random bits, for seeds and positions (int64 on the CPU, broadcast).
 
     Each is a hash of (seed, position, stream): two rounds of SplitMix64's finaliser (Steele et al. 2014).
     """
-    key = _mix(seeds + _signed(_GOLDEN))
-    bits = _mix(key + (positions * 4 + stream) * _signed(_GOLDEN))
-    return ((bits >> 12) & ((1 << 52) - 1)).double() * 2.0**-52
+    seeds, positions = (x.numpy().astype(np.uint64) for x in (seeds, positions))
+    key = _mix(seeds + _GOLDEN)
+    bits = _mix(key + (positions * np.uint64(4) + np.uint64(stream)) * _GOLDEN)
+    return torch.from_numpy((bits >> np.uint64(12)) * 2.0**-52)
 
 
 def sample_seed(seed: int, prompt: int, sample: int) -> int:
@@ -190,24 +224,14 @@ def sample_seed(seed: int, prompt: int, sample: int) -> int:
     """
     if prompt == sample == 0:
         return seed
-    key = 0
+    key = np.zeros(1, np.uint64)
     for number in (seed, prompt, sample):
-        key = _mix_int((key + _GOLDEN + number) & _MASK)
-    return key >> 11
+        key = _mix(key + _GOLDEN + np.uint64(number))
+    return int(key[0]) >> 11
 
 
-def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser on int64, whose products wrap and whose shifts must not carry the sign."""
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(_FIRST)
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(_SECOND)
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
-
-
-def _mix_int(x: int) -> int:
-    x = (x ^ (x >> 30)) * _FIRST & _MASK
-    x = (x ^ (x >> 27)) * _SECOND & _MASK
-    return x ^ (x >> 31)
-
-
-def _signed(x: int) -> int:
-    return x - (1 << 64) if x >> 63 else x
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser of uint64, whose products wrap."""
+    x = (x ^ (x >> np.uint64(30))) * _FIRST
+    x = (x ^ (x >> np.uint64(27))) * _SECOND
+    return x ^ (x >> np.uint64(31))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpt.sampling import ACCEPT, PROPOSE, TOKEN, draw, uniforms
+from gpt.sampling import ACCEPT, PROPOSE, TOKEN, SamplingConfig, distribution, draw, pick, uniforms
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,15 @@ class Proposals:
 
 
 def judge(target: Tensor, proposals: Proposals, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens that proposals and the model's distributions give: (B, K + 1), and how many of each row's count (B,).
+    """The tokens that drawn proposals and the model's distributions give: (B, K + 1), and how many of each row's count.
 
-    target (B, K + 1, V): the model's distribution after each of 0 to K proposals. seeds (B,); positions (B, K + 1) of
-    the tokens to be found.
+    target (B, K + 1, V): the model's distribution after each of 0 to K proposals. seeds (B, 1) and positions (B, K + 1)
+    of the tokens to be found, on the CPU.
     """
     K = proposals.tokens.shape[1]
-    seeds = seeds.unsqueeze(1).expand_as(positions)
-    if proposals.probs is None:
-        return _compare(target, proposals, seeds, positions)
-    uniform = uniforms(seeds[:, :K], positions[:, :K], ACCEPT)
+    own, accepting = (uniforms(seeds, positions, stream).to(target.device) for stream in (TOKEN, ACCEPT))
     p, q = (x.gather(-1, proposals.tokens.unsqueeze(-1)).squeeze(-1) for x in (target[:, :K], proposals.probs))
-    accepted = _leading((uniform * q < p), proposals.lengths)  # (B,)
+    accepted = _leading((accepting[:, :K] * q < p), proposals.lengths)  # (B,)
     # Where one was refused, the rest of the model's distribution that the proposal did not cover; else all of it.
     row = torch.arange(len(target), device=target.device)
     p = target[row, accepted]  # (B, V)
@@ -46,20 +43,18 @@ def judge(target: Tensor, proposals: Proposals, seeds: Tensor, positions: Tensor
     )
     rest = (p - covered).clamp_(min=0)
     rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
-    last = draw(rest, uniforms(seeds[row, accepted], positions[row, accepted], TOKEN))
     tokens = torch.cat((proposals.tokens, proposals.tokens[:, :1]), dim=1)
-    tokens[row, accepted] = last
+    tokens[row, accepted] = draw(rest, own[row, accepted])
     return tokens, accepted + 1
 
 
-def _compare(target: Tensor, proposals: Proposals, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """For proposals that were not drawn: the model's own draws, as far as the proposals agree with them.
+def agreeing(tokens: Tensor, proposals: Proposals) -> Tensor:
+    """How many of the model's own tokens (B, K + 1) count (B,), where proposals were not drawn.
 
     A proposal x is accepted with probability p(x), as by the general rule with q(x) = 1, and the tokens are those that
     would have been drawn without any proposal.
     """
-    tokens = draw(target, uniforms(seeds, positions, TOKEN))
-    return tokens, _leading(tokens[:, :-1] == proposals.tokens, proposals.lengths) + 1
+    return _leading(tokens[:, :-1] == proposals.tokens, proposals.lengths) + 1
 
 
 def _leading(accepted: Tensor, lengths: Tensor) -> Tensor:
@@ -102,24 +97,30 @@ def propose_by_lookup(lookups: Sequence[Ngrams], texts: Sequence[Sequence[int]],
 
 def propose_by_model(
     step: Callable[[Tensor], Tensor],
-    distribution: Callable[[Tensor, Tensor | None], Tensor],
+    config: SamplingConfig,
     texts: Sequence[Sequence[int]],
     lengths: Sequence[int],
     seeds: Tensor,
+    bias: Tensor | None,
     seen: Tensor | None,
+    device: torch.device,
 ) -> Proposals:
-    """At most lengths[b] tokens for each text, drawn one by one from a draft model.
+    """At most lengths[b] tokens for each text, drawn one by one from a draft model; at temperature 0 the likeliest.
 
     step: appends tokens (B, T) to the draft's rows, which hold each text but its last two tokens; gives logits
-    (B, T, V). distribution: probabilities (B, V) from logits (B, V) and seen (B, V), which tokens each text holds.
-    A text of one token must have length 0: what its row is fed stands for nothing.
+    (B, T, V). seeds (B, 1) on the CPU; bias (V,) and seen (B, 1, V) as for `distribution`. A text of one token must
+    have length 0: what its row is fed stands for nothing.
     """
-    device = seeds.device
-    positions = torch.tensor([len(text) for text in texts], device=device)
+    positions = torch.tensor([[len(text)] for text in texts])
     feed, tokens, probs = torch.tensor([[text[0], *text][-2:] for text in texts], device=device), [], []
     for t in range(max(lengths)):
-        probs.append(distribution(step(feed)[:, -1], seen))
-        feed = draw(probs[-1], uniforms(seeds, positions + t, PROPOSE)).unsqueeze(1)
-        tokens.append(feed)
-        seen = None if seen is None else seen.scatter(1, feed, True)
-    return Proposals(torch.cat(tokens, dim=1), torch.tensor(lengths, device=device), torch.stack(probs, dim=1))
+        logits = step(feed)[:, -1:]  # (B, 1, V)
+        if config.temperature == 0:
+            feed = pick(logits, None, config, bias=bias, seen=seen)
+        else:
+            probs.append(distribution(logits, config, bias=bias, seen=seen))
+            feed = draw(probs[-1], uniforms(seeds, positions + t, PROPOSE).to(device))
+        tokens.append(feed)  # (B, 1)
+        seen = None if seen is None else seen.scatter(2, feed.unsqueeze(1), True)
+    lengths = torch.tensor(lengths, device=device)
+    return Proposals(torch.cat(tokens, dim=1), lengths, torch.cat(probs, dim=1) if probs else None)

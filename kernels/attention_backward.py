@@ -129,7 +129,8 @@ def dkdv_kernel(q, k, v, dout, lse2, delta, dk, dv, visited, q_strides, k_stride
     acc_v = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
 
     spans = visits(masking, b, n, first, last, sizes, BLOCK_M, False)
-    for g in range(sizes.GROUP):
+    # What is fixed for a head is worked out anew for each: hoisted, it would cost all heads registers.
+    for g in tl.range(sizes.GROUP, disable_licm=True):
         h = h_kv * sizes.GROUP + g
         h_long = kv_long * sizes.GROUP + g
         q_base = head(q, q_strides, b_long, h_long)

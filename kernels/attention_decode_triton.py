@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels import configs, mask
 from kernels.attention_decode_reference import DecodeCall
+from kernels.attention_forward import softmax_step
 from kernels.decode_cache import Cache, New, Rotary, append, cache_rows, load_rotated, load_rows, new_keys, new_values
 from kernels.mask import STANDS_FOR
 from kernels.problem import Launch, Problem, within_reach
@@ -28,10 +29,8 @@ from kernels.tiles import (
     count_partial,
     dot,
     full_tile,
-    logits,
     narrow,
     partial_tile,
-    visible,
     visits,
 )
 
@@ -56,26 +55,15 @@ def _tile(acc, l_i, m_i, q, n, b, h_kv, h, q_position, cached, cache, new, rotar
         # They may not have reached the cache yet.
         fresh = new_keys(new, rotary, b, h_kv, keys - cached, is_new, keys, sizes.D, CHECK_D, BLOCK_D)
         k = tl.where(is_new[:, None], fresh, k)
-    s = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
-    k_index = keys[None, :]
-    if FOLD:
-        scale = scoring.scale
-    else:
-        s, _ = logits(s, scoring, b, h, q_position, k_index, q_position, k_index, sizes)
-        scale = 1.0
-    if MASKED:
-        s = tl.where(visible(masking, b, q_position, k_index, q_position, k_index, sizes, PREDICATE), s, float("-inf"))
-    m_new = tl.maximum(m_i, tl.max(s, 1) * scale)
-    p = tl.exp2(s * scale - m_new[:, None])
-    alpha = tl.exp2(m_i - m_new)
-    l_i = l_i * alpha + tl.sum(p, 1)
+    p, alpha, l_i, m_i = softmax_step(q, k, l_i, m_i, b, h, q_position, keys[None, :], q_position, sizes, masking,
+                                      scoring, PREDICATE, MASKED, FOLD)  # fmt: skip
     rows = cache_rows(cache.v, cache.v_strides, cache, b, h_kv, keys, in_cache, PAGE)
     v = load_rows(rows, cache.v_strides[3], in_cache, sizes.Dv, BLOCK_DV, MASKED, CHECK_DV)
     if MASKED and HAS_NEW:
         fresh = new_values(new, b, h_kv, keys - cached, is_new, sizes.Dv, CHECK_DV, BLOCK_DV)
         v = tl.where(is_new[:, None], fresh, v)
     acc = dot(narrow(p, v.dtype), v, acc * alpha[:, None])
-    return acc, l_i, m_new
+    return acc, l_i, m_i
 
 
 @triton.jit

@@ -28,15 +28,10 @@ from kernels.tiles import (
 
 
 @triton.jit
-def _tile(acc, l_i, m_i, q, k_base, v_base, n, b, h, q_index, k_strides, v_strides, sizes, masking, scoring, dropout,
-          PREDICATE: tl.constexpr, MASKED: tl.constexpr, FOLD: tl.constexpr, CHECK_D: tl.constexpr,
-          CHECK_DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
-    """One tile of keys: (acc, l_i, m_i) before it to the same after it."""
-    k_first = n * BLOCK_N
-    k_index = (k_first + tl.arange(0, BLOCK_N))[None, :]
-    q_position = q_index + (sizes.Tk - sizes.Tq)
-    k = load_tile(k_base, k_strides, k_first, sizes.Tk, sizes.D, BLOCK_N, BLOCK_D, MASKED, CHECK_D)
-    s = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
+def softmax_step(q, k, l_i, m_i, b, h, q_position, k_index, q_index, sizes, masking, scoring, PREDICATE: tl.constexpr,
+                 MASKED: tl.constexpr, FOLD: tl.constexpr):  # fmt: skip
+    """One tile of keys of the online softmax: its weights p, the factor for what was summed before it, l_i, m_i."""
+    s = dot(q, tl.trans(k), tl.zeros((q.shape[0], k.shape[0]), tl.float32))
     if FOLD:
         scale = scoring.scale
     else:
@@ -48,12 +43,25 @@ def _tile(acc, l_i, m_i, q, k_base, v_base, n, b, h, q_index, k_strides, v_strid
     m_new = tl.maximum(m_i, tl.max(s, 1) * scale)
     p = tl.exp2(s * scale - m_new[:, None])
     alpha = tl.exp2(m_i - m_new)
-    l_i = l_i * alpha + tl.sum(p, 1)
+    return p, alpha, l_i * alpha + tl.sum(p, 1), m_new
+
+
+@triton.jit
+def _tile(acc, l_i, m_i, q, k_base, v_base, n, b, h, q_index, k_strides, v_strides, sizes, masking, scoring, dropout,
+          PREDICATE: tl.constexpr, MASKED: tl.constexpr, FOLD: tl.constexpr, CHECK_D: tl.constexpr,
+          CHECK_DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
+    """One tile of keys: (acc, l_i, m_i) before it to the same after it."""
+    k_first = n * BLOCK_N
+    k_index = (k_first + tl.arange(0, BLOCK_N))[None, :]
+    q_position = q_index + (sizes.Tk - sizes.Tq)
+    k = load_tile(k_base, k_strides, k_first, sizes.Tk, sizes.D, BLOCK_N, BLOCK_D, MASKED, CHECK_D)
+    p, alpha, l_i, m_i = softmax_step(q, k, l_i, m_i, b, h, q_position, k_index, q_index, sizes, masking, scoring,
+                                      PREDICATE, MASKED, FOLD)  # fmt: skip
     if dropout.seed is not None:
         p = tl.where(dropout_keep(dropout, b, h, q_index, k_index), p * dropout.scale, 0.0)
     v = load_tile(v_base, v_strides, k_first, sizes.Tk, sizes.Dv, BLOCK_N, BLOCK_DV, MASKED, CHECK_DV)
     acc = dot(narrow(p, v.dtype), v, acc * alpha[:, None])
-    return acc, l_i, m_new
+    return acc, l_i, m_i
 
 
 @triton.jit

@@ -2,8 +2,8 @@
 
 The same inputs therefore give the same bits, run after run, unless KERNELS_TUNED_TABLE names a file of configs that
 were chosen by timing (`python -m benchmarks.tune_attention` writes one). Each entry of the table compiles for its
-architecture within its shared memory; for 16-bit inputs and head dims up to 128 without a register spilled
-(tests/test_kernels_compile.py).
+architecture within its shared memory; for 16-bit inputs and head dims up to 128 without a register spilled, with each
+Triton from 3.6 to 3.9 (tests/test_kernels_compile.py; make tritons).
 """
 
 import contextlib
@@ -128,8 +128,8 @@ _FLOAT32 = _rows(
 # mma.sync wants its operands in registers, and the compiler keeps them there if they came by TMA.
 _16_BIT = {
     "sm_80": _rows(
-        forward=[(128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)],
-        dkdv=[(32, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)],
+        forward=[(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 8, 2)],
+        dkdv=[(32, 128, 8, 2), (16, 128, 8, 2), (32, 32, 8, 1)],
         dq=[(128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)],
     ),
     "sm_89": _rows(
@@ -145,7 +145,7 @@ _16_BIT = {
     "sm_100": _rows(
         forward=[(128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)],
         dkdv=[(64, 128, 8, 1), (32, 128, 8, 1), (32, 32, 8, 1)],
-        dq=[(128, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 1)],
+        dq=[(128, 64, 4, 2), (128, 64, 4, 2), (64, 64, 8, 1)],
     ),
     "sm_120": _rows(
         forward=[(128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)],
@@ -153,7 +153,7 @@ _16_BIT = {
         dq=[(128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)],
     ),
     "gfx942": _rows(
-        forward=[(128, 64, 4, 2), (128, 64, 4, 2), (64, 32, 4, 2)],
+        forward=[(128, 64, 4, 2), (128, 32, 4, 2), (64, 32, 4, 2)],
         dkdv=[(32, 64, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1)],
         dq=[(64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)],
     ),
@@ -177,7 +177,8 @@ for _arch in ("sm_80", "sm_90", "sm_100"):
     TABLE[_arch, 16, "decode"] = [(64, Config(64, 32, 4, 4)), *_DECODE[16][1:]]
 for _arch in ("sm_89", "sm_120"):
     TABLE[_arch, 16, "decode"] = [(64, Config(64, 64, 8, 3)), *_DECODE[16][1:]]
-TABLE["sm_120", 16, "decode"][1] = (128, Config(32, 64, 4, 3))
+for _arch in ("sm_90", "sm_100", "sm_120"):
+    TABLE[_arch, 16, "decode"][1] = (128, Config(32, 64, 4, 3))
 # Three stages would take all the shared memory that this one has, and leave one program where two could run.
 TABLE["gfx942", 16, "decode"] = [(limit, config._replace(num_stages=2)) for limit, config in _DECODE[16]]
 

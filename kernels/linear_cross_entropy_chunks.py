@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.operators import accumulated
+
 try:
     from kernels import cross_entropy_triton
 except ImportError:  # macOS and Windows have no triton
@@ -42,11 +44,6 @@ def chunk_rows(N: int, V: int, itemsize: int, device_type: str) -> int:
     most -= most % multiple
     even = -(-N // max(1, -(-N // most)))
     return max(1, min(N, -(-even // multiple) * multiple))
-
-
-def accumulated(dtype: torch.dtype) -> torch.dtype:
-    """What losses, lse and sums over rows come in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _empty(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -193,25 +190,21 @@ def _forward(x, weight, targets, options: Options, wants_dx: bool, wants_dweight
     return losses, lse, *gradients.results()
 
 
-# The operators. Each is differentiable once.
+# The operators. Each is differentiable once. x (N, C), weight (V, C), targets (N,) and Options, one by one.
+_CALL = (
+    "Tensor x, Tensor weight, Tensor targets, float softcap, float z_loss, float label_smoothing, SymInt ignore_index, "
+    "bool triton"
+)
+_TOTAL = f"({_CALL}, bool wants_dx, bool wants_dweight) -> (Tensor, Tensor, Tensor)"
+_LOSSES = f"({_CALL}) -> (Tensor, Tensor)"
+_LOSSES_BACKWARD = f"(Tensor dlosses, Tensor lse, {_CALL}, bool wants_dx, bool wants_dweight) -> (Tensor, Tensor)"
 
 
-@torch.library.custom_op("linear_cross_entropy::total", mutates_args=())
-def total_of(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    softcap: float,
-    z_loss: float,
-    label_smoothing: float,
-    ignore_index: int,
-    triton: bool,
-    wants_dx: bool,
-    wants_dweight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of the losses of x (N, C), weight (V, C) and targets (N,), with dx and dweight where wanted."""
-    options = Options(softcap, z_loss, label_smoothing, ignore_index, triton)
-    losses, _, dx, dweight = _forward(x, weight, targets, options, wants_dx, wants_dweight)
+@torch.library.custom_op("linear_cross_entropy::total", mutates_args=(), schema=_TOTAL)
+def total_of(x, weight, targets, *options):
+    """The sum of the losses, with dx and dweight where wanted."""
+    *options, wants_dx, wants_dweight = options
+    losses, _, dx, dweight = _forward(x, weight, targets, Options(*options), wants_dx, wants_dweight)
     return losses.sum(), dx, dweight
 
 
@@ -255,20 +248,10 @@ def _total_gradients(ctx, dtotal, *_) -> tuple:
     return dx, dweight, *[None] * 8
 
 
-@torch.library.custom_op("linear_cross_entropy::losses", mutates_args=())
-def losses_of(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    softcap: float,
-    z_loss: float,
-    label_smoothing: float,
-    ignore_index: int,
-    triton: bool,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("linear_cross_entropy::losses", mutates_args=(), schema=_LOSSES)
+def losses_of(x, weight, targets, *options):
     """losses (N,) and lse (N,)."""
-    options = Options(softcap, z_loss, label_smoothing, ignore_index, triton)
-    return _forward(x, weight, targets, options, False, False)[:2]
+    return _forward(x, weight, targets, Options(*options), False, False)[:2]
 
 
 @losses_of.register_fake
@@ -276,24 +259,12 @@ def _(x, *args):
     return tuple(x.new_empty(x.shape[0], dtype=accumulated(x.dtype)) for _ in range(2))
 
 
-@torch.library.custom_op("linear_cross_entropy::losses_backward", mutates_args=())
-def _losses_backward(
-    dlosses: Tensor,
-    lse: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    softcap: float,
-    z_loss: float,
-    label_smoothing: float,
-    ignore_index: int,
-    triton: bool,
-    wants_dx: bool,
-    wants_dweight: bool,
-) -> tuple[Tensor, Tensor]:
-    options = Options(softcap, z_loss, label_smoothing, ignore_index, triton)
+@torch.library.custom_op("linear_cross_entropy::losses_backward", mutates_args=(), schema=_LOSSES_BACKWARD)
+def _losses_backward(dlosses, lse, x, weight, targets, *options):
+    *options, wants_dx, wants_dweight = options
+    options = Options(*options)
     dlosses = dlosses.contiguous()
-    with _prepared(x, weight, targets, ignore_index) as (x, weight, targets):
+    with _prepared(x, weight, targets, options.ignore_index) as (x, weight, targets):
         gradients = _Gradients(x, weight, wants_dx, wants_dweight)
         for at, logits in _chunks(x, weight):
             _run_gradient(logits, targets[at], lse[at], dlosses[at], options)

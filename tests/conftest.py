@@ -1,6 +1,8 @@
 """Where tests run: on a GPU that Triton supports if there is one, else on the CPU with kernels in the interpreter."""
 
+import contextlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -92,3 +94,23 @@ def tiny_run(tmp_path_factory):
     words += ["--max-steps", 3, "--sample-tokens", 0, "--device", "cpu", "--dtype", "float32"]
     assert main(load_config(list(map(str, words)))) == 0
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def made_run(tmp_path_factory) -> Path:
+    """A folder with text.txt and a run of four steps."""
+    from tests.run_checks import make_run
+
+    folder = tmp_path_factory.mktemp("made")
+    with contextlib.chdir(folder):
+        make_run(folder)
+    return folder
+
+
+@pytest.fixture
+def run(made_run, tmp_path, monkeypatch, capsys) -> Path:
+    """A copy of a run of four steps; the working directory is above it."""
+    shutil.copytree(made_run, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    capsys.readouterr()
+    return tmp_path / "copy" / "run"

@@ -1,6 +1,7 @@
 """The benchmark's own arithmetic, with a stub for the clock: FLOPs, pairing, what is written, what it does on a CPU."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -81,8 +82,9 @@ def test_windows_have_no_flash():
 
 def test_what_is_written_and_shown(tmp_path, capsys):
     row = benchmark.measure(SMALL, contenders(), StubTimer(), rounds=2, device="cpu")
-    path = benchmark.write([row], "NVIDIA H100 80GB HBM3", {"torch": "x"}, benchmark.conditions(), tmp_path / "results")
-    assert path.name == "nvidia-h100-80gb-hbm3.json"
+    assert benchmark.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    path = tmp_path / "results" / "x.json"
+    assert benchmark.write_record(path, "attention", "stub", {"torch": "x"}, rows=[asdict(row)]) == path
     record = json.loads(path.read_text())
     assert record["rows"][0]["setting"]["T"] == 32 and record["rows"][0]["milliseconds"][OURS] == 1.0
     assert record["conditions_before"] == {"torch": "x"} and record["conditions_after"]["torch"] == torch.__version__

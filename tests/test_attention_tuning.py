@@ -190,7 +190,7 @@ def test_none_is_right(device, monkeypatch, tmp_path, capsys):
     assert outcome.winner is None
     tuning.show(outcome)
     assert "no candidate was right" in capsys.readouterr().out
-    tuning.write([outcome], "stub", {}, {}, tmp_path / "new" / "table.json")
+    tuning.write([outcome], "stub", {}, tmp_path / "new" / "table.json")
     assert configs.read_tuned(tmp_path / "new" / "table.json") == {}
 
 

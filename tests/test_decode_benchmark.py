@@ -1,11 +1,11 @@
 """The decode benchmark's own arithmetic, with a stub for the clock: bytes, pairing, shares, what it does on a CPU."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
 
-from benchmarks import attention as attention_benchmark
 from benchmarks import decode as benchmark
 from benchmarks.decode import Setting
 
@@ -41,7 +41,7 @@ def test_measure(page):
 
 def test_what_is_written_and_shown(tmp_path, capsys):
     row = benchmark.measure(Setting(1, 16, 1, 1, 16), lambda fn: 1.0, rounds=2, device="cpu", impl="torch")
-    path = attention_benchmark.write([row], "A B", {}, {}, tmp_path / "decode", "decode")
+    path = benchmark.write_record(tmp_path / "decode" / "x.json", "decode", "stub", {}, rows=[asdict(row)])
     record = json.loads(path.read_text())
     assert record["benchmark"] == "decode" and record["rows"][0]["setting"]["T"] == 16
     benchmark.show([row], "stub")

@@ -310,7 +310,7 @@ def test_bad_questions_are_refused(tmp_path, line, message):
     [
         ([], "give either corpus or multiple_choice"),
         (["--corpus", "nowhere.txt"], "nowhere.txt"),
-        (["--multiple-choice", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
+        (["--multiple-choice", "nowhere.jsonl"], "cannot read the file of questions nowhere.jsonl"),
         (["--multiple-choice", "q", "--stride", "3"], "stride goes with corpus"),
         (["--corpus", "x", "--few-shot", "3"], "few_shot goes with multiple_choice"),
         (["--corpus", "README.md", "--stride", "33"], "stride must lie between 1 and the model's context of 32"),

@@ -18,25 +18,8 @@ from gpt.command_line import load_config
 from gpt.errors import UserError, run_command
 from gpt.lock import RunLock
 from gpt.monitor import Monitor, read_metrics
-from tests.run_checks import FLAGS, NEWEST, OLDER, make_run, status_of
+from tests.run_checks import FLAGS, NEWEST, OLDER, status_of
 from train import main
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("made")
-    with contextlib.chdir(folder):
-        make_run(folder)
-    return folder
-
-
-@pytest.fixture
-def run(made, tmp_path, monkeypatch, capsys) -> Path:
-    """A copy of a run of four steps; the working directory is above it."""
-    shutil.copytree(made, tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
-    capsys.readouterr()
-    return tmp_path / "copy" / "run"
 
 
 def sentence(capsys) -> str:

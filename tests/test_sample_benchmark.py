@@ -39,6 +39,12 @@ def test_ratios_are_medians_of_pairs_and_speeds_count_every_row(monkeypatch, tmp
     assert row.tokens_per_second == pytest.approx({"fp32": 12, "bf16": 24, "int8": 12, "uncached": 1.5})
     assert row.ratios == {"fp32 / uncached": 8, "bf16 / uncached": 16, "int8 / uncached": 8}
     assert row.early_and_late_ms == (250, 250)
+    matrices = sum(
+        w.numel() for name, w in GPT(TINY.config()).named_parameters() if w.ndim == 2 and "position" not in name
+    )
+    assert row.weights_gb_per_second["fp32"] == pytest.approx(4 * matrices / (1 / 6) / 1e9)
+    assert row.weights_gb_per_second["int8"] == pytest.approx(matrices / (1 / 6) / 1e9)
+    assert [s.name for s in sample.settings(False, False, "cuda")][-1] == "GPT 1B"
     assert sample.main(["--quick", "--rounds", "1", "--json", str(tmp_path / "out.json")]) == 0
     out = capsys.readouterr().out
     assert "not installed" in out and "load" in out

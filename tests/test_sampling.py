@@ -1,6 +1,7 @@
 """The distribution that tokens are drawn from, against a slow one in plain Python, and the draws."""
 
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt import sampling
 from gpt.build_tokenizer import build_tokenizer
 from gpt.config import TokenizerConfig
 from gpt.errors import UserError
@@ -69,15 +71,17 @@ OPTIONS = st.fixed_dictionaries(
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(LOGITS, OPTIONS, st.randoms(use_true_random=False))
-def test_distribution_is_the_slow_one(logits, options, random):
+@given(LOGITS, OPTIONS, st.sampled_from([1, 3, 1024]), st.randoms(use_true_random=False))
+def test_distribution_is_the_slow_one(logits, options, likeliest, random):
+    """Also where the nucleus is larger than the few tokens among which it is looked for first."""
     config = SamplingConfig(**options)
     bias = [random.choice([0.0, 0.0, 1.5, -2.0]) for _ in logits]
     seen = [random.random() < 0.4 for _ in logits]
     # A second row, of which the first must know nothing.
     rows = torch.tensor([logits, logits[::-1]])
     seen_rows = torch.tensor([seen, [not s for s in seen]])
-    result = distribution(rows, config, bias=torch.tensor(bias).double(), seen=seen_rows)[0]
+    with mock.patch.object(sampling, "_LIKELIEST", likeliest):
+        result = distribution(rows, config, bias=torch.tensor(bias).double(), seen=seen_rows)[0]
     np.testing.assert_allclose(result, reference(logits, config, bias, seen), rtol=1e-12, atol=1e-15)
 
 

@@ -15,7 +15,7 @@ import gpt
 from gpt.errors import UserError
 from gpt.shards import MAGIC, read_tokens
 from gpt.tokenizer import ByteTokenizer, load_tokenizer
-from tests.run_checks import NEWEST, OLDER, make_run, reseal, status_of
+from tests.run_checks import NEWEST, OLDER, reseal, status_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,20 +27,10 @@ class Poison:
         return (Path.touch, (Path("ran"),))
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("made")
-    with contextlib.chdir(folder):
-        make_run(folder)
-    return folder
-
-
 @pytest.fixture
-def run(made, tmp_path, monkeypatch, capsys) -> Path:
-    shutil.copytree(made, tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
-    shutil.rmtree(f"run/checkpoints/{OLDER}")
-    capsys.readouterr()
+def run(run) -> Path:
+    """A copy of a run with one checkpoint."""
+    shutil.rmtree(run / "checkpoints" / OLDER)
     return Path("run")
 
 

@@ -200,7 +200,7 @@ def test_judge_keeps_the_distribution_for_any_proposer():
     lengths = (torch.arange(n) % 4 > 0).long()
     proposals = Proposals(proposed, lengths, q.expand(n, 1, 4))
     positions = torch.tensor([[3, 4]]).expand(n, 2)
-    tokens, counts = judge(p.expand(n, 2, 4), proposals, torch.arange(n), positions)
+    tokens, counts = judge(p.expand(n, 2, 4), proposals, torch.arange(n).unsqueeze(1), positions)
     for rows in (lengths == 0, lengths == 1):
         first = torch.bincount(tokens[rows, 0], minlength=4)
         assert abs(chi_square(first, p * int(rows.sum()))) < 4
