@@ -13,6 +13,8 @@ EXIT_STOPPED = 4  # stopped by a signal or a time limit, with everything saved
 
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# A path that the user gave leads nowhere, and even asking whether it is there is refused.
+NO_WAY = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class UserError(ValueError):
@@ -26,7 +28,8 @@ class LostProcess(RuntimeError):
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's main and leave with its exit status.
 
-    A UserError becomes one line on stderr and status 2, and so does a disk or a memory that is full.
+    A UserError becomes one line on stderr and status 2, and so does a disk or a memory that is full, or a path that
+    the system refuses.
     """
     try:
         status = main()
@@ -44,9 +47,10 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.stderr.close()
         status = EXIT_DONE
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in NO_ROOM and not (error.errno in NO_WAY and error.filename):
             raise
-        print(f"error: cannot write {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
+        verb = "write" if error.errno in NO_ROOM else "use"
+        print(f"error: cannot {verb} {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is left in its buffer has nowhere to go
         status = EXIT_USER
     except (MemoryError, RuntimeError) as error:

@@ -5,7 +5,6 @@ needed to write it.
 """
 
 import json
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +71,7 @@ class Arguments:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the weights written."""
     overwrite: bool = False
-    """Delete what the directory holds."""
+    """Delete what an earlier export left in the directory."""
 
 
 def misfits(family: str, model: GPT) -> list[str]:
@@ -189,15 +188,18 @@ def main(arguments: Arguments) -> int:
     folder = arguments.directory
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: give a directory to write to")
-    taken = folder.is_dir() and any(folder.iterdir())
-    if taken and not arguments.overwrite:
-        raise UserError(f"{folder} is not empty: give another directory, or --overwrite to delete what it holds")
+    left = list(folder.iterdir()) if folder.is_dir() else []
     if (folder / "config.toml").exists():
         raise UserError(f"{folder} holds a run, which an export does not overwrite: give another directory")
+    if left and not arguments.overwrite:
+        raise UserError(f"{folder} is not empty: give another directory, or --overwrite to delete what it holds")
+    # Whoever names the folder above their runs must not lose them.
+    if left and ("config.json" not in [path.name for path in left] or any(path.is_dir() for path in left)):
+        raise UserError(f"{folder} holds more than a checkpoint, and is not overwritten: give another directory")
     model, tokenizer = load(arguments.run, "cpu")
     family_of(model)
-    if taken:
-        shutil.rmtree(folder)
+    for path in left:
+        path.unlink()
     family = export(model, tokenizer, folder, dtype=arguments.dtype)
     print(f"{CLASSES[family]}, {model.num_parameters():,} parameters, {arguments.dtype}; written:")
     print("\n".join(f"  {path}" for path in sorted(folder.iterdir())))

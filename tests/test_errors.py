@@ -31,6 +31,11 @@ def test_a_message_with_line_breaks_is_one_line(capsys):
     assert ended(capsys, main) == (2, "error: no file 'a b'\n")
 
 
+def test_a_path_that_the_system_refuses_is_one_sentence(capsys, tmp_path):
+    name = tmp_path / ("x" * 5000)
+    assert ended(capsys, lambda: name.is_dir()) == (2, f"error: cannot use {name}: File name too long\n")
+
+
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(5, "Input/output error")], ids=["runtime", "os"])
 def test_the_programs_own_faults_keep_their_traceback(error):
     def main():

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 
 import pytest
 import tiktoken
@@ -297,3 +298,21 @@ def test_command(tiny_run, tmp_path, capsys):
     assert status_of(tiny_run, tiny_run / "config.toml") == 2
     assert status_of(tmp_path / "none", tmp_path / "new") == 2
     assert not (tmp_path / "new").exists()
+
+
+def test_overwrite_spares_what_is_no_checkpoint(tiny_run, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    shutil.copytree(tiny_run, runs / "mine")
+    assert status_of(runs / "mine", runs, "--overwrite") == 2
+    (runs / "config.json").write_text("{}")
+    assert status_of(runs / "mine", runs, "--overwrite") == 2
+    assert capsys.readouterr().err.count("holds more than a checkpoint") == 2
+    assert (runs / "mine/config.toml").exists()
+
+
+def test_overwrite_takes_a_link_to_a_checkpoint(tiny_run, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/config.json").write_text("{}")
+    assert status_of(tiny_run, tmp_path / "link", "--overwrite") == 0
+    assert (tmp_path / "real/model.safetensors").exists()
