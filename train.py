@@ -75,6 +75,8 @@ def train(config: Config, world: World, lock: RunLock) -> int:
     tokenizer = corpus.tokenizer
     check_length(corpus, config.model.seq_len)
     config = with_vocabulary(config, tokenizer)
+    if config.log.sample_tokens:
+        tokenizer.encode(config.log.sample_prompt)  # a character that it lacks is refused here, not after hours
     if options.dry_run:
         if world.main:
             print(describe(config, device, corpus.train_tokens, world.size))

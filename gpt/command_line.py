@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
-from gpt.config import PRESETS, Config
+from gpt.config import PRESETS, Config, ModelConfig
 from gpt.errors import UserError
 from gpt.files import write_whole
 
@@ -125,18 +125,64 @@ def read_toml(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _given(argv: Sequence[str], flag: str) -> str | None:
-    """What a flag is set to, before tyro has read the line."""
+    """What a flag is set to, before tyro has read the line; given twice, the last one counts, as there."""
+    found = None
     for i, word in enumerate(argv):
         name, _, value = word.partition("=")
         if name.replace("_", "-") == flag:
-            return value or next(iter(argv[i + 1 : i + 2]), None)
-    return None
+            found = value or next(iter(argv[i + 1 : i + 2]), None)
+    return found
+
+
+# Flags that do nothing unless another option has one of these values. A file may hold both: it serves several commands.
+ACTS_WITH: dict[str, tuple[str, str, tuple[Any, ...]]] = {
+    "bpe_vocab_size": ("tokenizer", "tokenizer", ("bpe",)),
+    "rope_theta": ("model", "position", ("rotary",)),
+    "embedding_lr": ("optim", "optimizer", ("muon",)),
+    "head_lr": ("optim", "optimizer", ("muon",)),
+    "muon_momentum": ("optim", "optimizer", ("muon",)),
+    "muon_ns_steps": ("optim", "optimizer", ("muon",)),
+    "min_lr": ("optim", "schedule", ("cosine", "linear", "wsd")),
+    "decay_fraction": ("optim", "schedule", ("wsd",)),
+    "wandb_project": ("log", "wandb", ("offline", "online")),
+}
+
+
+def _check_acting(argv: Sequence[str], config: Config) -> None:
+    """UserError for a flag that would be ignored."""
+    for name, (table, key, values) in ACTS_WITH.items():
+        value = getattr(getattr(config, table), key)
+        flag = "--" + name.replace("_", "-")
+        if value not in values and _given(argv, flag) is not None:
+            raise UserError(f"{flag} does nothing with {key} {value}: it goes with {' or '.join(values)}")
+
+
+def _check_source(argv: Sequence[str], source: str, preset: str | None) -> None:
+    """UserError where what init_from brings is asked for beside it."""
+    from gpt.initial import has_tokenizer
+
+    named = _given(argv, "--tokenizer")
+    if preset:
+        raise UserError(f"preset {preset} and init_from {source} contradict each other: give one")
+    if named and has_tokenizer(source):
+        raise UserError(f"tokenizer {named} and init_from {source}, which has its own, contradict each other: give one")
+
+
+def _preset(name: str | None) -> dict[str, Any]:
+    """What a preset says of the model: each option that any preset sets. UserError for one that nobody knows."""
+    if name is None:
+        return {}
+    if name not in PRESETS:
+        raise UserError(f"there is no preset {name!r}: {', '.join(PRESETS)} are")
+    defaults = asdict(ModelConfig())
+    return {key: defaults[key] for preset in PRESETS.values() for key in preset} | PRESETS[name]
 
 
 def load_config(argv: Sequence[str], prog: str = "train.py") -> Config:
     """The Config that a command line asks for. Raises UserError.
 
-    With init_from the model's options begin as the source's, in a preset's place.
+    With init_from the model's options begin as the source's, in a preset's place. Over a run's own file a preset is as
+    the flags are: what it says is asked of the run.
     With --resume or --eval-only and a run directory but no file, the run's own config.toml is the file.
     """
     path = Path(argv[0]) if argv and not argv[0].startswith("-") else None
@@ -149,21 +195,22 @@ def load_config(argv: Sequence[str], prog: str = "train.py") -> Config:
     preset = _given(argv, "--preset") or model.pop("preset", None)
     model.pop("preset", None)
     source = _given(argv, "--init-from") or tables.get("train", {}).get("init_from")
-    if source and preset:
-        raise UserError(f"preset {preset} and init_from {source} contradict each other: give one")
-    if source and (path is None or path != saved):  # a run's own config.toml has every option of the model already
+    if path is not None and path == saved:  # it has every option of the model; the run is checked against a preset
+        tables["model"] = model | _preset(preset)
+    elif source:
         from gpt.initial import initial_config
 
-        options = asdict(initial_config(source))
+        _check_source(argv, source, preset)
+        tables["model"] = asdict(initial_config(source)) | model
     else:
-        options = PRESETS.get(preset or "modern", {})
-    tables["model"] = {**options, **model}
+        tables["model"] = _preset(preset) | model
     try:
         base = {name: cls(**tables.get(name, {})) for name, cls in TABLES.items()}
     except UserError as error:
         raise UserError(f"{path}: {error}" if path else str(error)) from error
     arguments = parse_flags(Arguments, argv, default=Arguments(**base), prog=prog)
     config = Config(**{name: getattr(arguments, name) for name in TABLES})
+    _check_acting(argv, config)
     if config.train.run_dir is None:
         name = path.stem if path else "gpt"
         config = with_changes(config, "train", run_dir=Path("runs") / name)

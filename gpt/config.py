@@ -21,10 +21,11 @@ _LARGE = ("seed", "split_seed", "max_corpus_bytes", "max_download_bytes", "eval_
 
 
 def require_sizes(options: Any) -> None:
-    """Raise UserError for a whole number that no machine could mean."""
+    """Raise UserError for a number that no machine could mean: a whole one too large, or one that is not finite."""
     for f in fields(options):
         value, limit = getattr(options, f.name), 1 << (63 if f.name in _LARGE else 31)
         require(type(value) is not int or abs(value) < limit, f"{f.name} must be below {limit}, not {value}")
+        require(type(value) is not float or math.isfinite(value), f"{f.name} must be a finite number, not {value}")
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class ModelConfig:
         require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
         require(self.norm_eps > 0, f"norm_eps must be positive, not {self.norm_eps}")
         require(
-            self.logit_softcap is None or 0 < self.logit_softcap < math.inf,
+            self.logit_softcap is None or self.logit_softcap > 0,
             f"logit_softcap must be positive, not {self.logit_softcap}",
         )
         require(self.rope_theta > 1, f"rope_theta must be above 1, not {self.rope_theta}")
@@ -219,7 +220,7 @@ class OptimConfig:
     decay_fraction: float = 0.4
     """Share of the steps that wsd decays over."""
     weight_decay: float = 0.1
-    """Decoupled decay of the matrices; norms, biases and embeddings' vectors are left alone."""
+    """Decoupled decay of the matrices, under adamw the embeddings too; norms and biases are left alone."""
     beta1: float = 0.9
     """Adam's decay of the first moment."""
     beta2: float = 0.95
@@ -250,7 +251,7 @@ class OptimConfig:
         require(self.weight_decay >= 0, f"weight_decay must be at least 0, not {self.weight_decay}")
         require(self.grad_clip >= 0, f"grad_clip must be at least 0, not {self.grad_clip}")
         require(self.muon_ns_steps >= 1, f"muon_ns_steps must be at least 1, not {self.muon_ns_steps}")
-        require(0 <= self.z_loss < math.inf, f"z_loss must be at least 0, not {self.z_loss}")
+        require(self.z_loss >= 0, f"z_loss must be at least 0, not {self.z_loss}")
         require(
             0 <= self.label_smoothing < 1, f"label_smoothing must be at least 0 and below 1, not {self.label_smoothing}"
         )
@@ -312,7 +313,7 @@ class TrainConfig:
     resume: bool = False
     """Go on from the run's newest checkpoint that verifies, or start where the run has none."""
     resume_from: Path | None = None
-    """Go on from this checkpoint (or this run's newest)."""
+    """Go on from this checkpoint, of this run or another."""
     overwrite: bool = False
     """Delete what an earlier run left in the run directory."""
     eval_only: bool = False
@@ -337,9 +338,13 @@ class TrainConfig:
         for name in ("profile_steps", "max_rollbacks", "patience"):
             require(getattr(self, name) >= 0, f"{name} must be at least 0, not {getattr(self, name)}")
         for name in ("spike_threshold", "max_minutes"):
-            require(0 <= getattr(self, name) < math.inf, f"{name} must be at least 0, not {getattr(self, name)}")
+            require(getattr(self, name) >= 0, f"{name} must be at least 0, not {getattr(self, name)}")
         require(self.eval_tokens is None or self.eval_tokens >= 1, "eval_tokens must be at least 1")
-        pairs = [("resume", "overwrite"), *(("eval_only", other) for other in ("overwrite", "resume_from", "dry_run"))]
+        pairs = [
+            ("resume", "overwrite"),
+            ("resume", "resume_from"),
+            *(("eval_only", other) for other in ("overwrite", "resume_from", "dry_run")),
+        ]
         for first, second in pairs:
             contradict = bool(getattr(self, first)) and bool(getattr(self, second))
             require(not contradict, f"{first} and {second} contradict each other: give one")

@@ -16,7 +16,7 @@ import tyro
 
 from gpt.cache import cache_folder
 from gpt.command_line import parse_flags
-from gpt.config import Config, DataConfig, require
+from gpt.config import Config, DataConfig, require, require_sizes
 from gpt.device import autocast
 from gpt.distributed import Parallel, World, whole_model
 from gpt.documents import read_documents
@@ -74,8 +74,8 @@ class Arguments:
     """The run directory; or a Hugging Face checkpoint, a directory or a name."""
     corpus: tuple[str, ...] = ()
     """Text to score: whatever train.py takes as a corpus, token files excepted."""
-    text_field: str = "text"
-    """The field of JSON lines, or the column of Parquet files and datasets, that holds the text."""
+    text_field: str | None = None
+    """The field of JSON lines, or the column of Parquet files and datasets, that holds the text. None: text."""
     stride: int | None = None
     """Tokens between the windows that a text is scored in; each token has at least the context less this before it.
     None: half the context."""
@@ -85,8 +85,8 @@ class Arguments:
     """Answered questions to put before each one."""
     shots: Path | None = None
     """Where those are drawn from. None: from the other questions."""
-    seed: int = 1337
-    """Seed of that draw."""
+    seed: int | None = None
+    """Seed of that draw. None: 1337."""
     batch_size: int = 8
     """Rows at a time."""
     device: str = "auto"
@@ -97,11 +97,14 @@ class Arguments:
     """Print one JSON object instead of lines for a reader."""
 
     def __post_init__(self) -> None:
+        require_sizes(self)
         require(bool(self.corpus) != (self.multiple_choice is not None), "give either corpus or multiple_choice")
         require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
         require(self.few_shot >= 0, f"few_shot must be at least 0, not {self.few_shot}")
         require(self.stride is None or self.stride >= 1, f"stride must be at least 1, not {self.stride}")
         require(self.stride is None or bool(self.corpus), "stride goes with corpus")
+        require(self.text_field is None or bool(self.corpus), "text_field goes with corpus")
+        require(self.seed is None or self.few_shot > 0, "seed goes with few_shot: nothing else is drawn")
         require(self.shots is None or self.few_shot > 0, "shots goes with few_shot: say how many")
         require(self.few_shot == 0 or not self.corpus, "few_shot goes with multiple_choice")
 
@@ -136,13 +139,14 @@ def main(arguments: Arguments) -> int:
     """Score and print. Returns the exit status."""
     # Whatever is wrong with the text is said before a model is loaded.
     if arguments.corpus:
-        data = DataConfig(arguments.corpus, text_field=arguments.text_field)
+        data = DataConfig(arguments.corpus, text_field=arguments.text_field or "text")
         require(not find_token_files(data), "token files (.bin) hold no text to score: give text as the corpus")
         sources = find_sources(data, cache_folder(None) / "downloads")
     else:
         questions = read_questions(arguments.multiple_choice)
         shots = questions if arguments.shots is None else read_questions(arguments.shots)
-        contexts = with_shots(questions, shots, arguments.few_shot, arguments.seed)
+        seed = 1337 if arguments.seed is None else arguments.seed
+        contexts = with_shots(questions, shots, arguments.few_shot, seed)
     model, tokenizer = load_source(arguments.run, arguments.device)
     batch_size = arguments.batch_size
     with autocast(model.embed.weight.device, arguments.dtype):

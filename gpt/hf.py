@@ -84,6 +84,8 @@ def fetch(source: str | Path) -> Path:
     folder = Path(source)
     if folder.is_dir():
         return folder
+    if folder.exists():
+        raise UserError(f"{source} is a file: a Hugging Face checkpoint is a directory, or a name on the Hub")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(source)):
         raise UserError(f"there is no directory {source}, and it is no name of a Hugging Face checkpoint")
     try:

@@ -33,6 +33,11 @@ def initial_config(source: str | Path) -> ModelConfig:
     return read_run(Path(source))[0].model if is_run(source) else config_from_hf(fetch(source))[1]
 
 
+def has_tokenizer(source: str | Path) -> bool:
+    """Whether the source brings a tokenizer: each run does, a checkpoint with a tokenizer.json. Raises UserError."""
+    return is_run(source) or (fetch(source) / "tokenizer.json").exists()
+
+
 def initial_tokenizer(config: Config) -> Tokenizer | None:
     """The tokenizer of config.train.init_from; None where that is not given, or is a checkpoint without tokenizer.json.
 
@@ -48,7 +53,7 @@ def initial_tokenizer(config: Config) -> Tokenizer | None:
     crop(theirs, config.model.seq_len, source)
     if is_run(source):
         return load_tokenizer(Path(source) / "tokenizer.json")
-    return tokenizer_from_hf(source) if (fetch(source) / "tokenizer.json").exists() else None
+    return tokenizer_from_hf(source) if has_tokenizer(source) else None
 
 
 @torch.no_grad()

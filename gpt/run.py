@@ -53,7 +53,7 @@ def earlier_run(
 
     Takes the lock of a run that is there and may be written to, before anything of it is read.
     Raises UserError where the run directory is taken and neither resume nor overwrite is given, where there is nothing
-    to evaluate, where the model asked for is not the run's, or a named checkpoint is damaged.
+    to evaluate, where the model or tokenizer asked for is not the run's, or a named checkpoint is damaged.
     """
     from gpt.initial import initial_tokenizer  # it reads runs too
 
@@ -80,11 +80,19 @@ def earlier_run(
         )
     else:
         return initial_tokenizer(config), None
-    saved = asdict(config_from_toml(source / "config.toml").model)
-    for key, value in asdict(config.model).items():
-        if value != saved[key] and not (key == "vocab_size" and value is None):
-            raise UserError(f"{source} was trained with {key} {saved[key]}, not {value}: resume with the same model")
+    _check_same(config, config_from_toml(source / "config.toml"), source)
     return load_tokenizer(source / "tokenizer.json"), checkpoint
+
+
+def _check_same(config: Config, saved: Config, source: Path) -> None:
+    """UserError where the config asks for another model or tokenizer than a run was trained with."""
+    ours, theirs = ({**asdict(c.model), **asdict(c.tokenizer)} for c in (config, saved))
+    if config.tokenizer.tokenizer != "bpe":  # nothing else looks at it
+        del ours["bpe_vocab_size"]
+    for key, value in ours.items():
+        if value != theirs[key] and not (key == "vocab_size" and value is None):
+            what = "tokenizer" if hasattr(config.tokenizer, key) else "model"
+            raise UserError(f"{source} was trained with {key} {theirs[key]}, not {value}: resume with the same {what}")
 
 
 def claim_run_dir(train: TrainConfig, lock: RunLock) -> Path:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt.config import require
+from gpt.config import require, require_sizes
 from gpt.errors import UserError
 from gpt.tokenizer import Tokenizer
 
@@ -71,15 +71,15 @@ class SamplingConfig:
     """Tokens proposed at a time by a draft model or by ngram. None: 4."""
 
     def __post_init__(self) -> None:
+        require_sizes(self)
         require(self.max_new_tokens is None or self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
-        require(0 <= self.temperature < math.inf, f"temperature must be at least 0, not {self.temperature}")
+        require(self.temperature >= 0, f"temperature must be at least 0, not {self.temperature}")
         require(self.top_k is None or self.top_k >= 1, f"top_k must be at least 1, not {self.top_k}")
         require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}")
         require(0 <= self.min_p <= 1, f"min_p must be at least 0 and at most 1, not {self.min_p}")
-        penalty = self.repetition_penalty
-        require(0 < penalty < math.inf, f"repetition_penalty must be above 0, not {penalty}")
+        require(self.repetition_penalty > 0, f"repetition_penalty must be above 0, not {self.repetition_penalty}")
         require(self.num_samples >= 1, f"num_samples must be at least 1, not {self.num_samples}")
-        require(0 <= self.seed < 1 << 63, f"seed must be at least 0 and below 2**63, not {self.seed}")
+        require(self.seed >= 0, f"seed must be at least 0, not {self.seed}")
         require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
         require(self.draft_tokens is None or 1 <= self.draft_tokens <= 64, "draft_tokens must be 1 to 64")
         # Strings are sequences of strings: a lone one would be taken letter by letter.

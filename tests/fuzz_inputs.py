@@ -215,7 +215,8 @@ def corpus(draw: random.Random) -> Command:
         Path(place).write_bytes(b"".join(draw.choices(pieces, k=draw.randrange(1, 5))))
     kind, errors = draw.choice(("char", "byte", "bpe")), draw.choice(("strict", "replace"))
     options = ["--corpus", places[0].split("/")[0], "--tokenizer", kind, "--encoding-errors", errors]
-    return training([*FLAGS, *PLACE, *options, "--bpe-vocab-size", "300", "--eval-tokens", "100"])
+    options += ["--bpe-vocab-size", "300"] if kind == "bpe" else []
+    return training([*FLAGS, *PLACE, *options, "--eval-tokens", "100"])
 
 
 def packed_corpus(draw: random.Random) -> Command:
@@ -238,7 +239,8 @@ def packed_corpus(draw: random.Random) -> Command:
     Path(name).write_bytes(scrambled(draw, content) if draw.random() < 0.8 else content)
     errors = draw.choice(("strict", "replace"))
     options = ["--corpus", name, "--tokenizer", kind, "--encoding-errors", errors]
-    return training([*FLAGS, *PLACE, *options, "--bpe-vocab-size", "300", "--eval-tokens", "100"])
+    options += ["--bpe-vocab-size", "300"] if kind == "bpe" else []
+    return training([*FLAGS, *PLACE, *options, "--eval-tokens", "100"])
 
 
 KINDS = [toml, command_line, token_file, run_file, tokenizer, corpus, packed_corpus]

@@ -1,12 +1,14 @@
 """Defaults, preset, file, flags, in this order; what is written reads back; every recipe is sound."""
 
-from dataclasses import fields
+import math
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 from gpt.command_line import TABLES, config_from_toml, load_config, write_toml
-from gpt.config import Config
+from gpt.config import PRESETS, Config, ModelConfig
 from gpt.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -79,6 +81,55 @@ def test_resume_without_a_file_takes_the_runs_own(tmp_path):
     write_toml(load_config(["--n-layer", "2"]), tmp_path / "config.toml")
     assert load_config(["--run-dir", str(tmp_path), "--resume"]).model.n_layer == 2
     assert load_config(["--run-dir", str(tmp_path)]).model.n_layer == Config().model.n_layer
+
+
+def test_a_preset_is_asked_of_the_run_that_is_gone_on_with(tmp_path):
+    write_toml(load_config(["--preset", "gpt2", "--n-layer", "2"]), tmp_path / "config.toml")
+    again = ["--run-dir", str(tmp_path), "--resume"]
+    saved = config_from_toml(tmp_path / "config.toml").model
+    assert load_config([*again, "--preset", "gpt2"]).model == saved
+    assert load_config([*again, "--preset", "transformer"]).model == replace(saved, **PRESETS["transformer"])
+    assert load_config([*again, "--preset", "modern"]).model == ModelConfig(n_layer=2)
+
+
+def test_of_a_flag_given_twice_the_last_counts(tmp_path):
+    for name, layers in (("a", "2"), ("b", "3")):
+        (tmp_path / name).mkdir()
+        write_toml(load_config(["--n-layer", layers]), tmp_path / name / "config.toml")
+    config = load_config(["--run-dir", str(tmp_path / "a"), "--run-dir", str(tmp_path / "b"), "--resume"])
+    assert (config.train.run_dir, config.model.n_layer) == (tmp_path / "b", 3)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "without", "with_"),
+    [
+        ("--bpe-vocab-size", "300", [], ["--tokenizer", "bpe"]),
+        ("--rope-theta", "500", ["--preset", "gpt2"], []),
+        ("--embedding-lr", "0.1", [], ["--optimizer", "muon"]),
+        ("--head-lr", "0.1", [], ["--optimizer", "muon"]),
+        ("--muon-momentum", "0.9", [], ["--optimizer", "muon"]),
+        ("--muon-ns-steps", "4", [], ["--optimizer", "muon"]),
+        ("--min-lr", "1e-5", ["--schedule", "constant"], ["--schedule", "linear"]),
+        ("--decay-fraction", "0.1", [], ["--schedule", "wsd"]),
+        ("--wandb-project", "x", [], ["--wandb", "offline"]),
+    ],
+    ids=lambda value: value.strip("-") if isinstance(value, str) and value.startswith("--") else "",
+)
+def test_a_flag_that_would_do_nothing_is_refused(flag, value, without, with_):
+    with pytest.raises(UserError, match=f"{flag} does nothing with "):
+        load_config([*without, flag, value])
+    load_config([*with_, flag, value])
+
+
+def test_numbers_are_finite():
+    kinds = get_type_hints(Config)
+    hints = {table: get_type_hints(kind) for table, kind in kinds.items()}
+    names = [(table, name) for table, of in hints.items() for name, hint in of.items() if hint is float]
+    assert len(names) > 15
+    for table, name in names:
+        for value in (math.inf, -math.inf, math.nan):
+            with pytest.raises(UserError, match=name):
+                kinds[table](**{name: value})
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)

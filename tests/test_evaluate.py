@@ -312,11 +312,14 @@ def test_bad_questions_are_refused(tmp_path, line, message):
         (["--corpus", "nowhere.txt"], "nowhere.txt"),
         (["--multiple-choice", "nowhere.jsonl"], "cannot read the file of questions nowhere.jsonl"),
         (["--multiple-choice", "q", "--stride", "3"], "stride goes with corpus"),
+        (["--multiple-choice", "q", "--text-field", "x"], "text_field goes with corpus"),
+        (["--multiple-choice", "q", "--seed", "3"], "seed goes with few_shot"),
+        (["--corpus", "x", "--batch-size", "9" * 20], "batch_size must be below 2147483648"),
         (["--corpus", "x", "--few-shot", "3"], "few_shot goes with multiple_choice"),
         (["--corpus", "README.md", "--stride", "33"], "stride must lie between 1 and the model's context of 32"),
         (["--corpus", "README.md", "--device", "tpu"], "device 'tpu' cannot be used here"),
     ],
-    ids=range(7),
+    ids=range(10),
 )
 def test_bad_input_is_one_sentence(tiny_run, capsys, words, message):
     assert status_of(tiny_run, *words) == 2
@@ -374,8 +377,9 @@ def test_a_position_table_is_cut(tmp_path):
         (["--n-layer", 2], "has n_layer 1, not 2: leave n_layer out"),
         (["--preset", "gpt2"], "contradict each other"),
         (["--preset", "modern"], "contradict each other"),
+        (["--tokenizer", "char"], "tokenizer char and init_from .* contradict each other"),
     ],
-    ids=range(3),
+    ids=range(4),
 )
 def test_another_model_than_the_source_is_refused(tiny_run, tmp_path, words, message):
     with pytest.raises(UserError, match=message):

@@ -221,6 +221,8 @@ def test_sample_seeds_are_apart_and_the_first_is_the_seed():
         {"min_p": 1.1},
         {"repetition_penalty": 0.0},
         {"max_new_tokens": 0},
+        {"max_new_tokens": 10**30},
+        {"repetition_penalty": math.inf},
         {"num_samples": 0},
         {"batch_size": 0},
         {"draft_tokens": 0},

@@ -409,6 +409,8 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
         (["--resume", "--overwrite"], r"resume and overwrite"),
         (["--eval-only", "--overwrite"], r"eval_only and overwrite contradict"),
         (["--eval-only", "--resume-from", "x"], r"eval_only and resume_from contradict"),
+        (["--resume", "--resume-from", "x"], r"resume and resume_from contradict"),
+        (["--sample-tokens", "5", "--sample-prompt", "Zoë"], r"the tokenizer lacks the character 'Z'"),
         (["--eval-only"], r"run is not a run directory"),
         (["--resume-from", "nowhere"], r"cannot resume from nowhere: nowhere/manifest.json cannot be read"),
         (["missing.toml"], r"cannot read the config file missing.toml"),
@@ -441,6 +443,23 @@ def test_an_existing_run_is_not_touched(folder, capsys):
     assert "run already holds a run: add --resume" in refused(capsys, *flags())
     wider = flags(n_embd=64)
     assert "run was trained with n_embd 32, not 64" in refused(capsys, *wider, "--resume")
+    assert "run was trained with tokenizer char, not byte" in refused(
+        capsys, *flags(), "--resume", "--tokenizer", "byte"
+    )
+    assert "not gelu_tanh: resume with the same model" in refused(
+        capsys,
+        "--run-dir",
+        "run",
+        "--resume",
+        "--preset",
+        "gpt2",
+        "--position",
+        "rotary",
+        "--norm",
+        "rmsnorm",
+        "--norm-eps",
+        "1e-6",
+    )
     assert before == sorted((p, p.stat().st_mtime_ns) for p in (folder / "run").rglob("[!.]*"))
 
 
