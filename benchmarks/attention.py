@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import positive
 from kernels import attention, masks
 
 RESULTS = Path(__file__).parent / "results"
@@ -245,9 +246,9 @@ def show(rows: list[Row], device: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__.splitlines()[0])
     parser.add_argument("--head-dims", nargs="*", type=int, default=[64, 128])
-    parser.add_argument("--lengths", nargs="*", type=int, default=[1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--lengths", nargs="*", type=positive, default=[1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--masks", nargs="*", default=["causal", "full", "window"], choices=list(MASKS))
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=positive, default=30)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder to write to")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():

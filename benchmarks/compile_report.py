@@ -20,7 +20,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from benchmarks import assembly
+from benchmarks import assembly, positive
 from benchmarks.assembly import Loop
 from kernels import (
     attention_backward,
@@ -296,19 +296,19 @@ def _row(r: Report) -> tuple:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_report", description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--dtypes", nargs="*", default=["bf16"], choices=list(DTYPES))
     parser.add_argument("--head-dims", nargs="*", type=int, default=[64, 128])
     parser.add_argument("--masks", nargs="*", default=["causal"], choices=list(MASKS))
     parser.add_argument("--kernels", nargs="*", default=list(KERNELS), choices=list(KERNELS))
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=positive, default=2)
     parser.add_argument("--json", action="store_true", help="one object a line, for programs")
     parser.add_argument("--write", type=Path, default=None, help="write docs/compile_report.md's cases to a file")
     parser.add_argument("--cases", type=json.loads, default=None, help="a JSON list of cases instead of the table's")
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
-        sys.exit("unset TRITON_INTERPRET: the interpreter compiles nothing")
+        parser.error("unset TRITON_INTERPRET: the interpreter compiles nothing")
     if args.cases is not None:
         cases = [Case(**case) for case in args.cases]
     elif args.write is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import positive
 from benchmarks.attention import RESULTS, EventTimer, conditions, interleaved, slug, write_record
 from kernels import attention_decode, attention_reference
 
@@ -128,10 +129,12 @@ def show(rows: list[Row], device: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=positive, default=30)
     parser.add_argument("--write", action="store_true", help="write the result to --results as well")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder to write to")
+    parser.add_argument("--results", type=Path, help="the folder to write to, benchmarks/results unless given")
     args = parser.parse_args(argv)
+    if args.results is not None and not args.write:
+        parser.error("--results says where to write: add --write")
     if not torch.cuda.is_available():
         print("benchmarks.decode needs a GPU and found none: nothing measured")
         return 0
@@ -140,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = [measure(setting, timer, args.rounds) for setting in settings()]
     show(rows, device)
     if args.write:
-        path, content = args.results / "decode" / f"{slug(device)}.json", [asdict(row) for row in rows]
+        path, content = (args.results or RESULTS) / "decode" / f"{slug(device)}.json", [asdict(row) for row in rows]
         print(f"written to {write_record(path, 'decode', device, before, dtype='bfloat16', rows=content)}")
     return 0
 

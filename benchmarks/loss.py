@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from benchmarks import positive
 from benchmarks.attention import RESULTS, EventTimer, conditions, interleaved, slug, write_record
 from kernels import linear_cross_entropy
 
@@ -93,10 +94,10 @@ def peak_gib(step: Callable) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loss", description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", nargs="*", type=int, default=[16384, 65536, 524288])
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--vocab-size", type=int, default=50304)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--tokens", nargs="*", type=positive, default=[16384, 65536, 524288])
+    parser.add_argument("--width", type=positive, default=768)
+    parser.add_argument("--vocab-size", type=positive, default=50304)
+    parser.add_argument("--rounds", type=positive, default=20)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder to write to")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():

@@ -22,8 +22,11 @@ from pathlib import Path
 import gpt  # isort: skip  # noqa: F401 - before torch, whose threads' waiting it sets
 import torch
 
+from benchmarks import positive
 from gpt.config import PRESETS, ModelConfig
 from gpt.decode import Decoder
+from gpt.device import pick_device
+from gpt.errors import UserError
 from gpt.model import GPT
 
 FP32, BF16, INT8, HF, UNCACHED = "fp32", "bf16", "int8", "transformers", "uncached"
@@ -261,17 +264,28 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sample", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the small model and short texts alone: seconds")
     parser.add_argument("--full", action="store_true", help="GPT-2 on texts of 256 + 256 tokens: many minutes on a CPU")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--only", help="only models whose name contains this")
-    parser.add_argument("--rows", type=int, nargs="*", help="only these batch sizes")
-    parser.add_argument("--new", type=int, help="new tokens of each text")
+    parser.add_argument("--rows", type=positive, nargs="*", help="only these batch sizes")
+    parser.add_argument("--new", type=positive, help="new tokens of each text")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="also write what was measured to this file")
     args = parser.parse_args(argv)
+    if args.quick and args.full:
+        parser.error("--quick and --full contradict each other: give one")
+    if args.json is not None and not args.json.parent.is_dir():
+        parser.error(f"there is no folder {args.json.parent} to write --json to")
+    try:
+        pick_device(args.device)
+    except UserError as error:
+        parser.error(str(error))
+    known = settings(args.quick, args.full, args.device)
+    chosen = [s for s in known if (args.only or "") in s.name and (not args.rows or s.rows in args.rows)]
+    if not chosen:
+        names = ", ".join(f"{s.name} with {s.rows} rows" for s in known)
+        parser.error(f"--only and --rows leave nothing to measure: there are {names}")
     before, rows = conditions(args.device), []
-    for setting in settings(args.quick, args.full, args.device):
-        if (args.only and args.only not in setting.name) or (args.rows and setting.rows not in args.rows):
-            continue
+    for setting in chosen:
         setting = Setting(**(asdict(setting) | ({"new": args.new} if args.new else {})))
         rows.append(measure(setting, args.rounds, args.device, 1 if args.quick else 4))
         if args.json:

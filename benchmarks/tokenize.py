@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import positive
 from gpt.build_tokenizer import build_tokenizer, encoding_at_hand
 from gpt.config import DataConfig, TokenizerConfig
 from gpt.corpus import prepare
@@ -121,11 +122,11 @@ def pick(name: str | None, text: str, vocab_size: int) -> Tokenizer:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.tokenize", description=__doc__.splitlines()[0])
     parser.add_argument("corpus", nargs="*", help="text, as train.py's --corpus; none: the interpreter's library")
-    parser.add_argument("--megabytes", type=int, default=24, help="of that library, repeated")
-    parser.add_argument("--document", type=int, default=4000, help="characters of each of its documents")
+    parser.add_argument("--megabytes", type=positive, help="of that library, repeated; 24 unless given")
+    parser.add_argument("--document", type=positive, help="characters of each of its documents; 4000 unless given")
     parser.add_argument("--tokenizer", help="bpe or one of tiktoken's; by default gpt2 where it is cached, else bpe")
-    parser.add_argument("--vocab-size", type=int, default=32_768, help="of the trained BPE")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--vocab-size", type=positive, help="of the trained BPE; 32768 unless given")
+    parser.add_argument("--rounds", type=positive, default=9)
     parser.add_argument("--child", choices=(OURS, TIKTOKEN), help=argparse.SUPPRESS)
     parser.add_argument("--cache-dir", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--tokenizer-file", type=Path, help=argparse.SUPPRESS)
@@ -133,13 +134,17 @@ def main(argv: list[str]) -> int:
     if args.child:
         print(json.dumps(run(args.child, args.corpus, load_tokenizer(args.tokenizer_file), args.cache_dir)))
         return 0
+    if args.corpus and (args.megabytes or args.document):
+        parser.error("--megabytes and --document are of the library's text: leave them out where a corpus is given")
+    if args.vocab_size and args.tokenizer != "bpe":
+        parser.error("--vocab-size is that of a trained BPE: add --tokenizer bpe")
     with tempfile.TemporaryDirectory() as folder:
         corpus = args.corpus
         if not corpus:
             corpus = [str(Path(folder, "library.jsonl"))]
-            write_text(Path(corpus[0]), args.megabytes * 1_000_000, args.document)
+            write_text(Path(corpus[0]), (args.megabytes or 24) * 1_000_000, args.document or 4000)
         text = "".join(texts_of(corpus, Path(folder)))
-        tokenizer = pick(args.tokenizer, text, args.vocab_size)
+        tokenizer = pick(args.tokenizer, text, args.vocab_size or 32_768)
         sample = text[:SAMPLE]
         del text
         found = measure(corpus, tokenizer, args.rounds)

@@ -5,7 +5,8 @@
 Ours is `train.py configs/shakespeare_char_cpu.toml` from a cold cache. The peer is transformers' GPT2LMHeadModel in the
 shape and with the schedule of nanoGPT's CPU recipe (4 layers, 128 wide, context 64, batches of 12, 2,000 steps of
 AdamW), in a plain loop. Both learn from the first 90% of the characters and are measured on all of the last 10%, in
-windows of 64, in float32. Seconds are wall time of the whole process, imports and evaluation included.
+windows of 64, in float32. Seconds are wall time of the whole process, imports and evaluation included. Flags that are
+none of its own go to train.py.
 """
 
 import argparse
@@ -20,6 +21,8 @@ import time
 from pathlib import Path
 
 import torch
+
+from benchmarks import positive
 
 ROOT = Path(__file__).parents[1]
 T, PEER_BATCH, PEER_STEPS = 64, 12, 2000
@@ -112,18 +115,22 @@ def run_peer(corpus: Path, seed: int, device: str, steps: int) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", type=Path, required=True, help="one text file, such as tiny Shakespeare")
     parser.add_argument("--config", type=Path, default=Path("configs/shakespeare_char_cpu.toml"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--peer-steps", type=int, default=PEER_STEPS)
+    parser.add_argument("--peer-steps", type=positive, default=PEER_STEPS)
     parser.add_argument("--peer-runs", type=int, default=1, help="how many of the seeds the peer trains with too")
     parser.add_argument("--json", type=Path, default=None, help="write the figures to this file")
     parser.add_argument("--peer", action="store_true", help="train the peer alone, in this process")
     args, options = parser.parse_known_args(arguments)
     if not args.corpus.is_file():
-        sys.exit(f"{args.corpus} is no file: give the text with --corpus")
+        parser.error(f"{args.corpus} is no file: give the text with --corpus")
+    if args.peer and options:
+        parser.error(f"--peer takes none of train.py's flags: leave out {options[0]}")
+    if args.json is not None and not args.json.parent.is_dir():
+        parser.error(f"there is no folder {args.json.parent} to write --json to")
     if args.peer:
         print(json.dumps(train_peer(args.corpus, args.seeds[0], args.device, args.peer_steps)))
         return

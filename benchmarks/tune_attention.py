@@ -20,6 +20,7 @@ import torch
 from triton.errors import TritonError
 from triton.runtime.errors import OutOfResources
 
+from benchmarks import positive
 from benchmarks.attention import MASKS, RESULTS, EventTimer, Setting, conditions, interleaved, slug, write_record
 from kernels import configs, masks
 from kernels.attention_backward import dkdv_launch, dq_launch, prepare_launch
@@ -215,8 +216,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16"], choices=list(configs.DTYPES))
     parser.add_argument("--kernels", nargs="*", default=list(configs.TUNED_KERNELS), choices=configs.TUNED_KERNELS)
     parser.add_argument("--mask", default="causal", choices=list(MASKS))
-    parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--length", type=positive, default=4096)
+    parser.add_argument("--rounds", type=positive, default=30)
     parser.add_argument("--write", type=Path, default=None, help="the table's file (results/tuned-<device>.json)")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():

@@ -1,0 +1,42 @@
+"""What the benchmarks' command lines refuse, before anything is measured."""
+
+import importlib
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("attention --rounds 0", "argument --rounds: invalid positive value: '0'"),
+        ("attention --lengths 1024 -1", "argument --lengths: invalid positive value: '-1'"),
+        ("compile_report --processes 0", "argument --processes: invalid positive value: '0'"),
+        ("decode --rounds 0", "argument --rounds: invalid positive value: '0'"),
+        ("decode --results x", "--results says where to write: add --write"),
+        ("loss --tokens 0", "argument --tokens: invalid positive value: '0'"),
+        ("sample --rounds 0", "argument --rounds: invalid positive value: '0'"),
+        ("sample --quick --new 0", "argument --new: invalid positive value: '0'"),
+        ("sample --quick --full", "--quick and --full contradict each other"),
+        ("sample --quick --only 124M", "leave nothing to measure: there are 6 x 384 with 1 rows"),
+        ("sample --quick --device tpu9", "device 'tpu9' cannot be used here"),
+        ("sample --quick --json nowhere/x.json", "there is no folder nowhere"),
+        ("tokenize --rounds 0", "argument --rounds: invalid positive value: '0'"),
+        ("tokenize README.md --megabytes 3", "leave them out where a corpus is given"),
+        ("tokenize --tokenizer gpt2 --vocab-size 300", "add --tokenizer bpe"),
+        ("train --corpus nowhere.txt", "nowhere.txt is no file"),
+        ("train --corpus README.md --peer --n-layer 3", "--peer takes none of train.py's flags: leave out --n-layer"),
+        ("train --corpus README.md --json nowhere/x.json", "there is no folder nowhere"),
+        ("tune_attention --length 0", "argument --length: invalid positive value: '0'"),
+    ],
+    ids=lambda value: value.split(" --")[0] if value.split(" ")[0].isidentifier() else "",
+)
+def test_a_wrong_flag_is_refused(capsys, monkeypatch, line, message):
+    name, *words = line.split()
+    command = importlib.import_module(f"benchmarks.{name}")
+    monkeypatch.setattr("sys.argv", [name, *words])
+    with pytest.raises(SystemExit) as stop:
+        command.main(*([] if name == "compile_report" else [words]))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert message in error
+    assert f"benchmarks.{name}: error: " in error
