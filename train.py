@@ -1,6 +1,6 @@
 """Train a GPT: python train.py [CONFIG.toml] [--name value ...], or torchrun --nproc-per-node N train.py ...
 
-The loop is flat, in train(config, world): setup, data, model, optimizer, loop. A run directory holds all of a run.
+The loop is flat, in train(config, world, lock): setup, data, model, optimizer, loop. A run directory holds all of a run.
 """
 
 import contextlib

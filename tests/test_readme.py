@@ -8,7 +8,8 @@ import torch
 
 from kernels import attention, attention_reference, masks
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINES = re.findall(r"^\| .* \| `(.*attention.*\(q.*)` \|$", README, flags=re.MULTILINE)
 T = 80
 
@@ -56,3 +57,12 @@ def test_line_of_attention(line, device, monkeypatch):
 
 def test_the_table_was_found():
     assert len(LINES) == 20
+
+
+def test_the_house_names_what_is_there():
+    house = README.split("## The house")[1].split("```")[1]
+    named = re.findall(r"(?:gpt|kernels)/[\w*]+\.py|(?:train|sample)\.py", house)
+    found = [path for name in named for path in ROOT.glob(name)]
+    assert all(list(ROOT.glob(name)) for name in named)
+    there = {path for folder in ("gpt", "kernels") for path in (ROOT / folder).glob("[!_]*.py")}
+    assert {path.name for path in there - set(found)} == set()
