@@ -308,8 +308,13 @@ def main() -> None:
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("unset TRITON_INTERPRET: the interpreter compiles nothing")
+    if args.write is not None and (args.json or args.cases is not None):
+        parser.error("--write has cases and a form of its own: leave out --json and --cases")
     if args.cases is not None:
-        cases = [Case(**case) for case in args.cases]
+        try:
+            cases = [Case(**case) for case in args.cases]
+        except TypeError as error:
+            parser.error(f"--cases is no JSON list of cases: {error}")
     elif args.write is not None:
         cases = page_cases()
     else:

@@ -11,6 +11,8 @@ import pytest
         ("attention --rounds 0", "argument --rounds: invalid positive value: '0'"),
         ("attention --lengths 1024 -1", "argument --lengths: invalid positive value: '-1'"),
         ("compile_report --processes 0", "argument --processes: invalid positive value: '0'"),
+        ("compile_report --write x --json", "--write has cases and a form of its own"),
+        ('compile_report --cases [{"head":1}]', "--cases is no JSON list of cases: "),
         ("decode --rounds 0", "argument --rounds: invalid positive value: '0'"),
         ("decode --results x", "--results says where to write: add --write"),
         ("loss --tokens 0", "argument --tokens: invalid positive value: '0'"),
@@ -32,6 +34,7 @@ import pytest
 )
 def test_a_wrong_flag_is_refused(capsys, monkeypatch, line, message):
     name, *words = line.split()
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
     command = importlib.import_module(f"benchmarks.{name}")
     monkeypatch.setattr("sys.argv", [name, *words])
     with pytest.raises(SystemExit) as stop:
