@@ -18,7 +18,6 @@ from torch import Tensor
 from gpt.checkpoint import load_training_state, training_tensors, verify
 from gpt.command_line import load_config
 from gpt.config import Config
-from gpt.corpus import check_length, prepare
 from gpt.device import autocast, require_compiler, seed_generators
 from gpt.distributed import Parallel, World, join, mode_of
 from gpt.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED, out_of_memory, run_command
@@ -26,11 +25,13 @@ from gpt.evaluate import evaluate, sample_text
 from gpt.guard import Guard, LossScale, all_finite
 from gpt.hardware import mfu, peak_flops
 from gpt.initial import copy_initial_weights
-from gpt.loader import Batches, TrainLoader, read_tokens
+from gpt.loader import PLACES, Batches, read_tokens
 from gpt.lock import RunLock
+from gpt.mixture import check_lengths, make_mixture, prepare_all, together
 from gpt.model import GPT
 from gpt.monitor import CorpusProgress, Monitor, SilentMonitor
 from gpt.optim import Average, build_optimizers, gradient_norm, lr_scale, scale_gradients, set_learning_rate
+from gpt.packing import check_packing
 from gpt.plan import describe, fewer_rows
 from gpt.profile import Profiler
 from gpt.progress import Progress
@@ -71,17 +72,18 @@ def train(config: Config, world: World, lock: RunLock) -> int:
     # Data: rank 0 makes what the others then find in the cache.
     with world.main_first(), CorpusProgress() as progress:
         shown = progress if world.main else None
-        corpus = prepare(config.data, config.tokenizer, fixed_tokenizer=tokenizer, progress=shown)
+        corpora = prepare_all(config.data, config.tokenizer, fixed_tokenizer=tokenizer, progress=shown)
+    corpus = together(corpora)
     tokenizer = corpus.tokenizer
-    check_length(corpus, config.model.seq_len)
+    check_lengths(corpora, config.data, config.model.seq_len)
+    check_packing(config.data.packing, tokenizer.document_token, corpus.documents)
     config = with_vocabulary(config, tokenizer)
     if options.dry_run:
         if world.main:
             print(describe(config, device, corpus.train_tokens, world.size))
         return EXIT_DONE
-    train_tokens, val_tokens = read_tokens(corpus.train, tokenizer), read_tokens(corpus.val, tokenizer)
-    share = {"seed": options.seed, "rank": world.rank, "world_size": world.size}
-    loader = TrainLoader(train_tokens, batch_size=options.batch_size, seq_len=config.model.seq_len, **share)
+    val_tokens = [read_tokens(c.val, tokenizer) for c in corpora]
+    loader = make_mixture([read_tokens(c.train, tokenizer) for c in corpora], tokenizer, config, world)
 
     # Model and optimizer.
     model = GPT(config.model).to(device)
@@ -150,10 +152,10 @@ def train(config: Config, world: World, lock: RunLock) -> int:
         loss = torch.zeros((), device=device)
         micro_steps = options.batch_size * options.grad_accum_steps // loader.batch_size
         for micro_step in range(1, micro_steps + 1):
-            x, y = batches.next_batch()
+            x, y, *places = batches.next_batch()
             with parallel.gradients(reduced=micro_step == micro_steps):
                 with autocast(device, options.dtype):
-                    micro_loss = parallel.loss(x, y, **extra) / micro_steps
+                    micro_loss = parallel.loss(x, y, **dict(zip(PLACES, places)), **extra) / micro_steps
                 (micro_loss * loss_scale.scale if loss_scale.enabled else micro_loss).backward()
             loss += micro_loss.detach()
         return loss

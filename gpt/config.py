@@ -33,6 +33,12 @@ class DataConfig:
 
     corpus: tuple[str, ...] = ()
     """Text to train on: files, directories, globs, http(s) URLs, or python:stdlib (the interpreter's own library)."""
+    corpus_weights: tuple[float, ...] = ()
+    """Shares of the training rows that each entry of corpus gives, in its order; each then has epochs and a split of
+    its own. None given: the entries are one text."""
+    packing: Literal["stream", "documents", "best_fit"] = "stream"
+    """How documents fill training rows: as one stream of tokens; as that stream, but no token sees another document's;
+    or apart likewise, and as few of them cut as can be (best-fit packing)."""
     cache_dir: Path | None = None
     """Where tokenized corpora and downloads are kept; by default a folder under the user's cache folder."""
     val_fraction: float = 0.1
@@ -48,6 +54,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_sizes(self)
+        weights = self.corpus_weights
+        require(all(0 < w < math.inf for w in weights), f"corpus_weights must be positive, not {weights}")
+        require(
+            len(weights) in (0, len(self.corpus)) or not self.corpus,
+            f"corpus_weights has {len(weights)} numbers for {len(self.corpus)} entries of corpus: give one for each",
+        )
         require(0 < self.val_fraction < 1, f"val_fraction must lie between 0 and 1, not {self.val_fraction}")
         require(self.max_corpus_bytes is None or self.max_corpus_bytes > 0, "max_corpus_bytes must be positive")
         require(self.max_download_bytes > 0, "max_download_bytes must be positive")
