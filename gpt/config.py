@@ -33,12 +33,6 @@ class DataConfig:
 
     corpus: tuple[str, ...] = ()
     """Text to train on: files, directories, globs, http(s) URLs, or python:stdlib (the interpreter's own library)."""
-    corpus_weights: tuple[float, ...] = ()
-    """Shares of the training rows that each entry of corpus gives, in its order; each then has epochs and a split of
-    its own. None given: the entries are one text."""
-    packing: Literal["stream", "documents", "best_fit"] = "stream"
-    """How documents fill training rows: as one stream of tokens; as that stream, but no token sees another document's;
-    or apart likewise, and as few of them cut as can be (best-fit packing)."""
     cache_dir: Path | None = None
     """Where tokenized corpora and downloads are kept; by default a folder under the user's cache folder."""
     val_fraction: float = 0.1
@@ -51,6 +45,12 @@ class DataConfig:
     """Read at most about this many bytes of text, whole documents, in the corpus's order."""
     max_download_bytes: int = 16 << 30
     """Refuse to download a file of more bytes than this."""
+    corpus_weights: tuple[float, ...] = ()
+    """Shares of the training rows that each entry of corpus gives, in its order; each then has epochs and a split of
+    its own. None given: the entries are one text."""
+    packing: Literal["stream", "documents", "best_fit"] = "stream"
+    """How documents fill training rows: as one stream of tokens; as that stream, but no token sees another document's;
+    or apart likewise, and as few of them cut as can be (best-fit packing)."""
 
     def __post_init__(self) -> None:
         require_sizes(self)

@@ -108,7 +108,7 @@ class TrainLoader(Loader):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.check_order(state, self._order())
         self.rollbacks = state.get("rollbacks", 0)
-        self._go_to(state["epoch"], state["index"])
+        self._go_to(state.get("epoch", -1), state.get("index", -1))
 
     def _order(self) -> dict[str, int]:
         return {"seed": self.seed, "seq_len": self.seq_len, "tokens": len(self._tokens)}

@@ -120,9 +120,9 @@ class Mixture(Loader):
             have = len(states) or 1
             raise UserError(f"the checkpoint's data has {have} weighted corpora, this run has {len(self._loaders)}")
         self.check_order(state, {"seed": self.seed})
+        self.rollbacks, self._index = state.get("rollbacks", 0), state.get("index", 0)
         for loader, own in zip(self._loaders, states, strict=True):
-            loader.load_state_dict(own | {"rollbacks": state["rollbacks"]})
-        self.rollbacks, self._index = state["rollbacks"], state["index"]
+            loader.load_state_dict(own | {"rollbacks": self.rollbacks})
 
 
 def make_mixture(tokens: Sequence[np.ndarray], tokenizer: Tokenizer, config: Config, world: World) -> Loader:

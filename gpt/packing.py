@@ -142,7 +142,7 @@ class BestFitLoader(Loader):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.check_order(state, self._order())
-        place = epoch, pool, row = [state[name] for name in ("epoch", "pool", "row")]
+        place = epoch, pool, row = [state.get(name, -1) for name in ("epoch", "pool", "row")]
         if min(place) < 0 or pool * POOL >= self._count or row > POOL:
             raise UserError(f"the checkpoint's place in the data, row {row} of pool {pool}, epoch {epoch}, is none")
         self.rollbacks = state.get("rollbacks", 0)

@@ -43,7 +43,23 @@ def flags(run_dir: str, batch_size: int, *more: str) -> list[str]:
 
 RECIPES = {
     "adamw": ["--preset", "gpt2", "--window", "9", "--grad-clip", "0.5", "--ema-decay", "0.5"],
-    "muon": ["--optimizer", "muon", "--learning-rate", "0.02", "--n-kv-head", "1", "--activation-checkpointing"],
+    "muon": [
+        "--optimizer",
+        "muon",
+        "--learning-rate",
+        "0.02",
+        "--n-kv-head",
+        "1",
+        "--activation-checkpointing",
+        "--corpus",
+        "docs",
+        "text.txt",
+        "--corpus-weights",
+        "0.6",
+        "0.4",
+        "--packing",
+        "documents",
+    ],
 }
 
 
@@ -57,6 +73,9 @@ def folder(tmp_path_factory):
         patch.chdir(folder)
         patch.setattr(gpt.optim, "multiplies_bfloat16", lambda device: False)  # as in the worker
         (folder / "text.txt").write_text(TEXT)
+        (folder / "docs").mkdir()
+        for i in range(12):
+            (folder / f"docs/{i}.txt").write_text(TEXT[95 * i :][: 40 + 30 * i])
         for name, recipe in RECIPES.items():
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 assert main(load_config(flags(f"{name}-one", 8, *recipe))) == 0
