@@ -1,5 +1,6 @@
 """Documents kept apart: counts, boundaries, positions, the loss of each document alone, resume and ranks."""
 
+import json
 from collections import Counter
 from itertools import pairwise
 
@@ -9,10 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gpt
+from gpt.command_line import load_config
 from gpt.config import ModelConfig
 from gpt.errors import UserError
 from gpt.loader import PLACES, TrainLoader, validation_batches
 from gpt.model import GPT
+from gpt.monitor import read_metrics
 from gpt.packing import (
     BestFitLoader,
     DocumentLoader,
@@ -23,7 +27,10 @@ from gpt.packing import (
     piece_starts,
     places,
 )
+from gpt.shards import read_tokens
 from tests.corpus_checks import calm
+from tests.run_checks import FLAGS
+from train import main
 
 DOCUMENT = 0
 APART = ("documents", "best_fit")
@@ -300,3 +307,39 @@ def test_what_has_no_documents_is_refused(packing):
         check_packing(packing, 0, 1)
     with pytest.raises(UserError, match="the tokenizer has no document token"):
         check_packing(packing, None, 2)
+
+
+@pytest.mark.parametrize("packing", ["stream", *APART])
+def test_a_run_keeps_documents_apart_in_training_and_validation(packing, tmp_path, monkeypatch):
+    """What the model gets; and the loss in the metrics is that of the validation documents one at a time."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    for i in range(30):
+        (tmp_path / f"docs/{i}.txt").write_text("".join("abcd"[(i * j + j * j) % 4] for j in range(1, 5 + i % 9)))
+    got, loss = Counter(), GPT.loss
+
+    def spy(self, x, y, *, positions=None, segment_ids=None, **options):
+        got[self.training, positions is not None, segment_ids is not None] += 1
+        return loss(self, x, y, positions=positions, segment_ids=segment_ids, **options)
+
+    monkeypatch.setattr(GPT, "loss", spy)
+    words = ["--corpus", "docs", "--packing", packing, "--val-fraction", "0.5", "--learning-rate", "0.05"]
+    assert main(load_config([*FLAGS, *words, "--max-steps", "6", "--warmup-steps", "0", "--batch-size", "4"])) == 0
+    apart = packing != "stream"
+    assert got.keys() == {(True, apart, apart), (False, apart, apart)}
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = gpt.load("run", device="cpu")
+    corpus = json.loads((tmp_path / "run/corpus.json").read_text())
+    tokens = read_tokens(tmp_path / f"cache/corpora/{corpus['digest'][:32]}/val.tokens", tokenizer)
+    cuts = np.append(np.flatnonzero(tokens[:-1] == tokenizer.document_token), len(tokens) - 1)
+    assert len(cuts) > 5 and np.diff(cuts).max() <= 16
+    if packing == "documents":  # whose rows cut some
+        cuts = sorted({*cuts.tolist(), *range(0, len(tokens) - 1, 16)})
+    nats = 0.0
+    with torch.no_grad():
+        for begin, end in pairwise(cuts):
+            part = torch.from_numpy(tokens[begin : end + 1].astype(np.int64))[None]
+            nats += model.loss(part[:, :-1], part[:, 1:], reduction="sum").item()
+    val_loss = read_metrics(tmp_path / "run/metrics.jsonl")[-1]["val_loss"]
+    assert (val_loss == pytest.approx(nats / (len(tokens) - 1), abs=1e-5)) == apart
