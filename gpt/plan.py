@@ -98,13 +98,13 @@ def memory_of(config: Config, device: torch.device, processes: int = 1) -> Memor
     return Memory(*(n // shards for n in (weights, weights, 2 * weights - momenta, average)), activations)
 
 
-def fewer_rows(rows: int, config: Config, device: torch.device, processes: int = 1) -> int:
+def fewer_rows(rows: int, config: Config, device: torch.device, processes: int = 1, *, agreed: bool = False) -> int:
     """The rows of a micro-batch that is to take less memory than one of `rows`: half, or the next that divides them.
 
-    UserError, with what the memory is for, where there is none. So it is with several processes: a rank cannot leave a
-    step alone, as the others wait for its gradients.
+    UserError, with what the memory is for, where there is none. So it is with several processes unless they have
+    agreed: a rank cannot leave a step alone, as the others wait for its gradients.
     """
-    if rows > 1 and processes == 1:
+    if rows > 1 and (processes == 1 or agreed):
         return next(part for part in range(rows // 2, 0, -1) if rows % part == 0)
     small = replace(config, train=replace(config.train, batch_size=rows))
     raise UserError(
