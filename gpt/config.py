@@ -117,6 +117,9 @@ class ModelConfig:
     """RMSNorm with a weight on each head's queries and keys."""
     window: int | None = None
     """Keys visible to a query, itself included. None: all before it."""
+    window_pattern: str | None = None
+    """Which blocks have the window: letters, repeated over them, of which S has it and L sees all, as in SSSL.
+    None: all of them."""
     tied_embeddings: bool = False
     """The output head shares the embedding table's weights."""
     logit_softcap: float | None = None
@@ -154,6 +157,12 @@ class ModelConfig:
             self.position != "rotary" or self.head_width % 2 == 0,
             f"rotary positions need an even head width, not {self.head_width}",
         )
+        pattern = self.window_pattern
+        require(
+            pattern is None or (pattern and set(pattern) <= {"S", "L"}),
+            f"window_pattern is letters S and L, as in SSSL, not {pattern!r}",
+        )
+        require(pattern is None or self.window is not None, "window_pattern needs a window for its letters S")
         require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
         require(self.norm_eps > 0, f"norm_eps must be positive, not {self.norm_eps}")
         require(
@@ -169,6 +178,11 @@ class ModelConfig:
     @property
     def head_width(self) -> int:
         return self.head_dim or self.n_embd // self.n_head
+
+    def window_of(self, layer: int) -> int | None:
+        """The window of one block; None: it sees all."""
+        pattern = self.window_pattern or "S"
+        return self.window if pattern[layer % len(pattern)] == "S" else None
 
     @property
     def mlp_width(self) -> int:
