@@ -231,6 +231,9 @@ class OptimConfig:
     """Peak rate: of every weight under adamw, of the matrices under muon."""
     embedding_lr: float = 0.05
     """Peak rate of the embeddings under muon."""
+    base_width: int | None = None
+    """Under adamw, the n_embd that learning_rate was found at: the rate of the matrices that grow with the width is
+    multiplied by base_width / n_embd. None: one rate for all."""
     head_lr: float = 0.01
     """Peak rate of the output head, norms and biases under muon."""
     min_lr: float = 0.0
@@ -268,6 +271,9 @@ class OptimConfig:
             0 <= self.min_lr <= self.learning_rate,
             f"min_lr must lie between 0 and learning_rate {self.learning_rate}, not {self.min_lr}",
         )
+        base, kind = self.base_width, self.optimizer
+        require(base is None or base >= 1, f"base_width must be at least 1, not {base}")
+        require(base is None or kind == "adamw", f"base_width goes with adamw: the rates of {kind} need none")
         require(self.warmup_steps >= 0, f"warmup_steps must be at least 0, not {self.warmup_steps}")
         require(0 <= self.decay_fraction <= 1, f"decay_fraction must lie between 0 and 1, not {self.decay_fraction}")
         require(self.weight_decay >= 0, f"weight_decay must be at least 0, not {self.weight_decay}")
