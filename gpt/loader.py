@@ -93,7 +93,7 @@ class TrainLoader(Loader):
         seq_len = self.seq_len
         if len(tokens) < seq_len + 1:
             raise UserError(f"{len(tokens)} training tokens fill no window: seq_len {seq_len} needs {seq_len + 1}")
-        self._tokens = np.asarray(tokens)  # a plain view: slicing a memmap is slow
+        self._tokens = plain(tokens)
         self._rows = np.lib.stride_tricks.sliding_window_view(self._tokens, seq_len + 1)  # (N - seq_len, seq_len + 1)
         self._go_to(0, 0)
 
@@ -225,7 +225,7 @@ def validation_batches(
     world_size-th batch, and all get the same number of them: where none is left, one of a single row without targets.
     """
     targets = targets_in(tokens, max_tokens)
-    tokens = np.asarray(tokens)
+    tokens = plain(tokens)
     per_batch = batch_size * seq_len
     for first in range(0, targets, world_size * per_batch):
         start = first + rank * per_batch
@@ -248,6 +248,11 @@ def target_bytes(tokens: np.ndarray, tokenizer: Tokenizer, max_tokens: int | Non
         ids = np.asarray(tokens[start : min(start + (1 << 20), targets + 1)])
         total += int(tokenizer.token_bytes[ids].sum())
     return total
+
+
+def plain(tokens: np.ndarray) -> np.ndarray:
+    """A memmap as an array, whose slices are quick; what only acts like an array (several files) as it is."""
+    return tokens.view(np.ndarray) if isinstance(tokens, np.ndarray) else tokens
 
 
 def targets_in(tokens: np.ndarray, max_tokens: int | None) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gpt.errors import UserError
-from gpt.loader import IGNORED, Loader, TrainLoader, order_keys, permuted, targets_in, validation_batches
+from gpt.loader import IGNORED, Loader, TrainLoader, order_keys, permuted, plain, targets_in, validation_batches
 
 Row = list[tuple[int, int]]  # pieces: where each begins among the tokens, and its length
 
@@ -115,7 +115,7 @@ class BestFitLoader(Loader):
         super().__init__(**options)
         if len(tokens) < 2:
             raise UserError(f"{len(tokens)} training tokens are too few to predict any")
-        self._tokens = np.asarray(tokens)
+        self._tokens = plain(tokens)
         self._starts = piece_starts(self._tokens, document_token, self.seq_len)
         self._count = len(self._starts) - 1
         self._go_to(0, 0, 0)
@@ -184,7 +184,7 @@ def packed_validation(
         for x, y in validation_batches(tokens, max_tokens=max_tokens, **options):
             yield (x, y) if packing == "stream" else (x, y, *places(x, document_token))
         return
-    tokens = np.asarray(tokens)[: targets_in(tokens, max_tokens) + 1]
+    tokens = plain(tokens)[: targets_in(tokens, max_tokens) + 1]
     starts = piece_starts(tokens, document_token, seq_len)
     lengths = np.diff(starts)
     rows = (
