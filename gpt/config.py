@@ -134,27 +134,16 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_sizes(self)
-        for name in (
-            "n_layer",
-            "n_head",
-            "n_kv_head",
-            "n_embd",
-            "head_dim",
-            "mlp_dim",
-            "seq_len",
-            "vocab_size",
-            "window",
-        ):
+        sizes = "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_dim", "seq_len", "vocab_size", "window"
+        for name in sizes:
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
         require(
             self.head_dim is not None or self.n_embd % self.n_head == 0,
             f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one, or set head_dim",
         )
-        require(
-            self.n_head % self.kv_heads == 0,
-            f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}",
-        )
+        grouped = self.n_head % self.kv_heads == 0
+        require(grouped, f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         require(8 <= self.head_width <= 256, f"the head width must be 8 to 256, not {self.head_width}")
         require(
             self.position != "rotary" or self.head_width % 2 == 0,
@@ -168,10 +157,8 @@ class ModelConfig:
         require(pattern is None or self.window is not None, "window_pattern needs a window for its letters S")
         require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
         require(self.norm_eps > 0, f"norm_eps must be positive, not {self.norm_eps}")
-        require(
-            self.logit_softcap is None or 0 < self.logit_softcap < math.inf,
-            f"logit_softcap must be positive, not {self.logit_softcap}",
-        )
+        softcap = self.logit_softcap
+        require(softcap is None or 0 < softcap < math.inf, f"logit_softcap must be positive, not {softcap}")
         require(self.rope_theta > 1, f"rope_theta must be above 1, not {self.rope_theta}")
 
     @property
