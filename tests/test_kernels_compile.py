@@ -64,6 +64,7 @@ def cases() -> list[dict]:
             ("sm_90", "decode", "full"),
             ("sm_100", "decode", "full"),
             ("sm_100", "dq", "window"),
+            ("sm_100", "dq", "bigbird"),
             ("gfx942", "forward", "full"),
         )
     ]
