@@ -2,7 +2,7 @@
 
 The same inputs therefore give the same bits, run after run, unless KERNELS_TUNED_TABLE names a file of configs that
 were chosen by timing (`python -m benchmarks.tune_attention` writes one). Each entry of the table compiles for its
-architecture within its shared memory; for 16-bit inputs and head dims up to 128 without a register spilled, with each
+architecture within its shared memory; for 16-bit inputs and head dims up to 128 without a register spilled, with
 Triton 3.6, 3.7 and 3.9 (tests/test_kernels_compile.py; make tritons).
 """
 
