@@ -187,16 +187,19 @@ def report(pieces: Generation) -> None:
 def read_line() -> str:
     """A line from standard input, with a prompt on a terminal. Raises KeyboardInterrupt and EOFError.
 
-    A Ctrl-C that comes just before a read begins would not end it: a pipe that signals write to does.
+    A Ctrl-C that comes just before a read begins would not end it, nor one that another thread is given: a pipe that
+    signals write to does.
     """
     if not sys.stdin.isatty() or os.name != "posix":
         return input("> " if sys.stdin.isatty() else "")
-    print("> ", end="", flush=True)
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     before = signal.set_wakeup_fd(wake)
     try:
-        select.select([sys.stdin, woken], [], [])
+        print("> ", end="", flush=True)
+        if woken in select.select([sys.stdin, woken], [], [])[0]:
+            for number in os.read(woken, 64):
+                signal.raise_signal(number)  # in this thread, where Python handles it at once; if it has not already
         return input()
     finally:
         signal.set_wakeup_fd(before)

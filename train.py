@@ -1,6 +1,7 @@
 """Train a GPT: python train.py [CONFIG.toml] [--name value ...], or torchrun --nproc-per-node N train.py ...
 
-The loop is flat, in train(config, world, lock): setup, data, model, optimizer, loop. A run directory holds all of a run.
+The loop is flat, in train(config, world, lock): setup, data, model, optimizer, loop. A run directory holds
+all of a run.
 """
 
 import contextlib
@@ -18,7 +19,6 @@ from torch import Tensor
 from gpt.checkpoint import load_training_state, training_tensors, verify
 from gpt.command_line import load_config
 from gpt.config import Config
-from gpt.corpus import check_length, prepare
 from gpt.device import autocast, require_compiler, seed_generators
 from gpt.distributed import Parallel, World, join, mode_of
 from gpt.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED, out_of_memory, run_command
@@ -26,11 +26,13 @@ from gpt.evaluate import evaluate, sample_text
 from gpt.guard import Guard, LossScale, all_finite
 from gpt.hardware import mfu, peak_flops
 from gpt.initial import copy_initial_weights
-from gpt.loader import Batches, TrainLoader, read_tokens
+from gpt.loader import PLACES, Batches, read_tokens
 from gpt.lock import RunLock
+from gpt.mixture import check_lengths, make_mixture, prepare_all, together
 from gpt.model import GPT
 from gpt.monitor import CorpusProgress, Monitor, SilentMonitor
 from gpt.optim import Average, build_optimizers, gradient_norm, lr_scale, scale_gradients, set_learning_rate
+from gpt.packing import check_packing
 from gpt.plan import describe, fewer_rows
 from gpt.profile import Profiler
 from gpt.progress import Progress
@@ -71,9 +73,11 @@ def train(config: Config, world: World, lock: RunLock) -> int:
     # Data: rank 0 makes what the others then find in the cache.
     with world.main_first(), CorpusProgress() as progress:
         shown = progress if world.main else None
-        corpus = prepare(config.data, config.tokenizer, fixed_tokenizer=tokenizer, progress=shown)
+        corpora = prepare_all(config.data, config.tokenizer, fixed_tokenizer=tokenizer, progress=shown)
+    corpus = together(corpora)
     tokenizer = corpus.tokenizer
-    check_length(corpus, config.model.seq_len)
+    check_lengths(corpora, config.data, config.model.seq_len)
+    check_packing(config.data.packing, tokenizer.document_token, corpus.documents)
     config = with_vocabulary(config, tokenizer)
     if config.log.sample_tokens:
         tokenizer.encode(config.log.sample_prompt)  # a character that it lacks is refused here, not after hours
@@ -81,9 +85,8 @@ def train(config: Config, world: World, lock: RunLock) -> int:
         if world.main:
             print(describe(config, device, corpus.train_tokens, world.size))
         return EXIT_DONE
-    train_tokens, val_tokens = read_tokens(corpus.train, tokenizer), read_tokens(corpus.val, tokenizer)
-    share = {"seed": options.seed, "rank": world.rank, "world_size": world.size}
-    loader = TrainLoader(train_tokens, batch_size=options.batch_size, seq_len=config.model.seq_len, **share)
+    val_tokens = [read_tokens(c.val, tokenizer) for c in corpora]
+    loader = make_mixture([read_tokens(c.train, tokenizer) for c in corpora], tokenizer, config, world)
 
     # Model and optimizer.
     model = GPT(config.model).to(device)
@@ -147,18 +150,35 @@ def train(config: Config, world: World, lock: RunLock) -> int:
         saver.save(training_tensors(model, optimizers, average, world), state, kinds=kinds)
         return checkpoints_of(run_dir) / f"{kinds[0]}_{at.step:08d}"
 
+    def micro_step(parts: int, reduced: bool) -> Tensor:
+        """Add the gradients of the next batch, one of so many parts of the step; its part of the loss."""
+        x, y, *places = batches.next_batch()
+        with parallel.gradients(reduced=reduced):
+            with autocast(device, options.dtype):
+                loss = parallel.loss(x, y, **dict(zip(PLACES, places)), **extra) / parts
+            (loss * loss_scale.scale if loss_scale.enabled else loss).backward()
+        return loss.detach()
+
     def forward_backward() -> Tensor:
         """A step's gradients; its loss, the mean over micro steps."""
         loss = torch.zeros((), device=device)
         micro_steps = options.batch_size * options.grad_accum_steps // loader.batch_size
-        for micro_step in range(1, micro_steps + 1):
-            x, y = batches.next_batch()
-            with parallel.gradients(reduced=micro_step == micro_steps):
-                with autocast(device, options.dtype):
-                    micro_loss = parallel.loss(x, y, **extra) / micro_steps
-                (micro_loss * loss_scale.scale if loss_scale.enabled else micro_loss).backward()
-            loss += micro_loss.detach()
+        for n in range(1, micro_steps + 1):
+            loss += micro_step(micro_steps, reduced=n == micro_steps)
         return loss
+
+    def fits_everywhere() -> bool:
+        """Whether every rank has memory for a micro-batch. Each tries alone: none waits for one that has not."""
+        place, fits = batches.state_dict(), True
+        try:
+            micro_step(1, reduced=False)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            fits = False
+        model.zero_grad(set_to_none=True)
+        batches.go_to(place)
+        return world.sum(fits) == [world.size]
 
     def can_go_back() -> bool:
         if options.max_rollbacks <= loader.rollbacks:
@@ -169,6 +189,7 @@ def train(config: Config, world: World, lock: RunLock) -> int:
 
     # Loop. Nothing in it waits for the device but what comes after guard.read().
     status, stopping = EXIT_DONE, False
+    trials = 2 * (parallel.mode == "ddp" and world.size > 1)  # steps to try first; the second has optimizer states
     profiler, peak = Profiler(run_dir, options.profile_steps * world.main, monitor.say), peak_flops(device)
     model.train()
     since, since_step = time.perf_counter(), at.step
@@ -176,17 +197,18 @@ def train(config: Config, world: World, lock: RunLock) -> int:
         while at.step < options.max_steps and not (stopping or at.without_progress(options.patience)):
             scale = lr_scale(at.step, options.max_steps, config.optim)
             set_learning_rate(optimizers, scale)
+            fits = trials == 0 or fits_everywhere()
             seed_generators(device, options.seed, at.step, world.rank)  # of dropout: a resumed run draws alike
             place, loss = batches.state_dict(), None
             try:
-                loss = forward_backward()
+                loss = forward_backward() if fits else None
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
             if loss is None:  # out here the error no longer holds on to the activations
                 model.zero_grad(set_to_none=True)
                 rows = loader.batch_size
-                batches.go_to(place, rows=fewer_rows(rows, config, device, world.size))
+                batches.go_to(place, rows=fewer_rows(rows, config, device, world.size, agreed=not fits))
                 monitor.say(f"out of memory: micro-batches of {loader.batch_size} rows from now on, not {rows}")
                 continue
             # Ranks must stop at the same step: what each was asked travels with the losses.
@@ -203,6 +225,7 @@ def train(config: Config, world: World, lock: RunLock) -> int:
             loss_scale.update(found_inf)
             if average is not None:
                 average.update(found_inf)
+            trials = max(0, trials - 1)
             at.step += 1
             at.tokens += tokens_per_step
             monitor.advance(at.step)

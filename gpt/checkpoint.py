@@ -281,6 +281,21 @@ def load_training_state(
     return read_state(checkpoint)
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 53
+
+
+def _is_place(value: Any) -> bool:
+    """Whether a value can be a loader's state: numbers, the packing's name, and the states of a mixture's loaders."""
+    if not isinstance(value, dict):
+        return False
+    own = {key: part for key, part in value.items() if key not in ("packing", "corpora")}
+    corpora = value.get("corpora", [])
+    of_one = all("corpora" not in part for part in corpora if isinstance(part, dict))
+    parts = isinstance(corpora, list) and of_one and all(map(_is_place, corpora))
+    return parts and isinstance(value.get("packing", ""), str) and all(map(_is_count, own.values()))
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint's state.json, each of its values of the kind it must be; UserError names the file and the key."""
     path = checkpoint / FILES[2]
@@ -290,14 +305,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError):
         raise UserError(f"{path} is not a training state: it is no JSON") from None
-    count = lambda value: type(value) is int and 0 <= value < 1 << 53
+    count = _is_count
     table = lambda of: lambda value: isinstance(value, dict) and all(map(of, value.values()))
     number = lambda value: type(value) in (int, float) and math.isfinite(value)
     checks = {
         "step": count,
         "tokens": count,
         "metrics_bytes": count,
-        "loader": table(count),
+        "loader": _is_place,
         "scaler": table(number),
         "evaluations_since_best": count,
         "guard": lambda value: (

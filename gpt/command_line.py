@@ -87,6 +87,10 @@ def convert(value: Any, kind: Any, where: str) -> Any:
             return value
         raise UserError(f"{where} must be one of {', '.join(map(str, options))}, not {value!r}")
     if typing.get_origin(kind) is tuple:
+        if options[0] is float:
+            if isinstance(value, list) and all(type(v) in (int, float) for v in value):
+                return tuple(map(float, value))
+            raise UserError(f"{where} must be a list of numbers, not {value!r}")
         values = [value] if isinstance(value, str) else value
         if isinstance(values, list) and all(isinstance(v, str) for v in values):
             return tuple(values)

@@ -49,9 +49,21 @@ class DataConfig:
     """Read at most about this many bytes of text, whole documents, in the corpus's order."""
     max_download_bytes: int = 16 << 30
     """Refuse to download a file of more bytes than this."""
+    corpus_weights: tuple[float, ...] = ()
+    """Shares of the training rows that each entry of corpus gives, in its order; each then has epochs and a split of
+    its own. None given: the entries are one text."""
+    packing: Literal["stream", "documents", "best_fit"] = "stream"
+    """How documents fill training rows: as one stream of tokens; as that stream, but no token sees another document's;
+    or apart likewise, and as few of them cut as can be (best-fit packing)."""
 
     def __post_init__(self) -> None:
         require_sizes(self)
+        weights = self.corpus_weights
+        require(all(0 < w < math.inf for w in weights), f"corpus_weights must be positive, not {weights}")
+        require(
+            len(weights) in (0, len(self.corpus)) or not self.corpus,
+            f"corpus_weights has {len(weights)} numbers for {len(self.corpus)} entries of corpus: give one for each",
+        )
         require(0 < self.val_fraction < 1, f"val_fraction must lie between 0 and 1, not {self.val_fraction}")
         require(self.max_corpus_bytes is None or self.max_corpus_bytes > 0, "max_corpus_bytes must be positive")
         require(self.max_download_bytes > 0, "max_download_bytes must be positive")
@@ -109,6 +121,9 @@ class ModelConfig:
     """RMSNorm with a weight on each head's queries and keys."""
     window: int | None = None
     """Keys visible to a query, itself included. None: all before it."""
+    window_pattern: str | None = None
+    """Which blocks have the window: letters, repeated over them, of which S has it and L sees all, as in SSSL.
+    None: all of them."""
     tied_embeddings: bool = False
     """The output head shares the embedding table's weights."""
     logit_softcap: float | None = None
@@ -120,38 +135,31 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_sizes(self)
-        for name in (
-            "n_layer",
-            "n_head",
-            "n_kv_head",
-            "n_embd",
-            "head_dim",
-            "mlp_dim",
-            "seq_len",
-            "vocab_size",
-            "window",
-        ):
+        sizes = "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_dim", "seq_len", "vocab_size", "window"
+        for name in sizes:
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
         require(
             self.head_dim is not None or self.n_embd % self.n_head == 0,
             f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one, or set head_dim",
         )
-        require(
-            self.n_head % self.kv_heads == 0,
-            f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}",
-        )
+        grouped = self.n_head % self.kv_heads == 0
+        require(grouped, f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         require(8 <= self.head_width <= 256, f"the head width must be 8 to 256, not {self.head_width}")
         require(
             self.position != "rotary" or self.head_width % 2 == 0,
             f"rotary positions need an even head width, not {self.head_width}",
         )
+        pattern = self.window_pattern
+        require(
+            pattern is None or (pattern and set(pattern) <= {"S", "L"}),
+            f"window_pattern is letters S and L, as in SSSL, not {pattern!r}",
+        )
+        require(pattern is None or self.window is not None, "window_pattern needs a window for its letters S")
         require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
         require(self.norm_eps > 0, f"norm_eps must be positive, not {self.norm_eps}")
-        require(
-            self.logit_softcap is None or self.logit_softcap > 0,
-            f"logit_softcap must be positive, not {self.logit_softcap}",
-        )
+        softcap = self.logit_softcap
+        require(softcap is None or softcap > 0, f"logit_softcap must be positive, not {softcap}")
         require(self.rope_theta > 1, f"rope_theta must be above 1, not {self.rope_theta}")
 
     @property
@@ -161,6 +169,11 @@ class ModelConfig:
     @property
     def head_width(self) -> int:
         return self.head_dim or self.n_embd // self.n_head
+
+    def window_of(self, layer: int) -> int | None:
+        """The window of one block; None: it sees all."""
+        pattern = self.window_pattern or "S"
+        return self.window if pattern[layer % len(pattern)] == "S" else None
 
     @property
     def mlp_width(self) -> int:
@@ -209,6 +222,9 @@ class OptimConfig:
     """Peak rate: of every weight under adamw, of the matrices under muon."""
     embedding_lr: float = 0.05
     """Peak rate of the embeddings under muon."""
+    base_width: int | None = None
+    """Under adamw, the n_embd that learning_rate was found at: the rate of the matrices that grow with the width is
+    multiplied by base_width / n_embd. None: one rate for all."""
     head_lr: float = 0.01
     """Peak rate of the output head, norms and biases under muon."""
     min_lr: float = 0.0
@@ -246,6 +262,9 @@ class OptimConfig:
             0 <= self.min_lr <= self.learning_rate,
             f"min_lr must lie between 0 and learning_rate {self.learning_rate}, not {self.min_lr}",
         )
+        base, kind = self.base_width, self.optimizer
+        require(base is None or base >= 1, f"base_width must be at least 1, not {base}")
+        require(base is None or kind == "adamw", f"base_width goes with adamw: the rates of {kind} need none")
         require(self.warmup_steps >= 0, f"warmup_steps must be at least 0, not {self.warmup_steps}")
         require(0 <= self.decay_fraction <= 1, f"decay_fraction must lie between 0 and 1, not {self.decay_fraction}")
         require(self.weight_decay >= 0, f"weight_decay must be at least 0, not {self.weight_decay}")
@@ -340,11 +359,8 @@ class TrainConfig:
         for name in ("spike_threshold", "max_minutes"):
             require(getattr(self, name) >= 0, f"{name} must be at least 0, not {getattr(self, name)}")
         require(self.eval_tokens is None or self.eval_tokens >= 1, "eval_tokens must be at least 1")
-        pairs = [
-            ("resume", "overwrite"),
-            ("resume", "resume_from"),
-            *(("eval_only", other) for other in ("overwrite", "resume_from", "dry_run")),
-        ]
+        pairs = [("resume", other) for other in ("overwrite", "resume_from")]
+        pairs += [("eval_only", other) for other in ("overwrite", "resume_from", "dry_run")]
         for first, second in pairs:
             contradict = bool(getattr(self, first)) and bool(getattr(self, second))
             require(not contradict, f"{first} and {second} contradict each other: give one")

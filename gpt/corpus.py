@@ -40,7 +40,7 @@ __all__ = ["Corpus", "Progress", "cache_folder", "check_length", "prepare", "rea
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of a cached corpus; part of its key
+FORMAT = 2  # of a cached corpus; part of its key
 BPE_BYTES = 200_000_000  # of text that a BPE learns from at most
 
 

@@ -11,16 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt.decode_cache import CHUNK, Store
 from gpt.linear import PlainLinear, prepare_linear
 from gpt.model import GPT, Block, CausalSelfAttention
 from gpt.quantize import Int8Linear
-from gpt.span import FEW, KernelSpan, Layers, NoAttention, Span, decode_impl
+from gpt.span import FEW, Blocks, KernelSpan, NoAttention, Span, decode_impl
 from gpt.step_graph import StepGraphs, can_record
 
-CHUNK = 256  # tokens of a row that go through the model at once: it bounds the memory of a long prompt
-SLACK = 64  # tokens that a row with a window can be taken back by, at least
 TILES = (8, 4, 2)  # rows computed together when batch-invariant, the first that serves
-ALIGNED = 16  # a row's cache is this many tokens or a multiple, so that every row starts at a multiple of 64 bytes
 
 
 def _plainly(method: Callable) -> Callable:
@@ -52,8 +50,8 @@ class Decoder:
     cuda_graphs: on a GPU a step of few tokens is recorded as a CUDA graph the third time that it has the same shape,
     and from then on replayed, unless batch-invariant.
 
-    With config.window the cache holds some 2 * window + 320 tokens of a row, however long it grows. Raises ValueError
-    where a row would pass the capacity or the context.
+    Of a block with a window the cache holds some 2 * window + 320 tokens of a row, however long it grows. Raises
+    ValueError where a row would pass the capacity or the context.
     """
 
     def __init__(
@@ -74,10 +72,7 @@ class Decoder:
             dtype = torch.get_autocast_dtype(self.device.type)
         dtype = dtype or (torch.bfloat16 if quantize else model.embed.weight.dtype)
         self.config, self.dtype, self.capacity = config, dtype, capacity
-        # A window's buffer slides once in `window` tokens or more, so that sliding costs little for each.
-        size = min(capacity, config.seq_len, 2 * config.window + CHUNK + SLACK if config.window else capacity)
-        self._size = -(-size // ALIGNED) * ALIGNED
-        self._starts, self._lengths = [0] * rows, [0] * rows  # a row's cache holds tokens start to length
+        self._lengths = [0] * rows
         self._batch_invariant = batch_invariant
         records = cuda_graphs and can_record(self.device) and not batch_invariant
         self._graphs = StepGraphs(self._run) if records else None
@@ -99,13 +94,20 @@ class Decoder:
         elif config.position == "rotary":
             self._rotary = tuple(table.to(self.dtype).unsqueeze(-2) for table in (model.cos, model.sin))
         self._slopes = model.blocks[0].attn.slopes  # (H,) or None
-        self._mask = model.blocks[0].attn.mask
         self._blocks = [_Block(block, linear, self.dtype) for block in model.blocks]
         self._norm = model.norm if isinstance(model.norm, nn.Identity) else _norm(model.norm)
         self._head, self._softcap = linear(model.head), config.logit_softcap
-        # Zeros and not empty: what is masked still meets a weight of 0, and 0 * NaN is NaN.
-        shape = (config.n_layer, len(self._lengths), 2, config.kv_heads, self._size, config.head_width)
-        self._cache = torch.zeros(shape, dtype=self.dtype, device=self.device)  # (n_layer, B, 2, H_kv, size, D)
+        windows = [config.window_of(layer) for layer in range(config.n_layer)]
+        kinds = list(dict.fromkeys(windows))
+        masks = [model.blocks[windows.index(window)].attn.mask for window in kinds]
+        self._stores = [Store(self, w, mask, windows.count(w)) for w, mask in zip(kinds, masks, strict=True)]
+        # Of each block: its store, and its number there.
+        self._places = [(kinds.index(w), windows[:layer].count(w)) for layer, w in enumerate(windows)]
+
+    @property
+    def has_window(self) -> bool:
+        """Whether some block has forgotten what lies far back."""
+        return any(store.window is not None for store in self._stores)
 
     @property
     def lengths(self) -> list[int]:
@@ -147,30 +149,28 @@ class Decoder:
 
     def _run(self, tokens: Tensor, where: Tensor) -> Tensor:
         """Logits (B, T, V) of all rows' tokens; every number that changes from step to step is in a tensor."""
-        layers = self._layers(range(len(tokens)))
-        hidden = self._hidden(tokens, KernelSpan(layers, where, tokens.shape[1], decode_impl(self.device)))
-        return self._read(hidden).view(*tokens.shape, -1)
+        span = KernelSpan(self._blocks_of(range(len(tokens))), where, tokens.shape[1], decode_impl(self.device))
+        return self._read(self._hidden(tokens, span)).view(*tokens.shape, -1)
 
     def _span(self, rows: range, T: int, padding: int = 0) -> Span | KernelSpan:
         """The next T tokens of these rows, which from now on hold them."""
-        lengths, filled = self._advance(rows, T)
-        impl = decode_impl(self.device)
+        where, impl = self._advance(rows, T), decode_impl(self.device)
         if T <= FEW and impl is not None:
-            where = torch.tensor([lengths + [0] * padding, filled + [0] * padding], device=self.device)
-            return KernelSpan(self._layers(rows), where, T, impl, padding)
-        return Span(self._layers(rows), lengths, filled, T, padding, one_by_one=self._batch_invariant)
+            where = torch.tensor([each + [0] * padding for each in where], device=self.device)
+            return KernelSpan(self._blocks_of(rows), where, T, impl, padding)
+        return Span(self._blocks_of(rows), where[0], where[1:], T, padding, one_by_one=self._batch_invariant)
 
-    def _layers(self, rows: range) -> Layers:
-        cache = self._cache[:, rows.start : rows.stop]
-        return Layers(cache, self.config.n_head, self._mask, self._slopes, self.config.window)
+    def _blocks_of(self, rows: range) -> Blocks:
+        return Blocks([store.rows(rows) for store in self._stores], self._places, self.config.n_head, self._slopes)
 
-    def _advance(self, rows: range, T: int) -> tuple[list[int], list[int]]:
-        """Make room for T more tokens of these rows. How many tokens each had, and how many of them in the cache."""
+    def _advance(self, rows: range, T: int) -> list[list[int]]:
+        """Make room for T more tokens of these rows: how many each had, and how many of them each store holds."""
         for row in rows:
             self._make_room(row, T)
-        lengths, starts = (each[rows.start : rows.stop] for each in (self._lengths, self._starts))
+        lengths = self._lengths[rows.start : rows.stop]
         self._lengths[rows.start : rows.stop] = [n + T for n in lengths]
-        return lengths, [n - start for n, start in zip(lengths, starts)]
+        starts = (store.starts[rows.start : rows.stop] for store in self._stores)
+        return [lengths, *([n - start for n, start in zip(lengths, each)] for each in starts)]
 
     def _read(self, hidden: Tensor) -> Tensor:
         """The head: logits (M, V), float32, of hidden (M, C)."""
@@ -180,36 +180,32 @@ class Decoder:
     @_plainly
     def truncate(self, row: int, length: int) -> None:
         """Forget a row's tokens from `length` on. ValueError where the window has gone past it: see SLACK."""
-        start, old = self._starts[row], self._lengths[row]
+        old = self._lengths[row]
         if not 0 <= length <= old:
             raise ValueError(f"row {row} has {old} tokens and cannot be cut to {length}")
-        if length == 0:
-            self._cache[:, row, :, :, : old - start] = 0
-            self._starts[row] = self._lengths[row] = 0
-            return
-        if start and length - start < self.config.window - 1:
-            raise ValueError(f"row {row} cannot go back to {length} tokens: its window has moved past them")
-        self._cache[:, row, :, :, length - start : old - start] = 0
+        for store in self._stores:
+            store.check_reaches(row, length)
+        for store in self._stores:
+            store.truncate(row, length, old)
         self._lengths[row] = length
 
     @_plainly
     def fork(self, source: int, rows: Sequence[int]) -> None:
         """Make these rows hold what row `source` holds."""
-        used = self._lengths[source] - self._starts[source]
         for row in rows:
             if row == source:
                 continue
-            self._cache[:, row, :, :, :used] = self._cache[:, source, :, :, :used]
-            self._cache[:, row, :, :, used : max(used, self._lengths[row] - self._starts[row])] = 0
-            self._lengths[row], self._starts[row] = self._lengths[source], self._starts[source]
+            for store in self._stores:
+                store.copy(source, row, self._lengths)
+            self._lengths[row] = self._lengths[source]
 
     @_plainly
     def keep(self, rows: Sequence[int]) -> None:
         """Leave out all rows but these; they are counted anew, in this order."""
         rows = list(rows)
-        self._cache = self._cache[:, rows]
+        for store in self._stores:
+            store.keep(rows)
         self._lengths = [self._lengths[row] for row in rows]
-        self._starts = [self._starts[row] for row in rows]
         if self._graphs is not None:
             self._graphs.clear()  # they have the old cache's addresses
 
@@ -228,19 +224,15 @@ class Decoder:
         return self._norm(x)
 
     def _make_room(self, row: int, T: int) -> None:
-        """Check that T more tokens fit; where a window's buffer is full, move what is still in sight to its front."""
-        length, start, window = self._lengths[row], self._starts[row], self.config.window
+        """Check that T more tokens fit, and let every store make room for them."""
+        length = self._lengths[row]
         if length + T > min(self.capacity, self.config.seq_len):
             raise ValueError(
                 f"{length + T} tokens are more than row {row} can hold: the capacity is {self.capacity}, "
                 f"the model's context {self.config.seq_len}"
             )
-        if length + T - start > self._size:
-            kept = window - 1 + SLACK
-            moved = self._cache[:, row, :, :, length - start - kept : length - start].clone()
-            self._cache[:, row, :, :, :kept] = moved
-            self._cache[:, row, :, :, kept : length - start] = 0
-            self._starts[row] = length - kept
+        for store in self._stores:
+            store.make_room(row, length, T)
 
     @_plainly
     def _same_in_every_place(self, tile: int) -> bool:

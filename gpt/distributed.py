@@ -197,9 +197,9 @@ class Parallel:
         else:
             yield
 
-    def eval_loss(self, x: Tensor, y: Tensor) -> Tensor:
+    def eval_loss(self, x: Tensor, y: Tensor, **places: Tensor) -> Tensor:
         """The sum of the losses of this rank's batch, without gradients. Under fsdp all ranks must call it together."""
-        loss = self._eval_loss(x, y, reduction="sum")
+        loss = self._eval_loss(x, y, reduction="sum", **places)
         if self.mode == "fsdp":
             # Without a backward the outermost weights would stay gathered, and later be taken for the current ones.
             self._eval_loss.reshard()

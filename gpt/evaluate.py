@@ -7,6 +7,7 @@ python -m gpt.evaluate RUN --multiple-choice QUESTIONS.jsonl [--few-shot K]
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,8 +26,9 @@ from gpt.files import read_lines
 from gpt.foreign import find_token_files
 from gpt.generate import generate
 from gpt.initial import load_source
-from gpt.loader import target_bytes, validation_batches
+from gpt.loader import PLACES, target_bytes, targets_in
 from gpt.model import GPT
+from gpt.packing import packed_validation
 from gpt.sampling import SamplingConfig
 from gpt.scoring import Question, multiple_choice, score_texts, with_shots
 from gpt.sources import find_sources
@@ -35,22 +37,37 @@ from gpt.tokenizer import Tokenizer
 
 @torch.no_grad()
 def evaluate(
-    model: GPT, parallel: Parallel, world: World, tokens: Any, tokenizer: Tokenizer, config: Config
+    model: GPT, parallel: Parallel, world: World, tokens: Sequence[Any], tokenizer: Tokenizer, config: Config
 ) -> dict[str, float]:
-    """Loss over the validation slice, each token but the first once, in windows of the context; over all ranks."""
-    T, limit = config.model.seq_len, config.train.eval_tokens
-    rows = max(config.train.batch_size, 8192 // T)
-    share = {"rank": world.rank, "world_size": world.size}
-    nats, count = 0.0, 0
+    """Loss over the validation slice, each token but the first once, in windows of the context; over all ranks.
+
+    Of several corpora with weights: the mean by weight, and the loss of each under val_loss_1, val_loss_2, ...
+    """
+    limit, weights = config.train.eval_tokens, config.data.corpus_weights
     model.eval()
-    for x, y in validation_batches(tokens, batch_size=rows, seq_len=T, max_tokens=limit, **share):
-        with autocast(world.device, config.train.eval_dtype or config.train.dtype):
-            nats += float(parallel.eval_loss(x.to(world.device), y.to(world.device)))
-        count += int((y >= 0).sum())
+    losses = [_mean_loss(parallel, world, part, tokenizer, config) for part in tokens]
     model.train()
+    # Bytes of text behind a target, on average.
+    sizes = [max(1, target_bytes(part, tokenizer, limit)) / targets_in(part, limit) for part in tokens]
+    shares = [weight / sum(weights) for weight in weights] if len(tokens) > 1 else [1.0]
+    nats, size = (sum(map(math.prod, zip(shares, values, strict=True))) for values in (losses, sizes))
+    each = {f"val_loss_{i}": loss for i, loss in enumerate(losses, 1)} if len(tokens) > 1 else {}
+    return {"val_loss": nats, "bits_per_byte": nats / math.log(2) / size, **each}
+
+
+def _mean_loss(parallel: Parallel, world: World, tokens: Any, tokenizer: Tokenizer, config: Config) -> float:
+    """Nats per target of one corpus's validation slice."""
+    T = config.model.seq_len
+    options = {"batch_size": max(config.train.batch_size, 8192 // T), "seq_len": T}
+    options |= {"rank": world.rank, "world_size": world.size, "max_tokens": config.train.eval_tokens}
+    nats, count = 0.0, 0
+    for batch in packed_validation(tokens, config.data.packing, tokenizer.document_token, **options):
+        x, y, *places = (part.to(world.device) for part in batch)
+        with autocast(world.device, config.train.eval_dtype or config.train.dtype):
+            nats += float(parallel.eval_loss(x, y, **dict(zip(PLACES, places))))
+        count += int((batch[1] >= 0).sum())
     nats, count = world.sum(nats, count)
-    bits = nats / math.log(2)
-    return {"val_loss": nats / count, "bits_per_byte": bits / max(1, target_bytes(tokens, tokenizer, limit))}
+    return nats / count
 
 
 def sample_text(model: GPT, parallel: Parallel, world: World, tokenizer: Tokenizer, config: Config) -> str | None:

@@ -40,6 +40,7 @@ _LLAMA = {
     "qk_norm": (False,),
     "bias": _ANY,
     "window": _NONE,
+    "window_pattern": _NONE,
     "logit_softcap": _NONE,
 }
 # The values of our options that a family can say; in the order in which families are tried.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gpt.config import require
-from gpt.decode import SLACK, Decoder
+from gpt.decode import Decoder
+from gpt.decode_cache import SLACK
 from gpt.errors import UserError
 from gpt.model import GPT
 from gpt.sampling import SamplingConfig, bias_vector, distribution, pick, sample_seed, token_id, uniforms
@@ -211,7 +212,7 @@ class _Reader:
     def _holds(self, row: int, prompt: list[int], end: int) -> bool:
         """Whether a row's tokens are those of this prompt at least up to `end`, and more if any."""
         length = self.decoder.lengths[row]
-        reach = length if self.decoder.config.window is None else SLACK  # a window forgets what it has passed
+        reach = SLACK if self.decoder.has_window else length  # a window forgets what it has passed
         return self._prompts[row] == prompt and self._starts[row] == 0 and end <= length <= end + reach
 
     def follow(self, texts: Sequence[list[int]], ahead: int = 0) -> int:

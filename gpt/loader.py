@@ -1,7 +1,10 @@
-"""Token files to batches: training windows in a seeded order that resumes exactly, and one fixed validation pass."""
+"""Token files to batches: training windows in a seeded order that resumes exactly, and one fixed validation pass.
+
+gpt.packing has the loaders that keep documents apart, gpt.mixture the one of several corpora.
+"""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -13,79 +16,117 @@ from gpt.errors import UserError
 from gpt.shards import read_tokens
 from gpt.tokenizer import Tokenizer
 
-__all__ = ["Batches", "TrainLoader", "permuted", "read_tokens", "target_bytes", "validation_batches"]
+__all__ = ["Batches", "Loader", "TrainLoader", "permuted", "read_tokens", "target_bytes", "validation_batches"]
 
 IGNORED = -100  # the target that cross_entropy leaves out
+PLACES = ("positions", "segment_ids")  # what a batch may have beside inputs and targets, as GPT.loss calls them
 _ROUNDS = 6
 _AHEAD = 4096  # window starts computed at a time
 
 
-class TrainLoader:
+class Loader:
+    """An endless stream of rows, dealt out to ranks; what each kind of row is, take and read know.
+
+    A step takes the next world_size * batch_size rows, of which this rank gets its batch_size: the ranks together see
+    what one process with the whole batch would. Attributes that may change between batches: batch_size. rollbacks: how
+    often a run went back to leave behind what came next; the order depends on it.
+    """
+
+    def __init__(self, *, batch_size: int, seq_len: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not below world_size {world_size}")
+        self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
+        self.rank, self.world_size, self.rollbacks = rank, world_size, 0
+
+    def next_batch(self) -> tuple[Tensor, ...]:
+        """Inputs and targets, each (batch_size, seq_len) int64: the target is the token after the input, or -100.
+
+        Where documents are kept apart: also positions int64 and segment_ids int32 of the same shape.
+        """
+        rows = self.take(self.world_size * self.batch_size)
+        return self.read(rows[self.rank * self.batch_size : (self.rank + 1) * self.batch_size])
+
+    def take(self, n: int) -> Sequence:
+        """The next n rows of the stream, n > 0; the stream moves on."""
+        raise NotImplementedError
+
+    def read(self, rows: Sequence) -> tuple[Tensor, ...]:
+        """The batch of some rows that take gave."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch begins, over all ranks; and what the order depends on."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to where state_dict was taken. batch_size and world_size may differ from then. Raises UserError."""
+        raise NotImplementedError
+
+    def check_order(self, state: dict[str, Any], order: dict[str, Any]) -> None:
+        """UserError unless the state has what this loader's order depends on."""
+        for name, value in {"packing": None, **order}.items():
+            if state.get(name) != value:
+                raise UserError(
+                    f"the checkpoint's data order has {name} {state.get(name)}, this run has {value}: give it the same "
+                    "text, tokenizer, seed, seq_len and packing"
+                )
+
+
+def order_keys(name: str) -> np.ndarray:
+    """(1 + _ROUNDS,) uint64 that a name decides: a number, and keys for permuted."""
+    return np.frombuffer(hashlib.shake_256(name.encode()).digest(8 + 8 * _ROUNDS), "<u8")
+
+
+class TrainLoader(Loader):
     """Endless training batches from tokens (N,).
 
     An epoch cuts the tokens, from a random phase below seq_len on, into windows of seq_len + 1 that share their end
     token with the next one's start, so that each token is predicted at most once: all but the fewer than 2 seq_len at
     the two ends that fill no window. The windows come in a random order, a Feistel permutation that is computed and not
-    stored. Phase and order depend on (seed, epoch) alone, and the order on `rollbacks`, which the state
-    holds: how often a run went back to leave behind what came next.
+    stored. Phase and order depend on (seed, epoch) alone, and the order on `rollbacks`.
 
-    Epochs follow each other without a seam, as one stream of windows. A step takes the next world_size * batch_size of
-    them, of which this rank gets its batch_size: the ranks together see what one process with the whole batch would.
+    Epochs follow each other without a seam, as one stream of windows. options: as Loader takes them.
     """
 
-    def __init__(
-        self, tokens: np.ndarray, *, batch_size: int, seq_len: int, seed: int, rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, tokens: np.ndarray, **options: int) -> None:
+        super().__init__(**options)
+        seq_len = self.seq_len
         if len(tokens) < seq_len + 1:
             raise UserError(f"{len(tokens)} training tokens fill no window: seq_len {seq_len} needs {seq_len + 1}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not below world_size {world_size}")
-        self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
-        self.rank, self.world_size, self.rollbacks = rank, world_size, 0
-        self._tokens = np.asarray(tokens)  # a plain view: slicing a memmap is slow
+        self._tokens = plain(tokens)
         self._rows = np.lib.stride_tricks.sliding_window_view(self._tokens, seq_len + 1)  # (N - seq_len, seq_len + 1)
         self._go_to(0, 0)
 
-    def next_batch(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, each (batch_size, seq_len) int64: the target is the token after the input."""
-        starts = self._next_starts(self.world_size * self.batch_size)
-        starts = starts[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-        rows = torch.from_numpy(self._rows[starts].astype(np.int64))  # (B, T + 1)
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    def read(self, rows: np.ndarray) -> tuple[Tensor, ...]:
+        windows = torch.from_numpy(self._rows[rows].astype(np.int64))  # (B, T + 1)
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
     def state_dict(self) -> dict[str, int]:
         """Where the next batch begins: windows used of the epoch, over all ranks; and what the order depends on."""
         return {"epoch": self._epoch, "index": self._index, "rollbacks": self.rollbacks, **self._order()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to where state_dict was taken. batch_size and world_size may differ from then."""
-        for name, value in self._order().items():
-            if state.get(name) != value:
-                raise UserError(
-                    f"the checkpoint's data order has {name} {state.get(name)}, this run has {value}: give it the same "
-                    "text, tokenizer, seed and seq_len"
-                )
+        self.check_order(state, self._order())
         self.rollbacks = state.get("rollbacks", 0)
-        self._go_to(state["epoch"], state["index"])
+        self._go_to(state.get("epoch", -1), state.get("index", -1))
 
     def _order(self) -> dict[str, int]:
         return {"seed": self.seed, "seq_len": self.seq_len, "tokens": len(self._tokens)}
 
     def _go_to(self, epoch: int, index: int) -> None:
-        words = np.frombuffer(hashlib.shake_256(f"{self.seed}:{epoch}".encode()).digest(8 + 8 * _ROUNDS), "<u8")
+        words = order_keys(f"{self.seed}:{epoch}")
         starts = len(self._tokens) - self.seq_len  # where a window can start
         phase = int(words[0]) % min(self.seq_len, starts)
         count = (starts - 1 - phase) // self.seq_len + 1
         if not 0 <= index <= count or epoch < 0:
             raise UserError(f"the checkpoint's place in the data, window {index} of {count}, epoch {epoch}, is none")
         if self.rollbacks:
-            name = f"{self.seed}:{epoch}:{self.rollbacks}"
-            words = np.frombuffer(hashlib.shake_256(name.encode()).digest(8 + 8 * _ROUNDS), "<u8")
+            words = order_keys(f"{self.seed}:{epoch}:{self.rollbacks}")
         self._phase, self._count, self._keys = phase, count, words[1:]
         self._epoch, self._index = epoch, index
         self._ahead, self._ahead_from = np.empty(0, np.int64), index
 
-    def _next_starts(self, n: int) -> np.ndarray:
+    def take(self, n: int) -> np.ndarray:
         """Starts (n,) int64 of the next n windows of the stream."""
         parts = []
         while n:
@@ -104,31 +145,31 @@ class TrainLoader:
 
 
 class Batches:
-    """A TrainLoader's batches on a device, and where the training, not the reading ahead, has got to.
+    """A Loader's batches on a device, and where the training, not the reading ahead, has got to.
 
     For a GPU a thread reads one batch ahead into pinned memory, from where the copy runs beside the computation; on a
     CPU the next batch is read when it is asked for.
     """
 
-    def __init__(self, loader: TrainLoader, device: torch.device, *, ahead: bool | None = None):
+    def __init__(self, loader: Loader, device: torch.device, *, ahead: bool | None = None):
         self._loader, self._device = loader, device
         self._pinned = device.type == "cuda"
         self._state = loader.state_dict()
         self._thread = ThreadPoolExecutor(1, "batches") if (self._pinned if ahead is None else ahead) else None
         self._next: Future | None = None
 
-    def next_batch(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (batch_size, seq_len) on the device; does not wait for it."""
+    def next_batch(self) -> tuple[Tensor, ...]:
+        """The loader's next batch, on the device; does not wait for it."""
         if self._thread is None:
-            (x, y), self._state = self._read()
+            batch, self._state = self._read()
         else:
-            (x, y), self._state = self._read() if self._next is None else self._next.result()
+            batch, self._state = self._read() if self._next is None else self._next.result()
             self._next = self._thread.submit(self._read)
-        return x.to(self._device, non_blocking=True), y.to(self._device, non_blocking=True)
+        return tuple(part.to(self._device, non_blocking=True) for part in batch)
 
-    def _read(self) -> tuple[tuple[Tensor, Tensor], dict[str, int]]:
-        x, y = self._loader.next_batch()
-        return ((x.pin_memory(), y.pin_memory()) if self._pinned else (x, y)), self._loader.state_dict()
+    def _read(self) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        batch = self._loader.next_batch()
+        return tuple(part.pin_memory() if self._pinned else part for part in batch), self._loader.state_dict()
 
     def go_to(self, state: dict[str, Any], rows: int | None = None) -> None:
         """Go on from where state_dict was taken, from now on with so many rows a batch."""
@@ -139,8 +180,8 @@ class Batches:
         self._loader.load_state_dict(state)
         self._state = self._loader.state_dict()
 
-    def state_dict(self) -> dict[str, int]:
-        """As TrainLoader.state_dict, where the next batch that next_batch gives begins."""
+    def state_dict(self) -> dict[str, Any]:
+        """As Loader.state_dict, where the next batch that next_batch gives begins."""
         return self._state
 
     def close(self) -> None:
@@ -183,8 +224,8 @@ def validation_batches(
     is filled up with input 0 and target -100; the last batch may have fewer rows. Of several ranks each gets every
     world_size-th batch, and all get the same number of them: where none is left, one of a single row without targets.
     """
-    targets = _targets(tokens, max_tokens)
-    tokens = np.asarray(tokens)
+    targets = targets_in(tokens, max_tokens)
+    tokens = plain(tokens)
     per_batch = batch_size * seq_len
     for first in range(0, targets, world_size * per_batch):
         start = first + rank * per_batch
@@ -201,7 +242,7 @@ def target_bytes(tokens: np.ndarray, tokenizer: Tokenizer, max_tokens: int | Non
 
     Bits per byte = loss in nats, summed over the targets / (ln 2 * target_bytes).
     """
-    targets = _targets(tokens, max_tokens)
+    targets = targets_in(tokens, max_tokens)
     total = 0
     for start in range(1, targets + 1, 1 << 20):
         ids = np.asarray(tokens[start : min(start + (1 << 20), targets + 1)])
@@ -209,7 +250,12 @@ def target_bytes(tokens: np.ndarray, tokenizer: Tokenizer, max_tokens: int | Non
     return total
 
 
-def _targets(tokens: np.ndarray, max_tokens: int | None) -> int:
+def plain(tokens: np.ndarray) -> np.ndarray:
+    """A memmap as an array, whose slices are quick; what only acts like an array (several files) as it is."""
+    return tokens.view(np.ndarray) if isinstance(tokens, np.ndarray) else tokens
+
+
+def targets_in(tokens: np.ndarray, max_tokens: int | None) -> int:
     if len(tokens) < 2:
         raise UserError(f"the validation part has {len(tokens)} tokens, too few to predict any: give more text")
     return min(len(tokens) - 1, max_tokens or len(tokens))

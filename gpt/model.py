@@ -103,7 +103,8 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.kv_heads, config.head_width
         self.dropout = config.dropout
-        self.mask = masks.CAUSAL if config.window is None else masks.sliding_window(config.window)
+        window = config.window_of(layer)
+        self.mask = masks.CAUSAL if window is None else masks.sliding_window(window)
         self.c_qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias)
         self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
         self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
@@ -348,8 +349,8 @@ class GPT(nn.Module):
         appendix B, are higher.) Training is three times forward. Norms, activations and look-ups are not counted.
         """
         T = seq_len or self.config.seq_len
-        window = min(self.config.window or T, T)
-        visible_keys = (window * (window + 1) / 2 + (T - window) * window) / T
+        windows = [min(self.config.window_of(layer) or T, T) for layer in range(self.config.n_layer)]
+        visible_keys = sum(window * (window + 1) / 2 + (T - window) * window for window in windows) / T
         linear = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        scores = 4 * self.config.n_layer * self.config.n_head * self.config.head_width * visible_keys
+        scores = 4 * self.config.n_head * self.config.head_width * visible_keys
         return (3 if training else 1) * (2 * linear + scores)

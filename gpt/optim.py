@@ -218,7 +218,9 @@ def leave_compiler_out() -> None:
 def build_optimizers(model: nn.Module, config: OptimConfig, world: World | None = None) -> list[torch.optim.Optimizer]:
     """The optimizers that move a GPT. Each group carries its peak rate as "peak_lr" for set_learning_rate.
 
-    adamw: matrices and embeddings decay, vectors (norms and biases) do not, as in GPT-2 and nanoGPT.
+    adamw: matrices and embeddings decay, vectors (norms and biases) do not, as in GPT-2 and nanoGPT. With base_width
+    the matrices whose fan-in grows with the model have their rate times base_width / n_embd, and their decay divided
+    by it, so that rate * decay stays (muP's rule for Adam: Yang et al. 2022, table 3).
     muon: the blocks' matrices under Muon; embeddings, head and vectors under Adam with rates of their own, no decay.
     """
     leave_compiler_out()
@@ -226,10 +228,16 @@ def build_optimizers(model: nn.Module, config: OptimConfig, world: World | None 
     # Only the fused one takes found_inf.
     adam = {"betas": (config.beta1, config.beta2), "eps": 1e-8, "fused": True}
     if config.optimizer == "adamw":
+        share = 1.0 if config.base_width is None else config.base_width / model.config.n_embd
+        # A head that is the embedding table is named as that.
+        grow = {name for name, p in named if share != 1.0 and p.ndim >= 2 and "embed" not in name}
         groups = [
-            {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for n, p in named if p.ndim >= 2 and n not in grow], "weight_decay": config.weight_decay},
             {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
         ]
+        if grow:
+            scaled = {"lr": config.learning_rate * share, "weight_decay": config.weight_decay / share}
+            groups.append({"params": [p for name, p in named if name in grow], **scaled})
         optimizers = [torch.optim.AdamW(groups, lr=config.learning_rate, **adam)]
     else:
         matrices = {name: p for name, p in named if name.startswith("blocks.") and p.ndim == 2}

@@ -39,7 +39,7 @@ class Memory:
         return ", ".join(f"{name} {size(n)}" for name, n in asdict(self).items() if n)
 
 
-def saved_bytes(model: GPT, batch_size: int, dtype: str) -> int:
+def saved_bytes(model: GPT, batch_size: int, dtype: str, packing: str = "stream") -> int:
     """Bytes that a forward pass of batch_size rows keeps for the backward, weights aside; each storage once.
 
     Runs on real tensors and on fake ones. Labels and what an operator needs only while it runs are not in it.
@@ -57,8 +57,9 @@ def saved_bytes(model: GPT, batch_size: int, dtype: str) -> int:
         return x
 
     idx = torch.zeros(batch_size, model.config.seq_len, dtype=torch.int64, device=device)
+    places = {} if packing == "stream" else {"positions": idx, "segment_ids": idx.int()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast(device, dtype):
-        loss = model.loss(idx, idx)
+        loss = model.loss(idx, idx, **places)
     del loss
     return sum(kept.values())
 
@@ -69,11 +70,11 @@ def activation_bytes(model: GPT, config: Config) -> int:
     Under activation checkpointing: what stands outside the blocks, each block's input, and all of one block.
     """
     train, blocks = config.train, model.config.n_layer
-    kept = saved_bytes(model, train.batch_size, train.dtype)
+    kept = saved_bytes(model, train.batch_size, train.dtype, config.data.packing)
     if not train.activation_checkpointing:
         return kept
     model.checkpoint_activations()  # whose blocks save nothing that saved_bytes sees
-    outside = saved_bytes(model, train.batch_size, train.dtype)
+    outside = saved_bytes(model, train.batch_size, train.dtype, config.data.packing)
     inputs = blocks * train.batch_size * model.config.seq_len * model.config.n_embd * model.embed.weight.element_size()
     return outside + inputs + (kept - outside) // blocks
 
@@ -97,13 +98,13 @@ def memory_of(config: Config, device: torch.device, processes: int = 1) -> Memor
     return Memory(*(n // shards for n in (weights, weights, 2 * weights - momenta, average)), activations)
 
 
-def fewer_rows(rows: int, config: Config, device: torch.device, processes: int = 1) -> int:
+def fewer_rows(rows: int, config: Config, device: torch.device, processes: int = 1, *, agreed: bool = False) -> int:
     """The rows of a micro-batch that is to take less memory than one of `rows`: half, or the next that divides them.
 
-    UserError, with what the memory is for, where there is none. So it is with several processes: a rank cannot leave a
-    step alone, as the others wait for its gradients.
+    UserError, with what the memory is for, where there is none. So it is with several processes unless they have
+    agreed: a rank cannot leave a step alone, as the others wait for its gradients.
     """
-    if rows > 1 and processes == 1:
+    if rows > 1 and (processes == 1 or agreed):
         return next(part for part in range(rows // 2, 0, -1) if rows % part == 0)
     small = replace(config, train=replace(config.train, batch_size=rows))
     raise UserError(

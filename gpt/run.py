@@ -143,8 +143,9 @@ def write_run(config: Config, tokenizer: Tokenizer, corpus: "Corpus") -> None:
 def recipe(config: Config, processes: int = 1) -> dict[str, Any]:
     """What decides a run's numbers beside its text and model, by name: kept in each checkpoint for differences."""
     train = {key: getattr(config.train, key) for key in ("batch_size", "grad_accum_steps", "dtype", "max_steps")}
-    dropout = {"dropout": config.model.dropout}
-    return {"threads": torch.get_num_threads(), "processes": processes, **train, **dropout, **asdict(config.optim)}
+    data = {"packing": config.data.packing, "corpus_weights": list(config.data.corpus_weights)}
+    rest = {**data, "dropout": config.model.dropout, **asdict(config.optim)}
+    return {"threads": torch.get_num_threads(), "processes": processes, **train, **rest}
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any], step: int) -> str | None:
@@ -154,6 +155,8 @@ def differences(saved: dict[str, Any], now: dict[str, Any], step: int) -> str | 
         "processes": "sums are rounded in another order",
         "batch_size": "a step sees other text",
         "grad_accum_steps": "a step sees other text",
+        "packing": "documents fill rows in another way",
+        "corpus_weights": "a step sees other text",
         "max_steps": "the learning rate falls along another curve",
     }
     changed = [key for key in now if key in saved and saved[key] != now[key]]

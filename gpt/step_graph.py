@@ -13,12 +13,12 @@ WARM_UP = 2  # steps that run as they are, in which kernels are compiled and lib
 class _Recorded(NamedTuple):
     replay: Callable[[], None]
     tokens: Tensor  # (B, T), where the graph reads them
-    where: Tensor  # (2, B), likewise
+    where: Tensor  # (N, B), likewise
     logits: Tensor  # (B, T, V), where it leaves them
 
 
 class StepGraphs:
-    """run(tokens (B, T), where (2, B)) -> logits (B, T, V), replayed from the third call with one shape on.
+    """run(tokens (B, T), where (N, B)) -> logits (B, T, V), replayed from the third call with one shape on.
 
     run must launch the same kernels on the same addresses at every call, except for its arguments and its result.
     """
@@ -32,8 +32,8 @@ class StepGraphs:
         self._recorded: dict[torch.Size, _Recorded] = {}
         self._times: Counter[torch.Size] = Counter()
 
-    def step(self, tokens: Tensor, where: tuple[list[int], list[int]]) -> Tensor:
-        """Logits of tokens (B, T); where: two numbers for each row, on the host."""
+    def step(self, tokens: Tensor, where: list[list[int]]) -> Tensor:
+        """Logits of tokens (B, T); where: N times a number for each row, on the host."""
         shape, at = tokens.shape, torch.tensor(where)
         self._times[shape] += 1
         if self._times[shape] <= WARM_UP:

@@ -244,15 +244,27 @@ def test_rolling_rows_move_on_their_own(tokenizer, batch_size):
 
 
 @pytest.mark.parametrize("count", [390, 420], ids=["within", "rolling"])
-def test_a_window_that_has_moved_on_lets_its_row_begin_anew(tokenizer, count):
+@pytest.mark.parametrize("blocks", [{"n_layer": 1}, {"n_layer": 2, "window_pattern": "LS"}], ids=["all", "some"])
+def test_a_window_that_has_moved_on_lets_its_row_begin_anew(tokenizer, count, blocks):
     """Rows of 400 tokens, of which a window of 4 keeps the last 330 at most, are taken by other samples, and roll."""
-    model = model_of(tokenizer, seq_len=400, window=4, n_layer=1)
+    model = model_of(tokenizer, seq_len=400, window=4, **blocks)
     config = SamplingConfig(max_new_tokens=count, num_samples=2, batch_size=1, rolling=True, temperature=1.0)
     pieces = list(generate(model, tokenizer, ["the "], config))
     for j in range(2):
         alone = SamplingConfig(max_new_tokens=count, rolling=True, temperature=1.0, seed=sample_seed(1337, 0, j))
         assert len(tokens_of(pieces, 0, j)) == count
         assert tokens_of(pieces, 0, j) == tokens_of(generate(model, tokenizer, ["the "], alone))
+
+
+def test_greedy_tokens_under_a_pattern_are_the_uncached_models(tokenizer):
+    """Past the place where the windows' buffer slides; at ties of rounding the model's own logits are all but equal."""
+    model = model_of(tokenizer, seq_len=400, window=4, n_layer=3, window_pattern="SSL").eval()
+    tokens = tokens_of(generate(model, tokenizer, ["the "], SamplingConfig(max_new_tokens=380, temperature=0.0)))
+    text = torch.tensor([tokenizer.encode("the ") + tokens])
+    with torch.no_grad():
+        logits = model(text)[0, 3:-1]
+    assert len(tokens) == 380
+    assert (logits.max(-1).values - logits.gather(1, text[0, 4:, None])[:, 0]).max() < 1e-5
 
 
 def test_a_dtype_and_int8_reach_the_decoder(tokenizer, model):

@@ -5,7 +5,8 @@ import torch
 
 from gpt import decode
 from gpt.config import PRESETS, ModelConfig
-from gpt.decode import CHUNK, SLACK, Decoder
+from gpt.decode import Decoder
+from gpt.decode_cache import CHUNK, SLACK
 from gpt.model import GPT
 
 VOCAB = 61
@@ -16,6 +17,7 @@ OPTIONS = {
     "gelu-odd": {"activation": "gelu", "head_dim": 10, "n_embd": 36, "mlp_dim": 50, "bias": True},
     "window": {"window": 7, "n_kv_head": 2},
     "window-alibi-post": {"window": 5, "position": "alibi", "norm_order": "post", "qk_norm": False},
+    "window-pattern": {"n_layer": 3, "window": 5, "window_pattern": "SSL", "n_kv_head": 2},
     "sinusoidal-tied": {"position": "sinusoidal", "tied_embeddings": True, "activation": "relu"},
 }
 
@@ -138,25 +140,28 @@ def test_long_prompts_go_in_chunks():
     assert_near(Decoder(model, 1, len(text)).step(torch.tensor([text]))[0], expected)
 
 
+@pytest.mark.parametrize("pattern", [None, "SL"])
 @pytest.mark.parametrize("position", ["rotary", "alibi"])
-def test_a_window_bounds_the_cache_and_can_go_back_by_the_slack(position):
-    """Rows that slide at different times, far past the buffer's end."""
-    model = model_of(seq_len=1000, window=6, position=position)
+def test_a_window_bounds_the_cache_and_can_go_back_by_the_slack(position, pattern):
+    """Rows that slide at different times, far past the buffer's end; beside a block that sees all, or without."""
+    model = model_of(seq_len=1000, window=6, position=position, window_pattern=pattern)
     decoder = Decoder(model, 2, 1000)
-    assert decoder._cache.shape[4] <= 2 * 6 + CHUNK + SLACK + 16
+    store = decoder._stores[0]
+    assert store.cache.shape[4] <= 2 * 6 + CHUNK + SLACK + 16
+    assert [(len(s.cache), s.window) for s in decoder._stores] == ([(1, 6), (1, None)] if pattern else [(2, 6)])
     texts = [text_of(900, 1), text_of(900, 2)]
     decoder.prefill(0, texts[0][:200])
     decoder.prefill(1, texts[1][:420])
     slides = 0
     for i in range(300):
-        before = list(decoder._starts)
+        before = list(store.starts)
         logits = decoder.step(torch.tensor([[texts[0][200 + i]], [texts[1][420 + i]]]))
-        slides += decoder._starts != before
-        if decoder._starts != before or i % 60 == 0:
+        slides += store.starts != before
+        if store.starts != before or i % 60 == 0:
             for row, n in ((0, 200 + i), (1, 420 + i)):
                 assert_near(logits[row, 0], uncached(model, texts[row][: n + 1])[-1])
     assert slides >= 2
-    decoder.prefill(0, text_of(int(decoder._size - (500 - decoder._starts[0])) + 1, 3))  # slides
+    decoder.prefill(0, text_of(int(store.size - (500 - store.starts[0])) + 1, 3))  # slides
     length = decoder.lengths[0]
     decoder.truncate(0, length - SLACK)
     with pytest.raises(ValueError, match="window has moved past"):

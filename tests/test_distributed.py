@@ -43,7 +43,23 @@ def flags(run_dir: str, batch_size: int, *more: str) -> list[str]:
 
 RECIPES = {
     "adamw": ["--preset", "gpt2", "--window", "9", "--grad-clip", "0.5", "--ema-decay", "0.5"],
-    "muon": ["--optimizer", "muon", "--learning-rate", "0.02", "--n-kv-head", "1", "--activation-checkpointing"],
+    "muon": [
+        "--optimizer",
+        "muon",
+        "--learning-rate",
+        "0.02",
+        "--n-kv-head",
+        "1",
+        "--activation-checkpointing",
+        "--corpus",
+        "docs",
+        "text.txt",
+        "--corpus-weights",
+        "0.6",
+        "0.4",
+        "--packing",
+        "documents",
+    ],
 }
 
 
@@ -57,6 +73,9 @@ def folder(tmp_path_factory):
         patch.chdir(folder)
         patch.setattr(gpt.optim, "multiplies_bfloat16", lambda device: False)  # as in the worker
         (folder / "text.txt").write_text(TEXT)
+        (folder / "docs").mkdir()
+        for i in range(12):
+            (folder / f"docs/{i}.txt").write_text(TEXT[95 * i :][: 40 + 30 * i])
         for name, recipe in RECIPES.items():
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 assert main(load_config(flags(f"{name}-one", 8, *recipe))) == 0
@@ -71,6 +90,7 @@ def folder(tmp_path_factory):
                     flags(f"{name}-{mode}-again", 4, *recipe, "--parallel", mode, *half),
                     flags(f"{name}-one-{mode}", 4, *recipe, "--parallel", mode, *other),
                 ]
+        together.append([*flags("small-ddp", 4, *RECIPES["adamw"], "--parallel", "ddp"), 1])
         printed = launch(folder, together).split("written:")
         for words, text in zip(together, printed, strict=False):
             (folder / words[words.index("--run-dir") + 1] / "printed").write_text(text)
@@ -139,6 +159,17 @@ class TestTwoProcesses:
         for name in (f"{recipe}-one-{mode}", f"{recipe}-{mode}-one"):
             for a, b in zip(expected, lasting(folder / name), strict=True):
                 assert a == pytest.approx(b, rel=1e-6)
+
+
+def test_all_ranks_halve_their_micro_batches_where_one_is_out_of_memory(folder):
+    """The last rank has room for one row, not for four; the step is that of the whole batch."""
+    printed = (folder / "small-ddp/printed").read_text()
+    assert re.findall(r"out of memory: .*", printed) == [
+        f"out of memory: micro-batches of {rows} rows from now on, not {2 * rows}" for rows in (2, 1)
+    ]
+    for a, b in zip(lasting(folder / "adamw-one"), lasting(folder / "small-ddp"), strict=True):
+        assert a == pytest.approx(b, rel=1e-6)
+    torch.testing.assert_close(checkpoint(folder / "adamw-one"), checkpoint(folder / "small-ddp"), rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture

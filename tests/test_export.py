@@ -105,6 +105,7 @@ def test_dtype(tmp_path, dtype):
         ({"bias": True}, "llama: qk_norm True .not False|qwen3: bias True .not False"),
         ({**PRESETS["gpt2"], "n_kv_head": 2}, "gpt2: n_kv_head 2 .not n_head"),
         ({**PRESETS["gpt2"], "window": 5}, "gpt2: window 5 .not None"),
+        ({"window": 5, "window_pattern": "SL"}, "qwen3: window_pattern SL .not None"),
         ({**PRESETS["gpt2"], "head_dim": 16}, "gpt2: head_dim 16"),
     ],
     ids=str,

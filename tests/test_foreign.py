@@ -12,7 +12,8 @@ from gpt import foreign
 from gpt.corpus import check_length, read_tokens
 from gpt.errors import UserError
 from gpt.foreign import TokenParts
-from gpt.loader import TrainLoader, target_bytes, validation_batches
+from gpt.loader import target_bytes
+from gpt.packing import make_loader, packed_validation
 from gpt.tokenizer import ByteTokenizer
 from tests.corpus_checks import POEM, sides, write
 
@@ -92,14 +93,22 @@ def test_parts_are_an_array_to_the_loader(tmp_path):
         parts[1000]
     with pytest.raises(IndexError, match="steps of 1"):
         parts[::2]
-    loaders = [TrainLoader(tokens, batch_size=7, seq_len=16, seed=3) for tokens in (whole, parts)]
-    for _ in range(20):
-        (x, y), (their_x, their_y) = (loader.next_batch() for loader in loaders)
-        assert x.equal(their_x)
-        assert y.equal(their_y)
-    batches = [list(validation_batches(tokens, batch_size=4, seq_len=16)) for tokens in (whole, parts)]
-    assert all(a[0].equal(b[0]) and a[1].equal(b[1]) for a, b in zip(*batches, strict=True))
     assert target_bytes(parts, ByteTokenizer()) == 999
+
+
+@pytest.mark.parametrize("packing", ["stream", "documents", "best_fit"])
+def test_the_loader_reads_several_files_in_place(packing, monkeypatch):
+    """They may be far larger than memory: nobody asks for all of them at once."""
+    whole = np.arange(1000, dtype=np.uint16) % 250
+    parts = TokenParts([whole[:1], whole[1:400], whole[400:410], whole[410:]])
+    monkeypatch.setattr(TokenParts, "__array__", lambda *args, **options: pytest.fail("all tokens were read"))
+    options = {"batch_size": 7, "seq_len": 16}
+    loaders = [make_loader(tokens, packing, 249, seed=3, **options) for tokens in (whole, parts)]
+    for _ in range(20):
+        ours, theirs = (loader.next_batch() for loader in loaders)
+        assert all(a.equal(b) for a, b in zip(ours, theirs, strict=True))
+    batches = [list(packed_validation(tokens, packing, 249, **options)) for tokens in (whole, parts)]
+    assert all(a.equal(b) for ours, theirs in zip(*batches, strict=True) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_a_file_is_hashed_once(tmp_path, make, monkeypatch):

@@ -152,10 +152,10 @@ class WaitsInPython(TorchFunctionMode):
     "words",
     [
         ["--grad-clip", "1", "--ema-decay", "0.9"],
-        ["--optimizer", "muon", "--grad-accum-steps", "2", "--dropout", "0.1"],
+        ["--optimizer", "muon", "--grad-accum-steps", "2", "--dropout", "0.1", "--spike-threshold", "8"],
         ["--dtype", "float16", "--grad-clip", "0", "--activation-checkpointing"],
     ],
-    ids=["adamw-average", "muon", "float16"],
+    ids=["adamw-average", "muon-spikes", "float16"],
 )
 def test_steps_between_logs_wait_for_no_device(folder, capsys, monkeypatch, words):
     waits, at = Waits(), []

@@ -245,18 +245,51 @@ def test_qwen3_0_6b_has_its_published_size():
         assert GPT(config).num_parameters(embeddings=False) == 440_467_456
 
 
-@pytest.mark.parametrize("window", [None, 5], ids="window={}".format)
-def test_flops_per_token(window):
+@pytest.mark.parametrize(
+    "windows", [(None, None), (5, 5), (5, None)], ids=lambda windows: f"windows={windows[0]}-{windows[1]}"
+)
+def test_flops_per_token(windows):
     """The linear layers as torch counts them; the scores and weighted sums by listing every visible pair."""
-    model = make_model(n_kv_head=2, window=window)
+    pattern = "SL" if windows == (5, None) else None
+    model = make_model(n_kv_head=2, window=windows[0], window_pattern=pattern)
     T = 24
     with FlopCounterMode(display=False) as counter:
         model(random_tokens(1, T))
     linear = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
-    pairs = sum(q >= k and (window is None or q - k < window) for q in range(T) for k in range(T))
-    scores = model.config.n_layer * model.config.n_head * pairs * 2 * (8 + 8)
+    per_layer = [
+        sum(q >= k and (window is None or q - k < window) for q in range(T) for k in range(T)) for window in windows
+    ]
+    assert model.config.n_layer == len(windows)
+    scores = model.config.n_head * sum(per_layer) * 2 * (8 + 8)
     assert model.flops_per_token(T, training=False) == pytest.approx((linear + scores) / T)
     assert model.flops_per_token(T) == pytest.approx(3 * (linear + scores) / T)
+
+
+def test_a_pattern_says_which_blocks_have_the_window():
+    config = ModelConfig(n_layer=6, window=3, window_pattern="SSL")
+    assert [config.window_of(layer) for layer in range(6)] == [3, 3, None] * 2
+    assert [ModelConfig(window=3).window_of(layer) for layer in range(6)] == [3] * 6
+    # A token that lies beyond all windows' reach is seen through the one block that sees all.
+    tokens = random_tokens(1, 16)
+    other = tokens.clone()
+    other[0, 0] = (other[0, 0] + 1) % 61
+    for pattern, sees in (("S", False), ("SL", True)):
+        model = make_model(window=3, window_pattern=pattern)
+        assert (model(tokens)[0, -1] != model(other)[0, -1]).any() == sees
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 3, "window_pattern": "SX"}, "letters S and L"),
+        ({"window": 3, "window_pattern": ""}, "letters S and L"),
+        ({"window_pattern": "SL"}, "needs a window"),
+    ],
+    ids=str,
+)
+def test_a_pattern_that_is_none_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        ModelConfig(**options)
 
 
 def test_gpt2_initial_weights():

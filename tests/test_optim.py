@@ -6,8 +6,18 @@ import pytest
 import torch
 
 from gpt.config import ModelConfig, OptimConfig
+from gpt.errors import UserError
 from gpt.model import GPT
-from gpt.optim import Average, Muon, build_optimizers, lr_scale, orthogonalize, set_learning_rate
+from gpt.optim import (
+    Average,
+    Muon,
+    build_optimizers,
+    gradient_norm,
+    lr_scale,
+    orthogonalize,
+    scale_gradients,
+    set_learning_rate,
+)
 
 
 def tiny_model(**options) -> GPT:
@@ -114,6 +124,54 @@ def test_adamw_is_torchs_own_rule():
     for name, p in model.named_parameters():
         decay = 0.1 if p.ndim >= 2 else 0.0
         torch.testing.assert_close(p.detach(), before[name] * (1 - 0.01 * decay) - 0.01, atol=1e-6, rtol=1e-6)
+
+
+def test_base_width_scales_what_grows_with_the_model():
+    """64 wide, found at 16: a quarter of the rate for the blocks' matrices and the head; rate * decay as before."""
+    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=64, seq_len=8, vocab_size=11))
+    config = OptimConfig(learning_rate=0.1, weight_decay=0.5, base_width=16)
+    (optimizer,) = build_optimizers(model, config)
+    names = {id(p): name for name, p in model.named_parameters()}
+    rates = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert rates.keys() == set(names.values())
+    for name, weight in model.named_parameters():
+        hidden = "embed" not in name and weight.ndim > 1
+        assert rates[name] == pytest.approx((0.025, 2.0) if hidden else (0.1, 0.5 if weight.ndim > 1 else 0.0)), name
+    assert {g["peak_lr"] for g in optimizer.param_groups} == {0.1, 0.025}
+    with pytest.raises(UserError, match="base_width goes with adamw"):
+        OptimConfig(optimizer="muon", base_width=16)
+
+
+WIDTHS = (64, 128, 256)
+
+
+def final_loss(width: int, learning_rate: float, steps: int, **options) -> float:
+    """Mean loss of the last tenth of a short training; the same batches for all widths."""
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(n_layer=2, n_head=width // 32, n_embd=width, seq_len=16, vocab_size=32))
+    config = OptimConfig(learning_rate=learning_rate, warmup_steps=steps // 10, **options)
+    (optimizer,) = build_optimizers(model, config)
+    generator, losses = torch.Generator().manual_seed(1), []
+    table = torch.randint(32, (32, 32), generator=generator)
+    for step in range(steps):
+        rows = torch.randint(32, (16, 17), generator=generator)
+        for i in range(2, 17):  # a text in which two tokens decide the next, mostly
+            told = torch.rand(16, generator=generator) < 0.9
+            rows[:, i] = torch.where(told, table[rows[:, i - 1], rows[:, i - 2]], rows[:, i])
+        set_learning_rate([optimizer], lr_scale(step, steps, config))
+        loss = model.loss(rows[:, :-1], rows[:, 1:])
+        loss.backward()
+        scale_gradients(list(model.parameters()), (1 / gradient_norm(list(model.parameters()))).clamp(max=1.0))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    return sum(losses[-(steps // 10) :]) / (steps // 10)
+
+
+def test_wider_is_better_at_one_learning_rate():
+    """The default optimizer and rate, on a text that takes more than the training to learn."""
+    losses = [final_loss(width, OptimConfig().learning_rate, 60) for width in WIDTHS]
+    assert losses[0] - 0.1 > losses[1] > losses[2] + 0.1, losses
 
 
 def test_set_learning_rate_scales_every_peak():

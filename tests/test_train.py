@@ -178,11 +178,17 @@ def test_low_precision_follows_float32(folder, capsys, dtype):
         assert one[loss] == pytest.approx(other[loss], rel=0.02)
 
 
-def test_compiled_training_follows_eager(folder, capsys, monkeypatch):
+@pytest.mark.parametrize("packing", ["stream", "best_fit"])
+def test_compiled_training_follows_eager(folder, capsys, monkeypatch, packing):
     """The graph is captured whole; compiling it to machine code takes a minute and is one of the slow tests."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
-    run(run_dir="eager", max_steps=3)
-    run("--compile", run_dir="compiled", max_steps=3)
+    if packing != "stream":
+        (folder / "docs").mkdir()
+        for i in range(9):
+            (folder / f"docs/{i}.txt").write_text(TEXT[50 * i :][: 30 + 20 * i])
+    recipe = {"max_steps": 3, "packing": packing, "corpus": "text.txt" if packing == "stream" else "docs"}
+    run(run_dir="eager", **recipe)
+    run("--compile", run_dir="compiled", **recipe)
     for one, other in zip(lasting("eager"), lasting("compiled"), strict=True):
         assert one == pytest.approx(other, rel=1e-3)
 
