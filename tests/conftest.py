@@ -114,3 +114,14 @@ def run(made_run, tmp_path, monkeypatch, capsys) -> Path:
     monkeypatch.chdir(tmp_path / "copy")
     capsys.readouterr()
     return tmp_path / "copy" / "run"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """An empty working directory with a corpus of 2,736 characters in it; the cache is kept apart as well."""
+    from tests.train_checks import TEXT
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path

@@ -8,9 +8,9 @@ import pytest
 from gpt.checkpoint import MANIFEST, _sha256
 from gpt.command_line import load_config
 from gpt.errors import run_command
+from tests.train_checks import TEXT
 from train import main
 
-TEXT = "".join(f"{a} and {b} went up the hill, said {c}.\n" for a in "JKLM" for b in "abcdef" for c in "xyz")
 WORDS = (
     "--corpus text.txt --run-dir run --cache-dir cache --device cpu --dtype float32 --n-layer 1 --n-head 2 --n-embd 16 "
     "--seq-len 16 --batch-size 4 --checkpoint-interval 2 --eval-interval 100 --sample-tokens 0"

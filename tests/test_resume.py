@@ -1,0 +1,181 @@
+"""The training command, run again: how it goes on, gives up, and stops."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import gpt
+from gpt.command_line import load_config
+from gpt.monitor import read_metrics
+from tests.train_checks import flags, lasting, names_in, run, weights_of
+from train import main
+
+ROOT = Path(__file__).parent.parent
+
+
+# Going on.
+
+
+@pytest.mark.parametrize(
+    ("interval", "options"),
+    [
+        (7, {"dropout": 0.2, "grad_accum_steps": 2, "batch_size": 4}),
+        (19, {"optimizer": "muon", "learning_rate": 0.02, "ema_decay": 0.9}),
+        (20, {"dtype": "bfloat16"}),
+        (20, {"dtype": "float16", "dropout": 0.2}),
+    ],
+    ids=["adamw-dropout-accumulation", "muon-average", "bfloat16", "float16"],
+)
+def test_a_run_resumed_at_any_step_ends_as_the_undisturbed_one(folder, capsys, interval, options):
+    """The corpus's one epoch of 153 windows ends within the 20th step of 8 rows."""
+    options = {"max_steps": 22, "n_layer": 1, "eval_interval": 6} | options
+    run(run_dir="plain", checkpoint_interval=100, **options)
+    metrics, whole = lasting("plain"), weights_of("plain", 22)
+    run(run_dir="often", checkpoint_interval=interval, keep_checkpoints=24, **options)
+    assert lasting("often") == metrics  # saving changes nothing
+    for step in range(interval, 22, interval):
+        torch.manual_seed(99)
+        run("--overwrite", "--resume-from", f"often/checkpoints/step_{step:08d}", run_dir="other", **options)
+        assert lasting("other") == [r for r in metrics if r["step"] > step]
+        resumed = weights_of("other", 22)
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_resume_goes_on_in_the_same_directory(folder, capsys):
+    run(max_steps=20, eval_interval=5)
+    whole, metrics = weights_of("run", 20), lasting("run")
+    for name in ("step_00000020", "best_00000020"):
+        shutil.rmtree(f"run/checkpoints/{name}")
+    with open("run/metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "event": "of a course that was left"}\n{"step": 21, "cut sh')
+    assert run("--resume", max_steps=20, eval_interval=5) == 0
+    assert lasting("run") == metrics
+    assert all(torch.equal(a, b) for a, b in zip(whole.values(), weights_of("run", 20).values(), strict=True))
+    output = capsys.readouterr().out
+    assert "this run differs" not in output
+
+
+def test_what_a_resumed_run_changes_is_said_in_one_line(folder, capsys):
+    threads = torch.get_num_threads()
+    run(max_steps=4, checkpoint_interval=2, schedule="constant")
+    try:
+        torch.set_num_threads(threads + 1)
+        run("--resume", max_steps=6, batch_size=4, schedule="constant")
+    finally:
+        torch.set_num_threads(threads)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "differs" in line]
+    assert line == (
+        f"from step 4 on this run differs from one that was never stopped: threads is {threads + 1}, was {threads} "
+        "(CPU sums are rounded in another order); batch_size is 4, was 8 (a step sees other text)"
+    )
+    assert [r["tokens"] for r in lasting("run") if "train_loss" in r] == [128, 256, 384, 512, 576, 640]
+
+
+def test_the_best_checkpoint_is_kept_apart_and_can_be_loaded(folder, capsys):
+    """A rate that is far too high from step 4 on: the validation loss has its minimum early."""
+    run(max_steps=4, eval_interval=2, checkpoint_interval=2)
+    raised = {"learning_rate": 0.5, "warmup_steps": 0, "schedule": "constant"}
+    run("--resume", max_steps=12, eval_interval=2, checkpoint_interval=2, **raised)
+    losses = {r["step"]: r["val_loss"] for r in lasting("run") if "val_loss" in r}
+    assert min(losses, key=losses.get) == 4
+    assert names_in("run/checkpoints") == ["best_00000004", "step_00000010", "step_00000012"]
+    state = json.loads(Path("run/checkpoints/step_00000012/state.json").read_text())
+    assert state["best"] == {"step": 4, "val_loss": losses[4]}
+    loaded = {which: gpt.load("run", "cpu", which=which)[0] for which in ("newest", "best")}
+    loaded["path"] = gpt.load("run", "cpu", which="run/checkpoints/step_00000010")[0]
+    for which, name in {"newest": "step_00000012", "best": "best_00000004", "path": "step_00000010"}.items():
+        saved = load_file(f"run/checkpoints/{name}/model.safetensors")
+        assert all(torch.equal(p, saved[key]) for key, p in loaded[which].named_parameters())
+    with pytest.raises(gpt.UserError, match=r"step_00000011/manifest\.json cannot be read"):
+        gpt.load("run", "cpu", which="run/checkpoints/step_00000011")
+
+
+def test_going_back_leaves_nothing_of_the_course_that_was_left(folder, capsys):
+    """Else a later --resume would take the abandoned step 20, not the newest step of this course."""
+    run(checkpoint_interval=5, keep_checkpoints=4)
+    run("--resume-from", "run/checkpoints/step_00000005", max_steps=7, learning_rate=1e-4, eval_interval=100)
+    assert names_in("run/checkpoints") == ["best_00000007", "step_00000005", "step_00000007"]
+    assert [r["step"] for r in lasting("run") if "train_loss" in r] == [*range(1, 8)]
+
+
+def test_resume_starts_where_there_is_nothing(folder, capsys):
+    assert run("--resume", max_steps=2) == 0
+    assert (folder / "run/checkpoints/step_00000002").is_dir()
+
+
+def test_resume_passes_over_a_damaged_checkpoint_and_says_so(folder, capsys):
+    run()
+    shutil.rmtree("run/checkpoints/best_00000020")
+    newest = folder / "run/checkpoints/step_00000020/model.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-5] ^= 1
+    newest.write_bytes(data)
+    assert run("--resume", max_steps=21) == 0
+    assert re.search(r"passing over step_00000020: .*model.safetensors", capsys.readouterr().out)
+
+
+def test_resume_from_a_checkpoint_of_another_run(folder, capsys):
+    run(run_dir="first")
+    run("--resume-from", "first/checkpoints/step_00000010", run_dir="second")
+    assert all(torch.equal(a, b) for a, b in zip(weights_of("first", 20).values(), weights_of("second", 20).values()))
+
+
+def test_eval_only_prints_the_loss_and_writes_nothing(folder, capsys):
+    run()
+    loss = [r for r in read_metrics(folder / "run/metrics.jsonl") if "val_loss" in r][-1]["val_loss"]
+    before = sorted((p, p.stat().st_mtime_ns) for p in (folder / "run").rglob("*"))
+    capsys.readouterr()
+    assert main(load_config(["--run-dir", "run", "--eval-only"])) == 0
+    assert f"validation loss {loss:.4f}" in capsys.readouterr().out
+    assert before == sorted((p, p.stat().st_mtime_ns) for p in (folder / "run").rglob("*"))
+
+
+def test_overwrite_deletes_the_run_and_nothing_else(folder, capsys):
+    run(max_steps=4, checkpoint_interval=2)
+    (folder / "run/notes.txt").write_text("mine")
+    assert run("--overwrite", max_steps=1) == 0
+    assert (folder / "run/notes.txt").read_text() == "mine"
+    assert names_in("run/checkpoints") == ["best_00000001", "step_00000001"]
+
+
+# Giving up and stopping.
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(folder, capsys):
+    assert run(max_steps=20) == 0
+    assert run("--resume", max_steps=40, learning_rate=1e38, grad_clip=0, checkpoint_interval=1) == 3
+    assert "training gives up" in capsys.readouterr().out
+    for path in (folder / "run/checkpoints").iterdir():
+        assert all(torch.isfinite(w).all() for w in load_file(path / "model.safetensors").values())
+    assert (folder / "run/checkpoints/step_00000020").is_dir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_a_signal_saves_and_resume_goes_on(folder, number):
+    command = [sys.executable, str(ROOT / "train.py"), *flags(max_steps=100_000, eval_interval=100_000)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(read_metrics(folder / "run/metrics.jsonl")) >= 3, process)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 4, errors
+    assert errors == ""
+    stopped = int(re.search(rf"stopped by {number.name} after step (\d+)", output)[1])
+    assert run("--resume", max_steps=stopped + 1, eval_interval=100_000) == 0
+    assert [r["step"] for r in lasting("run")] == [*range(1, stopped + 2), stopped + 1]
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        os.sched_yield()
