@@ -296,6 +296,7 @@ class Terminal:
     def __init__(self, *words: str) -> None:
         self.pid, self.end = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job's children are born deaf to Ctrl-C
             os.execv(words[0], words)
         self.shown = ""
 
