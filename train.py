@@ -26,7 +26,7 @@ from gpt.evaluate import evaluate, sample_text
 from gpt.guard import Guard, LossScale, all_finite
 from gpt.hardware import mfu, peak_flops
 from gpt.initial import copy_initial_weights
-from gpt.loader import PLACES, Batches, read_tokens
+from gpt.loader import PLACES, Batches
 from gpt.lock import RunLock
 from gpt.mixture import check_lengths, make_mixture, prepare_all, together
 from gpt.model import GPT
@@ -48,6 +48,7 @@ from gpt.run import (
     write_run,
 )
 from gpt.saver import Saver
+from gpt.shards import read_tokens
 
 
 def main(config: Config) -> int:

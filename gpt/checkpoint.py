@@ -101,20 +101,6 @@ def training_tensors(
     return tensors
 
 
-def save_checkpoint(
-    directory: Path,
-    model: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    state: dict[str, Any],
-    *,
-    keep: int,
-    best: bool = False,
-) -> Path:
-    """Write directory/step_<step> and prune; best: write best_<step> instead. As store does, which see."""
-    store(directory, training_tensors(model, optimizers), state, keep=keep, kinds=("best" if best else "step",))
-    return directory / _name("best" if best else "step", state["step"])
-
-
 def store(directory: Path, tensors: Tensors, state: dict[str, Any], *, keep: int, kinds: tuple[str, ...]) -> None:
     """Write the checkpoint of state["step"], under each of the kinds "step" and "best", then prune.
 

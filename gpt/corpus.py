@@ -36,7 +36,7 @@ from gpt.sources import find_sources
 from gpt.tokenize_corpus import write_tokens
 from gpt.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["Corpus", "Progress", "cache_folder", "check_length", "prepare", "read_tokens"]
+__all__ = ["Corpus", "Progress", "cache_folder", "check_length", "prepare"]
 
 log = logging.getLogger(__name__)
 

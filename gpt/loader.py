@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from gpt.errors import UserError
-from gpt.shards import read_tokens
 from gpt.tokenizer import Tokenizer
 
-__all__ = ["Batches", "Loader", "TrainLoader", "permuted", "read_tokens", "target_bytes", "validation_batches"]
+__all__ = ["Batches", "Loader", "TrainLoader", "permuted", "target_bytes", "validation_batches"]
 
 IGNORED = -100  # the target that cross_entropy leaves out
 PLACES = ("positions", "segment_ids")  # what a batch may have beside inputs and targets, as GPT.loss calls them

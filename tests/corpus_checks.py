@@ -5,7 +5,8 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 
-from gpt.corpus import Corpus, read_tokens
+from gpt.corpus import Corpus
+from gpt.shards import read_tokens
 
 calm = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 

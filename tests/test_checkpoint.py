@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,11 +27,18 @@ def trained(optimizer: str = "adamw", steps: int = 2, **options):
     return model, optimizers
 
 
+def save_checkpoint(directory: Path, model, optimizers, state: dict, *, keep: int, best: bool = False) -> Path:
+    """Store a model and its optimizers as of state["step"], under one kind."""
+    kind = "best" if best else "step"
+    ck.store(directory, ck.training_tensors(model, optimizers), state, keep=keep, kinds=(kind,))
+    return directory / f"{kind}_{state['step']:08d}"
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("options", [{}, {"tied_embeddings": True, "bias": True}], ids=["untied", "tied"])
 def test_everything_comes_back_bit_for_bit(tmp_path, optimizer, options):
     model, optimizers = trained(optimizer, **options)
-    path = ck.save_checkpoint(tmp_path, model, optimizers, {"step": 7, "note": [1, "x"]}, keep=2)
+    path = save_checkpoint(tmp_path, model, optimizers, {"step": 7, "note": [1, "x"]}, keep=2)
     other, others = trained(optimizer, steps=0, **options)
     assert ck.load_training_state(path, other, others) == {"step": 7, "note": [1, "x"]}
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
@@ -43,27 +51,27 @@ def test_everything_comes_back_bit_for_bit(tmp_path, optimizer, options):
 def test_only_the_newest_are_kept_and_nothing_temporary(tmp_path):
     model, optimizers = trained()
     for step in (5, 10, 200):
-        ck.save_checkpoint(tmp_path, model, optimizers, {"step": step}, keep=2)
+        save_checkpoint(tmp_path, model, optimizers, {"step": step}, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000010", "step_00000200"]
 
 
 def test_leftovers_of_a_killed_save_are_swept_and_never_loaded(tmp_path):
     model, optimizers = trained()
     (tmp_path / ".step_00000009.123.tmp").mkdir()
-    ck.save_checkpoint(tmp_path, model, optimizers, {"step": 5}, keep=2)
+    save_checkpoint(tmp_path, model, optimizers, {"step": 5}, keep=2)
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000005"]
 
 
 def test_a_failed_write_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     model, optimizers = trained()
-    good = ck.save_checkpoint(tmp_path, model, optimizers, {"step": 5}, keep=1)
+    good = save_checkpoint(tmp_path, model, optimizers, {"step": 5}, keep=1)
 
     def no_space(tensors, path):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(ck, "save_file", no_space)
     with pytest.raises(UserError, match=r"step_00000006.*No space left on device"):
-        ck.save_checkpoint(tmp_path, model, optimizers, {"step": 6}, keep=1)
+        save_checkpoint(tmp_path, model, optimizers, {"step": 6}, keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000005"]
     assert ck.verify(good) is None
 
@@ -84,8 +92,8 @@ def flip(path):
 )
 def test_a_damaged_file_is_named_and_the_older_checkpoint_taken(tmp_path, name, damage):
     model, optimizers = trained()
-    older = ck.save_checkpoint(tmp_path, model, optimizers, {"step": 5}, keep=2)
-    newer = ck.save_checkpoint(tmp_path, model, optimizers, {"step": 6}, keep=2)
+    older = save_checkpoint(tmp_path, model, optimizers, {"step": 5}, keep=2)
+    newer = save_checkpoint(tmp_path, model, optimizers, {"step": 6}, keep=2)
     damage(newer / name)
     said = []
     assert ck.newest_checkpoint(tmp_path, said.append) == older
@@ -100,14 +108,14 @@ def test_a_damaged_file_is_named_and_the_older_checkpoint_taken(tmp_path, name, 
 )
 def test_a_damaged_manifest_is_a_fault_not_a_traceback(tmp_path, text):
     model, optimizers = trained()
-    path = ck.save_checkpoint(tmp_path, model, optimizers, {"step": 5}, keep=2)
+    path = save_checkpoint(tmp_path, model, optimizers, {"step": 5}, keep=2)
     (path / ck.MANIFEST).write_text(text)
     assert "manifest.json" in ck.verify(path)
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
     model, optimizers = trained()
-    path = ck.save_checkpoint(tmp_path, model, optimizers, {"step": 5}, keep=2)
+    path = save_checkpoint(tmp_path, model, optimizers, {"step": 5}, keep=2)
     with pytest.raises(UserError, match=r"blocks\.1"):
         ck.load_weights(path, trained(n_layer=2)[0])
     with pytest.raises(UserError, match=r"embed\.weight has shape \(11, 16\), the model wants \(13, 16\)"):
@@ -116,7 +124,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
 
 def test_the_files_are_safetensors_and_json(tmp_path):
     model, optimizers = trained()
-    path = ck.save_checkpoint(tmp_path, model, optimizers, {"step": 5}, keep=2)
+    path = save_checkpoint(tmp_path, model, optimizers, {"step": 5}, keep=2)
     assert sorted(p.name for p in path.iterdir()) == sorted([*ck.FILES, ck.MANIFEST])
     for name in ("state.json", ck.MANIFEST):
         json.loads((path / name).read_text())

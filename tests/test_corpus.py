@@ -15,10 +15,11 @@ from gpt import corpus as corpus_module
 from gpt import readers
 from gpt import tokenizer as tokenizer_module
 from gpt.config import DataConfig
-from gpt.corpus import Corpus, check_length, read_tokens
+from gpt.corpus import Corpus, check_length
 from gpt.documents import find_split, read_documents
 from gpt.errors import UserError
 from gpt.readers import Source
+from gpt.shards import read_tokens
 from gpt.tokenizer import DOCUMENT, CharTokenizer, UnknownCharacter
 from tests.corpus_checks import POEM, calm, folder_of, sides, write
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from gpt import foreign
-from gpt.corpus import check_length, read_tokens
+from gpt.corpus import check_length
 from gpt.errors import UserError
 from gpt.foreign import TokenParts
 from gpt.loader import target_bytes
 from gpt.packing import make_loader, packed_validation
+from gpt.shards import read_tokens
 from gpt.tokenizer import ByteTokenizer
 from tests.corpus_checks import POEM, sides, write
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from gpt import shards
-from gpt.corpus import read_tokens
 from gpt.errors import UserError
-from gpt.shards import HEADER_BYTES, ShardWriter
+from gpt.shards import HEADER_BYTES, ShardWriter, read_tokens
 from gpt.tokenizer import ByteTokenizer, CharTokenizer
 
 # --- token files ------------------------------------------------------------------------------------------------------
