@@ -33,6 +33,7 @@ MAX_VOCAB = 1 << 24
 # Where text may be cut without changing its ids: a letter or digit, then a blank or one of these marks. No pre-split
 # pattern that we know (GPT-2, cl100k, o200k, ours) has a piece that runs over such a place or looks across it.
 _CUT = re.compile(r"(?<=[^\W_])[ \n.,;:!?。，、；：！？]")
+_PROBE = "It's 12 pm,\n\n\t日本 (é) \r\n  x"  # what a pattern must take all of; composed, so that it is its own NFC
 _SEGMENT = 100_000  # characters; tiktoken's regex overflows its stack on a run of about a million blanks
 
 
@@ -227,11 +228,16 @@ class BPETokenizer(Tokenizer):
     def _encode(self, text: str) -> np.ndarray:
         if self.normalization:
             text = unicodedata.normalize(self.normalization, text)
-        parts = [
-            self._encoding.encode_to_numpy(part, disallowed_special=()).astype(self.dtype)
-            for part in self.segments([text])
-        ]
+        parts = [self._encode_part(part) for part in self.segments([text])]
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
+
+    def _encode_part(self, text: str) -> np.ndarray:
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # tiktoken's own, for a pattern that matches no character
+                raise
+            raise UserError(f"the tokenizer's pattern {self.pattern!r} cannot split text: {error}") from None
 
     def _form(self) -> dict[str, Any]:
         tokens = [None if token is None else base64.b64encode(token).decode() for token in self.tokens]
@@ -294,9 +300,10 @@ def _from_form(form: Any) -> Tokenizer:
     normalization, document = form.get("normalization"), form.get("document", DOCUMENT)
     _check(normalization in (None, "NFC") and isinstance(document, str), '"normalization" or "document" is wrong')
     specials = form.get("special_tokens")
-    return BPETokenizer(
-        name, pattern, check_tokens(_tokens(form.get("tokens")), specials), specials, normalization, document
-    )
+    tokens = check_tokens(_tokens(form.get("tokens")), specials)
+    tokenizer = BPETokenizer(name, pattern, tokens, specials, normalization, document)
+    _check(tokenizer.decode(tokenizer.encode(_PROBE)) == _PROBE, '"pattern" leaves text out')
+    return tokenizer
 
 
 def _tokens(entries: Any) -> list[bytes | None]:
