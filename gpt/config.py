@@ -124,6 +124,9 @@ class ModelConfig:
     window_pattern: str | None = None
     """Which blocks have the window: letters, repeated over them, of which S has it and L sees all, as in SSSL.
     None: all of them."""
+    value_embeds: int = 0
+    """Tables of value embeddings: each adds a vector of the token to the values of one of the first blocks and of one
+    of the last. 0: none."""
     tied_embeddings: bool = False
     """The output head shares the embedding table's weights."""
     logit_softcap: float | None = None
@@ -156,6 +159,10 @@ class ModelConfig:
             f"window_pattern is letters S and L, as in SSSL, not {pattern!r}",
         )
         require(pattern is None or self.window is not None, "window_pattern needs a window for its letters S")
+        require(
+            0 <= 2 * self.value_embeds <= self.n_layer,
+            f"value_embeds must be 0 to n_layer / 2, not {self.value_embeds}: each table serves two blocks",
+        )
         require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
         require(self.norm_eps > 0, f"norm_eps must be positive, not {self.norm_eps}")
         softcap = self.logit_softcap
@@ -174,6 +181,11 @@ class ModelConfig:
         """The window of one block; None: it sees all."""
         pattern = self.window_pattern or "S"
         return self.window if pattern[layer % len(pattern)] == "S" else None
+
+    def value_table_of(self, layer: int) -> int | None:
+        """The table of value embeddings that one block has: block i and block n_layer - value_embeds + i share one."""
+        tables, from_end = self.value_embeds, self.n_layer - layer
+        return layer if layer < tables else tables - from_end if from_end <= tables else None
 
     @property
     def mlp_width(self) -> int:
@@ -265,12 +277,10 @@ class OptimConfig:
         base, kind = self.base_width, self.optimizer
         require(base is None or base >= 1, f"base_width must be at least 1, not {base}")
         require(base is None or kind == "adamw", f"base_width goes with adamw: the rates of {kind} need none")
-        require(self.warmup_steps >= 0, f"warmup_steps must be at least 0, not {self.warmup_steps}")
+        for name in ("warmup_steps", "weight_decay", "grad_clip", "z_loss"):
+            require(getattr(self, name) >= 0, f"{name} must be at least 0, not {getattr(self, name)}")
         require(0 <= self.decay_fraction <= 1, f"decay_fraction must lie between 0 and 1, not {self.decay_fraction}")
-        require(self.weight_decay >= 0, f"weight_decay must be at least 0, not {self.weight_decay}")
-        require(self.grad_clip >= 0, f"grad_clip must be at least 0, not {self.grad_clip}")
         require(self.muon_ns_steps >= 1, f"muon_ns_steps must be at least 1, not {self.muon_ns_steps}")
-        require(self.z_loss >= 0, f"z_loss must be at least 0, not {self.z_loss}")
         require(
             0 <= self.label_smoothing < 1, f"label_smoothing must be at least 0 and below 1, not {self.label_smoothing}"
         )
@@ -344,19 +354,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_sizes(self)
-        for name in (
-            "batch_size",
-            "grad_accum_steps",
-            "max_steps",
-            "eval_interval",
-            "checkpoint_interval",
-            "keep_checkpoints",
-            "max_skipped_steps",
-        ):
+        steps = "max_steps", "eval_interval", "checkpoint_interval", "max_skipped_steps"
+        for name in ("batch_size", "grad_accum_steps", "keep_checkpoints", *steps):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("profile_steps", "max_rollbacks", "patience"):
-            require(getattr(self, name) >= 0, f"{name} must be at least 0, not {getattr(self, name)}")
-        for name in ("spike_threshold", "max_minutes"):
+        for name in ("profile_steps", "max_rollbacks", "patience", "spike_threshold", "max_minutes", "seed"):
             require(getattr(self, name) >= 0, f"{name} must be at least 0, not {getattr(self, name)}")
         require(self.eval_tokens is None or self.eval_tokens >= 1, "eval_tokens must be at least 1")
         pairs = [("resume", other) for other in ("overwrite", "resume_from")]
@@ -364,7 +365,6 @@ class TrainConfig:
         for first, second in pairs:
             contradict = bool(getattr(self, first)) and bool(getattr(self, second))
             require(not contradict, f"{first} and {second} contradict each other: give one")
-        require(self.seed >= 0, f"seed must be at least 0, not {self.seed}")
 
 
 @dataclass(frozen=True)

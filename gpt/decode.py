@@ -86,6 +86,7 @@ class Decoder:
 
         config = self.config
         self._embed, self._embed_scale = model.embed.weight.detach(), model.embed_scale
+        self._value_tables = [table.weight.detach() for table in model.value_embeds]
         self._table, self._rotary = None, None
         if config.position == "learned":
             self._table = model.position_embed.weight.detach()
@@ -219,8 +220,11 @@ class Decoder:
             x += self._table[span.at]
         rotary = None if self._rotary is None else tuple(table[span.at] for table in self._rotary)
         x = x.view(R * T, -1)
+        tables = [F.embedding(tokens, table) for table in self._value_tables]  # each (R, T, H_kv D)
         for layer, block in enumerate(self._blocks):
-            x = block(x, (R, T), rotary, functools.partial(span.attend, layer))
+            table = self.config.value_table_of(layer)
+            values = None if table is None else tables[table]
+            x = block(x, (R, T), values, rotary, functools.partial(span.attend, layer))
         return self._norm(x)
 
     def _make_room(self, row: int, T: int) -> None:
@@ -255,21 +259,30 @@ class _Block:
         self.n_head, self.head_dim = block.attn.n_head, block.attn.head_dim
         self.turned = self.n_head + block.attn.n_kv_head  # heads with a norm and a rotation: queries and keys
         self.qk_weight = _qk_weight(block.attn, dtype)
+        scale = block.attn.value_scale
+        self.value_scale = None if scale is None else scale.detach().to(dtype).unsqueeze(-1)  # (H_kv, 1)
         self.eps = block.attn_norm.eps
 
-    def __call__(self, x: Tensor, shape: tuple[int, int], rotary: tuple | None, attend: Callable) -> Tensor:
+    def __call__(
+        self, x: Tensor, shape: tuple[int, int], values: Tensor | None, rotary: tuple | None, attend: Callable
+    ) -> Tensor:
         if self.pre_norm:
-            x = self.attn_proj(self._attention(self.attn_norm(x), shape, rotary, attend), residual=x)
+            x = self.attn_proj(self._attention(self.attn_norm(x), shape, values, rotary, attend), residual=x)
             h = self.c_fc(self.mlp_norm(x), self.activation)
             return self.mlp_proj(h, residual=x)
-        x = self.attn_norm(self.attn_proj(self._attention(x, shape, rotary, attend), residual=x))
+        x = self.attn_norm(self.attn_proj(self._attention(x, shape, values, rotary, attend), residual=x))
         return self.mlp_norm(self.mlp_proj(self.c_fc(x, self.activation), residual=x))
 
-    def _attention(self, x: Tensor, shape: tuple[int, int], rotary: tuple | None, attend: Callable) -> Tensor:
+    def _attention(
+        self, x: Tensor, shape: tuple[int, int], values: Tensor | None, rotary: tuple | None, attend: Callable
+    ) -> Tensor:
         qkv = self.c_qkv(x).view(*shape, -1, self.head_dim)  # (R, T, H + 2 H_kv, D)
         qk = qkv[:, :, : self.turned]
         if self.qk_weight is not None:
             torch.mul(F.rms_norm(qk, (self.head_dim,), None, self.eps), self.qk_weight, out=qk)
+        if self.value_scale is not None:
+            v = qkv[:, :, self.turned :]
+            v.addcmul_(values.view(v.shape).to(v.dtype), self.value_scale)
         if rotary is not None:
             swapped = qk.roll(self.head_dim // 2, -1)
             qk.mul_(rotary[0]).addcmul_(swapped, rotary[1])

@@ -41,6 +41,7 @@ _LLAMA = {
     "bias": _ANY,
     "window": _NONE,
     "window_pattern": _NONE,
+    "value_embeds": (0,),
     "logit_softcap": _NONE,
 }
 # The values of our options that a family can say; in the order in which families are tried.

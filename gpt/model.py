@@ -109,11 +109,19 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
         self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        # How much of the value embeddings each head takes.
+        has_table = config.value_table_of(layer) is not None
+        self.value_scale = nn.Parameter(torch.empty(self.n_kv_head)) if has_table else None
         slopes = alibi_slopes(config.n_head) if config.position == "alibi" else None
         self.register_buffer("slopes", slopes, persistent=False)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, segment_ids: Tensor | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        values: Tensor | None,
+        rotary: tuple[Tensor, Tensor] | None,
+        segment_ids: Tensor | None,
+        cache: KVCache | None,
     ) -> Tensor:
         B, T, _ = x.shape
         heads = (self.n_head, self.n_kv_head, self.n_kv_head)
@@ -121,6 +129,8 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv.split(heads, dim=2)  # (B, T, H, D), (B, T, H_kv, D) twice
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.value_scale is not None:
+            v = torch.addcmul(v, values.view(v.shape).to(v.dtype), self.value_scale.to(v.dtype).unsqueeze(-1))
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
@@ -211,6 +221,8 @@ class GPT(nn.Module):
             cos, sin = rotary_table(config.seq_len, config.head_width, config.rope_theta)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
+        width = config.kv_heads * config.head_width
+        self.value_embeds = nn.ModuleList(nn.Embedding(config.vocab_size, width) for _ in range(config.value_embeds))
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config, config.n_embd) if config.norm_order == "pre" else nn.Identity()
@@ -227,6 +239,7 @@ class GPT(nn.Module):
         2019). xavier: uniform (Glorot & Bengio 2010), embeddings N(0, 1/C). scaled: N(0, 1 / fan_in), so that
         activations keep their size at any width (as in muP, Yang et al. 2022), and zeros for the head and for
         the projections into the residual stream, so that each block starts as the identity and the loss as ln V.
+        Value embeddings start as zeros in all of them.
         """
         C, init = self.config.n_embd, self.config.init
         for name, weight in self.named_parameters():
@@ -234,6 +247,8 @@ class GPT(nn.Module):
                 weight.zero_()
             elif weight.ndim == 1:
                 weight.fill_(1.0)
+            elif name.startswith("value_embeds."):
+                weight.zero_()
             elif "embed" in name:  # also the head, when tied
                 std = {"gpt2": 0.02, "xavier": C**-0.5, "scaled": C**-0.5 if self.config.tied_embeddings else 1.0}[init]
                 weight.normal_(std=std)
@@ -274,8 +289,10 @@ class GPT(nn.Module):
         elif self.config.position == "rotary":
             rotary = self.cos[at].unsqueeze(-2), self.sin[at].unsqueeze(-2)  # each (B or none, T, 1, D)
         x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x, rotary, segment_ids, cache)
+        tables = [table(idx) for table in self.value_embeds]  # each (B, T, H_kv D)
+        for layer, block in enumerate(self.blocks):
+            table = self.config.value_table_of(layer)
+            x = block(x, None if table is None else tables[table], rotary, segment_ids, cache)
         if cache is not None:
             cache.length += T
         return self.norm(x)
@@ -335,7 +352,7 @@ class GPT(nn.Module):
             block.checkpointing = on
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
-        """Weights, shared ones once; embeddings=False leaves out the token and position tables (not an untied head)."""
+        """Weights, shared ones once; embeddings=False leaves out all tables (but not an untied head)."""
         count = sum(p.numel() for p in self.parameters())
         if not embeddings:
             count -= sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding))

@@ -50,6 +50,8 @@ RECIPES = {
         "0.02",
         "--n-kv-head",
         "1",
+        "--value-embeds",
+        "1",
         "--activation-checkpointing",
         "--corpus",
         "docs",

@@ -106,6 +106,7 @@ def test_dtype(tmp_path, dtype):
         ({**PRESETS["gpt2"], "n_kv_head": 2}, "gpt2: n_kv_head 2 .not n_head"),
         ({**PRESETS["gpt2"], "window": 5}, "gpt2: window 5 .not None"),
         ({"window": 5, "window_pattern": "SL"}, "qwen3: window_pattern SL .not None"),
+        ({"value_embeds": 1}, "qwen3: value_embeds 1 .not 0"),
         ({**PRESETS["gpt2"], "head_dim": 16}, "gpt2: head_dim 16"),
     ],
     ids=str,

@@ -19,6 +19,7 @@ VARIANTS = {
     "grouped": {"n_kv_head": 2},
     "alibi-relu2": {"position": "alibi", "activation": "relu2", "qk_norm": False},
     "window": {"window": 5, "n_kv_head": 1},
+    "value-embeds": {"value_embeds": 1, "n_kv_head": 2},
     "wide-heads": {"head_dim": 24, "mlp_dim": 40, "activation": "gelu"},
 }
 
@@ -292,6 +293,20 @@ def test_a_pattern_that_is_none_is_refused(options, message):
         ModelConfig(**options)
 
 
+def test_value_embeddings_join_the_values_of_the_first_and_the_last_blocks():
+    """Against a model without them, to whose projections' values they are added from outside."""
+    options = {"n_layer": 5, "n_kv_head": 2, "activation": "relu2"}
+    ours, plain = make_model(value_embeds=2, **options), make_model(**options)
+    plain.load_state_dict(ours.state_dict(), strict=False)
+    tokens = random_tokens(2, 24)
+    for layer, table in {0: 0, 1: 1, 3: 0, 4: 1}.items():
+        scale = ours.blocks[layer].attn.value_scale.repeat_interleave(8)  # (H_kv D,)
+        added = torch.cat((torch.zeros(2, 24, 4 * 8 + 2 * 8), scale * ours.value_embeds[table].weight[tokens]), dim=-1)
+        plain.blocks[layer].attn.c_qkv.register_forward_hook(lambda module, inputs, out, added=added: out + added)
+    assert ours.blocks[2].attn.value_scale is None
+    torch.testing.assert_close(ours(tokens), plain(tokens), atol=1e-5, rtol=1e-5)
+
+
 def test_gpt2_initial_weights():
     options = {**SMALL, "n_embd": 256, "n_layer": 8, "vocab_size": 500, **PRESETS["gpt2"]}
     torch.manual_seed(0)
@@ -315,7 +330,8 @@ def test_xavier_initial_weights():
 
 def test_scaled_initial_weights_start_at_ln_v():
     torch.manual_seed(0)
-    model = GPT(ModelConfig(**SMALL))
+    model = GPT(ModelConfig(**SMALL, value_embeds=1))
+    assert not model.value_embeds[0].weight.any()
     loss = model.loss(random_tokens(2, 24), random_tokens(2, 24, seed=2))
     assert loss.item() == pytest.approx(math.log(61), rel=1e-6)
 
@@ -342,6 +358,8 @@ def test_sinusoidal_table_of_the_paper():
         ({"n_head": 1, "n_embd": 9}, "even head width"),
         ({"logit_softcap": 0.0}, "logit_softcap must be positive"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
+        ({"n_layer": 3, "value_embeds": 2}, "value_embeds must be 0 to n_layer / 2, not 2"),
+        ({"value_embeds": -1}, "value_embeds must be 0 to n_layer / 2"),
         ({"n_layer": 0}, "n_layer must be at least 1"),
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
