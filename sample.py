@@ -1,6 +1,7 @@
 """Generate text from a trained run: python sample.py RUN [--prompt TEXT] [--name value ...]"""
 
 import contextlib
+import io
 import json
 import os
 import select
@@ -130,7 +131,12 @@ class Records:
             sample_seed(self._config.seed, *key),
         )
         record = self._prompts[piece.prompt] | dict(zip(FIELDS[1:], values))
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        line = json.dumps(record, ensure_ascii=False)
+        try:
+            line.encode(self._file.encoding or "utf-8")
+        except UnicodeEncodeError:  # half a surrogate pair that a prompt's field has, or a terminal of few characters
+            line = json.dumps(record)
+        self._file.write(line + "\n")
         self._file.flush()
 
 
@@ -249,6 +255,8 @@ def opened(path: Path | None) -> Iterator[IO[str]]:
 
 def main(arguments: Arguments) -> int:
     """Print prompts and their continuations, or write them as JSON. Returns the exit status."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is then refused as any prompt is
     prompts = [] if arguments.interactive else read_prompts(arguments)
     config = arguments.sampling
     model, tokenizer = load(arguments.run, arguments.device)

@@ -234,27 +234,29 @@ def train(config: Config, world: World, lock: RunLock) -> int:
             profiler.step()
 
             stopping = world.size == 1 and stop.reason is not None
-            last = at.step == options.max_steps or stopping
+            last = at.step == options.max_steps
+            # No log or evaluation where a run is stopped: gone on with, it has the metrics of one that was not.
             log_now = last or at.step % config.log.log_interval == 0
-            evaluate_now = at.step == options.max_steps or at.step % options.eval_interval == 0
-            save_now = last or at.step % options.checkpoint_interval == 0
+            evaluate_now = last or at.step % options.eval_interval == 0
+            save_now = last or stopping or at.step % options.checkpoint_interval == 0
             if not (log_now or evaluate_now or save_now):
                 continue
             seen = guard.read()  # waits for the device, and so does what follows
+            at.skipped += seen.skipped
             stopping = stopping or seen.stopping
-            last, save_now = last or stopping, save_now or stopping
+            save_now = save_now or stopping
             monitor.say(seen.said(at.step))
             # A spike, or a gradient out of float16's range, says nothing against the weights; any other may.
             doubtful = seen.in_a_row > 0 and not seen.spike and not (loss_scale.enabled and math.isfinite(seen.loss))
             broken = (save_now or evaluate_now) and not doubtful and not all_finite(weights, world)
             failed = broken or seen.in_a_row >= options.max_skipped_steps
             what = f"step {at.step}: the {'weights are not finite' if broken else seen.fault}"
-            if failed and not stopping and can_go_back():
+            if failed and can_go_back():
                 restore(checkpoint, rollbacks=loader.rollbacks + 1)
                 monitor.rewind(at.step)
                 monitor.log({"step": at.step, "tokens": at.tokens, "rollbacks": loader.rollbacks})
                 monitor.say(f"{what}; rollback {loader.rollbacks}: on from step {at.step} with other data")
-                since, since_step = time.perf_counter(), at.step
+                since, since_step, stopping = time.perf_counter(), at.step, False
                 continue
             if failed or (doubtful and last):
                 left = f"the checkpoint {checkpoint.name} is sound" if checkpoint else "nothing was saved"
@@ -263,15 +265,17 @@ def train(config: Config, world: World, lock: RunLock) -> int:
                 status = EXIT_DIVERGED
                 break
             if doubtful:
-                continue  # until a step is taken there is nothing new to see, and nothing to save
+                stopping = False  # until a step is taken there is nothing new to see, and nothing to save
+                continue
             record = {"step": at.step, "tokens": at.tokens}
-            if log_now or stopping:
+            if log_now:
                 rate = (at.step - since_step) * tokens_per_step / (time.perf_counter() - since)
                 learning_rate = scale * config.optim.learning_rate
                 numbers = {"learning_rate": learning_rate, "tokens_per_second": round(rate, 1)}
                 if peak is not None:
                     numbers["mfu"] = round(mfu(rate, flops_per_token, peak, world.size), 4)
-                monitor.log(record | seen.record() | numbers)
+                monitor.log(record | seen.record(at.skipped) | numbers)
+                at.skipped = 0
             best_now = False
             if evaluate_now:
                 with averaged():

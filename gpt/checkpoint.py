@@ -301,6 +301,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         "loader": _is_place,
         "scaler": table(number),
         "evaluations_since_best": count,
+        "skipped": count,
         "guard": lambda value: (
             isinstance(value, dict)
             and count(value.get("in_a_row"))

@@ -59,6 +59,7 @@ class Corpus:
     documents: int
     sources: tuple[tuple[str, int, str], ...]  # name, bytes of the file, sha256
     digest: str  # sha256 of all that decides the tokens
+    parts: tuple[str, ...] = ()  # of several corpora as one: the digest of each
 
 
 def prepare(

@@ -45,11 +45,11 @@ class Reading:
         why = "loss or gradient was not finite" + ", or the loss far above those before" * self.spikes_skipped
         return f"step {step}: skipped {self.skipped} of the last steps: {why}"
 
-    def record(self) -> dict[str, float]:
-        """What metrics.jsonl says of it: finite numbers, and skipped steps where there were any."""
+    def record(self, skipped: int) -> dict[str, float]:
+        """What metrics.jsonl says of it: finite numbers, and steps skipped since its last line, if any."""
         numbers = {"train_loss": self.loss, "grad_norm": self.grad_norm}
         finite = {key: value for key, value in numbers.items() if math.isfinite(value)}
-        return finite | ({"skipped_steps": self.skipped} if self.skipped else {})
+        return finite | ({"skipped_steps": skipped} if skipped else {})
 
 
 class Guard:

@@ -52,6 +52,11 @@ UNGATED = GELUS | {"relu": "relu", "relu2": "relu2"}
 GATED = {"silu": "swiglu", "swish": "swiglu", "relu": "relu2"}
 
 
+# What config_from_hf must find as whole numbers, the first ones in every checkpoint.
+NEEDED = ("n_layer", "n_head", "n_embd", "seq_len", "vocab_size")
+SIZES = (*NEEDED, "n_kv_head", "head_dim", "mlp_dim", "window")
+
+
 def from_hf(source: str | Path, *, seq_len: int | None = None, device: str = "auto") -> GPT:
     """The model of a Hugging Face checkpoint (in eval mode, fp32): a directory, or a name on the Hub.
 
@@ -109,7 +114,7 @@ def config_from_hf(folder: Path) -> tuple[str, ModelConfig]:
     path = folder / "config.json"
     content = read_json(path)
     family = content.get("model_type")
-    if family not in DEFAULTS:
+    if not isinstance(family, str) or family not in DEFAULTS:
         raise UserError(f"{path}: model_type {family!r} is not supported: {', '.join(DEFAULTS)} are")
     given = DEFAULTS[family] | content
     misfits = [
@@ -125,6 +130,11 @@ def config_from_hf(folder: Path) -> tuple[str, ModelConfig]:
         raise UserError(f"{path} lacks the key {error}") from None
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} holds a value of the wrong kind: {error}") from None
+    wrong = [
+        key for key in SIZES if type(options.get(key)) is not int and (key in NEEDED or options.get(key) is not None)
+    ]
+    if wrong:
+        raise UserError(f"{path} holds a value of the wrong kind: {wrong[0]} {options[wrong[0]]!r} is no whole number")
     known = {f.name for f in fields(ModelConfig)}
     misfits += [f"{key} {value!r}" for key, value in options.items() if key not in known and value is not None]
     if misfits:

@@ -3,7 +3,6 @@
 PATH: a run directory, a folder of a tokenized corpus, one token file of it, or another program's .bin.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,11 @@ import numpy as np
 import tyro
 
 from gpt.build_tokenizer import build_tokenizer, encoding_at_hand
-from gpt.cache import cache_folder
-from gpt.command_line import config_from_toml, parse_flags
+from gpt.command_line import parse_flags
 from gpt.config import TokenizerConfig, require
 from gpt.errors import EXIT_DONE, UserError
 from gpt.foreign import look_at
+from gpt.run import tokenized_folders
 from gpt.shards import read_tokens
 from gpt.tokenizer import Tokenizer, load_tokenizer
 
@@ -62,7 +61,12 @@ def inspect(path: Path, tokenizer: str | None = None, sample_tokens: int = 100) 
         yield from _foreign(path, tokenizer, sample_tokens)
         return
     require(tokenizer is None, f"{path} has a tokenizer of its own: --tokenizer goes with another program's .bin")
-    folder = _tokenized(path) if path.is_dir() else path.parent
+    for folder in _tokenized(path) if path.is_dir() else [path.parent]:
+        yield from _ours(path, folder, sample_tokens)
+
+
+def _ours(path: Path, folder: Path, sample_tokens: int) -> Iterator[str]:
+    """Lines on the token files of a tokenized corpus, or on the one that path is."""
     if not (folder / "tokenizer.json").exists():
         raise UserError(f"{path} is no run, tokenized corpus, token file or .bin: it has no tokenizer.json")
     made = load_tokenizer(folder / "tokenizer.json")
@@ -74,20 +78,20 @@ def inspect(path: Path, tokenizer: str | None = None, sample_tokens: int = 100) 
     yield bytes_per_token(made.decode(np.asarray(read_tokens(files[0], made)[:_COMPARED])), made)
 
 
-def _tokenized(path: Path) -> Path:
-    """The folder of a tokenized corpus: the path itself, or a run's in the cache."""
+def _tokenized(path: Path) -> list[Path]:
+    """The folders of tokenized corpora: the path itself, or a run's in the cache."""
     if not (path / "config.toml").exists():
-        return path
+        return [path]
     try:
-        digest = json.loads((path / "corpus.json").read_text())["digest"]
-        folder = cache_folder(config_from_toml(path / "config.toml").data.cache_dir) / "corpora" / digest[:32]
+        folders = tokenized_folders(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is a run whose corpus.json cannot be read: {error}") from None
-    if not folder.is_dir():
-        raise UserError(
-            f"the tokenized corpus of {path} is no longer in the cache, {folder}: a training makes it again"
-        )
-    return folder
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(
+                f"the tokenized corpus of {path} is no longer in the cache, {folder}: a training makes it again"
+            )
+    return folders
 
 
 def _foreign(path: Path, name: str | None, sample_tokens: int) -> Iterator[str]:

@@ -67,6 +67,7 @@ def together(corpora: Sequence[Corpus]) -> Corpus:
         **{name: sum(getattr(corpus, name) for corpus in corpora) for name in counts},
         sources=tuple(source for corpus in corpora for source in corpus.sources),
         digest=hashlib.sha256("".join(corpus.digest for corpus in corpora).encode()).hexdigest(),
+        parts=tuple(corpus.digest for corpus in corpora),
     )
 
 

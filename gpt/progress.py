@@ -14,12 +14,15 @@ class Progress:
     best: dict[str, Any] | None = None
     """step and val_loss of the lowest validation loss so far"""
     evaluations_since_best: int = 0
+    skipped: int = 0
+    """steps that were skipped and are in no line of metrics.jsonl yet"""
 
     def load(self, state: dict[str, Any], tokens_per_step: int) -> None:
         """Take what a state.json holds; tokens_per_step: for one that does not tell its tokens."""
         self.step, self.best = state["step"], state.get("best")
         self.tokens = state.get("tokens", self.step * tokens_per_step)
         self.evaluations_since_best = state.get("evaluations_since_best", 0)
+        self.skipped = state.get("skipped", 0)
 
     def evaluated(self, val_loss: float) -> bool:
         """Note a validation loss; whether it is the lowest so far."""

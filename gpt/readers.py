@@ -253,8 +253,11 @@ class Source:
     def _check_column(self, schema: Any, types: ModuleType) -> None:
         if self.field not in schema.names:
             raise UserError(f"{self.name} has no column {self.field!r}: {_instead(schema.names)}")
+        if (several := schema.names.count(self.field)) > 1:
+            raise UserError(f"{self.name} has {several} columns {self.field!r}: leave one of them")
         kind = schema.field(self.field).type
-        if not (types.is_string(kind) or types.is_large_string(kind)):
+        text = kind.value_type if types.is_dictionary(kind) else kind  # pandas' categories
+        if str(text) not in ("string", "large_string", "string_view"):
             raise UserError(f"{self.name}: the column {self.field!r} is not text but {kind}: {_instead(schema.names)}")
 
     def _row(self, raw: bytes | None, row: int, errors: str) -> str:

@@ -175,7 +175,20 @@ def write_provenance(corpus: "Corpus", path: Path) -> None:
     sources = [{"name": name, "bytes": size, "sha256": sha256} for name, size, sha256 in corpus.sources]
     counts = ("digest", "documents", "train_tokens", "val_tokens", "train_bytes", "val_bytes")
     record = {key: getattr(corpus, key) for key in counts} | {"sources": sources}
+    record |= {"parts": corpus.parts} if corpus.parts else {}
     write_whole(path, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def tokenized_folders(run_dir: Path) -> list[Path]:
+    """Where the cache had the tokens that a run was trained on: a folder, or one for each of its weighted corpora.
+
+    Raises OSError, ValueError, KeyError or TypeError where its config.toml or corpus.json is no such file.
+    """
+    record = json.loads((run_dir / "corpus.json").read_text())
+    cache = cache_folder(config_from_toml(run_dir / "config.toml").data.cache_dir)
+    return [
+        cache / "corpora" / digest[:32] for digest in (record["parts"] if "parts" in record else [record["digest"]])
+    ]
 
 
 def read_run(
@@ -243,9 +256,7 @@ def loss_of_int8(run_dir: Path, model: GPT, tokenizer: Tokenizer, dtype: str | N
 def _validation_tokens(run_dir: Path, tokenizer: Tokenizer) -> np.ndarray | None:
     """The run's validation tokens, at least two, if the cache still holds them."""
     try:
-        digest = json.loads((run_dir / "corpus.json").read_text())["digest"]
-        cache = cache_folder(config_from_toml(run_dir / "config.toml").data.cache_dir)
-        tokens = read_tokens(cache / "corpora" / digest[:32] / "val.tokens", tokenizer)
+        tokens = read_tokens(tokenized_folders(run_dir)[0] / "val.tokens", tokenizer)
     except (OSError, ValueError, KeyError, TypeError):  # a UserError is a ValueError
         return None
     return tokens if len(tokens) > 1 else None

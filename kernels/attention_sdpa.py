@@ -8,6 +8,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from kernels.attention_reference import alibi_term, visible_pairs
 from kernels.masks import CAUSAL, FULL, Mask
@@ -118,8 +119,9 @@ def _dense(mask: Mask, Tq: int, Tk: int, device) -> tuple[Tensor, bool]:
     """The mask as a bool tensor, and whether it leaves a query without a key; kept with the mask."""
     kept = mask.dense_cache.get((Tq, Tk, device))
     if kept is None:
-        visible = mask.dense(Tq, Tk, device)
-        kept = visible, not bool(visible.any(dim=-1).all())
+        with unset_fake_temporarily():  # a plan counts on tensors without data, and what is kept must have some
+            visible = mask.dense(Tq, Tk, device)
+            kept = visible, not bool(visible.any(dim=-1).all())
         # One query against a growing cache of keys never comes twice.
         if Tq > 1:
             while len(mask.dense_cache) >= MAX_DENSE:

@@ -1,6 +1,7 @@
 """Steps that are skipped on the device, float16's scale, and a loop that waits for no device between its logs."""
 
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -58,11 +59,23 @@ def test_a_bad_step_is_left_out_and_training_goes_on(folder, capsys, bad_at):
 
 
 def test_skipped_steps_are_counted_between_logs(folder, capsys, bad_at):
-    bad_at(2, 4, 5, 9)
-    assert run("--max-steps", "10", "--log-interval", "5", "--eval-interval", "100", "--max-skipped-steps", "3") == 0
-    assert "step 5: skipped 3 of" in capsys.readouterr().out
+    """Also those of a log that falls on one of them, and those that a save has looked at."""
+    bad_at(2, 4, 5, 7)
+    words = ["--eval-interval", "100", "--checkpoint-interval", "8"]
+    assert run("--max-steps", "10", "--log-interval", "5", "--max-skipped-steps", "3", *words) == 0
+    output = capsys.readouterr().out
+    assert "step 5: skipped 3 of" in output and "step 8: skipped 1 of" in output
     (last,) = [r for r in read_metrics(folder / "run/metrics.jsonl") if "train_loss" in r]
-    assert (last["step"], last["skipped_steps"]) == (10, 1)
+    assert (last["step"], last["skipped_steps"]) == (10, 4)
+
+
+def test_a_run_that_is_stopped_on_a_bad_step_takes_one_more_and_saves(folder, capsys, bad_at, monkeypatch):
+    bad_at(3, 4)
+    advance = Monitor.advance
+    monkeypatch.setattr(Monitor, "advance", lambda self, n: advance(self, n) or n != 3 or signal.raise_signal(15))
+    assert run("--max-steps", "9") == 4
+    assert "stopped by SIGTERM after step 5" in capsys.readouterr().out
+    assert [path.name for path in (folder / "run/checkpoints").iterdir()] == ["step_00000005"]
 
 
 @pytest.mark.parametrize(("limit", "end"), [(3, 6), (4, 7)])

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from gpt.command_line import load_config
 from gpt.errors import UserError
 from gpt.inspect_corpus import inspect, main
+from gpt.run import load, loss_of_int8
 from tests.corpus_checks import POEM, folder_of, write
 from tests.test_foreign import IDS, llama, llm_c, nanogpt
+from train import main as train
 
 
 def shown(path: Path, *words: str, capsys) -> list[str]:
@@ -95,6 +98,30 @@ def test_what_is_no_token_file(tmp_path, make):
         list(inspect(corpus.directory))
     with pytest.raises(UserError, match=r"there is no command 'show'"):
         main(["show", str(text)])
+
+
+def test_a_run_of_weighted_corpora(tmp_path, capsys):
+    texts = [str(write(tmp_path / f"{i}.txt", POEM.replace("e", "ae"[i]))) for i in range(2)]
+    words = [
+        "--corpus",
+        *texts,
+        "--corpus-weights",
+        "1",
+        "2",
+        "--tokenizer",
+        "byte",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
+    words += ["--cache-dir", str(tmp_path / "cache"), "--max-steps", "1", "--sample-tokens", "0", "--device", "cpu"]
+    words += ["--n-layer", "1", "--n-head", "2", "--n-embd", "32", "--seq-len", "16"]
+    assert train(load_config(words)) == 0
+    capsys.readouterr()
+    lines = shown(tmp_path / "run", "--sample-tokens", "9", capsys=capsys)
+    assert [line for line in lines if "a byte tokenizer" in line] == [lines[0], lines[len(lines) // 2]]
+    begins = [lines[i + 1] for i, line in enumerate(lines) if line.startswith("train.tokens")]
+    assert begins == [f"  | {POEM.replace('e', 'ae'[i])[:8]}" for i in range(2)]
+    assert "the run's validation text" in loss_of_int8(tmp_path / "run", *load(tmp_path / "run", "cpu"))
 
 
 def test_a_run_whose_corpus_is_gone(tmp_path, tiny_run):

@@ -41,6 +41,19 @@ def test_memory_is_that_of_the_real_thing(preset, optimizer):
     assert planned.total == sum((planned.weights, planned.gradients, planned.optimizer, planned.activations))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"window": 7, "seq_len": 51}, {"position": "alibi", "seq_len": 52}, {"window": 5, "window_pattern": "SL"}],
+    ids=["window", "alibi", "pattern"],
+)
+def test_activations_of_masks_that_are_kept(options):
+    """Planned before the mask was ever made, and after."""
+    config = config_of("modern")
+    config = replace(config, model=replace(config.model, **options))
+    planned = memory_of(config, CPU).activations
+    assert planned == saved_bytes(GPT(config.model), 3, "float32") == memory_of(config, CPU).activations
+
+
 def test_memory_of_the_average_of_shards_and_of_recomputation():
     plain, more = config_of("modern"), config_of("modern", ema_decay=0.9)
     few = Config(model=plain.model, train=replace(plain.train, activation_checkpointing=True, parallel="fsdp"))

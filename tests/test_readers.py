@@ -70,7 +70,10 @@ def test_gzip_padding_is_no_member(tmp_path):
     assert documents(write(tmp_path / "x.txt.gz", gzip.compress(b"text") + bytes(600))) == ["text"]
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()], ids=str)
+KINDS = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("options", [{}, {"row_group_size": 2}, {"compression": "zstd"}], ids=str)
 def test_parquet_rows_are_documents(tmp_path, kind, options):
     assert documents(parquet(tmp_path / "x.parquet", kind=kind, **options)) == TEXTS
@@ -293,6 +296,10 @@ def test_bad_parquet(tmp_path, make):
         make(parquet(tmp_path / "null.parquet", ["a", None]))
     with pytest.raises(UserError, match="is empty"):
         make(parquet(tmp_path / "none.parquet", []))
+    twice = pa.Table.from_arrays([pa.array(TEXTS), pa.array(TEXTS)], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(UserError, match=r"twice\.parquet has 2 columns 'text': leave one of them"):
+        make(tmp_path / "twice.parquet")
 
 
 def test_parquet_with_strings_that_are_not_utf8(tmp_path, make):

@@ -1,6 +1,7 @@
 """The training command, run again: how it goes on, gives up, and stops."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -16,7 +17,8 @@ from safetensors.torch import load_file
 
 import gpt
 from gpt.command_line import load_config
-from gpt.monitor import read_metrics
+from gpt.model import GPT
+from gpt.monitor import Monitor, read_metrics
 from tests.train_checks import flags, lasting, names_in, run, weights_of
 from train import main
 
@@ -172,6 +174,25 @@ def test_a_signal_saves_and_resume_goes_on(folder, number):
     stopped = int(re.search(rf"stopped by {number.name} after step (\d+)", output)[1])
     assert run("--resume", max_steps=stopped + 1, eval_interval=100_000) == 0
     assert [r["step"] for r in lasting("run")] == [*range(1, stopped + 2), stopped + 1]
+
+
+def test_a_run_that_was_stopped_between_logs_has_the_metrics_of_one_that_was_not(folder, capsys, monkeypatch):
+    """The second step is skipped, of which the line of the fourth tells; the run is stopped before that."""
+    options = {"max_steps": 12, "log_interval": 4, "eval_interval": 5}
+    true_loss, advance, count, stops = GPT.loss, Monitor.advance, iter(range(1, 100)), {3: signal.SIGINT, 7: 15}
+
+    def loss(self, *args, **kwargs):
+        return true_loss(self, *args, **kwargs) * (math.nan if self.training and next(count) == 2 else 1.0)
+
+    monkeypatch.setattr(GPT, "loss", loss)
+    assert run(run_dir="plain", **options) == 0
+    count = iter(range(1, 100))
+    stop = lambda self, step: advance(self, step) or signal.raise_signal(stops.get(step, signal.SIGCONT))
+    monkeypatch.setattr(Monitor, "advance", stop)
+    assert [run("--resume", **options) for _ in range(3)] == [4, 4, 0]
+    assert lasting("run") == lasting("plain") and lasting("run")[0]["skipped_steps"] == 1
+    whole = weights_of("plain", 12)
+    assert all(torch.equal(w, whole[name]) for name, w in weights_of("run", 12).items())
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:

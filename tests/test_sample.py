@@ -1,5 +1,6 @@
 """The sampling command as a user runs it."""
 
+import io
 import json
 import os
 import pty
@@ -193,6 +194,31 @@ def test_a_prompt_from_standard_input(run_dir, capsys, monkeypatch):
     assert status_of(str(run_dir), "--prompt", "-", "--max-new-tokens", "3") == 0
     output = capsys.readouterr().out
     assert output.startswith("all\nwork") and len(output) == 8 + 3 + 1
+
+
+@pytest.mark.parametrize("words", [("--prompt", "-"), ("--interactive",)], ids=["prompt", "interactive"])
+def test_standard_input_that_is_no_text_is_one_sentence(run_dir, words):
+    command = [sys.executable, "sample.py", str(run_dir), "--device", "cpu", "--max-new-tokens", "3", *words]
+    done = subprocess.run(
+        command, input=b"all\xff\nall", capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8"}, check=False
+    )
+    *_, last = done.stderr.decode().strip().splitlines()
+    assert last.startswith("error: the text holds the lone surrogate U+DCFF at position 3")
+    interactive = words[0] == "--interactive"  # a session goes on
+    assert done.returncode == (0 if interactive else 2)
+    assert len(done.stdout.decode().rstrip("\n")) == (3 if interactive else 0)
+
+
+def test_json_holds_what_its_file_cannot(run_dir, tmp_path, capsys, monkeypatch):
+    prompts, output = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    prompts.write_text('{"prompt": "all", "id": "\\ud800é"}\n', encoding="utf-8")
+    words = [str(run_dir), "--prompt-file", str(prompts), "--max-new-tokens", "3"]
+    assert status_of(*words, "--output", str(output)) == 0
+    assert json.loads(output.read_text(encoding="utf-8"))["id"] == "\ud800é"
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert status_of(*words, "--jsonl") == 0
+    assert json.loads(stdout.buffer.getvalue())["id"] == "\ud800é"
 
 
 # What options do, seen from outside.
