@@ -134,7 +134,7 @@ def read_questions(path: Path) -> list[Question]:
             continue
         try:
             row = json.loads(line)
-            question = Question(row["ctx"], tuple(row["endings"]), int(row["label"]))
+            question = Question(row["ctx"], tuple(row["endings"]), _label(row["label"]))
             strings = isinstance(row["endings"], list) and all(
                 isinstance(x, str) for x in (row["ctx"], *row["endings"])
             )
@@ -146,6 +146,13 @@ def read_questions(path: Path) -> list[Question]:
     if not questions:
         raise UserError(f"{path} holds no question")
     return questions
+
+
+def _label(value: Any) -> int:
+    """A number as JSON has it, or in a string; ValueError for another, such as 1.5."""
+    if type(value) not in (int, str):
+        raise ValueError(f"label {value!r}")
+    return int(value)
 
 
 def _count(n: int, what: str) -> str:

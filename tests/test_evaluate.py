@@ -289,6 +289,9 @@ def test_questions_by_command(tiny_run, questions, capsys):
     [
         ('{"ctx": "a", "endings": ["b", "c"]}', "line 2 is no question .*KeyError"),
         ('{"ctx": "a", "endings": ["b", "c"], "label": ""}', "line 2 is no question"),
+        ('{"ctx": "a", "endings": ["b", "c"], "label": 1.5}', "line 2 is no question"),
+        ('{"ctx": "a", "endings": ["b", "c"], "label": true}', "line 2 is no question"),
+        ('{"ctx": "a", "endings": ["b", "c"], "label": 1e999}', "line 2 is no question"),
         ('{"ctx": "a", "endings": ["b", "c"], "label": 2}', "line 2 needs"),
         ('{"ctx": "a", "endings": ["b"], "label": 0}', "line 2 needs"),
         ('{"ctx": "a", "endings": "bc", "label": 0}', "line 2 needs"),
@@ -296,7 +299,7 @@ def test_questions_by_command(tiny_run, questions, capsys):
         ("[1]", "line 2 is no question"),
         ("{", "line 2 is no question"),
     ],
-    ids=range(8),
+    ids=range(11),
 )
 def test_bad_questions_are_refused(tmp_path, line, message):
     path = tmp_path / "bad.jsonl"
