@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 import types
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -172,6 +173,8 @@ def test_shots_come_from_the_other_rows():
     assert QUESTIONS[1].answered == "the sun naïve"
     assert contexts == with_shots(QUESTIONS, QUESTIONS, 2, seed=0) != with_shots(QUESTIONS, QUESTIONS, 2, seed=1)
     assert with_shots(QUESTIONS, QUESTIONS, 0, seed=0) == [q.context for q in QUESTIONS]
+    # Of the same rows, read again.
+    assert with_shots([replace(q) for q in QUESTIONS], QUESTIONS, 2, seed=0) == contexts
     with pytest.raises(UserError, match="4 shots are wanted and there are 3 other rows"):
         with_shots(QUESTIONS, QUESTIONS, 4, seed=0)
 
