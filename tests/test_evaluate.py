@@ -279,6 +279,19 @@ def test_corpus_of_a_run_and_of_its_export(tiny_run, tmp_path, capsys):
     assert "bits per byte" in capsys.readouterr().out
 
 
+def test_a_text_is_read_as_its_refusals_offer(tiny_run, tmp_path, capsys):
+    (tmp_path / "a.txt").write_bytes(b"a\xffb\n" + TEXT.encode() * 3)
+    assert status_of(tiny_run, "--corpus", tmp_path / "a.txt") == 2
+    assert "give --encoding-errors replace" in capsys.readouterr().err
+    words = ["--encoding-errors", "replace", "--max-corpus-bytes", 30, "--cache-dir", tmp_path / "cache"]
+    assert status_of(tiny_run, "--corpus", tmp_path / "a.txt", *words, "--json") == 0
+    # A cut text file's bytes: the one that is no UTF-8 has become three.
+    assert json.loads(capsys.readouterr().out)["bytes"] == 30 + 2
+    elsewhere = ["--cache-dir", tmp_path / "a.txt", "--max-download-bytes", 3]
+    assert status_of(tiny_run, "--corpus", "http://127.0.0.1:9/x.txt", *elsewhere) == 2
+    assert "a.txt" in capsys.readouterr().err
+
+
 def test_questions_by_command(tiny_run, questions, capsys):
     assert status_of(tiny_run, "--multiple-choice", questions, "--few-shot", 1, "--json") == 0
     found = json.loads(capsys.readouterr().out)
@@ -319,13 +332,14 @@ def test_bad_questions_are_refused(tmp_path, line, message):
         (["--multiple-choice", "nowhere.jsonl"], "cannot read the file of questions nowhere.jsonl"),
         (["--multiple-choice", "q", "--stride", "3"], "stride goes with corpus"),
         (["--multiple-choice", "q", "--text-field", "x"], "text_field goes with corpus"),
+        (["--multiple-choice", "q", "--max-corpus-bytes", "9"], "max_corpus_bytes goes with corpus"),
         (["--multiple-choice", "q", "--seed", "3"], "seed goes with few_shot"),
         (["--corpus", "x", "--batch-size", "9" * 20], "batch_size must be below 2147483648"),
         (["--corpus", "x", "--few-shot", "3"], "few_shot goes with multiple_choice"),
         (["--corpus", "README.md", "--stride", "33"], "stride must lie between 1 and the model's context of 32"),
         (["--corpus", "README.md", "--device", "tpu"], "device 'tpu' cannot be used here"),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_bad_input_is_one_sentence(tiny_run, capsys, words, message):
     assert status_of(tiny_run, *words) == 2
