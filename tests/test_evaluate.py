@@ -1,5 +1,6 @@
 """Scoring against brute force: every token with exactly the tokens before it that its window shows."""
 
+import copy
 import json
 import math
 import shutil
@@ -241,6 +242,34 @@ def test_harness_generates_until(model, harness):
         whole[: whole.index(whole[1])]
     ]
     assert harness.generate_until(requests(("a" * 50, {**options, "until": "\n"})))
+    assert harness.generate_until(requests(("a", {**options, "until": ["", whole[1]]})))[0] == whole[:1]
+
+
+def test_harness_keeps_a_prompt_that_fits(model, harness):
+    """Though more tokens are asked for than fit behind it: 256, unless the task says otherwise."""
+    sampling = gpt.SamplingConfig(temperature=0, stop="\n")
+    for options in ({"until": "\n"}, {"until": "\n", "max_gen_toks": 1000}):
+        found = harness.generate_until(requests(("ab cd", options)))[0]
+        # The document token stands before the context, as in training.
+        decoded = gpt.generate(model, _after_document(BYTE), ["ab cd"], sampling)
+        assert found == "".join(piece.text for piece in decoded) != ""
+
+
+def test_harness_draws_as_the_task_asks(harness):
+    drawn = {"do_sample": True, "temperature": 5.0, "max_gen_toks": 8}
+    plain, greedy, first = (
+        harness.generate_until(requests(("ab", options)))[0]
+        for options in (drawn, {"max_gen_toks": 8}, {**drawn, "top_k": 1, "top_p": None})
+    )
+    assert first == greedy != plain
+    assert harness.generate_until(requests(("ab", {**drawn, "top_p": 1e-9})))[0] == greedy
+
+
+def _after_document(tokenizer: ByteTokenizer) -> ByteTokenizer:
+    """The tokenizer with the document token before what it encodes."""
+    made = copy.copy(tokenizer)
+    made.encode = lambda text, **options: [tokenizer.document_token, *tokenizer.encode(text, **options)]
+    return made
 
 
 def test_harness_that_is_not_there(model, monkeypatch):
