@@ -87,6 +87,10 @@ def generate(
     contradict each other.
     """
     config = config or SamplingConfig()
+    require(not isinstance(prompts, str), "prompts are a list of texts: for a lone one write [prompt]")
+    for kind, each in (("model", model), ("draft", draft or model)):
+        V = each.config.vocab_size
+        require(V >= tokenizer.vocab_size, f"the {kind} has {V} tokens and the tokenizer {tokenizer.vocab_size}")
     require(draft is None or config.speculate is None, "a draft model and speculate contradict each other: give one")
     speculative = draft is not None or config.speculate is not None
     require(draft is None or draft.config.seq_len >= 2, "a draft model with a context of 1 cannot propose")
