@@ -57,7 +57,7 @@ FITS: dict[str, dict[str, tuple | None]] = {
     },
     "llama": _LLAMA,
     "mistral": _LLAMA | {"bias": (False,), "window": _ANY},
-    "qwen3": _LLAMA | {"bias": (False,), "window": _ANY, "qk_norm": (True,)},
+    "qwen3": _LLAMA | {"bias": (False,), "window": _ANY, "window_pattern": _ANY, "qk_norm": (True,)},
 }
 
 
@@ -158,9 +158,10 @@ def _extras(family: str, config: ModelConfig) -> dict[str, Any]:
         return {"sliding_window": config.window}
     if family == "nanochat":
         return {"final_logit_softcapping": config.logit_softcap}
-    kind = "full_attention" if config.window is None else "sliding_attention"
+    windows = map(config.window_of, range(config.n_layer))
+    kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
     window = {"sliding_window": config.window, "use_sliding_window": config.window is not None}
-    return window | {"max_window_layers": 0, "layer_types": [kind] * config.n_layer}
+    return window | {"max_window_layers": 0, "layer_types": kinds}
 
 
 def export(model: GPT, tokenizer: Tokenizer, directory: str | Path, *, dtype: str = "float32") -> str:
