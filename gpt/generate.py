@@ -256,9 +256,11 @@ class _Drawer:
     ):
         self.config, self.bias, self.vocab_size = config, bias, vocab_size
         self.device = _sampling_device(model)
-        self.rows = min(config.batch_size, len(jobs))
         longest = max(len(job.prompt_tokens) + job.left for job in jobs)
         self.count = (config.draft_tokens or 4) if draft is not None or config.speculate is not None else 0
+        # How many tokens a step has, and with that its bits, would depend on what is proposed to other rows.
+        alone = config.batch_invariant and self.count > 0
+        self.rows = 1 if alone else min(config.batch_size, len(jobs))
         self.reader = self._reader(model, longest, behind=1)
         self.draft = None if draft is None else self._reader(draft, longest, behind=2)
 

@@ -58,7 +58,7 @@ class SamplingConfig:
     batch_size: int = 16
     """Samples that are worked on at a time, at most."""
     batch_invariant: bool = False
-    """Compute each row so that its bits do not depend on the others; slower."""
+    """Compute each row so that its bits do not depend on the others; slower, and with speculation one at a time."""
     cuda_graphs: bool = True
     """On a GPU, record the model's step once and replay it, unless batch_invariant."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
