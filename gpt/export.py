@@ -31,6 +31,8 @@ CLASSES = {
     "mistral": "MistralForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+WRITTEN = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+WRITTEN += ("ranks.tiktoken",)
 _NONE, _ANY = (None,), None
 _LLAMA = {
     "position": ("rotary",),
@@ -196,8 +198,8 @@ def main(arguments: Arguments) -> int:
     if left and not arguments.overwrite:
         raise UserError(f"{folder} is not empty: give another directory, or --overwrite to delete what it holds")
     # Whoever names the folder above their runs must not lose them.
-    if left and ("config.json" not in [path.name for path in left] or any(path.is_dir() for path in left)):
-        raise UserError(f"{folder} holds more than a checkpoint, and is not overwritten: give another directory")
+    if any(path.name not in WRITTEN or path.is_dir() for path in left):
+        raise UserError(f"{folder} holds more than an export, and is not overwritten: give another directory")
     model, tokenizer = load(arguments.run, "cpu")
     family_of(model)
     for path in left:

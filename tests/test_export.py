@@ -292,9 +292,9 @@ def test_command(tiny_run, tmp_path, capsys):
 
     assert status_of(tiny_run, out) == 2
     assert "is not empty" in capsys.readouterr().err
-    (out / "left.bin").write_text("from before")
+    (out / "model.safetensors").write_text("from before")
     assert status_of(tiny_run, out, "--overwrite") == 0
-    assert not (out / "left.bin").exists()
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.float32
     assert status_of(tiny_run, tiny_run, "--overwrite") == 2
     assert "holds a run" in capsys.readouterr().err
     assert status_of(tiny_run, tiny_run / "config.toml") == 2
@@ -308,7 +308,11 @@ def test_overwrite_spares_what_is_no_checkpoint(tiny_run, tmp_path, capsys):
     assert status_of(runs / "mine", runs, "--overwrite") == 2
     (runs / "config.json").write_text("{}")
     assert status_of(runs / "mine", runs, "--overwrite") == 2
-    assert capsys.readouterr().err.count("holds more than a checkpoint") == 2
+    export(make_model(), BYTE, tmp_path / "out")
+    (tmp_path / "out" / "thesis.txt").write_text("beside a config.json")
+    assert status_of(tiny_run, tmp_path / "out", "--overwrite") == 2
+    assert (tmp_path / "out" / "thesis.txt").exists()
+    assert capsys.readouterr().err.count("holds more than an export") == 3
     assert (runs / "mine/config.toml").exists()
 
 
