@@ -8,7 +8,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,6 +83,10 @@ def sample_text(model: GPT, parallel: Parallel, world: World, tokenizer: Tokeniz
     return "\n".join("  | " + line for line in text.split("\n"))
 
 
+# The options of DataConfig that a text is read with.
+TEXT_OPTIONS = ("text_field", "encoding_errors", "max_corpus_bytes", "max_download_bytes", "cache_dir")
+
+
 @dataclass(frozen=True)
 class Arguments:
     """Score a text, or multiple-choice questions, with a run or a Hugging Face checkpoint."""
@@ -93,6 +97,14 @@ class Arguments:
     """Text to score: whatever train.py takes as a corpus, token files excepted."""
     text_field: str | None = None
     """The field of JSON lines, or the column of Parquet files and datasets, that holds the text. None: text."""
+    encoding_errors: Literal["strict", "replace"] | None = None
+    """What to do with bytes that are not UTF-8: refuse, or replace them with U+FFFD. None: strict."""
+    max_corpus_bytes: int | None = None
+    """Read at most about this many bytes of text, whole documents, in the corpus's order."""
+    max_download_bytes: int | None = None
+    """Refuse to download a file of more bytes than this. None: 16 GiB."""
+    cache_dir: Path | None = None
+    """Where downloads are kept. None: a folder under the user's cache folder."""
     stride: int | None = None
     """Tokens between the windows that a text is scored in; each token has at least the context less this before it.
     None: half the context."""
@@ -120,7 +132,8 @@ class Arguments:
         require(self.few_shot >= 0, f"few_shot must be at least 0, not {self.few_shot}")
         require(self.stride is None or self.stride >= 1, f"stride must be at least 1, not {self.stride}")
         require(self.stride is None or bool(self.corpus), "stride goes with corpus")
-        require(self.text_field is None or bool(self.corpus), "text_field goes with corpus")
+        for name in TEXT_OPTIONS:
+            require(getattr(self, name) is None or bool(self.corpus), f"{name} goes with corpus")
         require(self.seed is None or self.few_shot > 0, "seed goes with few_shot: nothing else is drawn")
         require(self.shots is None or self.few_shot > 0, "shots goes with few_shot: say how many")
         require(self.few_shot == 0 or not self.corpus, "few_shot goes with multiple_choice")
@@ -134,7 +147,7 @@ def read_questions(path: Path) -> list[Question]:
             continue
         try:
             row = json.loads(line)
-            question = Question(row["ctx"], tuple(row["endings"]), int(row["label"]))
+            question = Question(row["ctx"], tuple(row["endings"]), _label(row["label"]))
             strings = isinstance(row["endings"], list) and all(
                 isinstance(x, str) for x in (row["ctx"], *row["endings"])
             )
@@ -148,6 +161,13 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
+def _label(value: Any) -> int:
+    """A number as JSON has it, or in a string; ValueError for another, such as 1.5."""
+    if type(value) not in (int, str):
+        raise ValueError(f"label {value!r}")
+    return int(value)
+
+
 def _count(n: int, what: str) -> str:
     return f"{n:,} {what}{'s' * (n != 1)}"
 
@@ -156,9 +176,11 @@ def main(arguments: Arguments) -> int:
     """Score and print. Returns the exit status."""
     # Whatever is wrong with the text is said before a model is loaded.
     if arguments.corpus:
-        data = DataConfig(arguments.corpus, text_field=arguments.text_field or "text")
-        require(not find_token_files(data), "token files (.bin) hold no text to score: give text as the corpus")
-        sources = find_sources(data, cache_folder(None) / "downloads")
+        given = {name: getattr(arguments, name) for name in TEXT_OPTIONS}
+        data = DataConfig(arguments.corpus, **{name: value for name, value in given.items() if value is not None})
+        tokens = find_token_files(replace(data, max_corpus_bytes=None))
+        require(not tokens, "token files (.bin) hold no text to score: give text as the corpus")
+        sources = find_sources(data, cache_folder(data.cache_dir) / "downloads")
     else:
         questions = read_questions(arguments.multiple_choice)
         shots = questions if arguments.shots is None else read_questions(arguments.shots)
@@ -168,7 +190,7 @@ def main(arguments: Arguments) -> int:
     batch_size = arguments.batch_size
     with autocast(model.embed.weight.device, arguments.dtype):
         if arguments.corpus:
-            texts = ("".join(document.chunks) for document in read_documents(sources, "strict"))
+            texts = ("".join(document.chunks) for document in read_documents(sources, data.encoding_errors))
             result = score_texts(model, tokenizer, texts, stride=arguments.stride, batch_size=batch_size)
         else:
             result = multiple_choice(model, tokenizer, questions, contexts, batch_size)

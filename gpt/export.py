@@ -31,6 +31,8 @@ CLASSES = {
     "mistral": "MistralForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+WRITTEN = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+WRITTEN += ("ranks.tiktoken",)
 _NONE, _ANY = (None,), None
 _LLAMA = {
     "position": ("rotary",),
@@ -58,7 +60,7 @@ FITS: dict[str, dict[str, tuple | None]] = {
     },
     "llama": _LLAMA,
     "mistral": _LLAMA | {"bias": (False,), "window": _ANY},
-    "qwen3": _LLAMA | {"bias": (False,), "window": _ANY, "qk_norm": (True,)},
+    "qwen3": _LLAMA | {"bias": (False,), "window": _ANY, "window_pattern": _ANY, "qk_norm": (True,)},
 }
 
 
@@ -159,9 +161,10 @@ def _extras(family: str, config: ModelConfig) -> dict[str, Any]:
         return {"sliding_window": config.window}
     if family == "nanochat":
         return {"final_logit_softcapping": config.logit_softcap}
-    kind = "full_attention" if config.window is None else "sliding_attention"
+    windows = map(config.window_of, range(config.n_layer))
+    kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
     window = {"sliding_window": config.window, "use_sliding_window": config.window is not None}
-    return window | {"max_window_layers": 0, "layer_types": [kind] * config.n_layer}
+    return window | {"max_window_layers": 0, "layer_types": kinds}
 
 
 def export(model: GPT, tokenizer: Tokenizer, directory: str | Path, *, dtype: str = "float32") -> str:
@@ -196,8 +199,8 @@ def main(arguments: Arguments) -> int:
     if left and not arguments.overwrite:
         raise UserError(f"{folder} is not empty: give another directory, or --overwrite to delete what it holds")
     # Whoever names the folder above their runs must not lose them.
-    if left and ("config.json" not in [path.name for path in left] or any(path.is_dir() for path in left)):
-        raise UserError(f"{folder} holds more than a checkpoint, and is not overwritten: give another directory")
+    if any(path.name not in WRITTEN or path.is_dir() for path in left):
+        raise UserError(f"{folder} holds more than an export, and is not overwritten: give another directory")
     model, tokenizer = load(arguments.run, "cpu")
     family_of(model)
     for path in left:

@@ -87,6 +87,10 @@ def generate(
     contradict each other.
     """
     config = config or SamplingConfig()
+    require(not isinstance(prompts, str), "prompts are a list of texts: for a lone one write [prompt]")
+    for kind, each in (("model", model), ("draft", draft or model)):
+        V = each.config.vocab_size
+        require(V >= tokenizer.vocab_size, f"the {kind} has {V} tokens and the tokenizer {tokenizer.vocab_size}")
     require(draft is None or config.speculate is None, "a draft model and speculate contradict each other: give one")
     speculative = draft is not None or config.speculate is not None
     require(draft is None or draft.config.seq_len >= 2, "a draft model with a context of 1 cannot propose")
@@ -252,9 +256,11 @@ class _Drawer:
     ):
         self.config, self.bias, self.vocab_size = config, bias, vocab_size
         self.device = _sampling_device(model)
-        self.rows = min(config.batch_size, len(jobs))
         longest = max(len(job.prompt_tokens) + job.left for job in jobs)
         self.count = (config.draft_tokens or 4) if draft is not None or config.speculate is not None else 0
+        # How many tokens a step has, and with that its bits, would depend on what is proposed to other rows.
+        alone = config.batch_invariant and self.count > 0
+        self.rows = 1 if alone else min(config.batch_size, len(jobs))
         self.reader = self._reader(model, longest, behind=1)
         self.draft = None if draft is None else self._reader(draft, longest, behind=2)
 

@@ -188,7 +188,7 @@ def _llama(family: str, given: dict[str, Any], misfits: list[str]) -> dict[str, 
         # Where only some of the linear layers have a bias, the others' are zeros.
         "bias": bool(given["attention_bias"] or (family == "llama" and given["mlp_bias"])),
         "qk_norm": family in ("qwen3", "nanochat"),
-        "window": _window(family, given, misfits),
+        **dict(zip(("window", "window_pattern"), _window(family, given, misfits))),
         "tied_embeddings": given["tie_word_embeddings"],
         "logit_softcap": given.get("final_logit_softcapping") if family == "nanochat" else None,
     }
@@ -208,16 +208,19 @@ def _rope_theta(given: dict[str, Any], misfits: list[str]) -> float:
     return float(rope.get("rope_theta") or given.get("rope_theta") or 10000.0)
 
 
-def _window(family: str, given: dict[str, Any], misfits: list[str]) -> int | None:
-    """The sliding window, if all layers have it."""
+def _window(family: str, given: dict[str, Any], misfits: list[str]) -> tuple[int | None, str | None]:
+    """The sliding window, and which layers have it as a window_pattern, where not all have."""
     window, layers = given["sliding_window"], given["num_hidden_layers"]
     if family == "mistral":
-        return window
+        return window, None
     if family not in ("qwen2", "qwen3") or not given.get("use_sliding_window") or window is None:
-        return None
+        return None, None
     kinds = given.get("layer_types") or [
         "sliding_attention" if i >= given["max_window_layers"] else "full_attention" for i in range(layers)
     ]
-    if len(set(kinds)) > 1:
-        misfits.append(f"a sliding window in {kinds.count('sliding_attention')} of {layers} layers (all or none)")
-    return window if "sliding_attention" in kinds else None
+    if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+        misfits.append(f"layer_types {kinds!r} (not full_attention or sliding_attention for each of {layers} layers)")
+    pattern = "".join("S" if kind == "sliding_attention" else "L" for kind in kinds)
+    if "L" not in pattern:
+        return window, None
+    return (window, pattern) if "S" in pattern else (None, None)

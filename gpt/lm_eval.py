@@ -55,13 +55,16 @@ def _rolling(model: GPT, tokenizer: Tokenizer, text: str, batch_size: int) -> fl
 
 
 def _generate(model: GPT, tokenizer: Tokenizer, context: str, options: dict[str, Any]) -> str:
-    until = options.get("until") or []
-    until = [until] if isinstance(until, str) else until
-    count = max(1, min(int(options.get("max_gen_toks", 256)), model.config.seq_len - 1))
-    temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
-    sampling = SamplingConfig(max_new_tokens=count, temperature=temperature)
+    """What follows a context; of one that is too long, what fits beside half a context of new tokens, or fewer."""
+    until, T = options.get("until") or [], model.config.seq_len
+    until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
     start = [] if tokenizer.document_token is None else [tokenizer.document_token]
-    prompt = (start + tokenizer.encode(context) or [tokenizer.start_token])[-(model.config.seq_len - count) :]
+    prompt = start + tokenizer.encode(context) or [tokenizer.start_token]
+    count = max(1, min(int(options.get("max_gen_toks") or 256), max(T - len(prompt), T // 2)))
+    prompt = prompt[-max(1, T - count) :]
+    names = ("temperature", "top_k", "top_p", "min_p") if options.get("do_sample") else ()
+    drawn = {"temperature": 0.0} | {name: options[name] for name in names if options.get(name) is not None}
+    sampling = SamplingConfig(max_new_tokens=count, **drawn)
     device, stream, text = model.embed.weight.device, TextStream(tokenizer, until), ""
     decoder = Decoder(model, 1, len(prompt) + count)
     logits, seed = decoder.prefill(0, prompt), torch.tensor([sampling.seed])

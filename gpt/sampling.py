@@ -22,6 +22,7 @@ TOKEN, ACCEPT, PROPOSE = 0, 1, 2
 
 _GOLDEN, _FIRST, _SECOND = map(np.uint64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 _LIKELIEST = 1024  # tokens among which a nucleus is looked for first
+_CHOICES = {"dtype": ("float32", "bfloat16", "float16"), "quantize": ("int8",), "speculate": ("ngram",)}
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class SamplingConfig:
     batch_size: int = 16
     """Samples that are worked on at a time, at most."""
     batch_invariant: bool = False
-    """Compute each row so that its bits do not depend on the others; slower."""
+    """Compute each row so that its bits do not depend on the others; slower, and with speculation one at a time."""
     cuda_graphs: bool = True
     """On a GPU, record the model's step once and replay it, unless batch_invariant."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -82,6 +83,9 @@ class SamplingConfig:
         require(self.seed >= 0, f"seed must be at least 0, not {self.seed}")
         require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
         require(self.draft_tokens is None or 1 <= self.draft_tokens <= 64, "draft_tokens must be 1 to 64")
+        for name, known in _CHOICES.items():
+            value = getattr(self, name)
+            require(value is None or value in known, f"{name} must be one of {', '.join(known)}, not {value!r}")
         # Strings are sequences of strings: a lone one would be taken letter by letter.
         for name in ("stop", "stop_tokens", "logit_bias"):
             value = getattr(self, name)

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,11 +123,15 @@ class Question:
 def with_shots(questions: Sequence[Question], shots: Sequence[Question], k: int, seed: int) -> list[str]:
     """Each question's context, behind k of the shots with their right endings; a question is no shot of its own.
 
-    The draw depends on seed and the question's number alone.
+    Nor is a copy of it, as where the shots are read from the same file. The draw depends on seed and the question's
+    number alone.
     """
-    contexts = []
+    contexts, places = [], defaultdict(set)
+    for i, shot in enumerate(shots):
+        places[shot].add(i)
     for number, question in enumerate(questions):
-        others = [shot for shot in shots if shot is not question]
+        own = places.get(question, ())
+        others = [shot for i, shot in enumerate(shots) if i not in own]
         if len(others) < k:
             raise UserError(f"{k} shots are wanted and there are {len(others)} other rows to draw from")
         drawn = random.Random(f"{seed} {number}").sample(others, k)

@@ -1,10 +1,12 @@
 """Scoring against brute force: every token with exactly the tokens before it that its window shows."""
 
+import copy
 import json
 import math
 import shutil
 import sys
 import types
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -172,6 +174,8 @@ def test_shots_come_from_the_other_rows():
     assert QUESTIONS[1].answered == "the sun naïve"
     assert contexts == with_shots(QUESTIONS, QUESTIONS, 2, seed=0) != with_shots(QUESTIONS, QUESTIONS, 2, seed=1)
     assert with_shots(QUESTIONS, QUESTIONS, 0, seed=0) == [q.context for q in QUESTIONS]
+    # Of the same rows, read again.
+    assert with_shots([replace(q) for q in QUESTIONS], QUESTIONS, 2, seed=0) == contexts
     with pytest.raises(UserError, match="4 shots are wanted and there are 3 other rows"):
         with_shots(QUESTIONS, QUESTIONS, 4, seed=0)
 
@@ -238,6 +242,34 @@ def test_harness_generates_until(model, harness):
         whole[: whole.index(whole[1])]
     ]
     assert harness.generate_until(requests(("a" * 50, {**options, "until": "\n"})))
+    assert harness.generate_until(requests(("a", {**options, "until": ["", whole[1]]})))[0] == whole[:1]
+
+
+def test_harness_keeps_a_prompt_that_fits(model, harness):
+    """Though more tokens are asked for than fit behind it: 256, unless the task says otherwise."""
+    sampling = gpt.SamplingConfig(temperature=0, stop="\n")
+    for options in ({"until": "\n"}, {"until": "\n", "max_gen_toks": 1000}):
+        found = harness.generate_until(requests(("ab cd", options)))[0]
+        # The document token stands before the context, as in training.
+        decoded = gpt.generate(model, _after_document(BYTE), ["ab cd"], sampling)
+        assert found == "".join(piece.text for piece in decoded) != ""
+
+
+def test_harness_draws_as_the_task_asks(harness):
+    drawn = {"do_sample": True, "temperature": 5.0, "max_gen_toks": 8}
+    plain, greedy, first = (
+        harness.generate_until(requests(("ab", options)))[0]
+        for options in (drawn, {"max_gen_toks": 8}, {**drawn, "top_k": 1, "top_p": None})
+    )
+    assert first == greedy != plain
+    assert harness.generate_until(requests(("ab", {**drawn, "top_p": 1e-9})))[0] == greedy
+
+
+def _after_document(tokenizer: ByteTokenizer) -> ByteTokenizer:
+    """The tokenizer with the document token before what it encodes."""
+    made = copy.copy(tokenizer)
+    made.encode = lambda text, **options: [tokenizer.document_token, *tokenizer.encode(text, **options)]
+    return made
 
 
 def test_harness_that_is_not_there(model, monkeypatch):
@@ -276,6 +308,19 @@ def test_corpus_of_a_run_and_of_its_export(tiny_run, tmp_path, capsys):
     assert "bits per byte" in capsys.readouterr().out
 
 
+def test_a_text_is_read_as_its_refusals_offer(tiny_run, tmp_path, capsys):
+    (tmp_path / "a.txt").write_bytes(b"a\xffb\n" + TEXT.encode() * 3)
+    assert status_of(tiny_run, "--corpus", tmp_path / "a.txt") == 2
+    assert "give --encoding-errors replace" in capsys.readouterr().err
+    words = ["--encoding-errors", "replace", "--max-corpus-bytes", 30, "--cache-dir", tmp_path / "cache"]
+    assert status_of(tiny_run, "--corpus", tmp_path / "a.txt", *words, "--json") == 0
+    # A cut text file's bytes: the one that is no UTF-8 has become three.
+    assert json.loads(capsys.readouterr().out)["bytes"] == 30 + 2
+    elsewhere = ["--cache-dir", tmp_path / "a.txt", "--max-download-bytes", 3]
+    assert status_of(tiny_run, "--corpus", "http://127.0.0.1:9/x.txt", *elsewhere) == 2
+    assert "a.txt" in capsys.readouterr().err
+
+
 def test_questions_by_command(tiny_run, questions, capsys):
     assert status_of(tiny_run, "--multiple-choice", questions, "--few-shot", 1, "--json") == 0
     found = json.loads(capsys.readouterr().out)
@@ -289,6 +334,9 @@ def test_questions_by_command(tiny_run, questions, capsys):
     [
         ('{"ctx": "a", "endings": ["b", "c"]}', "line 2 is no question .*KeyError"),
         ('{"ctx": "a", "endings": ["b", "c"], "label": ""}', "line 2 is no question"),
+        ('{"ctx": "a", "endings": ["b", "c"], "label": 1.5}', "line 2 is no question"),
+        ('{"ctx": "a", "endings": ["b", "c"], "label": true}', "line 2 is no question"),
+        ('{"ctx": "a", "endings": ["b", "c"], "label": 1e999}', "line 2 is no question"),
         ('{"ctx": "a", "endings": ["b", "c"], "label": 2}', "line 2 needs"),
         ('{"ctx": "a", "endings": ["b"], "label": 0}', "line 2 needs"),
         ('{"ctx": "a", "endings": "bc", "label": 0}', "line 2 needs"),
@@ -296,7 +344,7 @@ def test_questions_by_command(tiny_run, questions, capsys):
         ("[1]", "line 2 is no question"),
         ("{", "line 2 is no question"),
     ],
-    ids=range(8),
+    ids=range(11),
 )
 def test_bad_questions_are_refused(tmp_path, line, message):
     path = tmp_path / "bad.jsonl"
@@ -313,13 +361,14 @@ def test_bad_questions_are_refused(tmp_path, line, message):
         (["--multiple-choice", "nowhere.jsonl"], "cannot read the file of questions nowhere.jsonl"),
         (["--multiple-choice", "q", "--stride", "3"], "stride goes with corpus"),
         (["--multiple-choice", "q", "--text-field", "x"], "text_field goes with corpus"),
+        (["--multiple-choice", "q", "--max-corpus-bytes", "9"], "max_corpus_bytes goes with corpus"),
         (["--multiple-choice", "q", "--seed", "3"], "seed goes with few_shot"),
         (["--corpus", "x", "--batch-size", "9" * 20], "batch_size must be below 2147483648"),
         (["--corpus", "x", "--few-shot", "3"], "few_shot goes with multiple_choice"),
         (["--corpus", "README.md", "--stride", "33"], "stride must lie between 1 and the model's context of 32"),
         (["--corpus", "README.md", "--device", "tpu"], "device 'tpu' cannot be used here"),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_bad_input_is_one_sentence(tiny_run, capsys, words, message):
     assert status_of(tiny_run, *words) == 2

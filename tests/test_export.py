@@ -31,6 +31,7 @@ CASES = {
     "llama-relu2": ("llama", {"qk_norm": False, "activation": "relu2", "bias": True}),
     "mistral": ("mistral", {"qk_norm": False, "window": 5, "head_dim": 12}),
     "qwen3": ("qwen3", {"n_kv_head": 2, "head_dim": 12, "norm_eps": 1e-5}),
+    "qwen3-window-pattern": ("qwen3", {"window": 3, "window_pattern": "LSS", "n_layer": 4}),
     "qwen3-window-relu2": ("qwen3", {"window": 5, "activation": "relu2"}),
     "nanochat": ("nanochat", {"activation": "relu2", "n_kv_head": 2}),
     "nanochat-softcap": ("nanochat", {"activation": "relu2", "logit_softcap": 2.0}),
@@ -105,8 +106,8 @@ def test_dtype(tmp_path, dtype):
         ({"bias": True}, "llama: qk_norm True .not False|qwen3: bias True .not False"),
         ({**PRESETS["gpt2"], "n_kv_head": 2}, "gpt2: n_kv_head 2 .not n_head"),
         ({**PRESETS["gpt2"], "window": 5}, "gpt2: window 5 .not None"),
-        ({"window": 5, "window_pattern": "SL"}, "qwen3: window_pattern SL .not None"),
         ({"value_embeds": 1}, "qwen3: value_embeds 1 .not 0"),
+        ({"window": 5, "window_pattern": "SL", "qk_norm": False}, "mistral: window_pattern SL .not None"),
         ({**PRESETS["gpt2"], "head_dim": 16}, "gpt2: head_dim 16"),
     ],
     ids=str,
@@ -292,9 +293,9 @@ def test_command(tiny_run, tmp_path, capsys):
 
     assert status_of(tiny_run, out) == 2
     assert "is not empty" in capsys.readouterr().err
-    (out / "left.bin").write_text("from before")
+    (out / "model.safetensors").write_text("from before")
     assert status_of(tiny_run, out, "--overwrite") == 0
-    assert not (out / "left.bin").exists()
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.float32
     assert status_of(tiny_run, tiny_run, "--overwrite") == 2
     assert "holds a run" in capsys.readouterr().err
     assert status_of(tiny_run, tiny_run / "config.toml") == 2
@@ -308,7 +309,11 @@ def test_overwrite_spares_what_is_no_checkpoint(tiny_run, tmp_path, capsys):
     assert status_of(runs / "mine", runs, "--overwrite") == 2
     (runs / "config.json").write_text("{}")
     assert status_of(runs / "mine", runs, "--overwrite") == 2
-    assert capsys.readouterr().err.count("holds more than a checkpoint") == 2
+    export(make_model(), BYTE, tmp_path / "out")
+    (tmp_path / "out" / "thesis.txt").write_text("beside a config.json")
+    assert status_of(tiny_run, tmp_path / "out", "--overwrite") == 2
+    assert (tmp_path / "out" / "thesis.txt").exists()
+    assert capsys.readouterr().err.count("holds more than an export") == 3
     assert (runs / "mine/config.toml").exists()
 
 

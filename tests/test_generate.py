@@ -82,6 +82,18 @@ def test_several_prompts_each_as_if_alone():
         assert text_of(together, i) == text_of(list(generate(model, tokenizer, [prompt], alone)))
 
 
+def test_a_lone_string_and_models_with_too_few_tokens_are_refused():
+    """A string would be taken letter by letter."""
+    tokenizer = tokenizer_of()
+    model, small = model_of(tokenizer), model_of(tokenizer, vocab_size=tokenizer.vocab_size - 1)
+    with pytest.raises(UserError, match=r"for a lone one write \[prompt\]"):
+        generate(model, tokenizer, "the")
+    with pytest.raises(UserError, match=f"the model has {tokenizer.vocab_size - 1} tokens and the tokenizer"):
+        generate(small, tokenizer, ["the"])
+    with pytest.raises(UserError, match=f"the draft has {tokenizer.vocab_size - 1} tokens and the tokenizer"):
+        generate(model, tokenizer, ["the"], draft=small)
+
+
 def test_past_the_context_is_an_error_unless_rolling():
     tokenizer = tokenizer_of()
     model = model_of(tokenizer)

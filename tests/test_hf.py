@@ -32,6 +32,8 @@ CASES = {
     "mistral": ("Mistral", {**LLAMA, "sliding_window": 5}),
     "qwen2": ("Qwen2", {**LLAMA, **WINDOW, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {**LLAMA, **THETA, "head_dim": 12, "rms_norm_eps": 1e-5}),
+    "qwen2-window-above": ("Qwen2", {**LLAMA, **WINDOW, "max_window_layers": 1}),
+    "qwen3-window-below": ("Qwen3", {**LLAMA, **WINDOW, "layer_types": ["sliding_attention", "full_attention"]}),
     "qwen3-window": ("Qwen3", {**LLAMA, **WINDOW, "head_dim": 12}),
     "nanochat": ("NanoChat", {**LLAMA, **THETA, "final_logit_softcapping": None}),
     "nanochat-softcap": ("NanoChat", {**LLAMA, "final_logit_softcapping": 2.0}),
@@ -128,6 +130,13 @@ def test_rope_theta_as_it_used_to_be_spelt(checkpoints, checkpoint):
     torch.testing.assert_close(gpt.from_hf(folder, device="cpu")(random_tokens()), expected, atol=1e-4, rtol=1e-5)
 
 
+def test_layers_with_a_window_as_they_used_to_be_counted(checkpoint):
+    folder = checkpoint("qwen3-window")
+    edit(folder, layer_types="delete", max_window_layers=1)
+    config = gpt.from_hf(folder, device="cpu").config
+    assert (config.window, config.window_pattern) == (5, "LS")
+
+
 @pytest.mark.parametrize("case", ["gpt2", "qwen3"])
 def test_a_shorter_context(checkpoints, case):
     theirs, folder = checkpoints(case)
@@ -162,12 +171,8 @@ def test_a_learned_table_does_not_grow(checkpoints):
         ("llama", {"intermediate_size": 80}, r"up_proj|gate_proj.* has shape \(72, 32\), not \(80, 32\)"),
         ("llama", {"num_hidden_layers": 1}, "has no place for: model.layers.1"),
         ("llama", {"num_hidden_layers": 3}, "lacks the weight model.layers.2"),
-        ("qwen3-window", {"layer_types": ["full_attention", "sliding_attention"]}, "a sliding window in 1 of 2"),
-        (
-            "qwen3",
-            {"use_sliding_window": True, "sliding_window": 5, "layer_types": None, "max_window_layers": 1},
-            "in 1 of 2 layers",
-        ),
+        ("qwen3-window", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types .*chunked_attention"),
+        ("qwen3-window", {"layer_types": ["full_attention"]}, "for each of 2 layers"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True .not False"),
         ("gpt2", {"n_inner": 100}, r"mlp.c_fc.weight has shape \(32, 128\), not \(32, 100\)"),
     ],

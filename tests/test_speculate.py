@@ -75,14 +75,17 @@ def test_lookup_gives_the_same_tokens_when_sampling_too(tokenizer, model):
 
 
 @pytest.mark.parametrize("kind", SPECULATIONS)
-def test_a_sample_is_what_it_is_alone(tokenizer, model, kind):
+@pytest.mark.parametrize("invariant", [False, True], ids=["", "invariant"])
+def test_a_sample_is_what_it_is_alone(tokenizer, model, kind, invariant):
     """Rows accept different numbers of tokens, end at different times, and one begins with a single token."""
-    options = {"temperature": 1.0, "max_new_tokens": 8, "batch_invariant": True, "draft_tokens": 2, "stop": "e"}
+    options = {"temperature": 1.0, "max_new_tokens": 8, "batch_invariant": invariant, "draft_tokens": 2, "stop": "e"}
     together = list(speculative(kind, tokenizer, model, PROMPTS, batch_size=3, **options))
     for i, prompt in enumerate(PROMPTS):
         seed = sample_seed(1337, i, 0)
         alone = list(speculative(kind, tokenizer, model, [prompt], seed=seed, **options))
         assert tokens_of(together, i) == tokens_of(alone)
+        if invariant:  # bit by bit
+            assert [p.logprob for p in together if p.prompt == i] == [p.logprob for p in alone]
 
 
 @pytest.mark.parametrize("kind", ["draft", "ngram"])
