@@ -238,7 +238,7 @@ class OptimConfig:
     """Under adamw, the n_embd that learning_rate was found at: the rate of the matrices that grow with the width is
     multiplied by base_width / n_embd. None: one rate for all."""
     head_lr: float = 0.01
-    """Peak rate of the output head, norms and biases under muon."""
+    """Peak rate of the output head, gates, norms and biases under muon."""
     min_lr: float = 0.0
     """Rate at the end of the schedule; every group ends at the same share of its peak."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"

@@ -254,13 +254,12 @@ class _Block:
     def __init__(self, block: Block, linear: Callable[[nn.Linear], PlainLinear], dtype: torch.dtype):
         self.pre_norm, self.activation = block.pre_norm, block.mlp.activation
         self.attn_norm, self.mlp_norm = _norm(block.attn_norm), _norm(block.mlp_norm)
-        self.c_qkv, self.attn_proj = linear(block.attn.c_qkv), linear(block.attn.c_proj)
+        self.c_qkv, self.attn_proj = linear(_qkv_and_gate(block.attn)), linear(block.attn.c_proj)
         self.c_fc, self.mlp_proj = linear(block.mlp.c_fc), linear(block.mlp.c_proj)
         self.n_head, self.head_dim = block.attn.n_head, block.attn.head_dim
-        self.turned = self.n_head + block.attn.n_kv_head  # heads with a norm and a rotation: queries and keys
+        self.n_kv_head = block.attn.n_kv_head
+        self.turned = self.n_head + self.n_kv_head  # heads with a norm and a rotation: queries and keys
         self.qk_weight = _qk_weight(block.attn, dtype)
-        scale = block.attn.value_scale
-        self.value_scale = None if scale is None else scale.detach().to(dtype).unsqueeze(-1)  # (H_kv, 1)
         self.eps = block.attn_norm.eps
 
     def __call__(
@@ -276,17 +275,33 @@ class _Block:
     def _attention(
         self, x: Tensor, shape: tuple[int, int], values: Tensor | None, rotary: tuple | None, attend: Callable
     ) -> Tensor:
-        qkv = self.c_qkv(x).view(*shape, -1, self.head_dim)  # (R, T, H + 2 H_kv, D)
+        qkv = self.c_qkv(x).view(*shape, -1, self.head_dim)  # (R, T, H + 2 H_kv, D), and gates
+        if values is not None:
+            gate = qkv[:, :, self.turned + self.n_kv_head :].flatten(2)[..., : self.n_kv_head, None]  # (R, T, H_kv, 1)
+            qkv = qkv[:, :, : self.turned + self.n_kv_head]
+            v = qkv[:, :, self.turned :]
+            v.addcmul_(values.view(v.shape).to(v.dtype), gate.sigmoid().mul_(2))
         qk = qkv[:, :, : self.turned]
         if self.qk_weight is not None:
             torch.mul(F.rms_norm(qk, (self.head_dim,), None, self.eps), self.qk_weight, out=qk)
-        if self.value_scale is not None:
-            v = qkv[:, :, self.turned :]
-            v.addcmul_(values.view(v.shape).to(v.dtype), self.value_scale)
         if rotary is not None:
             swapped = qk.roll(self.head_dim // 2, -1)
             qk.mul_(rotary[0]).addcmul_(swapped, rotary[1])
         return attend(qkv).view(x.shape[0], -1)
+
+
+def _qkv_and_gate(attn: CausalSelfAttention) -> nn.Linear:
+    """The projection; the gates of value embeddings stand behind it, up to whole heads: one product, not two."""
+    qkv, gate = attn.c_qkv, attn.value_gate
+    if gate is None:
+        return qkv
+    more = -(-attn.n_kv_head // attn.head_dim) * attn.head_dim
+    both = nn.Linear(qkv.in_features, qkv.out_features + more, bias=qkv.bias is not None, device="meta")
+    gates = F.pad(gate.weight, (0, 0, 0, more - attn.n_kv_head))
+    both.weight = nn.Parameter(torch.cat((qkv.weight, gates)), requires_grad=False)
+    if qkv.bias is not None:
+        both.bias = nn.Parameter(F.pad(qkv.bias, (0, more)), requires_grad=False)
+    return both
 
 
 def _norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:

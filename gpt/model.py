@@ -111,7 +111,7 @@ class CausalSelfAttention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         # How much of the value embeddings each head takes.
         has_table = config.value_table_of(layer) is not None
-        self.value_scale = nn.Parameter(torch.empty(self.n_kv_head)) if has_table else None
+        self.value_gate = nn.Linear(config.n_embd, self.n_kv_head, bias=False) if has_table else None
         slopes = alibi_slopes(config.n_head) if config.position == "alibi" else None
         self.register_buffer("slopes", slopes, persistent=False)
 
@@ -129,8 +129,9 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv.split(heads, dim=2)  # (B, T, H, D), (B, T, H_kv, D) twice
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.value_scale is not None:
-            v = torch.addcmul(v, values.view(v.shape).to(v.dtype), self.value_scale.to(v.dtype).unsqueeze(-1))
+        if self.value_gate is not None:
+            gate = 2 * torch.sigmoid(self.value_gate(x)).unsqueeze(-1)  # (B, T, H_kv, 1)
+            v = torch.addcmul(v, values.view(v.shape).to(v.dtype), gate)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
@@ -239,7 +240,7 @@ class GPT(nn.Module):
         2019). xavier: uniform (Glorot & Bengio 2010), embeddings N(0, 1/C). scaled: N(0, 1 / fan_in), so that
         activations keep their size at any width (as in muP, Yang et al. 2022), and zeros for the head and for
         the projections into the residual stream, so that each block starts as the identity and the loss as ln V.
-        Value embeddings start as zeros in all of them.
+        Value embeddings and their gates start as zeros in all of them.
         """
         C, init = self.config.n_embd, self.config.init
         for name, weight in self.named_parameters():
@@ -247,7 +248,7 @@ class GPT(nn.Module):
                 weight.zero_()
             elif weight.ndim == 1:
                 weight.fill_(1.0)
-            elif name.startswith("value_embeds."):
+            elif "value_" in name:
                 weight.zero_()
             elif "embed" in name:  # also the head, when tied
                 std = {"gpt2": 0.02, "xavier": C**-0.5, "scaled": C**-0.5 if self.config.tied_embeddings else 1.0}[init]

@@ -221,7 +221,8 @@ def build_optimizers(model: nn.Module, config: OptimConfig, world: World | None 
     adamw: matrices and embeddings decay, vectors (norms and biases) do not, as in GPT-2 and nanoGPT. With base_width
     the matrices whose fan-in grows with the model have their rate times base_width / n_embd, and their decay divided
     by it, so that rate * decay stays (muP's rule for Adam: Yang et al. 2022, table 3).
-    muon: the blocks' matrices under Muon; embeddings, head and vectors under Adam with rates of their own, no decay.
+    muon: the blocks' matrices under Muon; embeddings under Adam with one rate, head, gates and vectors with another, no
+    decay.
     """
     leave_compiler_out()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -240,7 +241,8 @@ def build_optimizers(model: nn.Module, config: OptimConfig, world: World | None 
             groups.append({"params": [p for name, p in named if name in grow], **scaled})
         optimizers = [torch.optim.AdamW(groups, lr=config.learning_rate, **adam)]
     else:
-        matrices = {name: p for name, p in named if name.startswith("blocks.") and p.ndim == 2}
+        hidden = [(name, p) for name, p in named if name.startswith("blocks.") and p.ndim == 2]
+        matrices = {name: p for name, p in hidden if not name.endswith("value_gate.weight")}
         qkv = [p for name, p in matrices.items() if name.endswith("c_qkv.weight")]
         rest = [p for name, p in matrices.items() if not name.endswith("c_qkv.weight")]
         attn = model.blocks[0].attn

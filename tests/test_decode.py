@@ -19,6 +19,7 @@ OPTIONS = {
     "window-alibi-post": {"window": 5, "position": "alibi", "norm_order": "post", "qk_norm": False},
     "window-pattern": {"n_layer": 3, "window": 5, "window_pattern": "SSL", "n_kv_head": 2},
     "value-embeds": {"n_layer": 3, "value_embeds": 1, "n_kv_head": 2},
+    "value-embeds-bias": {"value_embeds": 1, "bias": True, "head_dim": 8, "n_head": 12},
     "sinusoidal-tied": {"position": "sinusoidal", "tied_embeddings": True, "activation": "relu"},
 }
 

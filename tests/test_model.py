@@ -300,10 +300,14 @@ def test_value_embeddings_join_the_values_of_the_first_and_the_last_blocks():
     plain.load_state_dict(ours.state_dict(), strict=False)
     tokens = random_tokens(2, 24)
     for layer, table in {0: 0, 1: 1, 3: 0, 4: 1}.items():
-        scale = ours.blocks[layer].attn.value_scale.repeat_interleave(8)  # (H_kv D,)
-        added = torch.cat((torch.zeros(2, 24, 4 * 8 + 2 * 8), scale * ours.value_embeds[table].weight[tokens]), dim=-1)
-        plain.blocks[layer].attn.c_qkv.register_forward_hook(lambda module, inputs, out, added=added: out + added)
-    assert ours.blocks[2].attn.value_scale is None
+        gate, rows = ours.blocks[layer].attn.value_gate.weight, ours.value_embeds[table].weight[tokens]
+
+        def add(module, inputs, out, gate=gate, rows=rows):
+            share = 2 / (1 + torch.exp(-inputs[0] @ gate.T))  # (B, T, H_kv)
+            return out + torch.cat((torch.zeros(2, 24, 48), rows * share.repeat_interleave(8, dim=-1)), dim=-1)
+
+        plain.blocks[layer].attn.c_qkv.register_forward_hook(add)
+    assert ours.blocks[2].attn.value_gate is None
     torch.testing.assert_close(ours(tokens), plain(tokens), atol=1e-5, rtol=1e-5)
 
 
