@@ -1,6 +1,7 @@
 """A run directory: how a run is begun, gone on with, stopped, and how its model comes back."""
 
 import json
+import math
 import shutil
 import signal
 from collections.abc import Callable
@@ -150,11 +151,12 @@ def recipe(config: Config, processes: int = 1) -> dict[str, Any]:
 
 def differences(saved: dict[str, Any], now: dict[str, Any], step: int) -> str | None:
     """One sentence on what is not as it was when a checkpoint was saved, and what that changes; None: nothing is."""
+    rows = [[made.get(key) for key in ("batch_size", "grad_accum_steps", "processes")] for made in (saved, now)]
+    alike = all(type(n) is int for n in rows[0]) and math.prod(rows[0]) == math.prod(rows[1])
+    dealt = "sums are rounded in another order" + ", dropout is drawn anew" * bool(now["dropout"])
     reasons = {
         "threads": "CPU sums are rounded in another order",
-        "processes": "sums are rounded in another order",
-        "batch_size": "a step sees other text",
-        "grad_accum_steps": "a step sees other text",
+        **dict.fromkeys(("processes", "batch_size", "grad_accum_steps"), dealt if alike else "a step sees other text"),
         "packing": "documents fill rows in another way",
         "corpus_weights": "a step sees other text",
         "max_steps": "the learning rate falls along another curve",

@@ -19,6 +19,7 @@ import gpt
 from gpt.command_line import load_config
 from gpt.model import GPT
 from gpt.monitor import Monitor, read_metrics
+from gpt.run import differences, recipe
 from tests.train_checks import flags, lasting, names_in, run, weights_of
 from train import main
 
@@ -81,6 +82,24 @@ def test_what_a_resumed_run_changes_is_said_in_one_line(folder, capsys):
         "(CPU sums are rounded in another order); batch_size is 4, was 8 (a step sees other text)"
     )
     assert [r["tokens"] for r in lasting("run") if "train_loss" in r] == [128, 256, 384, 512, 576, 640]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulated", "processes", "dropout", "reason"),
+    [
+        (8, 1, 2, 0.0, "sums are rounded in another order"),
+        (2, 8, 1, 0.1, "sums are rounded in another order, dropout is drawn anew"),
+        (8, 2, 2, 0.0, "a step sees other text"),
+        (4, 2, 1, 0.0, "a step sees other text"),
+    ],
+)
+def test_what_a_step_sees_is_told_from_how_it_is_dealt_out(batch_size, accumulated, processes, dropout, reason):
+    """The checkpoint is of 8 rows, twice a step, in one process."""
+    before = recipe(load_config(flags(batch_size=8, grad_accum_steps=2, dropout=dropout)))
+    now = recipe(load_config(flags(batch_size=batch_size, grad_accum_steps=accumulated, dropout=dropout)), processes)
+    line = differences(before, now, 4)
+    changed = (batch_size != 8) + (accumulated != 2) + (processes != 1)
+    assert line.count(f"({reason})") == line.count("(") == changed
 
 
 def test_the_best_checkpoint_is_kept_apart_and_can_be_loaded(folder, capsys):
