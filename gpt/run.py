@@ -254,7 +254,9 @@ def _validation_tokens(run_dir: Path, tokenizer: Tokenizer) -> np.ndarray | None
 
 
 class StopRequest:
-    """Why the loop should end in order: the first SIGINT or SIGTERM (the second ends the process), or a time limit.
+    """Why the loop should end in order: a SIGINT or SIGTERM, or a time limit. A SIGINT after that ends the process.
+
+    A SIGTERM after that does not: where a whole job is told to end, torchrun tells each process again.
 
     max_minutes: since the process began; 0 is no limit. close() gives the signals back to who had them before.
     """
@@ -274,10 +276,10 @@ class StopRequest:
         return None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal is not None and number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.signal = number
+        self.signal = self.signal or number
 
     def close(self) -> None:
         for number, handler in self._before.items():

@@ -195,6 +195,15 @@ def test_a_signal_saves_and_resume_goes_on(folder, number):
     assert [r["step"] for r in lasting("run")] == [*range(1, stopped + 2), stopped + 1]
 
 
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not(first):
+    """Under torchrun a process gets SIGTERM twice where the whole job does: from who ends it, and from torchrun."""
+    code = "import signal, sys; from gpt.run import StopRequest; stop = StopRequest(); raised = signal.raise_signal\n"
+    code += f"raised({first:d}); raised(signal.SIGTERM); print(stop.reason, flush=True); raised(signal.SIGINT)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == (f"{first.name}\n", -signal.SIGINT)
+
+
 def test_a_run_that_was_stopped_between_logs_has_the_metrics_of_one_that_was_not(folder, capsys, monkeypatch):
     """The second step is skipped, of which the line of the fourth tells; the run is stopped before that."""
     options = {"max_steps": 12, "log_interval": 4, "eval_interval": 5}
