@@ -53,14 +53,19 @@ def earlier_run(
     A run that begins anew has no checkpoint, and no tokenizer unless init_from brings one.
 
     Takes the lock of a run that is there and may be written to, before anything of it is read.
-    Raises UserError where the run directory is taken and neither resume nor overwrite is given, where there is nothing
-    to evaluate, where the model or tokenizer asked for is not the run's, or a named checkpoint is damaged.
+    Raises UserError where the run directory is taken and neither resume nor overwrite is given, where overwrite would
+    delete what the run begins with, where there is nothing to evaluate, where the model or tokenizer asked for is not
+    the run's, or a named checkpoint is damaged.
     """
     from gpt.initial import initial_tokenizer  # it reads runs too
 
     train = config.train
     if _present(train.run_dir) and not (train.eval_only or train.dry_run):
         lock.take()
+    beginnings = [train.resume_from.resolve().parent.parent] if train.resume_from else []
+    beginnings += [Path(train.init_from).resolve()] if train.init_from else []
+    if train.overwrite and train.run_dir.resolve() in beginnings:
+        raise UserError(f"overwrite would delete {train.run_dir}, which this run begins with: give another --run-dir")
     if train.resume_from is not None:
         fault = verify(train.resume_from)
         if fault:

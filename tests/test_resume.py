@@ -20,7 +20,7 @@ from gpt.command_line import load_config
 from gpt.model import GPT
 from gpt.monitor import Monitor, read_metrics
 from gpt.run import differences, recipe
-from tests.train_checks import flags, lasting, names_in, run, weights_of
+from tests.train_checks import flags, lasting, names_in, refused, run, weights_of
 from train import main
 
 ROOT = Path(__file__).parent.parent
@@ -149,6 +149,17 @@ def test_resume_from_a_checkpoint_of_another_run(folder, capsys):
     run(run_dir="first")
     run("--resume-from", "first/checkpoints/step_00000010", run_dir="second")
     assert all(torch.equal(a, b) for a, b in zip(weights_of("first", 20).values(), weights_of("second", 20).values()))
+
+
+@pytest.mark.parametrize(
+    "words", [["--resume-from", "run/checkpoints/step_00000002"], ["--init-from", "run"]], ids=["resume", "init"]
+)
+def test_overwrite_does_not_delete_what_a_run_begins_with(folder, capsys, words):
+    run(max_steps=2)
+    before = names_in("run/checkpoints")
+    line = refused(capsys, *words, *flags(max_steps=3), "--overwrite")
+    assert "overwrite would delete run, which this run begins with" in line
+    assert names_in("run/checkpoints") == before
 
 
 def test_eval_only_prints_the_loss_and_writes_nothing(folder, capsys):
