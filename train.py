@@ -195,6 +195,10 @@ def train(config: Config, world: World, lock: RunLock) -> int:
     model.train()
     since, since_step = time.perf_counter(), at.step
     try:
+        # A run that was killed between the two checkpoints of one step has the first of them, "step", alone.
+        lacks_best = world.main and not (checkpoints_of(run_dir) / f"best_{start:08d}").exists()
+        if options.resume and (at.best or {}).get("step") == start and world.sum(lacks_best) == [1]:
+            save("best")
         while at.step < options.max_steps and not (stopping or at.without_progress(options.patience)):
             scale = lr_scale(at.step, options.max_steps, config.optim)
             set_learning_rate(optimizers, scale)

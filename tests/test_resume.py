@@ -121,6 +121,18 @@ def test_the_best_checkpoint_is_kept_apart_and_can_be_loaded(folder, capsys):
         gpt.load("run", "cpu", which="run/checkpoints/step_00000011")
 
 
+@pytest.mark.parametrize("max_steps", [4, 6], ids=["at-the-end", "on-the-way"])
+def test_a_best_checkpoint_that_a_kill_left_out_is_made_up_for(folder, capsys, max_steps):
+    """A step that is both is saved twice, and the kill came in between; the next evaluation is not better."""
+    run(max_steps=4, eval_interval=2, checkpoint_interval=4)
+    name = "run/checkpoints/best_00000004"
+    shutil.move(name, "whole")
+    assert run("--resume", max_steps=max_steps, eval_interval=6, learning_rate=0.5, schedule="constant") == 0
+    assert names_in("run/checkpoints")[0] == "best_00000004"
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert Path(name, file).read_bytes() == Path("whole", file).read_bytes()
+
+
 def test_going_back_leaves_nothing_of_the_course_that_was_left(folder, capsys):
     """Else a later --resume would take the abandoned step 20, not the newest step of this course."""
     run(checkpoint_interval=5, keep_checkpoints=4)
