@@ -195,6 +195,10 @@ def train(config: Config, world: World, lock: RunLock) -> int:
     model.train()
     since, since_step = time.perf_counter(), at.step
     try:
+        # A run that was killed between the two checkpoints of one step has the first of them, "step", alone.
+        lacks_best = world.main and not (checkpoints_of(run_dir) / f"best_{start:08d}").exists()
+        if options.resume and (at.best or {}).get("step") == start and world.sum(lacks_best) == [1]:
+            save("best")
         while at.step < options.max_steps and not (stopping or at.without_progress(options.patience)):
             scale = lr_scale(at.step, options.max_steps, config.optim)
             set_learning_rate(optimizers, scale)
@@ -238,8 +242,9 @@ def train(config: Config, world: World, lock: RunLock) -> int:
             # No log or evaluation where a run is stopped: gone on with, it has the metrics of one that was not.
             log_now = last or at.step % config.log.log_interval == 0
             evaluate_now = last or at.step % options.eval_interval == 0
-            save_now = last or stopping or at.step % options.checkpoint_interval == 0
-            if not (log_now or evaluate_now or save_now):
+            save_now = last or at.step % options.checkpoint_interval == 0
+            looked_at = log_now or evaluate_now or save_now
+            if not (looked_at or stopping):
                 continue
             seen = guard.read()  # waits for the device, and so does what follows
             at.skipped += seen.skipped
@@ -249,7 +254,7 @@ def train(config: Config, world: World, lock: RunLock) -> int:
             # A spike, or a gradient out of float16's range, says nothing against the weights; any other may.
             doubtful = seen.in_a_row > 0 and not seen.spike and not (loss_scale.enabled and math.isfinite(seen.loss))
             broken = (save_now or evaluate_now) and not doubtful and not all_finite(weights, world)
-            failed = broken or seen.in_a_row >= options.max_skipped_steps
+            failed = broken or (looked_at and seen.in_a_row >= options.max_skipped_steps)
             what = f"step {at.step}: the {'weights are not finite' if broken else seen.fault}"
             if failed and can_go_back():
                 restore(checkpoint, rollbacks=loader.rollbacks + 1)

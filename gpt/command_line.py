@@ -182,12 +182,26 @@ def _preset(name: str | None) -> dict[str, Any]:
     return {key: defaults[key] for preset in PRESETS.values() for key in preset} | PRESETS[name]
 
 
+def _begun_run(argv: Sequence[str], path: Path | None, tables: dict[str, dict[str, Any]]) -> Path | None:
+    """The config.toml of the run that is to be gone on with, if it is there: init_from has then done its part."""
+    train = tables.get("train", {})
+    run_dir = _given(argv, "--run-dir") or train.get("run_dir") or _run_dir(path)
+    saved = Path(run_dir) / "config.toml"
+    return saved if ("--resume" in argv or train.get("resume")) and saved.exists() else None
+
+
+def _run_dir(path: Path | None) -> Path:
+    """Where a run is kept that does not say: by the name of its config file."""
+    return Path("runs") / (path.stem if path else "gpt")
+
+
 def load_config(argv: Sequence[str], prog: str = "train.py") -> Config:
     """The Config that a command line asks for. Raises UserError.
 
     With init_from the model's options begin as the source's, in a preset's place. Over a run's own file a preset is as
     the flags are: what it says is asked of the run.
     With --resume or --eval-only and a run directory but no file, the run's own config.toml is the file.
+    With --resume and a run that is there, its model's options stand in the source's place.
     """
     path = Path(argv[0]) if argv and not argv[0].startswith("-") else None
     run_dir, saved = _given(argv, "--run-dir"), None
@@ -201,6 +215,8 @@ def load_config(argv: Sequence[str], prog: str = "train.py") -> Config:
     source = _given(argv, "--init-from") or tables.get("train", {}).get("init_from")
     if path is not None and path == saved:  # it has every option of the model; the run is checked against a preset
         tables["model"] = model | _preset(preset)
+    elif source and (begun := _begun_run(argv, path, tables)):
+        tables["model"] = asdict(config_from_toml(begun).model) | _preset(preset) | model
     elif source:
         from gpt.initial import initial_config
 
@@ -216,8 +232,7 @@ def load_config(argv: Sequence[str], prog: str = "train.py") -> Config:
     config = Config(**{name: getattr(arguments, name) for name in TABLES})
     _check_acting(argv, config)
     if config.train.run_dir is None:
-        name = path.stem if path else "gpt"
-        config = with_changes(config, "train", run_dir=Path("runs") / name)
+        config = with_changes(config, "train", run_dir=_run_dir(path))
     return config
 
 

@@ -1,6 +1,7 @@
 """A run directory: how a run is begun, gone on with, stopped, and how its model comes back."""
 
 import json
+import math
 import shutil
 import signal
 from collections.abc import Callable
@@ -52,14 +53,19 @@ def earlier_run(
     A run that begins anew has no checkpoint, and no tokenizer unless init_from brings one.
 
     Takes the lock of a run that is there and may be written to, before anything of it is read.
-    Raises UserError where the run directory is taken and neither resume nor overwrite is given, where there is nothing
-    to evaluate, where the model or tokenizer asked for is not the run's, or a named checkpoint is damaged.
+    Raises UserError where the run directory is taken and neither resume nor overwrite is given, where overwrite would
+    delete what the run begins with, where there is nothing to evaluate, where the model or tokenizer asked for is not
+    the run's, or a named checkpoint is damaged.
     """
     from gpt.initial import initial_tokenizer  # it reads runs too
 
     train = config.train
     if _present(train.run_dir) and not (train.eval_only or train.dry_run):
         lock.take()
+    beginnings = [train.resume_from.resolve().parent.parent] if train.resume_from else []
+    beginnings += [Path(train.init_from).resolve()] if train.init_from else []
+    if train.overwrite and train.run_dir.resolve() in beginnings:
+        raise UserError(f"overwrite would delete {train.run_dir}, which this run begins with: give another --run-dir")
     if train.resume_from is not None:
         fault = verify(train.resume_from)
         if fault:
@@ -150,11 +156,12 @@ def recipe(config: Config, processes: int = 1) -> dict[str, Any]:
 
 def differences(saved: dict[str, Any], now: dict[str, Any], step: int) -> str | None:
     """One sentence on what is not as it was when a checkpoint was saved, and what that changes; None: nothing is."""
+    rows = [[made.get(key) for key in ("batch_size", "grad_accum_steps", "processes")] for made in (saved, now)]
+    alike = all(type(n) is int for n in rows[0]) and math.prod(rows[0]) == math.prod(rows[1])
+    dealt = "sums are rounded in another order" + ", dropout is drawn anew" * bool(now["dropout"])
     reasons = {
         "threads": "CPU sums are rounded in another order",
-        "processes": "sums are rounded in another order",
-        "batch_size": "a step sees other text",
-        "grad_accum_steps": "a step sees other text",
+        **dict.fromkeys(("processes", "batch_size", "grad_accum_steps"), dealt if alike else "a step sees other text"),
         "packing": "documents fill rows in another way",
         "corpus_weights": "a step sees other text",
         "max_steps": "the learning rate falls along another curve",
@@ -263,7 +270,9 @@ def _validation_tokens(run_dir: Path, tokenizer: Tokenizer) -> np.ndarray | None
 
 
 class StopRequest:
-    """Why the loop should end in order: the first SIGINT or SIGTERM (the second ends the process), or a time limit.
+    """Why the loop should end in order: a SIGINT or SIGTERM, or a time limit. A SIGINT after that ends the process.
+
+    A SIGTERM after that does not: where a whole job is told to end, torchrun tells each process again.
 
     max_minutes: since the process began; 0 is no limit. close() gives the signals back to who had them before.
     """
@@ -283,10 +292,10 @@ class StopRequest:
         return None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal is not None and number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.signal = number
+        self.signal = self.signal or number
 
     def close(self) -> None:
         for number, handler in self._before.items():

@@ -20,7 +20,10 @@ NEWEST, OLDER = "step_00000004", "step_00000002"
 
 
 def make_run(folder: Path) -> None:
-    """text.txt, and run with checkpoints at the steps 2 and 4, in a folder that is the working directory."""
+    """text.txt, and run with checkpoints at the steps 2 and 4, in a folder that is the working directory.
+
+    There is no best checkpoint, as if the run had not been evaluated.
+    """
     (folder / "text.txt").write_text(TEXT)
     assert main(load_config([*FLAGS, "--max-steps", "2"])) == 0
     assert main(load_config([*FLAGS, "--max-steps", "4", "--resume"])) == 0
@@ -28,6 +31,10 @@ def make_run(folder: Path) -> None:
         for file in best.iterdir():
             file.unlink()
         best.rmdir()
+    for step in Path("run/checkpoints").iterdir():
+        state = json.loads((step / "state.json").read_text())
+        (step / "state.json").write_text(json.dumps(state | {"best": None}))
+        reseal(step)
 
 
 def status_of(*words: str) -> int:

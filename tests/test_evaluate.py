@@ -383,8 +383,9 @@ def test_bad_input_is_one_sentence(tiny_run, capsys, words, message):
 def start(tmp_path, *words, name="run"):
     (tmp_path / "text.txt").write_text(TEXT * 20)
     common = ["--corpus", tmp_path / "text.txt", "--run-dir", tmp_path / name, "--cache-dir", tmp_path / "cache"]
-    common += ["--max-steps", 1, "--sample-tokens", 0, "--device", "cpu", "--dtype", "float32", *words]
-    return train(load_config(list(map(str, common))))
+    common += ["--max-steps", 1, "--sample-tokens", 0, "--device", "cpu", "--dtype", "float32"]
+    file, words = (words[:1], words[1:]) if str(words[0]).endswith(".toml") else ((), words)
+    return train(load_config(list(map(str, [*file, *common, *words]))))
 
 
 @pytest.mark.parametrize("kind", ["run", "hf"])
@@ -405,6 +406,9 @@ def test_training_begins_with_the_weights(tiny_run, tmp_path, kind):
     if kind == "hf":
         shutil.rmtree(source)
     assert load_config(["--run-dir", str(tmp_path / "run"), "--resume"]).model == after.config
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'[model]\nseq_len = 12\n[train]\ninit_from = "{source}"\nresume = true\n')
+    assert start(tmp_path, recipe, "--max-steps", 2) == 0
 
 
 def test_a_position_table_is_cut(tmp_path):

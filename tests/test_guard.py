@@ -69,11 +69,13 @@ def test_skipped_steps_are_counted_between_logs(folder, capsys, bad_at):
     assert (last["step"], last["skipped_steps"]) == (10, 4)
 
 
-def test_a_run_that_is_stopped_on_a_bad_step_takes_one_more_and_saves(folder, capsys, bad_at, monkeypatch):
+@pytest.mark.parametrize("words", [[], ["--log-interval", "9", "--max-skipped-steps", "1"]], ids=["some", "too-many"])
+def test_a_run_that_is_stopped_on_a_bad_step_takes_one_more_and_saves(folder, capsys, bad_at, monkeypatch, words):
+    """Also where so many are too many: an undisturbed run has not looked at them, and does not go back."""
     bad_at(3, 4)
     advance = Monitor.advance
     monkeypatch.setattr(Monitor, "advance", lambda self, n: advance(self, n) or n != 3 or signal.raise_signal(15))
-    assert run("--max-steps", "9") == 4
+    assert run("--max-steps", "9", *words) == 4
     assert "stopped by SIGTERM after step 5" in capsys.readouterr().out
     assert [path.name for path in (folder / "run/checkpoints").iterdir()] == ["step_00000005"]
 

@@ -19,7 +19,8 @@ import gpt
 from gpt.command_line import load_config
 from gpt.model import GPT
 from gpt.monitor import Monitor, read_metrics
-from tests.train_checks import flags, lasting, names_in, run, weights_of
+from gpt.run import differences, recipe
+from tests.train_checks import flags, lasting, names_in, refused, run, weights_of
 from train import main
 
 ROOT = Path(__file__).parent.parent
@@ -83,6 +84,24 @@ def test_what_a_resumed_run_changes_is_said_in_one_line(folder, capsys):
     assert [r["tokens"] for r in lasting("run") if "train_loss" in r] == [128, 256, 384, 512, 576, 640]
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "accumulated", "processes", "dropout", "reason"),
+    [
+        (8, 1, 2, 0.0, "sums are rounded in another order"),
+        (2, 8, 1, 0.1, "sums are rounded in another order, dropout is drawn anew"),
+        (8, 2, 2, 0.0, "a step sees other text"),
+        (4, 2, 1, 0.0, "a step sees other text"),
+    ],
+)
+def test_what_a_step_sees_is_told_from_how_it_is_dealt_out(batch_size, accumulated, processes, dropout, reason):
+    """The checkpoint is of 8 rows, twice a step, in one process."""
+    before = recipe(load_config(flags(batch_size=8, grad_accum_steps=2, dropout=dropout)))
+    now = recipe(load_config(flags(batch_size=batch_size, grad_accum_steps=accumulated, dropout=dropout)), processes)
+    line = differences(before, now, 4)
+    changed = (batch_size != 8) + (accumulated != 2) + (processes != 1)
+    assert line.count(f"({reason})") == line.count("(") == changed
+
+
 def test_the_best_checkpoint_is_kept_apart_and_can_be_loaded(folder, capsys):
     """A rate that is far too high from step 4 on: the validation loss has its minimum early."""
     run(max_steps=4, eval_interval=2, checkpoint_interval=2)
@@ -100,6 +119,18 @@ def test_the_best_checkpoint_is_kept_apart_and_can_be_loaded(folder, capsys):
         assert all(torch.equal(p, saved[key]) for key, p in loaded[which].named_parameters())
     with pytest.raises(gpt.UserError, match=r"step_00000011/manifest\.json cannot be read"):
         gpt.load("run", "cpu", which="run/checkpoints/step_00000011")
+
+
+@pytest.mark.parametrize("max_steps", [4, 6], ids=["at-the-end", "on-the-way"])
+def test_a_best_checkpoint_that_a_kill_left_out_is_made_up_for(folder, capsys, max_steps):
+    """A step that is both is saved twice, and the kill came in between; the next evaluation is not better."""
+    run(max_steps=4, eval_interval=2, checkpoint_interval=4)
+    name = "run/checkpoints/best_00000004"
+    shutil.move(name, "whole")
+    assert run("--resume", max_steps=max_steps, eval_interval=6, learning_rate=0.5, schedule="constant") == 0
+    assert names_in("run/checkpoints")[0] == "best_00000004"
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert Path(name, file).read_bytes() == Path("whole", file).read_bytes()
 
 
 def test_going_back_leaves_nothing_of_the_course_that_was_left(folder, capsys):
@@ -130,6 +161,17 @@ def test_resume_from_a_checkpoint_of_another_run(folder, capsys):
     run(run_dir="first")
     run("--resume-from", "first/checkpoints/step_00000010", run_dir="second")
     assert all(torch.equal(a, b) for a, b in zip(weights_of("first", 20).values(), weights_of("second", 20).values()))
+
+
+@pytest.mark.parametrize(
+    "words", [["--resume-from", "run/checkpoints/step_00000002"], ["--init-from", "run"]], ids=["resume", "init"]
+)
+def test_overwrite_does_not_delete_what_a_run_begins_with(folder, capsys, words):
+    run(max_steps=2)
+    before = names_in("run/checkpoints")
+    line = refused(capsys, *words, *flags(max_steps=3), "--overwrite")
+    assert "overwrite would delete run, which this run begins with" in line
+    assert names_in("run/checkpoints") == before
 
 
 def test_eval_only_prints_the_loss_and_writes_nothing(folder, capsys):
@@ -174,6 +216,15 @@ def test_a_signal_saves_and_resume_goes_on(folder, number):
     stopped = int(re.search(rf"stopped by {number.name} after step (\d+)", output)[1])
     assert run("--resume", max_steps=stopped + 1, eval_interval=100_000) == 0
     assert [r["step"] for r in lasting("run")] == [*range(1, stopped + 2), stopped + 1]
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not(first):
+    """Under torchrun a process gets SIGTERM twice where the whole job does: from who ends it, and from torchrun."""
+    code = "import signal, sys; from gpt.run import StopRequest; stop = StopRequest(); raised = signal.raise_signal\n"
+    code += f"raised({first:d}); raised(signal.SIGTERM); print(stop.reason, flush=True); raised(signal.SIGINT)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == (f"{first.name}\n", -signal.SIGINT)
 
 
 def test_a_run_that_was_stopped_between_logs_has_the_metrics_of_one_that_was_not(folder, capsys, monkeypatch):
