@@ -49,6 +49,8 @@ class Decoder:
     for that, rows go through the matrices in tiles of one size, and through attention one by one.
     cuda_graphs: on a GPU a step of few tokens is recorded as a CUDA graph the third time that it has the same shape,
     and from then on replayed, unless batch-invariant.
+    overrun: a row may be fed so many tokens past capacity and context, along with others that have room. Their logits
+    mean nothing, and the row must be truncated before it goes on.
 
     Of a block with a window the cache holds some 2 * window + 320 tokens of a row, however long it grows. Raises
     ValueError where a row would pass the capacity or the context.
@@ -64,6 +66,7 @@ class Decoder:
         quantize: str | None = None,
         batch_invariant: bool = False,
         cuda_graphs: bool = True,
+        overrun: int = 0,
     ):
         if quantize not in (None, "int8"):
             raise ValueError(f"quantize is int8 or None, not {quantize!r}")
@@ -72,6 +75,7 @@ class Decoder:
             dtype = torch.get_autocast_dtype(self.device.type)
         dtype = dtype or (torch.bfloat16 if quantize else model.embed.weight.dtype)
         self.config, self.dtype, self.capacity = config, dtype, capacity
+        self.limit = min(capacity, config.seq_len) + overrun
         self._lengths = [0] * rows
         self._batch_invariant = batch_invariant
         records = cuda_graphs and can_record(self.device) and not batch_invariant
@@ -84,16 +88,20 @@ class Decoder:
         def linear(layer: nn.Linear) -> PlainLinear:
             return Int8Linear(layer, self.dtype) if quantize else prepare_linear(layer, self.dtype, rows)
 
+        def with_overrun(table: Tensor) -> Tensor:
+            missing = max(0, self.limit - len(table))
+            return torch.cat((table, table[-1:].expand(missing, -1))) if missing else table
+
         config = self.config
         self._embed, self._embed_scale = model.embed.weight.detach(), model.embed_scale
         self._value_tables = [table.weight.detach() for table in model.value_embeds]
         self._table, self._rotary = None, None
         if config.position == "learned":
-            self._table = model.position_embed.weight.detach()
+            self._table = with_overrun(model.position_embed.weight.detach())
         elif config.position == "sinusoidal":
-            self._table = model.position_table
+            self._table = with_overrun(model.position_table)
         elif config.position == "rotary":
-            self._rotary = tuple(table.to(self.dtype).unsqueeze(-2) for table in (model.cos, model.sin))
+            self._rotary = tuple(with_overrun(table).to(self.dtype).unsqueeze(-2) for table in (model.cos, model.sin))
         self._slopes = model.blocks[0].attn.slopes  # (H,) or None
         self._blocks = [_Block(block, linear, self.dtype) for block in model.blocks]
         self._norm = model.norm if isinstance(model.norm, nn.Identity) else _norm(model.norm)
@@ -230,7 +238,7 @@ class Decoder:
     def _make_room(self, row: int, T: int) -> None:
         """Check that T more tokens fit, and let every store make room for them."""
         length = self._lengths[row]
-        if length + T > min(self.capacity, self.config.seq_len):
+        if length + T > self.limit:
             raise ValueError(
                 f"{length + T} tokens are more than row {row} can hold: the capacity is {self.capacity}, "
                 f"the model's context {self.config.seq_len}"

@@ -32,7 +32,7 @@ class Store:
         config, rows = decoder.config, len(decoder.lengths)
         self.window, self.mask, self.starts = window, mask, [0] * rows
         # A window's buffer slides once in `window` tokens or more, so that sliding costs little for each.
-        size = min(decoder.capacity, config.seq_len, 2 * window + CHUNK + SLACK if window else decoder.capacity)
+        size = min(decoder.limit, 2 * window + CHUNK + SLACK if window else decoder.limit)
         self.size = -(-size // ALIGNED) * ALIGNED
         # Zeros and not empty: what is masked still meets a weight of 0, and 0 * NaN is NaN.
         shape = (layers, rows, 2, config.kv_heads, self.size, config.head_width)

@@ -219,15 +219,14 @@ class _Reader:
         reach = SLACK if self.decoder.has_window else length  # a window forgets what it has passed
         return self._prompts[row] == prompt and self._starts[row] == 0 and end <= length <= end + reach
 
-    def follow(self, texts: Sequence[list[int]], ahead: int = 0) -> int:
-        """Make each row hold its text but the last `behind` tokens; how many more than those still fit every row.
+    def follow(self, texts: Sequence[list[int]], ahead: Sequence[int] | None = None) -> list[int]:
+        """Make each row hold its text but the last `behind` tokens; for each, how many more than the text still fit.
 
         A text that, with `ahead` more tokens, has outgrown the row is read again from its newer half on.
         """
-        capacity, lengths = self.decoder.capacity, self.decoder.lengths
-        room = capacity
+        capacity, lengths, room = self.decoder.capacity, self.decoder.lengths, []
         for row, text in enumerate(texts):
-            if len(text) - self._starts[row] + ahead > capacity:
+            if len(text) - self._starts[row] + (ahead[row] if ahead else 0) > capacity:
                 self._starts[row] = max(0, len(text) - max(capacity // 2, self.behind))
                 lengths[row] = 0
                 self.decoder.truncate(row, 0)
@@ -236,7 +235,7 @@ class _Reader:
                 self.decoder.truncate(row, end - self._starts[row])
             elif at < end:
                 self.decoder.prefill(row, text[at:end])
-            room = min(room, capacity - max(len(text) - self._starts[row], self.behind))
+            room.append(capacity - max(len(text) - self._starts[row], self.behind))
         return room
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -267,7 +266,8 @@ class _Drawer:
     def _reader(self, model: GPT, longest: int, behind: int) -> _Reader:
         dtype = None if self.config.dtype is None else getattr(torch, self.config.dtype)
         options = {name: getattr(self.config, name) for name in ("batch_invariant", "quantize", "cuda_graphs")}
-        decoder = Decoder(model, self.rows, min(model.config.seq_len, longest + self.count), dtype=dtype, **options)
+        capacity = min(model.config.seq_len, longest)
+        decoder = Decoder(model, self.rows, capacity, dtype=dtype, overrun=self.count, **options)
         return _Reader(decoder, self.rows, self.vocab_size, behind, model.embed.weight.device)
 
     def begin(self, row: int, sample: _Sample) -> None:
@@ -283,8 +283,10 @@ class _Drawer:
         texts = [sample.text for sample in samples]
         seeds = torch.tensor([[sample.seed] for sample in samples])  # (B, 1)
         seen = self._seen(samples)
-        room = min(self.reader.follow(texts), max(sample.left for sample in samples) - 1)
-        proposals = self._propose(samples, texts, seeds, seen, min(room, self.count))
+        room = self.reader.follow(texts)
+        # What this row has room for, not its neighbours, or they would change it: rows without room are fed as many.
+        counts = [min(n, sample.left - 1, self.count) for n, sample in zip(room, samples)]
+        proposals = self._propose(samples, texts, seeds, seen, counts)
         fed = torch.tensor([text[-1:] for text in texts], device=self.device)
         if proposals is not None:
             fed = torch.cat((fed, proposals.tokens), dim=1)
@@ -307,18 +309,16 @@ class _Drawer:
             raise UserError("the model's logits are not finite: its weights are of no use, train it again")
         return [list(zip(row[:n], values[:n])) for row, values, n in zip(tokens.tolist(), logprobs, counts)]
 
-    def _propose(self, samples, texts, seeds: Tensor, seen: Tensor | None, count: int) -> Proposals | None:
-        if count < 1:
-            return None
+    def _propose(self, samples, texts, seeds: Tensor, seen: Tensor | None, lengths: list[int]) -> Proposals | None:
+        """At most lengths[b] tokens for each sample; None where there are none."""
         if self.draft is None:
-            proposals = propose_by_lookup([sample.lookup for sample in samples], texts, count, self.device)
+            proposals = propose_by_lookup([sample.lookup for sample in samples], texts, lengths, self.device)
             return proposals if proposals.tokens.shape[1] else None
-        # How many tokens a row is proposed must not depend on its neighbours, or its draws would.
-        lengths = [min(count, sample.left - 1) if len(sample.text) >= self.draft.behind else 0 for sample in samples]
-        count = min(max(lengths), self.draft.follow(texts, ahead=count - 1) + 1)  # the last proposal is not fed
-        if count < 1:
+        lengths = [n if len(text) >= self.draft.behind else 0 for n, text in zip(lengths, texts)]
+        room = self.draft.follow(texts, ahead=[max(0, n - 1) for n in lengths])  # the last proposal is not fed
+        lengths = [min(n, fits + 1) for n, fits in zip(lengths, room)]
+        if max(lengths) < 1:
             return None
-        lengths = [min(count, n) for n in lengths]
         return propose_by_model(self.draft.step, self.config, texts, lengths, seeds, self.bias, seen, self.device)
 
     def _seen(self, samples: Sequence[_Sample]) -> Tensor | None:

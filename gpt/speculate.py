@@ -86,9 +86,11 @@ class Ngrams:
         return []
 
 
-def propose_by_lookup(lookups: Sequence[Ngrams], texts: Sequence[Sequence[int]], count: int, device) -> Proposals:
-    """Proposals of at most count tokens for each text; K is the longest row's."""
-    found = [lookup.propose(text, count) for lookup, text in zip(lookups, texts)]
+def propose_by_lookup(
+    lookups: Sequence[Ngrams], texts: Sequence[Sequence[int]], lengths: Sequence[int], device
+) -> Proposals:
+    """Proposals of at most lengths[b] tokens for each text; K is the longest row's."""
+    found = [lookup.propose(text, n) for lookup, text, n in zip(lookups, texts, lengths)]
     width = max(map(len, found))
     padded = [row + [0] * (width - len(row)) for row in found]
     lengths = torch.tensor([len(row) for row in found], device=device)

@@ -88,6 +88,24 @@ def test_a_sample_is_what_it_is_alone(tokenizer, model, kind, invariant):
             assert [p.logprob for p in together if p.prompt == i] == [p.logprob for p in alone]
 
 
+@pytest.mark.parametrize("position", ["rotary", "learned", "sinusoidal", "alibi"])
+@pytest.mark.parametrize("seq_len", [7, 20])
+def test_a_row_at_its_contexts_end_changes_no_other(tokenizer, position, seq_len):
+    """Rows that have room, in model and draft, are proposed as many tokens as alone, whoever has none left."""
+    model = model_of(tokenizer, seq_len=20, position=position, window=9).eval()
+    draft = model_of(tokenizer, seq_len=seq_len, n_layer=1, position=position)
+    prompts = ["the quick brown fo", "dog", "the quick bro", "o"]
+    for rolling in (False, True):
+        options = {"temperature": 1.0, "rolling": rolling, "max_new_tokens": 30 if rolling else None}
+        config = SamplingConfig(batch_size=3, draft_tokens=4, num_samples=3, **options)
+        together = list(generate(model, tokenizer, prompts, config, draft=draft))
+        for i, j in itertools.product(range(len(prompts)), range(3)):
+            one = SamplingConfig(draft_tokens=4, seed=sample_seed(1337, i, j), **options)
+            alone = tokens_of(generate(model, tokenizer, [prompts[i]], one, draft=draft))
+            assert tokens_of(together, i, j) == alone
+            assert len(alone) == (30 if rolling else 20 - len(prompts[i]))
+
+
 @pytest.mark.parametrize("kind", ["draft", "ngram"])
 @pytest.mark.parametrize("seq_len", [5, 8])
 def test_rolling_with_proposals_is_rolling(tokenizer, kind, seq_len):
