@@ -5,9 +5,11 @@ all of a run.
 """
 
 import contextlib
+import itertools
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from gpt.evaluate import evaluate, sample_text
 from gpt.guard import Guard, LossScale, all_finite
 from gpt.hardware import mfu, peak_flops
 from gpt.initial import copy_initial_weights
-from gpt.loader import PLACES, Batches
+from gpt.loader import IGNORED, PLACES, Batches
 from gpt.lock import RunLock
 from gpt.mixture import check_lengths, make_mixture, prepare_all, together
 from gpt.model import GPT
@@ -151,28 +153,34 @@ def train(config: Config, world: World, lock: RunLock) -> int:
         saver.save(training_tensors(model, optimizers, average, world), state, kinds=kinds)
         return checkpoints_of(run_dir) / f"{kinds[0]}_{at.step:08d}"
 
-    def micro_step(parts: int, reduced: bool) -> Tensor:
-        """Add the gradients of the next batch, one of so many parts of the step; its part of the loss."""
-        x, y, *places = batches.next_batch()
+    def micro_step(batch: Sequence[Tensor], share: Tensor | float, reduced: bool) -> Tensor:
+        """Add the gradients of a batch, which has this share of the step; its part of the loss."""
+        x, y, *places = batch
         with parallel.gradients(reduced=reduced):
             with autocast(device, options.dtype):
-                loss = parallel.loss(x, y, **dict(zip(PLACES, places)), **extra) / parts
+                loss = parallel.loss(x, y, **dict(zip(PLACES, places)), **extra) * share
             (loss * loss_scale.scale if loss_scale.enabled else loss).backward()
         return loss.detach()
 
     def forward_backward() -> Tensor:
-        """A step's gradients; its loss, the mean over micro steps."""
+        """A step's gradients; its loss, the mean over this rank's targets: over all, when averaged over the ranks."""
         loss = torch.zeros((), device=device)
         micro_steps = options.batch_size * options.grad_accum_steps // loader.batch_size
-        for n in range(1, micro_steps + 1):
-            loss += micro_step(micro_steps, reduced=n == micro_steps)
+        parts = (batches.next_batch() for _ in range(micro_steps))
+        shares = itertools.repeat(1 / micro_steps)
+        if config.data.packing == "best_fit":  # rows have places without a target: batches count by what they have
+            parts = list(parts)
+            counts = torch.stack([(y != IGNORED).sum() for _, y, *_ in parts]).float()
+            shares = counts / world.mean(counts.sum())
+        for n, (batch, share) in enumerate(zip(parts, shares), start=1):
+            loss += micro_step(batch, share, reduced=n == micro_steps)
         return loss
 
     def fits_everywhere() -> bool:
         """Whether every rank has memory for a micro-batch. Each tries alone: none waits for one that has not."""
         place, fits = batches.state_dict(), True
         try:
-            micro_step(1, reduced=False)
+            micro_step(batches.next_batch(), 1.0, reduced=False)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -180,6 +188,11 @@ def train(config: Config, world: World, lock: RunLock) -> int:
         model.zero_grad(set_to_none=True)
         batches.go_to(place)
         return world.sum(fits) == [world.size]
+
+    def sound() -> bool:
+        """Whether the validation text has a finite loss."""
+        with averaged():
+            return math.isfinite(evaluate(model, parallel, world, val_tokens, tokenizer, config)["val_loss"])
 
     def can_go_back() -> bool:
         if options.max_rollbacks <= loader.rollbacks:
@@ -263,13 +276,13 @@ def train(config: Config, world: World, lock: RunLock) -> int:
                 monitor.say(f"{what}; rollback {loader.rollbacks}: on from step {at.step} with other data")
                 since, since_step, stopping = time.perf_counter(), at.step, False
                 continue
-            if failed or (doubtful and last):
+            if failed or (doubtful and last and not sound()):
                 left = f"the checkpoint {checkpoint.name} is sound" if checkpoint else "nothing was saved"
                 monitor.say(f"{what} and training gives up; {left}.")
                 monitor.say("Try a lower --learning-rate, a longer --warmup-steps, or --grad-clip 1")
                 status = EXIT_DIVERGED
                 break
-            if doubtful:
+            if doubtful and not last:
                 stopping = False  # until a step is taken there is nothing new to see, and nothing to save
                 continue
             record = {"step": at.step, "tokens": at.tokens}

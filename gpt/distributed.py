@@ -265,5 +265,7 @@ def shared_out(stacked: Tensor, owned: int, world: World) -> Tensor:
     if world.size == 1:
         return stacked
     whole = stacked.new_empty(world.size * owned, *stacked.shape[1:])
-    dist.all_gather_into_tensor(whole, stacked.contiguous())
+    # Its name from torch 2.13 on, and the one before.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(whole, stacked.contiguous())
     return whole

@@ -168,9 +168,10 @@ class Monitor:
     def log(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl; wall seconds are added. Shown in the bar, or as a line where there is none."""
         record = {**record, "seconds": round(process_seconds(), 3)}
-        self.records.append(record)
+        # Only finite numbers are JSON.
+        self.records.append({key: x for key, x in record.items() if not isinstance(x, float) or math.isfinite(x)})
         with writing(self.path):
-            line = (json.dumps(record) + "\n").encode()
+            line = (json.dumps(self.records[-1]) + "\n").encode()
             if self.file.write(line) != len(line):  # a disk that fills within the line
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self.wandb is not None:

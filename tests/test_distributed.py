@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -42,26 +43,11 @@ def flags(run_dir: str, batch_size: int, *more: str) -> list[str]:
 
 
 RECIPES = {
-    "adamw": ["--preset", "gpt2", "--window", "9", "--grad-clip", "0.5", "--ema-decay", "0.5"],
-    "muon": [
-        "--optimizer",
-        "muon",
-        "--learning-rate",
-        "0.02",
-        "--n-kv-head",
-        "1",
-        "--value-embeds",
-        "1",
-        "--activation-checkpointing",
-        "--corpus",
-        "docs",
-        "text.txt",
-        "--corpus-weights",
-        "0.6",
-        "0.4",
-        "--packing",
-        "documents",
-    ],
+    "adamw": shlex.split("--preset gpt2 --window 9 --grad-clip 0.5 --ema-decay 0.5 --corpus docs --packing best_fit"),
+    "muon": shlex.split(
+        "--optimizer muon --learning-rate 0.02 --n-kv-head 1 --value-embeds 1 --activation-checkpointing "
+        "--corpus docs text.txt --corpus-weights 0.6 0.4 --packing documents"
+    ),
 }
 
 

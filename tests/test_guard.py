@@ -95,11 +95,30 @@ def test_training_gives_up_after_so_many_in_a_row(folder, capsys, bad_at, limit,
     assert [path.name for path in (folder / "run/checkpoints").iterdir()] == ["step_00000002"]
 
 
-def test_a_run_that_ends_on_a_bad_step_gives_up(folder, capsys, bad_at):
+@pytest.mark.parametrize("sound", [True, False], ids=["sound", "unsound"])
+def test_a_run_that_ends_on_a_bad_step_is_as_good_as_its_weights(folder, capsys, bad_at, monkeypatch, sound):
+    """Which the validation loss tells."""
     bad_at(5)
-    assert run("--max-steps", "5") == 3
-    assert "nothing was saved" in capsys.readouterr().out
-    assert not (folder / "run/checkpoints").exists()
+    if not sound:
+        monkeypatch.setattr("train.evaluate", lambda *args: {"val_loss": math.nan, "bits_per_byte": math.nan})
+    assert run("--max-steps", "5") == (0 if sound else 3)
+    output, records = capsys.readouterr().out, read_metrics(folder / "run/metrics.jsonl")
+    if sound:
+        assert "step 5: skipped 1 of" in output and "step 5: validation loss" in output
+        assert [r["skipped_steps"] for r in records if "skipped_steps" in r] == [1]
+        assert {path.name for path in (folder / "run/checkpoints").iterdir()} == {"step_00000005", "best_00000005"}
+    else:
+        assert "nothing was saved" in output
+        assert not (folder / "run/checkpoints").exists()
+
+
+def test_a_validation_loss_that_is_not_finite_is_not_written_as_one(folder, capsys, monkeypatch):
+    """NaN is not JSON; and it is never the best."""
+    monkeypatch.setattr("train.evaluate", lambda *args: {"val_loss": math.nan, "bits_per_byte": math.inf})
+    assert run("--max-steps", "5") == 0
+    assert "validation loss nan" in capsys.readouterr().out
+    assert "NaN" not in (text := (folder / "run/metrics.jsonl").read_text()) and "Infinity" not in text
+    assert not list((folder / "run/checkpoints").glob("best_*"))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
