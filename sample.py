@@ -90,7 +90,7 @@ def read_prompts(arguments: Arguments) -> list[dict[str, Any]]:
     lines = enumerate(read_lines(path, "prompt file"), 1)
     numbered = [(number, line.removesuffix("\r")) for number, line in lines if line.strip()]
     require(bool(numbered), f"the prompt file {path} holds no prompt")
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() != ".jsonl":
         return [{"prompt": line} for _, line in numbered]
     return [_prompt_object(line, f"{path}, line {number}") for number, line in numbered]
 
@@ -255,6 +255,8 @@ def opened(path: Path | None) -> Iterator[IO[str]]:
 
 def main(arguments: Arguments) -> int:
     """Print prompts and their continuations, or write them as JSON. Returns the exit status."""
+    reads = arguments.interactive or arguments.prompt == "-"
+    require(sys.stdin is not None or not reads, "standard input is closed: there is nothing to read a prompt from")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is then refused as any prompt is
     prompts = [] if arguments.interactive else read_prompts(arguments)

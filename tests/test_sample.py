@@ -209,8 +209,15 @@ def test_standard_input_that_is_no_text_is_one_sentence(run_dir, words):
     assert len(done.stdout.decode().rstrip("\n")) == (3 if interactive else 0)
 
 
+@pytest.mark.parametrize("words", [["--prompt", "-"], ["--interactive"]], ids=str)
+def test_standard_input_that_is_closed_is_one_sentence(run_dir, words, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert status_of(str(run_dir), *words) == 2
+    assert capsys.readouterr().err.startswith("error: standard input is closed")
+
+
 def test_json_holds_what_its_file_cannot(run_dir, tmp_path, capsys, monkeypatch):
-    prompts, output = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    prompts, output = tmp_path / "p.JSONL", tmp_path / "o.jsonl"
     prompts.write_text('{"prompt": "all", "id": "\\ud800é"}\n', encoding="utf-8")
     words = [str(run_dir), "--prompt-file", str(prompts), "--max-new-tokens", "3"]
     assert status_of(*words, "--output", str(output)) == 0
