@@ -212,6 +212,8 @@ def train(config: Config, world: World, lock: RunLock) -> int:
         lacks_best = world.main and not (checkpoints_of(run_dir) / f"best_{start:08d}").exists()
         if options.resume and (at.best or {}).get("step") == start and world.sum(lacks_best) == [1]:
             save("best")
+        elif options.resume and start >= options.max_steps:
+            saver.prune(start)  # the last save may have been killed before it did
         while at.step < options.max_steps and not (stopping or at.without_progress(options.patience)):
             scale = lr_scale(at.step, options.max_steps, config.optim)
             set_learning_rate(optimizers, scale)

@@ -102,18 +102,24 @@ def training_tensors(
 
 
 def store(directory: Path, tensors: Tensors, state: dict[str, Any], *, keep: int, kinds: tuple[str, ...]) -> None:
-    """Write the checkpoint of state["step"], under each of the kinds "step" and "best", then prune.
+    """Write the checkpoint of state["step"], under each of the kinds "step" and "best", then prune. state: JSON values.
 
-    What stays is the newest `keep` of the kind "step" and the newest of the kind "best". Later steps than this one's
-    go too: they are damaged or of a course that the run has left. state: JSON values.
     Raises UserError, naming the file, where the disk refuses; the older checkpoints are then untouched.
     """
     for kind in kinds:
         _write(directory / _name(kind, state["step"]), tensors, state)
+    prune(directory, state["step"], keep)
+
+
+def prune(directory: Path, step: int, keep: int) -> None:
+    """Delete all checkpoints but the newest `keep` of the kind "step" and the newest of the kind "best".
+
+    Later steps than this one go too: they are damaged or of a course that the run has left.
+    """
     try:
         for kind, number in (("step", keep), ("best", 1)):
             own = [path for path in list_checkpoints(directory) if path.name.startswith(kind)]
-            past = [path for path in own if _step(path) <= state["step"]]
+            past = [path for path in own if _step(path) <= step]
             for path in {*own} - {*past[:number]}:
                 _remove(path)
     except OSError as error:

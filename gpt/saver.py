@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gpt.checkpoint import Tensors, store
+from gpt.checkpoint import Tensors, prune, store
 from gpt.errors import UserError
 from gpt.files import flush
 
@@ -38,6 +38,12 @@ class Saver:
             return
         self._thread = threading.Thread(target=self._write, args=(snapshot(tensors), state, kinds), name="saver")
         self._thread.start()
+
+    def prune(self, step: int) -> None:
+        """Delete what a save that was killed at this step has left to delete."""
+        self.wait()
+        if self.directory is not None:
+            prune(self.directory, step, self.keep)
 
     def check(self) -> None:
         """Raise what went wrong in a save that has ended; does not wait."""

@@ -133,6 +133,16 @@ def test_a_best_checkpoint_that_a_kill_left_out_is_made_up_for(folder, capsys, m
         assert Path(name, file).read_bytes() == Path("whole", file).read_bytes()
 
 
+def test_a_finished_run_deletes_what_a_kill_left_to_delete(folder, capsys):
+    """The kill came between the last save and the deletion of older checkpoints."""
+    run(max_steps=8, eval_interval=2, checkpoint_interval=2, keep_checkpoints=9)
+    shutil.copytree("run/checkpoints/step_00000006", "run/checkpoints/best_00000006")
+    kept = ["best_00000008", "step_00000006", "step_00000008"]
+    assert len(names_in("run/checkpoints")) == 6
+    assert run("--resume", max_steps=8, eval_interval=2, keep_checkpoints=2) == 0
+    assert names_in("run/checkpoints") == kept
+
+
 def test_going_back_leaves_nothing_of_the_course_that_was_left(folder, capsys):
     """Else a later --resume would take the abandoned step 20, not the newest step of this course."""
     run(checkpoint_interval=5, keep_checkpoints=4)
