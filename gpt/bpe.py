@@ -13,6 +13,7 @@ PATTERN = (
 )
 
 _SEGMENT = 100_000  # characters; longer texts are handed over in parts
+_LONGEST = 1_000  # characters of a word; the trainer's time grows with the square of a word's length
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> "tokenizers.Tokenizer":
@@ -22,7 +23,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "tokenizers.Tokenizer":
     model = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    model.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    cut = pre_tokenizers.Split(Regex(rf"[\s\S]{{{_LONGEST}}}"), behavior="isolated")
+    model.pre_tokenizer = pre_tokenizers.Sequence([split, cut, to_bytes])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt import tokenizer as module
-from gpt.bpe import train_bpe
+from gpt.bpe import merge_order, train_bpe
 from gpt.build_tokenizer import build_tokenizer, check_name
 from gpt.config import TokenizerConfig
 from gpt.errors import UserError
@@ -203,6 +203,12 @@ def test_bpe_of_a_small_text_is_smaller_and_says_so(caplog):
 
 def test_bpe_of_the_smallest_size_is_bytes():
     assert make_bpe(257).encode("aé") == list("aé".encode())
+
+
+def test_bpe_training_takes_long_words_in_pieces():
+    """Its time grows with the square of a word's length, and a text may be one word."""
+    tokens = merge_order(train_bpe(["a" * 5000], 300))
+    assert max(map(len, tokens)) == 1000
 
 
 def test_bpe_training_repeats():
