@@ -266,7 +266,7 @@ def train(config: Config, world: World, lock: RunLock) -> int:
             monitor.say(seen.said(at.step))
             # A spike, or a gradient out of float16's range, says nothing against the weights; any other may.
             doubtful = seen.in_a_row > 0 and not seen.spike and not (loss_scale.enabled and math.isfinite(seen.loss))
-            broken = (last or (save_now or evaluate_now) and not doubtful) and not all_finite(weights, world)
+            broken = (last or ((save_now or evaluate_now) and not doubtful)) and not all_finite(weights, world)
             failed = broken or (looked_at and seen.in_a_row >= options.max_skipped_steps)
             what = f"step {at.step}: the {'weights are not finite' if broken else seen.fault}"
             if failed and can_go_back():
