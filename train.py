@@ -268,8 +268,9 @@ def train(config: Config, world: World, lock: RunLock) -> int:
             monitor.say(seen.said(at.step))
             # A spike, or a gradient out of float16's range, says nothing against the weights; any other may.
             doubtful = seen.in_a_row > 0 and not seen.spike and not (loss_scale.enabled and math.isfinite(seen.loss))
-            broken = (save_now or evaluate_now) and not doubtful and not all_finite(weights, world)
+            broken = (last or ((save_now or evaluate_now) and not doubtful)) and not all_finite(weights, world)
             failed = broken or (looked_at and seen.in_a_row >= options.max_skipped_steps)
+            failed = failed or (doubtful and last and not sound())
             what = f"step {at.step}: the {'weights are not finite' if broken else seen.fault}"
             if failed and can_go_back():
                 restore(checkpoint, rollbacks=loader.rollbacks + 1)
@@ -278,7 +279,7 @@ def train(config: Config, world: World, lock: RunLock) -> int:
                 monitor.say(f"{what}; rollback {loader.rollbacks}: on from step {at.step} with other data")
                 since, since_step, stopping = time.perf_counter(), at.step, False
                 continue
-            if failed or (doubtful and last and not sound()):
+            if failed:
                 left = f"the checkpoint {checkpoint.name} is sound" if checkpoint else "nothing was saved"
                 monitor.say(f"{what} and training gives up; {left}.")
                 monitor.say("Try a lower --learning-rate, a longer --warmup-steps, or --grad-clip 1")

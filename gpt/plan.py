@@ -56,27 +56,35 @@ def saved_bytes(model: GPT, batch_size: int, dtype: str, packing: str = "stream"
             alive.append(storage)
         return x
 
+    def pack_inputs(block: torch.nn.Module, args: tuple) -> None:
+        for x in filter(torch.is_tensor, args):
+            pack(x)
+
+    # What a block that is computed again begins with, whether torch's checkpoint shows it to the hooks or not.
+    again = [block for block in getattr(model, "blocks", ()) if block.checkpointing]
+    handles = [block.register_forward_pre_hook(pack_inputs) for block in again]
     idx = torch.zeros(batch_size, model.config.seq_len, dtype=torch.int64, device=device)
     places = {} if packing == "stream" else {"positions": idx, "segment_ids": idx.int()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast(device, dtype):
         loss = model.loss(idx, idx, **places)
     del loss
+    for handle in handles:
+        handle.remove()
     return sum(kept.values())
 
 
 def activation_bytes(model: GPT, config: Config) -> int:
     """What the forward pass of a micro-batch keeps for the backward.
 
-    Under activation checkpointing: what stands outside the blocks, each block's input, and all of one block.
+    Under activation checkpointing: what stands outside the blocks, what each block begins with, and all of one block.
     """
     train, blocks = config.train, model.config.n_layer
     kept = saved_bytes(model, train.batch_size, train.dtype, config.data.packing)
     if not train.activation_checkpointing:
         return kept
-    model.checkpoint_activations()  # whose blocks save nothing that saved_bytes sees
+    model.checkpoint_activations()  # each block then keeps what it begins with, and no more
     outside = saved_bytes(model, train.batch_size, train.dtype, config.data.packing)
-    inputs = blocks * train.batch_size * model.config.seq_len * model.config.n_embd * model.embed.weight.element_size()
-    return outside + inputs + (kept - outside) // blocks
+    return outside + (kept - outside) // blocks
 
 
 def memory_of(config: Config, device: torch.device, processes: int = 1) -> Memory:

@@ -63,6 +63,21 @@ def test_memory_of_the_average_of_shards_and_of_recomputation():
     assert one.activations / 2 < two.activations < one.activations
 
 
+def test_recomputation_keeps_what_each_block_begins_with_once():
+    """Its input, and the vectors of value embeddings, which two blocks share."""
+    config, kept = config_of("modern").model, []
+    for layers, tables in ((2, 0), (4, 0), (4, 2)):
+        model = GPT(replace(config, n_layer=layers, n_kv_head=1, value_embeds=tables))
+        model.checkpoint_activations()
+        kept.append(saved_bytes(model, 3, "float32"))
+    inputs, vectors = kept[1] - kept[0], kept[2] - kept[1]
+    assert (inputs, vectors) == (2 * 3 * 48 * 32 * 4, 2 * 3 * 48 * 16 * 4)  # float32 (B, T, C), (B, T, H_kv D)
+    plain = saved_bytes(GPT(replace(config, n_layer=2)), 3, "float32")
+    train = TrainConfig(batch_size=3, dtype="float32", activation_checkpointing=True)
+    planned = memory_of(Config(model=replace(config, n_layer=2), train=train), CPU).activations
+    assert planned == (plain + kept[0]) / 2  # all of one of two blocks
+
+
 def test_activations_grow_with_the_batch():
     config = config_of("modern")
     one, two = (memory_of(Config(model=config.model, train=TrainConfig(batch_size=n)), CPU) for n in (8, 16))
