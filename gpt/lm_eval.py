@@ -63,7 +63,8 @@ def _generate(model: GPT, tokenizer: Tokenizer, context: str, options: dict[str,
     count = max(1, min(int(options.get("max_gen_toks") or 256), max(T - len(prompt), T // 2)))
     prompt = prompt[-max(1, T - count) :]
     names = ("temperature", "top_k", "top_p", "min_p") if options.get("do_sample") else ()
-    drawn = {"temperature": 0.0} | {name: options[name] for name in names if options.get(name) is not None}
+    given = options | {"top_k": options.get("top_k") or None}  # 0 is none, as in transformers
+    drawn = {"temperature": 0.0} | {name: given[name] for name in names if given.get(name) is not None}
     sampling = SamplingConfig(max_new_tokens=count, **drawn)
     device, stream, text = model.embed.weight.device, TextStream(tokenizer, until), ""
     decoder = Decoder(model, 1, len(prompt) + count)

@@ -131,11 +131,12 @@ def with_shots(questions: Sequence[Question], shots: Sequence[Question], k: int,
         places[shot].add(i)
     for number, question in enumerate(questions):
         own = places.get(question, ())
-        others = [shot for i, shot in enumerate(shots) if i not in own]
-        if len(others) < k:
-            raise UserError(f"{k} shots are wanted and there are {len(others)} other rows to draw from")
-        drawn = random.Random(f"{seed} {number}").sample(others, k)
-        contexts.append("\n\n".join([*(shot.answered for shot in drawn), question.context]))
+        others = len(shots) - len(own)
+        if others < k:
+            raise UserError(f"{k} shots are wanted and there are {others} other rows to draw from")
+        drawn = random.Random(f"{seed} {number}").sample(range(len(shots)), k + len(own))
+        answered = [shots[i].answered for i in drawn if i not in own][:k]
+        contexts.append("\n\n".join([*answered, question.context]))
     return contexts
 
 

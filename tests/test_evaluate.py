@@ -263,6 +263,7 @@ def test_harness_draws_as_the_task_asks(harness):
     )
     assert first == greedy != plain
     assert harness.generate_until(requests(("ab", {**drawn, "top_p": 1e-9})))[0] == greedy
+    assert harness.generate_until(requests(("ab", {**drawn, "top_k": 0})))[0] == plain  # as in transformers
 
 
 def _after_document(tokenizer: ByteTokenizer) -> ByteTokenizer:
