@@ -4,6 +4,7 @@ gpt.packing has the loaders that keep documents apart, gpt.mixture the one of se
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -23,7 +24,7 @@ _ROUNDS = 6
 _AHEAD = 4096  # window starts computed at a time
 
 
-class Loader:
+class Loader(ABC):
     """An endless stream of rows, dealt out to ranks; what each kind of row is, take and read know.
 
     A step takes the next world_size * batch_size rows, of which this rank gets its batch_size: the ranks together see
@@ -45,21 +46,21 @@ class Loader:
         rows = self.take(self.world_size * self.batch_size)
         return self.read(rows[self.rank * self.batch_size : (self.rank + 1) * self.batch_size])
 
+    @abstractmethod
     def take(self, n: int) -> Sequence:
         """The next n rows of the stream, n > 0; the stream moves on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, rows: Sequence) -> tuple[Tensor, ...]:
         """The batch of some rows that take gave."""
-        raise NotImplementedError
 
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch begins, over all ranks; and what the order depends on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to where state_dict was taken. batch_size and world_size may differ from then. Raises UserError."""
-        raise NotImplementedError
 
     def check_order(self, state: dict[str, Any], order: dict[str, Any]) -> None:
         """UserError unless the state has what this loader's order depends on."""

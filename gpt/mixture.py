@@ -92,22 +92,22 @@ class Mixture(Loader):
         index = np.arange(self._index, self._index + n, dtype=np.uint64)
         return np.searchsorted(self._ends, (self._phase + index * _GOLDEN) / 2.0**64, side="right")
 
-    def next_batch(self) -> tuple[Tensor, ...]:
-        n = self.world_size * self.batch_size
+    def take(self, n: int) -> list[tuple[int, Any]]:
+        """The next n rows, each with the number of the loader that reads it."""
         chosen = self.chosen(n)
         self._index += n
-        first = self.rank * self.batch_size
+        counts = np.bincount(chosen, minlength=len(self._loaders)).tolist()
+        rows = [iter(loader.take(count) if count else ()) for loader, count in zip(self._loaders, counts, strict=True)]
+        return [(number, next(rows[number])) for number in chosen.tolist()]
+
+    def read(self, rows: Sequence[tuple[int, Any]]) -> tuple[Tensor, ...]:
         parts, order = [], []
         for number, loader in enumerate(self._loaders):
-            at = np.flatnonzero(chosen == number)
-            if not len(at):
-                continue
-            rows = loader.take(len(at))
-            low, high = np.searchsorted(at, (first, first + self.batch_size))
-            if low < high:
-                parts.append(loader.read(rows[low:high]))
-                order.append(at[low:high])
-        back = torch.from_numpy(np.concatenate(order).argsort())
+            at = [i for i, (own, _) in enumerate(rows) if own == number]
+            if at:
+                parts.append(loader.read([rows[i][1] for i in at]))
+                order += at
+        back = torch.tensor(order).argsort()
         return tuple(torch.cat(kind)[back] for kind in zip(*parts, strict=True))
 
     def state_dict(self) -> dict[str, Any]:

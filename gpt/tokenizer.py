@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 import unicodedata
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -49,7 +50,7 @@ class UnknownCharacter(UserError):
         self.character, self.position = character, position
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """What every kind offers. Ids run from 0 to vocab_size - 1.
 
     pieces: the UTF-8 bytes behind each id (a part of a character for some); b"" for special tokens and unused ids.
@@ -130,11 +131,13 @@ class Tokenizer:
         form = {"format": FORMAT, "version": VERSION, **self._form()}
         return (json.dumps(form, ensure_ascii=True, indent=0, sort_keys=True) + "\n").encode()
 
+    @abstractmethod
     def _encode(self, text: str) -> np.ndarray:
-        raise NotImplementedError
+        """The ids of a text that can be encoded."""
 
+    @abstractmethod
     def _form(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """What the file says of this kind of tokenizer."""
 
 
 class CharTokenizer(Tokenizer):
