@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from gpt.checkpoint import list_checkpoints
 from gpt.config import Config
 from gpt.errors import UserError
-from gpt.files import write_whole
+from gpt.loss_plot import Losses, plot_losses
 
 _IMPORTED = time.monotonic()
 
@@ -30,29 +30,52 @@ def process_seconds() -> float:
         return time.monotonic() - _IMPORTED
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; what follows a line that is none, as one cut short, is left out."""
-    records = []
-    if path.exists():
-        for line in path.read_bytes().splitlines():
+def metrics_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each record of a metrics.jsonl, read as it is asked for, and where its line ends in the file, in bytes.
+
+    Stops at the first invalid or truncated line.
+    """
+    if not path.exists():
+        return
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            end += len(line)
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
-                break
+                return
             if not isinstance(record, dict) or type(record.get("step")) is not int:
-                break
-            records.append(record)
-    return records
+                return
+            yield record, end
 
 
-def kept_metrics(path: Path, start_step: int, size: int | None) -> list[dict[str, Any]]:
-    """Cut a metrics.jsonl down to what it was at start_step, when it had `size` bytes; the records it then holds."""
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, up to the first invalid or truncated line."""
+    return [record for record, _ in metrics_lines(path)]
+
+
+def cut_metrics(path: Path, start_step: int, size: int | None) -> Losses:
+    """Cut a metrics.jsonl to what it was at start_step, when it had `size` bytes; the losses that it then holds.
+
+    Without a size, or where the file is shorter: to the records before the first one of a later step.
+    """
     if size is not None and path.exists() and path.stat().st_size >= size:
         os.truncate(path, size)
-        return read_metrics(path)
-    records = [r for r in read_metrics(path) if r["step"] <= start_step]
-    write_whole(path, "".join(json.dumps(record) + "\n" for record in records).encode())
-    return records
+        return Losses(record for record, _ in metrics_lines(path))
+    losses, end = Losses(), 0
+    for record, line_end in metrics_lines(path):
+        if record["step"] > start_step:
+            break
+        losses.add(record)
+        end = line_end
+    with path.open("ab") as file:
+        file.truncate(end)
+    with path.open("rb+") as file:
+        file.seek(max(0, end - 1))
+        if file.read() not in (b"", b"\n"):  # a last line that was cut after its closing brace
+            file.write(b"\n")
+    return losses
 
 
 @contextlib.contextmanager
@@ -62,31 +85,6 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; the checkpoints are untouched") from error
-
-
-def plot_losses(records: Iterable[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw training and validation loss over steps into a PNG."""
-    from matplotlib.figure import Figure  # pyplot would take twice as long to import
-
-    records = list(records)
-    train = [(r["step"], r["train_loss"]) for r in records if "train_loss" in r]
-    val = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    if train:
-        axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.45, linewidth=1, label="training")
-    if val:
-        axes.plot(*zip(*val, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
-        axes.annotate(
-            f"{val[-1][1]:.4f}", val[-1], textcoords="offset points", xytext=(0, 8), ha="right", color="tab:orange"
-        )
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
-    axes.grid(alpha=0.3)
-    if train or val:
-        axes.legend()
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
 
 
 class CorpusProgress:
@@ -169,9 +167,10 @@ class Monitor:
         """One line of metrics.jsonl; wall seconds are added. Shown in the bar, or as a line where there is none."""
         record = {**record, "seconds": round(process_seconds(), 3)}
         # Only finite numbers are JSON.
-        self.records.append({key: x for key, x in record.items() if not isinstance(x, float) or math.isfinite(x)})
+        written = {key: x for key, x in record.items() if not isinstance(x, float) or math.isfinite(x)}
+        self.losses.add(written)
         with writing(self.path):
-            line = (json.dumps(self.records[-1]) + "\n").encode()
+            line = (json.dumps(written) + "\n").encode()
             if self.file.write(line) != len(line):  # a disk that fills within the line
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self.wandb is not None:
@@ -191,7 +190,7 @@ class Monitor:
 
     def _open(self, step: int, size: int | None) -> None:
         with writing(self.path):
-            self.records = kept_metrics(self.path, step, size)
+            self.losses = cut_metrics(self.path, step, size)
             self.file = self.path.open("ab", buffering=0)  # a line is in the file, or the error is here
 
     def rewind(self, step: int) -> None:
@@ -212,7 +211,7 @@ class Monitor:
             logging.getLogger(name).removeHandler(self.handler)
         self.file.close()
         try:
-            plot_losses(self.records, self.run_dir / "loss.png", self.run_dir.resolve().name)
+            plot_losses(self.losses, self.run_dir / "loss.png", self.run_dir.resolve().name)
         except OSError as error:  # a picture is not worth a run's exit status
             self.say(f"loss.png was not drawn: {error.strerror or error}")
         if self.wandb is not None:

@@ -3,10 +3,14 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 import types
 
+import pytest
+
 from gpt.command_line import load_config
-from gpt.monitor import Monitor, plot_losses, process_seconds, read_metrics
+from gpt.loss_plot import LIMIT, Curve, Losses, plot_losses
+from gpt.monitor import Monitor, process_seconds, read_metrics
 
 
 def record(step: int, **values) -> dict:
@@ -51,8 +55,8 @@ def test_the_plot_shows_both_losses(tmp_path):
     from matplotlib import image
 
     records = [record(step, train_loss=3.0 / step) for step in range(1, 50)]
-    plot_losses(records, tmp_path / "train.png", "run")
-    plot_losses([*records, record(49, val_loss=1.0)], tmp_path / "both.png", "run")
+    plot_losses(Losses(records), tmp_path / "train.png", "run")
+    plot_losses(Losses([*records, record(49, val_loss=1.0)]), tmp_path / "both.png", "run")
     train, both = (image.imread(tmp_path / name)[..., :3] for name in ("train.png", "both.png"))
     assert train.shape == both.shape == (540, 960, 3)
     orange = lambda picture: ((abs(picture - [1.0, 0.498, 0.055])).sum(-1) < 0.05).sum()
@@ -61,8 +65,68 @@ def test_the_plot_shows_both_losses(tmp_path):
     assert not list(tmp_path.glob("*tmp*"))
 
 
+def test_the_plot_draws_the_smoothed_curve_in_front_of_single_steps(tmp_path):
+    """Of steps that jump up and down, almost all of the strong blue is on the line between."""
+    from matplotlib import image
+
+    losses = Losses(record(step, train_loss=2.0 + (-1) ** step) for step in range(400))
+    assert all(abs(loss - 2.0) < 1 / 10.9 for _, loss in losses.train.smoothed()[10:])  # means of 11 to 21
+    plot_losses(losses, tmp_path / "loss.png", "run")
+    picture = image.imread(tmp_path / "loss.png")[..., :3]
+    strong = abs(picture - [31 / 255, 119 / 255, 180 / 255]).sum(-1) < 0.05
+    rows = strong[:, 200:600].sum(1)  # behind the first steps, left of the legend
+    assert rows.max() > 300 and 3 <= (rows > 0).sum() < 40  # of 450
+
+
+def test_a_curve_keeps_few_points_of_many_and_their_mean():
+    curve, few = Curve(), Curve()
+    for step in range(3 * LIMIT + 1):
+        curve.add(step, float(step % 7))
+    assert LIMIT / 2 <= len(curve.points) < LIMIT
+    assert curve.points[0] == (1.5, 1.5)  # of four steps
+    assert curve.last == (3 * LIMIT, float(3 * LIMIT % 7))
+    for step, value in ((0, 5.0), (10, 1.0), (20, 3.0)):
+        few.add(step, value)
+    assert few.points == few.smoothed() == [(0, 5.0), (10, 1.0), (20, 3.0)]
+
+
+def test_the_smoothed_curve_is_the_mean_of_a_twentieth_of_the_points():
+    curve = Curve()
+    for step in range(100):
+        curve.add(step, float(step**2))
+    smooth = dict(curve.smoothed())
+    assert smooth[0] == 0.0 and smooth[1] == pytest.approx((0 + 1 + 4) / 3)
+    assert smooth[50] == pytest.approx(sum(n**2 for n in range(48, 53)) / 5)
+    assert smooth[99] == pytest.approx((97**2 + 98**2 + 99**2) / 3)
+
+
+def test_a_long_run_is_held_in_little_memory(tmp_path, capsys):
+    """20,000 records take less than the 4,096 points of a curve do, in the run and when it is gone on with."""
+    line = json.dumps(record(1, train_loss=1.0, grad_norm=1.0, learning_rate=0.1)) + "\n"
+    (tmp_path / "metrics.jsonl").write_text(line * 20_000)
+    tracemalloc.start()
+    monitor = monitor_in(tmp_path, start_step=1, metrics_bytes=20_000 * len(line))
+    for step in range(10):
+        monitor.log(record(2 + step, train_loss=1.0))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    monitor.close()
+    assert peak < 2_000_000
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 20_010
+
+
+def test_metrics_shorter_than_was_saved_are_cut_at_the_first_later_step(tmp_path, capsys):
+    """The last line kept may have lost its line end."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "train_loss": 2.0}\n{"step": 2}')
+    for start, kept in ((2, [1, 2]), (1, [1]), (0, [])):
+        monitor_in(tmp_path, start_step=start, metrics_bytes=999).close()
+        assert [r["step"] for r in read_metrics(path)] == kept
+        assert path.read_bytes()[-1:] == (b"\n" if kept else b"")
+
+
 def test_an_empty_run_still_draws(tmp_path):
-    plot_losses([], tmp_path / "loss.png", "run")
+    plot_losses(Losses(), tmp_path / "loss.png", "run")
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 

@@ -1,0 +1,83 @@
+"""The loss curves of a run as a picture, from a bounded number of points however long the run is."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+LIMIT = 4096  # points of a curve
+WINDOW = 0.05  # of the points: what a point of the smoothed curve averages
+
+
+class Curve:
+    """Values over steps, in at most LIMIT points: above that, neighbours are averaged in pairs, again and again."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[float, float]] = []  # step, value
+        self.last: tuple[float, float] | None = None
+        self._together = 1  # values that make a point
+        self._step = self._value = 0.0  # sums of the values that make no whole point yet
+        self._count = 0
+
+    def add(self, step: float, value: float) -> None:
+        """Append a value; steps rise."""
+        self.last = step, value
+        self._step, self._value, self._count = self._step + step, self._value + value, self._count + 1
+        if self._count < self._together:
+            return
+        self.points.append((self._step / self._count, self._value / self._count))
+        self._step, self._value, self._count = 0.0, 0.0, 0
+        if len(self.points) == LIMIT:
+            halves = zip(self.points[::2], self.points[1::2], strict=True)
+            self.points = [((a + c) / 2, (b + d) / 2) for (a, b), (c, d) in halves]
+            self._together *= 2
+
+    def smoothed(self) -> list[tuple[float, float]]:
+        """The points, each the mean of its neighbours: as many after it as before it, fewer at the curve's end."""
+        sums = [0.0]
+        for _, value in self.points:
+            sums.append(sums[-1] + value)
+        reach, n = int(len(self.points) * WINDOW / 2), len(self.points)
+        smooth = []
+        for i, (step, _) in enumerate(self.points):
+            before = min(reach, i)
+            first, end = i - before, min(i + before + 1, n)
+            smooth.append((step, (sums[end] - sums[first]) / (end - first)))
+        return smooth
+
+
+class Losses:
+    """Training and validation loss of a run's records, as curves."""
+
+    def __init__(self, records: Iterable[dict[str, Any]] = ()) -> None:
+        self.train, self.val = Curve(), Curve()
+        for record in records:
+            self.add(record)
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Take the losses out of a record of metrics.jsonl."""
+        for curve, key in ((self.train, "train_loss"), (self.val, "val_loss")):
+            if isinstance(record.get(key), int | float):
+                curve.add(record["step"], record[key])
+
+
+def plot_losses(losses: Losses, path: Path, title: str) -> None:
+    """Draw training and validation loss over steps into a PNG: single values faintly, their running mean in front."""
+    from matplotlib.figure import Figure  # pyplot would take twice as long to import
+
+    train, val = losses.train, losses.val
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    if train.points:
+        axes.plot(*zip(*train.points, strict=True), color="tab:blue", alpha=0.25, linewidth=0.8)
+        axes.plot(*zip(*train.smoothed(), strict=True), color="tab:blue", linewidth=1.8, label="training")
+    if val.points:
+        axes.plot(*zip(*val.points, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
+        place = {"textcoords": "offset points", "xytext": (0, 8), "ha": "right"}
+        axes.annotate(f"{val.last[1]:.4f}", val.last, color="tab:orange", **place)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    if train.points or val.points:
+        axes.legend()
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=120)
+    temporary.replace(path)
