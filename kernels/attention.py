@@ -17,6 +17,7 @@ from kernels.attention_reference import attention_reference
 from kernels.attention_sdpa import attention_sdpa, why_not_sdpa
 from kernels.mask import FAR, Mask
 from kernels.masks import CAUSAL, FULL
+from kernels.operators import has_tangent, is_transformed
 
 try:
     from kernels import attention_triton
@@ -116,8 +117,9 @@ def _choose(q, k, v, mask, segment_ids, softcap, alibi_slopes, bias, sinks, drop
 
     Neither torch's attention with a mask nor the reference is given a matrix of more than MOST_SCORES.
     """
+    followed = q, k, v, alibi_slopes, bias, sinks
     if q.is_cuda:
-        why_not = _why_not_triton(q, v)
+        why_not = "torch.func is at work" if is_transformed(*followed) else _why_not_triton(q, v)
         if why_not is None:
             _announce("triton", "")
             return "triton"
@@ -128,6 +130,8 @@ def _choose(q, k, v, mask, segment_ids, softcap, alibi_slopes, bias, sinks, drop
     has_matrix = not (is_plain and (mask is FULL or (mask is CAUSAL and Tq == Tk)))
     if has_matrix and Tq * Tk > MOST_SCORES:
         why_not_torch = "torch's scaled_dot_product_attention would need a matrix of queries by keys"
+    elif has_tangent(*followed):
+        why_not_torch = "torch's scaled_dot_product_attention has no forward-mode derivatives"
     else:
         why_not_torch = why_not_sdpa(q, k, mask, segment_ids, softcap, sinks, dropout_p, return_lse)
     if why_not_torch is None:
@@ -209,7 +213,7 @@ def _check_features(q, k, mask, segment_ids, softcap, alibi_slopes, bias, sinks,
     for name, per_head in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if per_head is not None and per_head.shape != (H,):
             raise ValueError(f"{name} has one value for each of {H} heads, not shape {tuple(per_head.shape)}")
-    if alibi_slopes is not None and alibi_slopes.requires_grad:
+    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
         raise ValueError("alibi_slopes are constants without a gradient: detach them, or learn a bias")
     if bias is not None:
         full = (B, H, Tq, Tk)

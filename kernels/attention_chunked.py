@@ -206,4 +206,4 @@ def _add_to_bias(dbias: Tensor, chunk: Chunk, ds: Tensor) -> None:
         dbias[..., chunk.keys] += ds
 
 
-_forward, _ = define("chunked_attention", chunked_forward, chunked_backward)
+_forward = define("chunked_attention", chunked_forward, chunked_backward)

@@ -16,12 +16,17 @@ from kernels.attention import attention, triton_missing
 from kernels.attention_decode_reference import DecodeCall, attention_decode_reference, by_length, rebuilt
 from kernels.mask import FAR, Mask
 from kernels.masks import CAUSAL
+from kernels.operators import guarded, is_transformed
 
 if triton_missing is None:
     from kernels import attention_triton
     from kernels.attention_decode_triton import DecodeProblem, decode
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
+NO_DERIVATIVES = (
+    "attention_decode is for inference and has no derivatives: call it under torch.no_grad() with plain tensors, "
+    "or use attention"
+)
 
 
 def attention_decode(
@@ -43,7 +48,7 @@ def attention_decode(
     impl: str = "auto",
 ):
     """Attention of one or a few new queries to a cache of keys and values, by Flash-Decoding
-    (https://pytorch.org/blog/flash-decoding/). For inference: it has no gradients.
+    (https://pytorch.org/blog/flash-decoding/). For inference: no derivatives.
 
     q (B, Tq, H, D), Tq from 1 to some 16 (more is right, but `attention` is faster). H a multiple of H_kv: head h
     attends to the keys of head h // (H / H_kv). All of one dtype and device, any strides. Returns (B, Tq, H, Dv) in
@@ -72,7 +77,7 @@ def attention_decode(
     sequence. On a CPU they are checked.
 
     Raises ValueError or TypeError for arguments that do not fit, NotImplementedError for an `impl` that cannot do the
-    call, RuntimeError for one that cannot run here.
+    call and for tensors that want a derivative, RuntimeError for an `impl` that cannot run here.
     """
     _check(q, k_cache, v_cache, cache_lens, k_new, v_new, block_table)
     _check_features(q, k_cache, mask, rotary, softcap, alibi_slopes, sinks)
@@ -80,6 +85,9 @@ def attention_decode(
         _check_lengths(k_cache, cache_lens, 0 if k_new is None else q.shape[1], block_table, rotary)
     impl = _choose(impl, q, v_cache)
     cos, sin = (None, None) if rotary is None else rotary
+    followed = [x for x in (q, k_cache, v_cache, k_new, v_new, cos, sin, alibi_slopes, sinks) if x is not None]
+    if is_transformed(*followed) or (torch.is_grad_enabled() and any(x.requires_grad for x in followed)):
+        raise NotImplementedError(NO_DERIVATIVES)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if impl == "triton" or torch.compiler.is_compiling():
         slopes, sinks = (None if x is None else x.contiguous() for x in (alibi_slopes, sinks))
@@ -88,7 +96,7 @@ def attention_decode(
             mask.indexed, list(mask.operands), [row.contiguous() for row in mask.tensors], scale, softcap or 0.0,
             slopes, sinks,
         )  # fmt: skip
-        out, lse = _decode(*call, return_lse, impl)
+        out, lse = _guarded_decode(*call, return_lse, impl)
         return (out, lse) if return_lse else out
     return _in_torch(impl)(
         q, k_cache, v_cache, cache_lens, k_new=k_new, v_new=v_new, rotary=rotary, mask=mask, block_table=block_table,
@@ -132,6 +140,9 @@ def _fake(q, k_cache, v_cache, *args):
     B, Tq, H, _ = q.shape
     real = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(B, Tq, H, v_cache.shape[3]), q.new_empty(B, H, Tq, dtype=real)
+
+
+_guarded_decode = guarded(_decode, NO_DERIVATIVES)
 
 
 def _choose(impl: str, q: Tensor, v: Tensor) -> str:

@@ -54,4 +54,4 @@ def _run_backward(call: Call, *args):
         return backward(Problem(call), *args)
 
 
-_forward, _ = define("triton_attention", _run_forward, _run_backward)
+_forward = define("triton_attention", _run_forward, _run_backward)

@@ -1,7 +1,7 @@
 """Attention as PyTorch operators: what eager mode, autograd, torch.compile and activation checkpointing build on.
 
 `define` makes a pair of operators, forward and backward, of two functions. The kernels have one such pair, and the
-chunked path another; both take the same arguments.
+chunked path another; both take the same arguments. `guarded` keeps any operator from dropping derivatives in silence.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 from kernels.mask import Mask
 from kernels.tile_lists import Pattern
@@ -69,8 +71,60 @@ def accumulated(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def define(name: str, forward: Callable, backward: Callable) -> tuple[Callable, Callable]:
-    """The operators `name`::forward and ::backward, differentiable once.
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Say whether forward-mode differentiation follows one of the tensors."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(
+        x is not None and (is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None)
+        for x in tensors
+    )
+
+
+def is_transformed(*tensors: Tensor | None) -> bool:
+    """Say whether torch.func (grad, vjp, jvp, vmap) or forward-mode differentiation follows one of the tensors."""
+    if torch.compiler.is_compiling():
+        return False
+    return has_tangent(*tensors) or any(x is not None and is_functorch_wrapped_tensor(x) for x in tensors)
+
+
+def guarded(operator: torch.library.CustomOpDef, message: str) -> Callable:
+    """Define an operator to call in the place of `operator`, for the same result: `<its name>_guarded`.
+
+    It raises NotImplementedError(message), also in a compiled graph, for tensors that forward-mode differentiation or
+    torch.func follows, whose tangents `operator` would drop in silence.
+    """
+    schema = operator._opoverload._schema
+    namespace, name = schema.name.split("::")
+
+    @torch._disable_dynamo
+    def call(*args):
+        tensors = [x for arg in args for x in (arg if isinstance(arg, list) else (arg,)) if isinstance(x, Tensor)]
+        if any(map(is_functorch_wrapped_tensor, tensors)) or has_tangent(*tensors):
+            raise NotImplementedError(message)
+        return operator(*args)
+
+    def refuse_vmap(info, in_dims, *args):
+        raise NotImplementedError(message)
+
+    # Composite: this runs on the tensors as the caller has them, before autograd or torch.func unwraps them.
+    library = torch.library.Library(namespace, "FRAGMENT")
+    library.define(str(schema).replace(f"{namespace}::{name}(", f"{name}_guarded(", 1))
+    library.impl(f"{name}_guarded", call, "CompositeImplicitAutograd")
+    torch.library.register_vmap(f"{namespace}::{name}_guarded", refuse_vmap, lib=library)
+    _libraries.append(library)
+    return getattr(getattr(torch.ops, namespace), f"{name}_guarded")
+
+
+NO_TRANSFORMS = (
+    "attention has no forward-mode derivatives and no torch.func transforms in the kernels and in the chunked path: "
+    'impl="reference" has both'
+)
+_libraries: list[torch.library.Library] = []  # an operator lives as long as the library that defined it
+
+
+def define(name: str, forward: Callable, backward: Callable) -> Callable:
+    """The operators `name`::forward and ::backward, differentiable once; returns the first, guarded.
 
     forward(call) -> out (B, Tq, H, Dv), lse (B, H, Tq)
     backward(call, out, lse, dout, dlse, wants_dbias) -> dq, dk, dv, dsinks, dbias; dlse may be None, as may the last
@@ -94,7 +148,7 @@ def define(name: str, forward: Callable, backward: Callable) -> tuple[Callable, 
         if dout is None:
             dout = torch.zeros_like(out)
         wants_dbias = ctx.needs_input_grad[Call._fields.index("bias")]
-        dq, dk, dv, dsinks, dbias = backward_op(dout, dlse, out, lse, wants_dbias, *call)
+        dq, dk, dv, dsinks, dbias = guarded_backward(dout, dlse, out, lse, wants_dbias, *call)
         grads = {"q": dq, "k": dk, "v": dv, "mask_rows": [None] * n_rows}
         if call.sinks is not None:
             grads["sinks"] = dsinks.to(call.sinks.dtype)
@@ -108,7 +162,8 @@ def define(name: str, forward: Callable, backward: Callable) -> tuple[Callable, 
     backward_op.register_fake(_fake_backward)
     forward_op.register_autograd(gradients, setup_context=_save)
     backward_op.register_autograd(_no_second_gradient)
-    return forward_op, backward_op
+    guarded_backward = guarded(backward_op, NO_TRANSFORMS)
+    return guarded(forward_op, NO_TRANSFORMS)
 
 
 _TENSORS = ("q", "k", "v", "segments_q", "segments_k", "alibi_slopes", "bias", "sinks", "seed")
