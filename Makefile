@@ -1,6 +1,7 @@
 # make quickstart   install into .venv, train a small model on Python's own source text, let it write
 # make test         install, then linter and tests
 # make slow         the tests that take minutes
+# make mutants      change the program in 300 places, one at a time, and list what no test notices (hours; docs/testing.md)
 # make tritons      kernel tests with the oldest and the newest triton, each in a folder of its own over .venv
 # make compile-report   docs/compile_report.md, anew (minutes; needs no GPU)
 # PYTHON=python3.12 picks the interpreter; 3.11 and 3.12 are supported.
@@ -10,7 +11,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(OK_VERSIO
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test slow tritons compile-report lint install clean
+.PHONY: quickstart test slow mutants tritons compile-report lint install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python train.py configs/quickstart.toml --overwrite
@@ -21,6 +22,9 @@ test: $(VENV)/.installed lint
 
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
+
+mutants: $(VENV)/.installed
+	$(BIN)/python -m tests.mutate --mutants 300 --workers 2
 
 # Triton 3.6's interpreter fails with numpy from 2.4 on.
 build/triton-3.6.0: NUMPY = "numpy<2.4"

@@ -1,0 +1,180 @@
+"""Which tests run which lines: gathered once for each file of tests, kept, and carried over to later sources."""
+
+import ast
+import difflib
+import hashlib
+import json
+import os
+import shutil
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.mutants import Mutant
+
+EVERY_TIME = (
+    "[run]\nparallel = true\ndata_file = {data}\ncontext = ${{PYTEST_CURRENT_TEST-}}\ninclude =\n    {include}\n"
+)
+
+
+class Gather:
+    """A pytest plugin that writes, for each test that passes, its seconds and the lines it ran, by module.
+
+    A line that ran in a fixture of more than one test counts for each test that uses the fixture. Processes that a
+    test starts are followed, unless they are killed.
+    """
+
+    def __init__(self, folder: Path, target: Path):
+        self.folder, self.target = folder, target
+        self.fixtures: dict[str, list[str]] = {}
+        self.seconds: dict[str, float] = {}
+        self.failed: set[str] = set()
+
+    def pytest_configure(self):
+        import coverage
+
+        self.others = self.target.with_suffix(".processes")
+        shutil.rmtree(self.others, ignore_errors=True)
+        self.others.mkdir(parents=True)
+        include = [f"{self.folder}/{part}" for part in ("gpt/*", "kernels/*", "train.py", "sample.py")]
+        words = EVERY_TIME.format(data=self.others / "data", include="\n    ".join(include))
+        (self.others / "config").write_text(words)
+        os.environ["COVERAGE_PROCESS_START"] = str(self.others / "config")
+        self.coverage = coverage.Coverage(data_file=None, config_file=False, include=include, messages=False)
+        self.coverage.start()
+        self.context = ""
+
+    def _switch(self, context: str) -> str:
+        before, self.context = self.context, context
+        self.coverage.switch_context(context)
+        return before
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        known = item._fixtureinfo.name2fixturedefs
+        self.fixtures[item.nodeid] = [n for n in item.fixturenames if n in known and known[n][-1].scope != "function"]
+        before = self._switch(item.nodeid)
+        try:
+            return (yield)
+        finally:
+            self._switch(before)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef):
+        shared = fixturedef.scope != "function"
+        before = self._switch(f"fixture {fixturedef.argname}") if shared else ""
+        try:
+            return (yield)
+        finally:
+            if shared:
+                self._switch(before)
+
+    def pytest_runtest_logreport(self, report):
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+        if not report.passed:
+            self.failed.add(report.nodeid)
+
+    def pytest_sessionfinish(self):
+        from coverage import CoverageData
+
+        self.coverage.stop()
+        lines: dict[str, dict[str, int]] = {}  # context -> module -> a bit for each line
+        data = [self.coverage.get_data()]
+        for path in self.others.glob("data.*"):
+            data.append(CoverageData(str(path)))
+            data[-1].read()
+        for part in data:
+            for file in part.measured_files():
+                module = Path(file).relative_to(self.folder).as_posix()
+                for line, contexts in part.contexts_by_lineno(file).items():
+                    for context in contexts:
+                        own = lines.setdefault(context.rsplit(" (", 1)[0], {})
+                        own[module] = own.get(module, 0) | 1 << line
+        tests = {}
+        for name in self.seconds.keys() - self.failed:
+            total = dict(lines.get(name, {}))
+            for fixture in self.fixtures[name]:
+                for module, mask in lines.get(f"fixture {fixture}", {}).items():
+                    total[module] = total.get(module, 0) | mask
+            tests[name] = {"seconds": self.seconds[name], "lines": {m: f"{mask:x}" for m, mask in total.items()}}
+        modules = {module for own in lines.values() for module in own}
+        sources = {module: _keep((self.folder / module).read_text(), self.target.parent) for module in modules}
+        record = {"sources": sources, "tests": tests, "failed": sorted(self.failed)}
+        part = self.target.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(record))
+        part.replace(self.target)
+        shutil.rmtree(self.others)
+
+
+def _keep(source: str, folder: Path) -> str:
+    """Store a source under its digest, which is returned."""
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    if not (folder / f"{digest}.py").exists():
+        (folder / f"{digest}.py").write_text(source)
+    return digest
+
+
+class Coverage:
+    """Chooses the tests of a mutant."""
+
+    def __init__(self, tree, folder: Path):
+        self.tree, self.folder = tree, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.records: dict[str, dict] = {}
+
+    def gather(self, run, patterns: list[str]) -> None:
+        """Run each file of tests that is new or changed; run(file, plugin) runs it in a process."""
+        for name in self.tree.test_files(patterns):
+            target = self.folder / f"{Path(name).stem}-{self.tree.digest(name)}.json"
+            if not target.exists():
+                print(f"gathering what {name} runs", flush=True)
+                run(name, Gather(self.tree.folder, target))
+            if target.exists():
+                record = json.loads(target.read_text())
+                for test in record["tests"].values():
+                    test["lines"] = {module: int(mask, 16) for module, mask in test["lines"].items()}
+                self.records[name] = record
+                for test in record["failed"]:
+                    print(f"{test} does not pass, and is left out")
+            if not target.exists() or not record["tests"]:
+                print(f"{name} has no test that passes")
+
+    def tests(self, mutant: Mutant) -> list[tuple[str, float]]:
+        """The tests that run a mutant's lines and their seconds: its module's own file first, then the quick ones."""
+        found = []
+        for name, record in self.records.items():
+            digest = record["sources"].get(mutant.module)
+            wanted = digest and self._wanted(mutant.module, digest, mutant.lines)
+            for test, entry in record["tests"].items():
+                if wanted and entry["lines"].get(mutant.module, 0) & wanted:
+                    found.append((Path(mutant.module).stem not in name, entry["seconds"], test))
+        if not found and not mutant.lines:
+            found = [
+                (True, entry["seconds"], test) for r in self.records.values() for test, entry in r["tests"].items()
+            ]
+        return [(test, seconds) for _, seconds, test in sorted(found)]
+
+    @cache  # noqa: B019 - lives as long as the program
+    def _wanted(self, module: str, digest: str, lines: range) -> int:
+        """A bit for each of the lines as they were numbered in an earlier source; where they are new, all functions."""
+        places = self._places(module, digest)
+        old = [places[line] for line in lines if line in places]
+        if not old:
+            old = [places[line] for line in _function_lines(self.tree.source(module)) if line in places]
+        return sum(1 << line for line in set(old))
+
+    @cache  # noqa: B019
+    def _places(self, module: str, digest: str) -> dict[int, int]:
+        """Line numbers of the present source to those of an earlier one."""
+        now = self.tree.source(module).split("\n")
+        before = (self.folder / f"{digest}.py").read_text().split("\n")
+        places = {}
+        for a, b, size in difflib.SequenceMatcher(None, now, before, autojunk=False).get_matching_blocks():
+            places |= {a + i + 1: b + i + 1 for i in range(size)}
+        return places
+
+
+def _function_lines(source: str) -> set[int]:
+    functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return {line for node in functions for line in range(node.body[0].lineno, node.end_lineno + 1)}

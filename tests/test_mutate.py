@@ -1,0 +1,177 @@
+"""The runner of mutants makes the changes it says, and tells a change that a test notices from one that none does."""
+
+import ast
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tests.mutants import all_mutants, sample
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ["gpt/files.py", "gpt/checkpoint.py", "kernels/tiles.py"]
+
+
+def changes(code: str) -> set[str]:
+    """The changed lines of a function with this body, f's own line left out."""
+    source = f"def f(a, b, *rest):\n{textwrap.indent(textwrap.dedent(code), '    ')}\n"
+    valid = [mutant for mutant in all_mutants("toy.py", source) if mutant.is_valid(source)]
+    return {mutant.difference(source)[1] for mutant in valid}
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("c = a + b", {"c = a - b"}),
+        ("c = a < b", {"c = a <= b", "c = a > b"}),
+        ("c = a  is  not  b", {"c = a  is  b"}),
+        ("c = (a) in (b)", {"c = (a) not in (b)"}),
+        ("c = a and b", {"c = a or b", "c = ((a))", "c = ((b))"}),
+        ("c = not a", {"c = (a)"}),
+        ("c = -a", {"c = (a)"}),
+        ("c = 5", {"c = 6", "c = 4"}),
+        ("c = 200", {"c = 201", "c = 199", "c = 202"}),
+        ("c = 0.5", {"c = 0.505"}),
+        ("c = True", {"c = False"}),
+        ("c = 'key'", {"c = 'keyX'"}),
+        ("c = 'words for people'", set()),
+        ("c = f'{a + 1}'", set()),
+        ("c: int | 3 = a", set()),
+        ("a = b", {"pass"}),
+        ("a.c = b", {"pass"}),
+        ("a += b", {"a -= b", "pass"}),
+        ("a(b)", {"pass"}),
+        ("c = a(b, rest)", {"c = a(rest, b)"}),
+        ("c = a(b, key=rest)", {"c = a(b)"}),
+        ("c = max(a, b)", {"c = min(a, b)"}),
+        ("print(1, 'key')", {"pass"}),
+        ("raise ValueError(a + 1)", {"pass"}),
+        ("return a", {"return None"}),
+        ("if a: a(1)", {"if (not (a)): a(1)", "if a: a(2)", "if a: a(0)", "if a: pass"}),
+        ("while a:\n    continue", {"while (not (a)):", "pass"}),
+        ("c = [a for a in b if a]", {"c = [a for a in b if (not (a))]"}),
+        ("'''A docstring of 3.'''", set()),
+        ("import os", set()),
+    ],
+)
+def test_what_becomes_of_a_line(line, expected):
+    assert changes(line) == expected
+
+
+def test_defaults_are_changed_and_annotations_are_not():
+    source = "__all__ = ['a']\n\n\ndef f(a: 'int' = 1, *, b: Literal[2] = True) -> Literal[3]:\n    'Docstring.'\n"
+    defaults = {mutant.text for mutant in all_mutants("toy.py", source)}
+    assert defaults == {"2", "0", "False"}
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_valid_mutants_compile_to_another_program_in_one_place(module):
+    source = (ROOT / module).read_text()
+    chosen = [mutant for mutant in sample(all_mutants(module, source), seed=1)[:20] if mutant.is_valid(source)]
+    assert len(chosen) > 10
+    for mutant in chosen:
+        changed = mutant.apply(source)
+        assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(source))
+        assert changed.startswith(source[: len(source.encode()[: mutant.start].decode())])
+        assert changed.encode().endswith(source.encode()[mutant.end :])
+
+
+def test_a_sample_spreads_over_lines_and_edits_elsewhere_do_not_change_it():
+    source = (ROOT / "gpt/checkpoint.py").read_text()
+    first = sample(all_mutants("gpt/checkpoint.py", source), seed=3)
+    lines = [source.encode()[: mutant.start].count(b"\n") for mutant in first]
+    assert len(set(lines[:100])) == 100
+    edited = sample(all_mutants("gpt/checkpoint.py", "import this\n\n\n" + source), seed=3)
+    assert [mutant.id for mutant in edited] == [mutant.id for mutant in first]
+    assert [mutant.id for mutant in sample(all_mutants("gpt/checkpoint.py", source), seed=4)] != [m.id for m in first]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> tuple[str, dict[str, dict]]:
+    """What the runner says of a project of two modules, and the records it keeps, by the changed line."""
+    project = tmp_path_factory.mktemp("toy")
+    files = {
+        "gpt/tested.py": """
+            def add(a, b):
+                return a + b
+
+            def least(n):
+                return n if n > 0 else 0
+
+            def wait(n):
+                while n < 3:
+                    n += 1
+            """,
+        "gpt/__init__.py": "",
+        "gpt/alone.py": "def twice(a):\n    return 2 * a\n\n\ndef same(a):\n    return a * 1\n",
+        "tests/test_tested.py": """
+            import subprocess, sys
+            from gpt.tested import least, wait
+
+            def test_least():
+                assert [least(n) for n in (-3, 0, 3)] == [0, 0, 3]
+
+            def test_wait():
+                wait(2)
+
+            def test_add_in_another_process():
+                code = "from gpt.tested import add; assert add(2, 3) == 5"
+                subprocess.run([sys.executable, "-c", code], check=True)
+            """,
+        "tests/equivalent_mutants.toml": """
+            [[mutant]]
+            module = "gpt/alone.py"
+            line = "return a * 1"
+            becomes = "return a / 1"
+            reason = "a float where there was an int, and nobody asks which"
+            """,
+        "pyproject.toml": "",
+    }
+    for name, text in files.items():
+        (project / name).parent.mkdir(exist_ok=True)
+        (project / name).write_text(textwrap.dedent(text))
+    command = [
+        sys.executable,
+        "-m",
+        "tests.mutate",
+        "--project",
+        project,
+        "--mutants",
+        "100",
+        "--slack",
+        "4",
+        "--preload",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = (project / "build/mutants/verdicts.jsonl").read_text().splitlines()
+    assert (project / "gpt/tested.py").read_text() == textwrap.dedent(files["gpt/tested.py"])
+    return done.stdout, {record["new"]: record for record in map(json.loads, lines)}
+
+
+def test_a_mutant_that_a_test_notices_is_killed_in_another_process_too(toy):
+    assert toy[1]["return a - b"]["result"] == "killed"
+    assert toy[1]["return a - b"]["by"] == "tests/test_tested.py::test_add_in_another_process"
+
+
+def test_a_mutant_without_a_test_survives_and_is_reported(toy):
+    said, records = toy
+    assert records["return 3 * a"]["result"] == "not covered"
+    assert "+ return 3 * a" in said
+    assert "gpt/alone.py" in said.splitlines()[-3]
+
+
+def test_an_equivalent_mutant_is_not_tried(toy):
+    assert "return a * 1" not in toy[1]
+    assert "return a / 1" not in toy[1]
+
+
+def test_a_mutant_that_no_test_tells_apart_survives(toy):
+    assert toy[1]["return n if n >= 0 else 0"]["result"] == "survived"
+
+
+def test_a_mutant_that_hangs_is_ended(toy):
+    assert toy[1]["n += 0"]["result"] == "timeout"
