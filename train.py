@@ -34,6 +34,7 @@ from gpt.mixture import check_lengths, make_mixture, prepare_all, together
 from gpt.model import GPT
 from gpt.monitor import CorpusProgress, Monitor, SilentMonitor
 from gpt.optim import Average, build_optimizers, gradient_norm, lr_scale, scale_gradients, set_learning_rate
+from gpt.optimizer_state import take_step
 from gpt.packing import check_packing
 from gpt.plan import describe, fewer_rows
 from gpt.profile import Profiler
@@ -239,8 +240,7 @@ def train(config: Config, world: World, lock: RunLock) -> int:
                 clip = (config.optim.grad_clip or math.inf) / (grad_norm + 1e-6)
                 scale_gradients(weights, clip.clamp(max=1.0) / loss_scale.scale)
             for optimizer in optimizers:
-                optimizer.found_inf = found_inf
-                optimizer.step()
+                take_step(optimizer, found_inf)
                 optimizer.zero_grad(set_to_none=True)
             loss_scale.update(found_inf)
             if average is not None:

@@ -32,6 +32,7 @@ from gpt.distributed import World, gathered, like, local
 from gpt.errors import UserError
 from gpt.files import flush
 from gpt.optim import Average
+from gpt.optimizer_state import optimizer_tensors, restore_optimizers
 
 MANIFEST = "manifest.json"
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -42,43 +43,6 @@ Tensors = dict[str, dict[str, Tensor]]  # file name -> tensor's name -> tensor
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Every state tensor of the optimizers, keyed by the weight's name and the state's."""
-    names = {p: name for name, p in model.named_parameters()}
-    return {
-        f"{names[p]}.{key}": value
-        for optimizer in optimizers
-        for p, state in optimizer.state.items()
-        for key, value in state.items()
-    }
-
-
-def restore_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
-    """Put back what optimizer_tensors gave. UserError where it is not what these optimizers keep for this model."""
-    weights = dict(model.named_parameters())
-    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    wanted: set[str] = set()
-    for optimizer in optimizers:
-        own = {
-            f"{name}.{key}" for name, p in weights.items() if owner.get(p) is optimizer for key in _kept_by(optimizer)
-        }
-        wanted |= own if own & tensors.keys() else set()  # one that took no step yet keeps nothing
-    for key in sorted(tensors.keys() ^ wanted):
-        who = "this run's" if key in wanted else "the checkpoint's"
-        raise UserError(f"only {who} optimizer keeps {key!r}: go on with the same --optimizer and model")
-    for key, value in tensors.items():
-        name, state_key = key.rsplit(".", 1)
-        p = weights[name]
-        if value.shape not in (p.shape, ()) or not value.is_floating_point():
-            raise UserError(f"the checkpoint's optimizer state {key!r} does not fit its weight of {tuple(p.shape)}")
-        # Moments go where the weight is, and are sharded as it is; Adam's step count is on its device.
-        owner[p].state[p][state_key] = like(value, p) if value.ndim else value.to(p.device)
-
-
-def _kept_by(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    return ("momentum_buffer",) if "momentum" in optimizer.defaults else ("step", "exp_avg", "exp_avg_sq")
 
 
 def training_tensors(

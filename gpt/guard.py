@@ -1,7 +1,8 @@
 """Steps that must not be taken: decided on the device, before the update, without waiting for it; and fp16's scale.
 
 found_inf, 1.0 or 0.0 in a tensor, is how torch's fused optimizers are told: with 1.0 a step changes nothing, neither
-weights nor moments nor step counts. gpt.optim.Muon and Average honour it likewise.
+weights nor moments nor step counts. gpt.optim.Muon and Average honour it likewise, and gpt.optimizer_state.take_step
+makes any other optimizer do so.
 """
 
 import math

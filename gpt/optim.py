@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -88,6 +88,12 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.world = world or World(torch.device("cpu"))
 
+    def make_states(self, params: Iterable[Tensor] | None = None) -> None:
+        """Give the params, all by default, the momentum that they begin with."""
+        for p in [p for group in self.param_groups for p in group["params"]] if params is None else params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p, requires_grad=False)
+
     @torch.no_grad()
     def step(self) -> None:
         taken = 1.0 if self.found_inf is None else 1 - self.found_inf
@@ -95,9 +101,7 @@ class Muon(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            for p in params:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            self.make_states(params)
             buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
             grads = [local(p.grad) for p in params]
             if self.found_inf is not None:  # a buffer drawn towards itself stays, and no NaN gets past here
@@ -268,4 +272,4 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], scale: float) -> 
     """Set every group's rate to scale times its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = scale * group["peak_lr"]
+            group["lr"] = scale * group.setdefault("peak_lr", group["lr"])

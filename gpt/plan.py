@@ -4,11 +4,12 @@ Memory is counted, not guessed: the model runs forward on tensors without data (
 autograd keeps for the backward is added up.
 """
 
+import contextlib
 import math
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import Embedding
 
 from gpt.config import Config
@@ -17,6 +18,7 @@ from gpt.errors import UserError
 from gpt.hardware import peak_flops
 from gpt.model import GPT
 from gpt.optim import build_optimizers, lr_scale
+from gpt.optimizer_state import begin_states
 
 ASSUMED_MFU = 0.4  # of the peak; what llm.c reaches on an H100 at 124M parameters
 
@@ -87,23 +89,24 @@ def activation_bytes(model: GPT, config: Config) -> int:
     return outside + (kept - outside) // blocks
 
 
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the tensors that an optimizer of fake weights keeps from its first step on."""
+    with contextlib.suppress(DataDependentOutputException):  # the states are made before a number is looked at
+        begin_states(optimizer)
+    values = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    return sum(value.numel() * value.element_size() for value in values if value.ndim > 0)
+
+
 def memory_of(config: Config, device: torch.device, processes: int = 1) -> Memory:
     """What training needs on one device. config.model.vocab_size must be set."""
     with FakeTensorMode(allow_non_fake_inputs=True), device:
         model = GPT(config.model)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        muon = [
-            p
-            for optimizer in build_optimizers(model, config.optim)
-            if not isinstance(optimizer, torch.optim.AdamW)
-            for group in optimizer.param_groups
-            for p in group["params"]
-        ]
-        momenta = sum(p.numel() * p.element_size() for p in muon)  # Muon keeps one, Adam two
+        states = sum(map(state_bytes, build_optimizers(model, config.optim)))
         activations = activation_bytes(model, config)
     average = weights if config.optim.ema_decay else 0
     shards = processes if config.train.parallel == "fsdp" else 1
-    return Memory(*(n // shards for n in (weights, weights, 2 * weights - momenta, average)), activations)
+    return Memory(*(n // shards for n in (weights, weights, states, average)), activations)
 
 
 def fewer_rows(rows: int, config: Config, device: torch.device, processes: int = 1, *, agreed: bool = False) -> int:

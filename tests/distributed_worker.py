@@ -1,7 +1,7 @@
 """Several training runs in one process group: torchrun tests/distributed_worker.py CONFIGS.json
 
-CONFIGS.json is a list of command lines; one start of the processes serves them all. A number after the last word: the
-last rank is out of memory with more rows than that.
+CONFIGS.json is a list of command lines; one start of the processes serves them all. After the last word may come a
+number: the last rank is out of memory with more rows than that; or, under "optimizer", the name of one of the tests'.
 """
 
 import json
@@ -13,14 +13,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 import gpt.optim
+import train as train_module
 from gpt.command_line import load_config
 from gpt.config import TrainConfig
 from gpt.distributed import join
 from gpt.lock import RunLock
 from gpt.model import GPT
-from train import train
+from tests.optimizer_checks import MAKERS
 
-true_loss = GPT.loss
+true_loss, built_in = GPT.loss, train_module.build_optimizers
 
 
 def loss_with_room_for(rows: int):
@@ -32,14 +33,20 @@ def loss_with_room_for(rows: int):
     return loss
 
 
+def made(name: str):
+    return lambda model, *_: [MAKERS[name](list(model.parameters()))]
+
+
 if __name__ == "__main__":
     gpt.optim.multiplies_bfloat16 = lambda device: False  # rounding there would hide what is asked here
     with join(TrainConfig(device="cpu")) as world:
         for words in json.loads(Path(sys.argv[1]).read_text()):
             room = words.pop() if isinstance(words[-1], int) else None
+            name = words.pop()["optimizer"] if isinstance(words[-1], dict) else None
+            train_module.build_optimizers = built_in if name is None else made(name)
             GPT.loss = true_loss if room is None or world.main else loss_with_room_for(room)
             config = load_config(words)
             with RunLock(config.train.run_dir if world.main else None) as lock:
-                status = train(config, world, lock)
+                status = train_module.train(config, world, lock)
             if status:
                 sys.exit(status)

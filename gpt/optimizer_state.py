@@ -1,0 +1,218 @@
+"""What the training needs of any torch optimizer: steps that can be skipped, and states that can be saved.
+
+Nothing here knows an optimizer by name but the few that skip a step by themselves: which states one keeps, of what
+shapes and how they are sharded, it is asked.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpt.distributed import like, local
+from gpt.errors import UserError
+
+Optimizers = list[torch.optim.Optimizer]
+
+
+def take_step(optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
+    """Take a step with the gradients that the weights have; with found_inf () 1 nothing changes, weights or states.
+
+    found_inf is given to an optimizer that knows it. Around any other, weights and states are copied before the step
+    and put back on the device, without waiting for it. Only where a step also changed something that is no tensor, or
+    made a state that was not there, as the first one does, is found_inf waited for.
+    """
+    if skips_by_itself(optimizer):
+        optimizer.found_inf = found_inf
+        optimizer.step()
+        return
+    before = _Copy(optimizer)
+    optimizer.step()
+    before.put_back(optimizer, found_inf)
+
+
+def skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer knows found_inf: torch's fused Adam and AdamW, and classes with such an attribute.
+
+    Not torch's fused SGD: a first step that it skips leaves a momentum of any numbers.
+    """
+    fused_adam = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) and optimizer.defaults["fused"]
+    return bool(fused_adam) or hasattr(type(optimizer), "found_inf")
+
+
+class _Copy:
+    """An optimizer's weights, states and group options as they are now."""
+
+    @torch.no_grad()
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        kept = lambda value: local(value.detach()).clone() if torch.is_tensor(value) else copy.deepcopy(value)
+        self.weights = {p: kept(p) for group in optimizer.param_groups for p in group["params"]}
+        self.states = {p: {key: kept(value) for key, value in s.items()} for p, s in optimizer.state.items()}
+        self.groups = [{k: kept(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+    @torch.no_grad()
+    def put_back(self, optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
+        """Make all as it was if found_inf is 1."""
+        if not self._only_tensors_moved(optimizer):
+            if found_inf.item():
+                self.put_all_back(optimizer)
+            return
+        for now, then in self._pairs(optimizer):
+            now.copy_(torch.where(found_inf > 0, then, now))
+
+    @torch.no_grad()
+    def put_all_back(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make all as it was; a state that did not exist is gone."""
+        for now, then in self._pairs(optimizer):
+            now.copy_(then)
+        for p in list(optimizer.state):
+            before, state = self.states.get(p, {}), optimizer.state[p]
+            for key in list(state):
+                if key not in before:
+                    del state[key]
+                elif not torch.is_tensor(state[key]):
+                    state[key] = before[key]
+            if p not in self.states:
+                del optimizer.state[p]
+        for group, before in zip(optimizer.param_groups, self.groups, strict=True):
+            group.update({key: value for key, value in before.items() if not torch.is_tensor(value)})
+
+    def _pairs(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each tensor of the optimizer that was there before, and what it held."""
+        for p, then in self.weights.items():
+            yield local(p.detach()), then
+        now_and_then = [(optimizer.state[p], before) for p, before in self.states.items()]
+        now_and_then += zip(optimizer.param_groups, self.groups, strict=True)
+        for now, before in now_and_then:
+            for key, then in before.items():
+                if torch.is_tensor(now[key]) and torch.is_tensor(then):
+                    yield local(now[key]), then
+
+    def _only_tensors_moved(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the same tensors are there as before, and whatever is no tensor is as it was."""
+        if optimizer.state.keys() != self.states.keys():
+            return False
+        now = [*optimizer.state.values(), *({**group, "params": None} for group in optimizer.param_groups)]
+        before = [*self.states.values(), *({**group, "params": None} for group in self.groups)]
+        return all(map(_alike, now, before))
+
+
+def _alike(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    if now.keys() != before.keys():
+        return False
+    for key, value in now.items():
+        if torch.is_tensor(value):
+            then = before[key]
+            if not torch.is_tensor(then) or local(value).shape != then.shape or value.dtype != then.dtype:
+                return False
+        elif type(value) is not type(before[key]) or value != before[key]:
+            return False
+    return True
+
+
+def optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
+    """Every state of the optimizers as a tensor, keyed by the weight's name and the state's; numbers have no dimension.
+
+    Raises UserError for a state that is neither.
+    """
+    names = {p: name for name, p in model.named_parameters()}
+    return {
+        f"{names[p]}.{key}": _as_tensor(value, p, optimizer, key)
+        for optimizer in optimizers
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+        if value is not None
+    }
+
+
+def _as_tensor(value: Any, p: Tensor, optimizer: torch.optim.Optimizer, key: str) -> Tensor:
+    if isinstance(value, bool | int | float):
+        return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+    if not torch.is_tensor(value):
+        raise UserError(
+            f"the optimizer {type(optimizer).__name__} keeps {key!r} as a {type(value).__name__}: a checkpoint holds "
+            "tensors and numbers, give it one of them"
+        )
+    if not _has_rows_of(value, p):
+        return value
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size((p.shape[0], *value.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(value, p.device_mesh, p.placements, shape=shape, stride=stride)
+
+
+def _has_rows_of(value: Tensor, p: Tensor) -> bool:
+    """Whether a plain tensor belongs to this rank's rows of a weight that is sharded."""
+    plain = hasattr(p, "full_tensor") and not hasattr(value, "full_tensor")
+    rows = local(p).shape[0] if p.ndim else 0
+    return plain and value.ndim > 0 and value.shape[0] == rows and (rows != p.shape[0])
+
+
+@torch.no_grad()
+def begin_states(optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimizer the states that a first step makes; the weights stay as they are.
+
+    An optimizer may have a method make_states for it. Any other takes a step on gradients of zeros.
+    """
+    if hasattr(optimizer, "make_states"):
+        optimizer.make_states()
+        return
+    before, grads = _Copy(optimizer), {p: p.grad for group in optimizer.param_groups for p in group["params"]}
+    for p in grads:
+        p.grad = torch.zeros_like(p)
+    with torch.enable_grad():
+        optimizer.step()
+    for p, grad in grads.items():
+        p.grad = grad
+    for now, then in before._pairs(optimizer):
+        now.copy_(then)
+    for group, options in zip(optimizer.param_groups, before.groups, strict=True):
+        group.update({key: value for key, value in options.items() if not torch.is_tensor(value)})
+
+
+def restore_optimizers(model: nn.Module, optimizers: Optimizers, tensors: dict[str, Tensor]) -> None:
+    """Put back what optimizer_tensors gave. UserError where it is not what these optimizers keep for this model.
+
+    All ranks must call it together.
+    """
+    names = {p: name for name, p in model.named_parameters()}
+    wanted: dict[str, tuple[Tensor, dict[str, Any], str]] = {}
+    for optimizer in optimizers:
+        if any(p not in optimizer.state for group in optimizer.param_groups for p in group["params"]):
+            begin_states(optimizer)
+        own = {
+            f"{names[p]}.{key}": (p, state, key)
+            for p, state in optimizer.state.items()
+            for key, value in state.items()
+            if value is not None
+        }
+        if own.keys() & tensors.keys():
+            wanted |= own
+        else:  # it took no step yet
+            optimizer.state.clear()
+    for key in sorted(tensors.keys() ^ wanted.keys()):
+        who = "this run's" if key in wanted else "the checkpoint's"
+        raise UserError(f"only {who} optimizer keeps {key!r}: go on with the same --optimizer and model")
+    for name, (p, state, key) in wanted.items():
+        _put(tensors[name], p, state, key, name)
+
+
+@torch.no_grad()
+def _put(saved: Tensor, p: Tensor, state: dict[str, Any], key: str, name: str) -> None:
+    """One state as it was saved."""
+    now = state[key]
+    is_rows = torch.is_tensor(now) and _has_rows_of(now, p)
+    if torch.is_tensor(now):
+        shape = (p.shape[0], *now.shape[1:]) if is_rows else now.shape
+    else:
+        shape = ()
+    fractions = now.is_floating_point() if torch.is_tensor(now) else isinstance(now, float)
+    if saved.shape != shape or saved.is_floating_point() != fractions:
+        raise UserError(f"the checkpoint's optimizer state {name!r} does not fit its weight of {tuple(p.shape)}")
+    if torch.is_tensor(now):
+        local(now).copy_(local(like(saved, p if is_rows else now)))
+    else:
+        state[key] = type(now)(saved.item())
