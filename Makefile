@@ -1,6 +1,7 @@
 # make quickstart   install into .venv, train a small model on Python's own source text, let it write
 # make test         install, then linter and tests
 # make slow         the tests that take minutes
+# make numerics     the tests that compare numbers, under the arithmetic of other processors (an hour or more; docs/testing.md)
 # make mutants      change the program in 300 places, one at a time, and list what no test notices (hours; docs/testing.md)
 # make tritons      kernel tests with the oldest and the newest triton, each in a folder of its own over .venv
 # make compile-report   docs/compile_report.md, anew (minutes; needs no GPU)
@@ -11,7 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(OK_VERSIO
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test slow mutants tritons compile-report lint install clean
+.PHONY: quickstart test slow numerics mutants tritons compile-report lint install clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python train.py configs/quickstart.toml --overwrite
@@ -22,6 +23,9 @@ test: $(VENV)/.installed lint
 
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
+
+numerics: $(VENV)/.installed
+	$(BIN)/python -m tests.numerics --workers 2
 
 mutants: $(VENV)/.installed
 	$(BIN)/python -m tests.mutate --mutants 300 --workers 2

@@ -1,7 +1,9 @@
 """Where tests run: on a GPU that Triton supports if there is one, else on the CPU with kernels in the interpreter."""
 
 import contextlib
+import functools
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -34,9 +36,25 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f"kernels ran on {torch.cuda.get_device_name()}" if HAS_GPU else WHY_NO_GPU)
 
 
+# A file of tests that compares computed numbers holds one of these. make numerics runs such tests.
+NUMERIC = re.compile(
+    r"assert_close|allclose|approx\(|finfo|gradcheck|\.abs\(\)|torch\.equal\(|(attention|decode|loss)_checks|fuzz_attention"
+)
+
+
+@functools.cache
+def is_numeric(path: Path) -> bool:
+    return NUMERIC.search(path.read_text(encoding="utf-8")) is not None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """With a GPU, `-m gpu` also selects whatever runs on the `device`; without one, drop what is marked gpu."""
+    """Mark what is numeric. With a GPU, `-m gpu` also selects whatever runs on the `device`; without one, drop what is
+    marked gpu.
+    """
+    for item in items:
+        if is_numeric(item.path):
+            item.add_marker("numeric")
     if HAS_GPU:
         for item in items:
             if "device" in item.fixturenames:

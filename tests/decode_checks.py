@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from kernels import attention_decode, masks
-from kernels.attention_decode_reference import attention_decode_reference
+from kernels.attention_decode_reference import attention_decode_reference, by_length
 from tests import attention_checks as checks
+from tests.rounding import attend_deviation
 
+EMPTY = dict.fromkeys(("k_new", "v_new", "rotary", "block_table", "scale", "softcap", "alibi_slopes", "sinks"))
 LENGTHS = (0, 1, 17, 127, 128, 129, 1000)
 
 
@@ -35,6 +37,31 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
+
+
+FEW = (0, 130, 600)
+WINDOW = masks.sliding_window(150)
+WINDOW_AND_SINKS = masks.CAUSAL & (WINDOW | masks.sink_tokens(4))
+
+CASES = [
+    Case("one query", H_kv=2),
+    Case("fp16-D64", lens=FEW, D=64, dtype=torch.float16, layout="heads first"),
+    Case("bf16-D128-groups-of-4-pages", Tq=3, H=4, D=128, dtype=torch.bfloat16, page=16),
+    Case("D80-Dv24-groups-of-8-pages-of-48", Tq=5, H=8, D=80, Dv=24, page=48, lens=(1000, 129)),
+    Case("two tiles of rows", Tq=9, H=8, lens=(3, 300), mask=WINDOW),
+    Case("nothing new", Tq=2, new=False),
+    Case("nothing new, all visible", lens=FEW, Tq=4, new=False, mask=masks.FULL, dtype=torch.float16, page=32),
+    Case("all visible", lens=FEW, Tq=4, mask=masks.FULL),
+    Case("rotary-pages", lens=FEW, Tq=2, features=("rotary",), page=16),
+    Case("rotary-bf16", lens=FEW, D=64, features=("rotary",), dtype=torch.bfloat16),
+    Case("everything", Tq=2, H=4, features=("rotary", "softcap", "alibi", "sinks"), page=64, mask=WINDOW_AND_SINKS),
+    Case("everything-bf16", lens=FEW, Tq=2, features=("softcap", "alibi", "sinks"), dtype=torch.bfloat16),
+    Case("window", lens=FEW, Tq=3, mask=WINDOW, layout="strided"),
+    Case("window over all lengths", mask=WINDOW, H=1),
+    Case("sinks that no key joins", features=("sinks",), new=False, mask=masks.sink_tokens(0), lens=(0, 300)),
+    Case("bigbird", lens=(1000, 70), mask=masks.bigbird(64, 4, 2, seed=0)),
+    Case("dilated", lens=(600, 17), mask=WINDOW & masks.strided(3)),
+]
 
 
 @dataclass
@@ -116,8 +143,19 @@ def run(fn, inputs: Inputs, dtype: torch.dtype | None = None, **options) -> dict
 
 def reference(*args, **arguments):
     """attention_decode_reference, with what attention_decode's signature fills in."""
-    empty = dict.fromkeys(("k_new", "v_new", "rotary", "block_table", "scale", "softcap", "alibi_slopes", "sinks"))
-    return attention_decode_reference(*args, **(empty | arguments))
+    return attention_decode_reference(*args, **(EMPTY | arguments))
+
+
+def attention_deviation(*tensors, **arguments):
+    """Of out and lse: see tests/rounding.py."""
+    return by_length(attend_deviation, *tensors, **(EMPTY | arguments))
+
+
+def truth_plain_and_deviation(inputs: Inputs) -> tuple[dict[str, Tensor], ...]:
+    """The reference in float64, plain PyTorch at the inputs' precision, and how far float32's rounding may lead."""
+    plain = run(reference, inputs, upcast=False)
+    plain["lse"] = run(reference, inputs)["lse"]
+    return run(reference, inputs, torch.float64), plain, run(attention_deviation, inputs, torch.float64)
 
 
 def check(case: Case, device: str, impl: str = "triton") -> None:
@@ -125,13 +163,10 @@ def check(case: Case, device: str, impl: str = "triton") -> None:
     inputs = make_inputs(case, device)
     with checks.poisoned_outputs():
         ours = run(attention_decode, inputs, impl=impl)
-    truth = run(reference, inputs, torch.float64)
-    plain = run(reference, inputs, upcast=False)
-    plain["lse"] = run(reference, inputs)["lse"]
+    truth, plain, deviation = truth_plain_and_deviation(inputs)
     for name in ("out", "lse"):
         assert ours[name].shape == truth[name].shape
-        loss = 3 * 2.0**-24 * truth["lse"].nan_to_num(0, 0, 0).abs().max().item() if name == "lse" else 0.0
-        checks.assert_close(name, ours[name], plain[name], truth[name], case.dtype, loss)
+        checks.assert_close(name, ours[name], plain[name], truth[name], case.dtype, deviation[name])
     # Where keys are rotated, sums of two products round in either order; all else is written as it came.
     step = {torch.float32: 2e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}[case.dtype] * ("rotary" in case.features)
     torch.testing.assert_close(ours["k_cache"], plain["k_cache"], rtol=step, atol=step, equal_nan=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kernels import attention, attention_chunked, attention_reference, masks
-from tests.attention_checks import Case, check_against_reference, make_inputs, run
+from tests.attention_checks import Case, check, make_inputs, run
 from tests.test_masks import BUILT_IN, COMPOSED
 
 FEATURES = ("softcap", "alibi", "bias", "sinks", "segments", "dropout")
@@ -27,12 +27,12 @@ def small_chunks(monkeypatch):
 @pytest.mark.parametrize("name", [*BUILT_IN, *COMPOSED])
 def test_every_mask(name):
     mask = BUILT_IN.get(name) or COMPOSED[name]
-    check_against_reference(replace(CASE, mask=mask, B=max([1, *(len(t) for t in mask.tensors)])), impl="chunked")
+    check(replace(CASE, mask=mask, B=max([1, *(len(t) for t in mask.tensors)])), "cpu", impl="chunked")
 
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_each_feature(feature):
-    check_against_reference(replace(CASE, features=(feature,), mask=masks.sliding_window(50)), impl="chunked")
+    check(replace(CASE, features=(feature,), mask=masks.sliding_window(50)), "cpu", impl="chunked")
 
 
 @pytest.mark.parametrize("axes", ["bhqk", "hqk", "qk", "bk", "q", ""])
@@ -40,13 +40,13 @@ def test_each_feature(feature):
 def test_all_together(axes, dtype):
     mask = masks.CAUSAL & (masks.sliding_window(30) | masks.strided(41))
     case = replace(CASE, features=FEATURES, bias_axes=axes, dtype=dtype, mask=mask, seed=3)
-    check_against_reference(case, impl="chunked")
+    check(case, "cpu", impl="chunked")
 
 
 @pytest.mark.parametrize(("Tq", "Tk"), [(1, 1), (1, 200), (200, 1), (129, 60)])
 def test_not_square(Tq, Tk):
-    check_against_reference(Case(Tq, Tk, features=("sinks",)), impl="chunked")
-    check_against_reference(Case(Tq, Tk), impl="chunked")
+    check(Case(Tq, Tk, features=("sinks",)), "cpu", impl="chunked")
+    check(Case(Tq, Tk), "cpu", impl="chunked")
 
 
 @pytest.mark.parametrize(("B", "Tq", "Tk"), [(0, 5, 5), (2, 0, 5), (2, 5, 0)])
@@ -63,7 +63,7 @@ def test_it_can_fail(monkeypatch):
     real = attention_chunked._keys
     monkeypatch.setattr(attention_chunked, "_keys", lambda tiles, Tk, device: real(tiles[:-1], Tk, device))
     with pytest.raises(AssertionError):
-        check_against_reference(CASE, impl="chunked")
+        check(CASE, "cpu", impl="chunked")
 
 
 def test_auto_takes_it_where_a_matrix_would_be_too_large(monkeypatch):

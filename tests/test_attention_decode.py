@@ -13,32 +13,17 @@ from kernels.attention_decode import _decode
 from kernels.attention_decode_reference import DecodeCall, rotated
 from kernels.attention_decode_triton import SPLIT, DecodeProblem
 from kernels.mask import Band
-from tests.decode_checks import Case, Inputs, check, make_inputs, reference, run
-
-FEW = (0, 130, 600)
-WINDOW = masks.sliding_window(150)
-WINDOW_AND_SINKS = masks.CAUSAL & (WINDOW | masks.sink_tokens(4))
-
-
-CASES = [
-    Case("one query", H_kv=2),
-    Case("fp16-D64", lens=FEW, D=64, dtype=torch.float16, layout="heads first"),
-    Case("bf16-D128-groups-of-4-pages", Tq=3, H=4, D=128, dtype=torch.bfloat16, page=16),
-    Case("D80-Dv24-groups-of-8-pages-of-48", Tq=5, H=8, D=80, Dv=24, page=48, lens=(1000, 129)),
-    Case("two tiles of rows", Tq=9, H=8, lens=(3, 300), mask=WINDOW),
-    Case("nothing new", Tq=2, new=False),
-    Case("nothing new, all visible", lens=FEW, Tq=4, new=False, mask=masks.FULL, dtype=torch.float16, page=32),
-    Case("all visible", lens=FEW, Tq=4, mask=masks.FULL),
-    Case("rotary-pages", lens=FEW, Tq=2, features=("rotary",), page=16),
-    Case("rotary-bf16", lens=FEW, D=64, features=("rotary",), dtype=torch.bfloat16),
-    Case("everything", Tq=2, H=4, features=("rotary", "softcap", "alibi", "sinks"), page=64, mask=WINDOW_AND_SINKS),
-    Case("everything-bf16", lens=FEW, Tq=2, features=("softcap", "alibi", "sinks"), dtype=torch.bfloat16),
-    Case("window", lens=FEW, Tq=3, mask=WINDOW, layout="strided"),
-    Case("window over all lengths", mask=WINDOW, H=1),
-    Case("sinks that no key joins", features=("sinks",), new=False, mask=masks.sink_tokens(0), lens=(0, 300)),
-    Case("bigbird", lens=(1000, 70), mask=masks.bigbird(64, 4, 2, seed=0)),
-    Case("dilated", lens=(600, 17), mask=WINDOW & masks.strided(3)),
-]
+from tests.decode_checks import (
+    CASES,
+    WINDOW,
+    WINDOW_AND_SINKS,
+    Case,
+    Inputs,
+    check,
+    make_inputs,
+    reference,
+    run,
+)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

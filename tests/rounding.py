@@ -1,0 +1,198 @@
+"""What float32's own arithmetic loses, whatever the order in which a processor adds: a floor under every bound.
+
+The rule of attention_checks.py scales a bound by the error of plain PyTorch in the same run. Plain PyTorch may be
+lucky: another BLAS, vector width or thread count then turns a right result into a failure. These floors depend on
+the inputs alone. They follow each formula in float64 and carry the variance of the rounding error along:
+
+- A number that is rounded once has an error of u |x| at most, u = 2^-24 in float32. `s * scale - m`, which a GPU
+  fuses, is rounded twice by Triton's interpreter: u |s scale| and u |s scale - m|.
+- A sum of n terms t in any order: each of n partial sums is rounded, and a partial sum is about as large as the
+  root of sum(t^2) where signs differ, and at most the sum S where they agree: u sqrt(n) sqrt(sum(t^2) + S^2).
+- exp turns the error of its argument into a relative one.
+- Errors of different origin are independent, so that variances add up; an error that a whole row shares (of lse and
+  of delta) is carried along its row as one.
+
+What comes out is the standard deviation of each result's rounding error. The rule allows four of them to the largest
+error, as of ten thousand errors the largest is about so large, and two to the root mean square.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels.attention_reference import alibi_term, dropout_keep, visible_pairs
+
+FEW = 3.0  # rounding steps of exp, tanh, log or a conversion between bases
+
+
+def unit_of(dtype: torch.dtype) -> float:
+    """The rounding error of 1: kernels compute float64 in itself and all else in float32."""
+    return 2.0**-53 if dtype == torch.float64 else 2.0**-24
+
+
+def sum_variance(n: int, squares: Tensor, total: Tensor) -> Tensor:
+    """Of sums of n terms, in units of u^2; `squares`: sums of the squared terms, `total`: the sums."""
+    return max(1, n) * (squares + total.square())
+
+
+def product_variance(a: Tensor, b: Tensor) -> Tensor:
+    """Of a @ b from its own additions, in units of u^2."""
+    return sum_variance(a.shape[-1], a.square() @ b.square(), a @ b)
+
+
+def deviations(variances: dict[str, Tensor], unit: float) -> dict[str, Tensor]:
+    return {name: unit * variance.sqrt() for name, variance in variances.items()}
+
+
+def capped(s: Tensor, variance: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """softcap * tanh(s / softcap), its variance and its derivative."""
+    if not softcap:
+        return s, variance, torch.ones_like(s)
+    t = torch.tanh(s / softcap)
+    slope = 1 - t * t
+    return softcap * t, variance * slope.square() + (FEW * softcap) ** 2, slope
+
+
+class Weights:
+    """Attention's weights in float64, heads before positions, with their variances in units of u^2.
+
+    p (B, H, Tq, Tk), of which s_variance is the relative variance of each by itself; lse_variance (B, H, Tq, 1) is that
+    of lse, and of all p of a row together.
+    """
+
+    def __init__(self, q, k, v, *, mask, segment_ids, scale, softcap, alibi_slopes, bias, sinks, dropout_p, seed):
+        B, Tq, H, D = q.shape
+        Tk, self.group = k.shape[1], H // k.shape[2]
+        self.scale = D**-0.5 if scale is None else scale
+        self.q = q.transpose(1, 2)
+        self.k, self.v = (x.repeat_interleave(self.group, dim=2).transpose(1, 2) for x in (k, v))
+        s = self.scale * (self.q @ self.k.mT)
+        variance = self.scale**2 * product_variance(self.q, self.k.mT) + s.square()
+        s, variance, self.slope = capped(s, variance, softcap)
+        for term in (None if alibi_slopes is None else alibi_term(alibi_slopes, Tq, Tk), bias):
+            if term is not None:
+                s = s + term
+                variance = variance + s.square() + term.square()
+        s = s.masked_fill(~visible_pairs(mask, segment_ids, Tq, Tk, q.device), -math.inf)
+        # The sink: one more logit, without a value.
+        sinks = torch.full((H,), -math.inf, dtype=s.dtype, device=s.device) if sinks is None else sinks
+        sinks = sinks.view(1, H, 1, 1).expand(B, H, Tq, 1)
+        self.lse = torch.cat([s, sinks], dim=3).logsumexp(3, keepdim=True)
+        lse = self.lse.masked_fill(self.lse == -math.inf, 0.0)
+        self.p, self.p_sink = (s - lse).exp(), (sinks - lse).exp()
+        # Two roundings, as the pivot is taken away, and exp's own; the pivot lies at most log(Tk + 1) below lse.
+        pivot = lse.abs() + math.log(Tk + 1)
+        self.s_variance = (variance + s.square() + (s.abs() + pivot).square() + FEW**2).masked_fill(self.p == 0, 0.0)
+        sink_variance = ((sinks.abs() + pivot).square() + FEW**2).masked_fill(self.p_sink == 0, 0.0)
+        self.lse_variance = (self.p.square() * self.s_variance).sum(3, keepdim=True)
+        self.lse_variance += self.p_sink.square() * sink_variance + Tk + FEW**2 * (1 + lse.square())
+        self.sink_variance = self.p_sink.square() * (sink_variance + self.lse_variance)
+        self.kept = torch.ones_like(s)
+        if dropout_p:
+            self.kept = dropout_keep(dropout_p, seed, s.shape, q.device) / (1 - dropout_p)
+
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """out (B, H, Tq, Dv) and its variance."""
+        weights = self.p * self.kept
+        out = weights @ self.v
+        variance = (weights.square() * self.s_variance) @ self.v.square() + product_variance(weights, self.v)
+        return out, variance + out.square() * (self.lse_variance + FEW**2)
+
+
+def attention_deviation(inputs, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The deviations of what attention_checks.run gives: out, lse and each gradient."""
+    features = dict.fromkeys(("segment_ids", "softcap", "alibi_slopes", "bias", "sinks", "seed")) | {"dropout_p": 0.0}
+    given = features | {name: in_double(x) for name, x in (inputs.arguments | inputs.differentiable).items()}
+    w = Weights(given.pop("q"), given.pop("k"), given.pop("v"), **given)
+    dout, dlse = inputs.dout.double().transpose(1, 2), inputs.dlse.double()[..., None]
+    out, out_variance = w.outputs()
+
+    # ds = p (dp - delta + dlse): the variance of each by itself, and those of delta and lse, shared by a row.
+    dp = (dout @ w.v.mT) * w.kept
+    delta = (out * dout).sum(3, keepdim=True)
+    inner = dp - delta + dlse
+    ds = w.p * inner
+    delta_variance = ((w.p * dp).square() * w.s_variance).sum(3, keepdim=True) + delta.square() * w.lse_variance
+    delta_variance += (product_variance(w.p * w.kept, w.v) * dout.square()).sum(3, keepdim=True)
+    delta_variance += sum_variance(dout.shape[3], (out * dout).square().sum(3, keepdim=True), delta) + dlse.square()
+    ds_variance = product_variance(dout, w.v.mT) * w.kept.square() + dp.square() + inner.square()
+    ds_variance = w.p.square() * ds_variance + ds.square() * (w.s_variance + FEW**2)
+
+    variances = {"out": out_variance.transpose(1, 2), "lse": w.lse_variance[..., 0]}
+    own = ds_variance * w.slope.square() + (FEW * ds).square()  # of ds * slope
+    ds0 = ds * w.slope
+    dq = own @ w.k.square() + product_variance(ds0, w.k)
+    dq += delta_variance * (w.p * w.slope @ w.k).square() + w.lse_variance * (ds0 @ w.k).square()
+    own = own + delta_variance * (w.p * w.slope).square() + w.lse_variance * ds0.square()
+    dk = own.mT @ w.q.square() + product_variance(ds0.mT, w.q)
+    weights = w.p * w.kept
+    dv = (weights.square() * (w.s_variance + w.lse_variance)).mT @ dout.square() + product_variance(weights.mT, dout)
+    variances["dq"] = w.scale**2 * dq.transpose(1, 2)
+    for name, variance in (("dk", w.scale**2 * dk), ("dv", dv)):
+        # The heads of a group add up into one.
+        variances[name] = w.group * variance.unflatten(1, (-1, w.group)).sum(2).transpose(1, 2)
+    if given["bias"] is not None:
+        variances["dbias"] = bias_variance(given["bias"], w, ds, ds_variance, delta_variance)
+    if given["sinks"] is not None:
+        dsinks = w.p_sink * (delta - dlse)
+        variance = w.sink_variance * (delta - dlse).square() + w.p_sink.square() * (delta_variance + delta.square())
+        n = dsinks[:, 0].numel()
+        variances["dsinks"] = variance.sum((0, 2, 3)) + sum_variance(
+            n, dsinks.square().sum((0, 2, 3)), dsinks.sum((0, 2, 3))
+        )
+    return deviations(variances, unit_of(dtype))
+
+
+def bias_variance(bias: Tensor, w: Weights, ds: Tensor, ds_variance: Tensor, delta_variance: Tensor) -> Tensor:
+    """Of ds, summed over what the bias is broadcast along; a row's shared errors add up along keys as one."""
+    p, row = w.p, ds
+    if bias.shape[-1:] in ((), (1,)):
+        p, row = p.sum(3, keepdim=True), ds.sum(3, keepdim=True)
+    shared = p.square() * delta_variance + row.square() * w.lse_variance
+    n = ds.numel() // max(1, bias.numel())
+    variance = ds_variance.sum_to_size(bias.shape) + shared.sum_to_size(bias.shape)
+    return variance + sum_variance(n, ds.square().sum_to_size(bias.shape), ds.sum_to_size(bias.shape))
+
+
+def in_double(x):
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def attend_deviation(q, k, v, *, return_lse=True, **features) -> tuple[Tensor, Tensor]:
+    """The deviations of out (B, Tq, H, Dv) and lse (B, H, Tq) for a call in float32; its arguments come in float64."""
+    given = dict.fromkeys(("segment_ids", "bias", "seed")) | {"dropout_p": 0.0} | features
+    w = Weights(q, k, v, **{name: in_double(x) for name, x in given.items()})
+    variances = {"out": w.outputs()[1].transpose(1, 2), "lse": w.lse_variance[..., 0]}
+    return tuple(deviations(variances, unit_of(torch.float32)).values())
+
+
+def loss_deviation(
+    x, weight, targets, dlosses, dtype, *, softcap=0.0, z_loss=0.0, label_smoothing=0.0
+) -> dict[str, Tensor]:
+    """The deviations of linear_cross_entropy: each loss, and the gradients of sum(dlosses * losses).
+
+    x (N, C), weight (V, C), targets (N,), dlosses (N,); a target below 0 does not count.
+    """
+    x, weight, dlosses = x.double(), weight.double(), dlosses.double()[:, None]
+    V, counts, index = weight.shape[0], (targets >= 0)[:, None], targets.clamp(min=0)[:, None]
+    s = x @ weight.T
+    s, s_variance, slope = capped(s, product_variance(x, weight.T), softcap)
+    lse = s.logsumexp(1, keepdim=True)
+    p = (s - lse).exp()
+    s_variance = s_variance + s.square() + (s - lse).square() + FEW**2
+    lse_variance = (p.square() * s_variance).sum(1, keepdim=True) + V + FEW**2 * (1 + lse.square())
+    s_target, factor = s.gather(1, index), 1 + 2 * z_loss * lse
+    loss = factor.square() * lse_variance + s_variance.gather(1, index) + (FEW * z_loss * lse.square()).square()
+    loss += FEW**2 * (lse.square() + s_target.square())
+    loss += label_smoothing**2 * (s_variance.mean(1, keepdim=True) + V * s.square().mean(1, keepdim=True))
+    # The gradient of a logit: factor * p less what the target and the smoothing ask for.
+    wanted = torch.full_like(s, label_smoothing / V).scatter_add(1, index, torch.ones_like(lse) * (1 - label_smoothing))
+    ds = (factor * p - wanted) * slope * counts * dlosses
+    own = (factor * p).square() * (s_variance + FEW**2) + wanted.square() + FEW**2 * (factor * p - wanted).square()
+    own = own * (slope * counts * dlosses).square()
+    shared = (factor.abs() + 2 * z_loss) * p * slope * counts * dlosses  # times the error of lse
+    own_of_columns = own + shared.square() * lse_variance
+    dx = own @ weight.square() + lse_variance * (shared @ weight).square() + product_variance(ds, weight)
+    dweight = own_of_columns.T @ x.square() + product_variance(ds.T, x)
+    return deviations({"loss": (loss * counts)[:, 0], "dx": dx, "dweight": dweight}, unit_of(dtype))
