@@ -6,13 +6,22 @@ reference   F.linear and F.cross_entropy, which hold all the logits
 """
 
 import logging
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.linear_cross_entropy_chunks import cross_entropy_triton, losses_of, total_of
+from kernels.arguments import (
+    LARGEST,
+    SMALLEST,
+    check_choice,
+    check_integer,
+    check_number,
+    check_real,
+    check_tensors,
+)
+from kernels.linear_cross_entropy_chunks import cross_entropy_triton, guarded_losses, guarded_total
+from kernels.operators import is_transformed
 
 log = logging.getLogger("kernels")
 
@@ -51,7 +60,8 @@ def linear_cross_entropy(
     impl             "triton", "chunked", "reference", or "auto": Triton on a GPU from sm_80 up; else the reference
                      where the logits are few, chunked where they are many
 
-    The mean over no target at all is NaN, as F.cross_entropy's is, with gradients of 0.
+    The mean over no target at all is 0, with gradients of 0, where F.cross_entropy's is NaN: so a micro-batch or a
+    process without targets adds nothing.
 
     Memory: a chunk of logits in x's dtype, 1 GiB at most on a GPU and 64 MiB on a CPU, never all of them and never
     float32 ones. "mean" and "sum" take their gradients in the forward pass, chunk by chunk, and scale them in the
@@ -64,18 +74,21 @@ def linear_cross_entropy(
     moves ten bytes for each logit, beside 6 C operations. The method is Liger's (https://arxiv.org/abs/2410.10989),
     with sums in float32.
 
+    Differentiable once, backwards; the reference also forwards, twice and under torch.func.
+
     Raises ValueError or TypeError for arguments that do not fit; IndexError, on a CPU, for a target outside the
     vocabulary (on a GPU, which cannot raise, its loss and gradient are NaN); NotImplementedError for impl="triton"
-    where it cannot run.
+    where it cannot run, and for a derivative that impl="triton" and "chunked" do not have.
     """
+    _check(x, weight, targets, softcap, z_loss, label_smoothing, ignore_index, reduction)
+    check_choice("impl", impl, IMPLEMENTATIONS)
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+    if autocasts(device_type) and x.dtype != torch.float64:
         # The weight is cast in the operator, so that its gradient keeps the precision in which it was summed.
         x = x.to(torch.get_autocast_dtype(device_type))
     elif x.dtype != weight.dtype:
         raise TypeError(f"x and weight have one dtype, not {x.dtype} and {weight.dtype}")
-    _check(x, weight, targets, softcap, z_loss, label_smoothing, reduction)
-    impl = _choose(x, weight) if impl == "auto" else _required(impl, x)
+    impl = _choose(x, weight, targets) if impl == "auto" else _required(impl, x)
     if impl == "reference":
         return linear_cross_entropy_reference(
             x,
@@ -91,16 +104,20 @@ def linear_cross_entropy(
     rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)  # (N, C), (N,)
     options = softcap or 0.0, z_loss, label_smoothing, ignore_index, impl == "triton"
     if reduction == "none":
-        return losses_of(rows, weight, flat, *options)[0].view(targets.shape)
+        return guarded_losses(rows, weight, flat, *options)[0].view(targets.shape)
     wants = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, weight)]
-    total = total_of(rows, weight, flat, *options, *wants)[0]
+    total = guarded_total(rows, weight, flat, *options, *wants)[0]
     return total if reduction == "sum" else _mean(total, flat != ignore_index)
 
 
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for the device; some, such as meta, have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def _mean(total: Tensor, counts: Tensor) -> Tensor:
-    """total over how many count; over none NaN, through which no gradient flows."""
-    count = counts.sum()
-    return (total / count.clamp(min=1)).masked_fill(count == 0, math.nan)
+    """total over how many count; 0, as the total is, over none."""
+    return total / counts.sum().clamp(min=1)
 
 
 def linear_cross_entropy_reference(
@@ -115,43 +132,49 @@ def linear_cross_entropy_reference(
     reduction: str = "mean",
 ) -> Tensor:
     """The same in plain PyTorch: the specification. It holds all the logits, in float32 (float64 for float64)."""
-    logits = F.linear(x, weight).flatten(0, -2)  # (N, V)
+    _check(x, weight, targets, softcap, z_loss, label_smoothing, ignore_index, reduction)
+    if x.dtype != weight.dtype and not autocasts(x.device.type):
+        raise TypeError(f"x and weight have one dtype, not {x.dtype} and {weight.dtype}")
+    logits = F.linear(x, weight).view(-1, weight.shape[0])  # (N, V)
     if logits.dtype != torch.float64:
         logits = logits.float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     flat = targets.flatten()  # (N,)
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    if z_loss == 0:
-        loss = F.cross_entropy(logits, flat, **options, reduction=reduction)
-        return loss.view(targets.shape) if reduction == "none" else loss
     counts = flat != ignore_index
-    losses = F.cross_entropy(logits, flat, **options, reduction="none")
-    losses = losses + z_loss * logits.logsumexp(-1).square() * counts
+    in_one = reduction != "none" and z_loss == 0
+    losses = F.cross_entropy(
+        logits,
+        flat,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction="sum" if in_one else "none",
+    )
+    if z_loss != 0:
+        losses = losses + (z_loss * logits.logsumexp(-1).square()).masked_fill(~counts, 0.0)
     if reduction == "none":
         return losses.view(targets.shape)
-    return losses.sum() if reduction == "sum" else _mean(losses.sum(), counts)
+    total = losses if in_one else losses.sum()
+    return total if reduction == "sum" else _mean(total, counts)
 
 
-def _check(x, weight, targets, softcap, z_loss, label_smoothing, reduction) -> None:
-    if x.ndim < 1 or weight.ndim != 2 or x.shape[-1] != weight.shape[1] or weight.shape[0] == 0:
+def _check(x, weight, targets, softcap, z_loss, label_smoothing, ignore_index, reduction) -> None:
+    check_tensors(x=x, weight=weight, targets=targets)
+    if x.ndim < 1 or weight.ndim != 2 or x.shape[-1] != weight.shape[1] or 0 in weight.shape:
         raise ValueError(f"x (..., C) and weight (V, C) do not fit: {tuple(x.shape)} and {tuple(weight.shape)}")
     if targets.shape != x.shape[:-1]:
         raise ValueError(f"targets have x's axes but the last, {tuple(x.shape[:-1])}, not {tuple(targets.shape)}")
     if targets.dtype != torch.int64:
         raise TypeError(f"targets are int64, not {targets.dtype}")
-    if not (x.dtype.is_floating_point and weight.dtype.is_floating_point):
-        raise TypeError(f"x and weight are floating point tensors, not {x.dtype} and {weight.dtype}")
+    check_real(x=x, weight=weight)
     if not (x.device == weight.device == targets.device):
         raise ValueError(f"x, weight and targets are on one device, not {x.device}, {weight.device}, {targets.device}")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-        raise ValueError(f"softcap is a positive number or None, not {softcap}")
-    if not (z_loss >= 0 and math.isfinite(z_loss)):
-        raise ValueError(f"z_loss is at least 0, not {z_loss}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing lies between 0 and 1, not {label_smoothing}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction is mean, sum or none, not {reduction!r}")
+    if softcap is not None:
+        check_number("softcap", softcap, SMALLEST, LARGEST, "a positive number of float32's range, or None")
+    check_number("z_loss", z_loss, 0, LARGEST, "a number of float32's range, at least 0")
+    check_number("label_smoothing", label_smoothing, 0, 1, "a number between 0 and 1")
+    check_integer("ignore_index", ignore_index)
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
 
 
 def _why_not_triton(x: Tensor) -> str | None:
@@ -161,10 +184,12 @@ def _why_not_triton(x: Tensor) -> str | None:
     return cross_entropy_triton.why_not_triton(x)
 
 
-def _choose(x: Tensor, weight: Tensor) -> str:
+def _choose(x: Tensor, weight: Tensor, targets: Tensor) -> str:
     """What "auto" means for this call."""
     why_not = _why_not_triton(x) if x.is_cuda else "no GPU"
-    if why_not is None:
+    if is_transformed(x, weight, targets):
+        choice, why_not = "reference", "torch.func or forward-mode differentiation is at work"
+    elif why_not is None:
         choice = "triton"
     else:
         N = x.numel() // max(1, x.shape[-1])
@@ -176,9 +201,7 @@ def _choose(x: Tensor, weight: Tensor) -> str:
 
 
 def _required(impl: str, x: Tensor) -> str:
-    """impl, unless it cannot do this call."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    """impl; raises where it cannot do this call."""
     why_not = _why_not_triton(x) if impl == "triton" else None
     if why_not is not None:
         raise NotImplementedError(f'impl="triton" cannot do this call: {why_not}')

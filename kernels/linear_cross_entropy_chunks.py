@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.operators import accumulated
+from kernels.operators import accumulated, guarded
 
 try:
     from kernels import cross_entropy_triton
@@ -243,8 +243,8 @@ def _save_total(ctx, inputs, output) -> None:
 def _total_gradients(ctx, dtotal, *_) -> tuple:
     dx, dweight = ctx.saved_tensors
     wants_dx, wants_dweight = (wanted and dtotal is not None for wanted in ctx.wants)
-    dx = _scaled(dx, dtotal, dx.dtype) if wants_dx else None
-    dweight = _scaled(dweight, dtotal, ctx.dtype) if wants_dweight else None
+    dx = _guarded_scaled(dx, dtotal, dx.dtype) if wants_dx else None
+    dweight = _guarded_scaled(dweight, dtotal, ctx.dtype) if wants_dweight else None
     return dx, dweight, *[None] * 8
 
 
@@ -285,7 +285,7 @@ def _save_losses(ctx, inputs, output) -> None:
 def _losses_gradients(ctx, dlosses, dlse) -> tuple:
     lse, x, weight, targets = ctx.saved_tensors
     wants = ctx.needs_input_grad[:2]
-    dx, dweight = _losses_backward(dlosses, lse, x, weight, targets, *ctx.options, *wants)
+    dx, dweight = _guarded_losses_backward(dlosses, lse, x, weight, targets, *ctx.options, *wants)
     return dx if wants[0] else None, dweight.to(weight.dtype) if wants[1] else None, *[None] * 6
 
 
@@ -297,3 +297,10 @@ total_of.register_autograd(_total_gradients, setup_context=_save_total)
 losses_of.register_autograd(_losses_gradients, setup_context=_save_losses)
 _scaled.register_autograd(_no_second_gradient)
 _losses_backward.register_autograd(_no_second_gradient)
+
+NO_TRANSFORMS = (
+    "linear_cross_entropy has no forward-mode derivatives and no torch.func transforms in the kernels and in the "
+    'chunked path: impl="reference" has both'
+)
+guarded_total, guarded_losses = guarded(total_of, NO_TRANSFORMS), guarded(losses_of, NO_TRANSFORMS)
+_guarded_scaled, _guarded_losses_backward = guarded(_scaled, NO_TRANSFORMS), guarded(_losses_backward, NO_TRANSFORMS)
