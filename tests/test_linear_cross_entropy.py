@@ -1,12 +1,10 @@
 """The fused loss against the reference in float64, by the rule that attention is held to, and what it promises."""
 
-import json
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
 
 from kernels import cross_entropy_triton, linear_cross_entropy, linear_cross_entropy_reference
 from kernels import linear_cross_entropy as public
@@ -215,58 +213,6 @@ def test_no_second_derivative(reduction):
     (dx,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivative"):
         dx.sum().backward()
-
-
-def peak_memory(fn, path) -> tuple[int, int]:
-    """Bytes allocated at most at once while fn runs, and in one piece, by torch's own account of every allocation."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        fn()
-    profiler.export_chrome_trace(str(path))
-    events = [e for e in json.loads(path.read_text())["traceEvents"] if e["name"] == "[memory]"]
-    sizes = [e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])]
-    held = peak = 0
-    for size in sizes:
-        held += size
-        peak = max(peak, held)
-    return peak, max(sizes)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_memory_is_that_of_a_chunk(reduction, tmp_path):
-    """Forward and backward hold a few chunks and the gradients, however many rows there are."""
-    N, V, C, chunk = 2048, 3000, 8, 1 << 20
-    x, weight, targets = torch.randn(N, C), torch.randn(V, C).requires_grad_(), torch.randint(V, (N,))
-    x.requires_grad_()
-
-    def step(impl):
-        return lambda: torch.autograd.grad(
-            linear_cross_entropy(x, weight, targets, impl=impl, reduction=reduction).sum(), (x, weight)
-        )
-
-    with mock.patch.dict(chunks.CHUNK_BYTES, cpu=chunk):
-        peak, largest = peak_memory(step("chunked"), tmp_path / "chunked.json")
-    gradients = 4 * (N + V) * C
-    assert largest <= 1.1 * chunk
-    assert peak <= 3 * chunk + 3 * gradients + 16 * 4 * N
-    # Where there is more to see, it is seen.
-    peak, largest = peak_memory(step("reference"), tmp_path / "reference.json")
-    assert largest >= 4 * N * V and peak >= 8 * N * V
-
-
-@pytest.mark.parametrize(
-    ("N", "V", "itemsize", "device", "rows"),
-    [
-        (16384, 50304, 2, "cuda", 8192),
-        (524288, 50304, 2, "cuda", 10496),
-        (1, 50304, 2, "cuda", 1),
-        (300, 65, 4, "cpu", 300),
-        (8192, 50304, 4, "cpu", 256),
-        (10, 1 << 30, 4, "cpu", 1),
-    ],
-)
-def test_chunks(N, V, itemsize, device, rows):
-    assert chunks.chunk_rows(N, V, itemsize, device) == rows
-    assert rows == 1 or rows * V * itemsize <= chunks.CHUNK_BYTES[device]
 
 
 def test_auto_takes_the_reference_where_logits_are_few():
