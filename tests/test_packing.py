@@ -240,18 +240,32 @@ def test_ranks_share_out_what_one_process_would_see(packing, world_size, small_p
     assert all(loader.state_dict() == one.state_dict() for loader in ranks)
 
 
-def test_after_a_rollback_other_rows_come(small_pools):
-    loader, other = loader_of("best_fit"), loader_of("best_fit")
-    for _ in range(7):
-        loader.next_batch()
-        other.next_batch()
-    other.load_state_dict(other.state_dict() | {"rollbacks": 1})
-    assert not other.next_batch()[0].equal(loader.next_batch()[0])
-    # A pool that now makes fewer rows is left for the next one.
-    state = loader.state_dict()
-    other.load_state_dict(state | {"row": 16, "rollbacks": 2})
-    other.next_batch()
-    assert (other.state_dict()["pool"], other.state_dict()["row"]) > (state["pool"], 0)
+@pytest.mark.parametrize("row", [0, 2])
+def test_after_a_rollback_other_rows_come(row, small_pools):
+    """At the next row already, even in mid-pool: what a batch has of the pool is less than what is left of it."""
+    loader, other = (loader_of("best_fit", batch_size=2) for _ in range(2))
+    state = loader.state_dict() | {"epoch": 1, "pool": 2, "row": row}
+    loader.load_state_dict(state)
+    left = len(loader._packed) - row
+    assert left > 2
+    other.load_state_dict(state)
+    again = other.next_batch()
+    other.load_state_dict(state | {"rollbacks": 1})
+    assert other.state_dict() == state | {"rollbacks": 1}
+    changed = other.next_batch()
+    following = loader.next_batch()
+    assert all(a.equal(b) for a, b in zip(again, following, strict=True))
+    assert not changed[0].equal(following[0])
+    assert other.state_dict()["pool"] == state["pool"] and other.state_dict()["row"] == row + 2
+
+
+def test_a_pool_that_makes_fewer_rows_after_a_rollback_is_left_for_the_next(small_pools):
+    loader = loader_of("best_fit", batch_size=2)
+    state = loader.state_dict() | {"rollbacks": 2}
+    loader.load_state_dict(state | {"row": 16})
+    assert loader.state_dict()["row"] == len(loader._packed) < 16
+    loader.next_batch()
+    assert (loader.state_dict()["pool"], loader.state_dict()["row"]) == (1, 2)
 
 
 @pytest.mark.parametrize("change", [{"pool": 100}, {"row": -1}, {"epoch": -1}, {"row": 17}], ids=str)
