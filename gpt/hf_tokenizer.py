@@ -8,20 +8,22 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gpt.bpe import byte_characters
 from gpt.errors import UserError
-from gpt.tokenizer import DOCUMENT, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, check_tokens
+from gpt.hf_merges import UNUSED, byte_tokens, unreached
+from gpt.sample_texts import sample_texts
+from gpt.tokenizer import CUT, DOCUMENT, MAX_VOCAB, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, check_tokens
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 EACH_CHARACTER = r"[\s\S]"
-# What means one thing to tiktoken and another to tokenizers.
-_DIALECT = re.compile(r"\{\d+(?:,\d*)?\}\+|(?<!\\)\$|&&")
-# A blank keeps it apart from every byte-level token.
-_UNUSED = "<unused {}>"
+# What means one thing to tiktoken and another to tokenizers, or may: bounds with a plus, ends of lines, classes of
+# words, modes, intersections.
+_DIALECT = re.compile(r"\{\d+(?:,\d*)?\}\+|(?<!\\)\$|&&|(?<![\[\\])\^|\\[wWbBhHRXGKZAN]|\(\?[a-z]*[msx]|\[\[:")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -65,10 +67,10 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
                 "single_word": False,
                 "lstrip": False,
                 "rstrip": False,
-                "normalized": False,
-                "special": True,
+                "normalized": late,
+                "special": special,
             }
-            for spelling, i in sorted(tokenizer.specials.items(), key=lambda item: item[1])
+            for spelling, i, late, special in sorted(_added(tokenizer), key=lambda token: token[1])
         ],
         "normalizer": {"type": form} if form else None,
         "pre_tokenizer": split,
@@ -78,12 +80,18 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
+def _added(tokenizer: Tokenizer) -> Iterator[tuple[str, int, bool, bool]]:
+    """Spelling, id, whether it is found in normalized text, and whether it is special, of each added token."""
+    yield from ((spelling, i, False, True) for spelling, i in tokenizer.specials.items())
+    yield from ((spelling, i, late, False) for spelling, (i, late) in getattr(tokenizer, "added", {}).items())
+
+
 def _byte_level_model(tokenizer: Tokenizer) -> dict[str, Any]:
     """A BPE whose merges are every way to put a token together, in the order of ids: tiktoken's rule."""
     tokens = tokenizer.tokens if isinstance(tokenizer, BPETokenizer) else [bytes([i]) for i in range(256)]
     spelling = byte_characters()
     texts = [
-        _UNUSED.format(i) if token is None else "".join(spelling[b] for b in token) for i, token in enumerate(tokens)
+        UNUSED.format(i) if token is None else "".join(spelling[b] for b in token) for i, token in enumerate(tokens)
     ]
     ids = {text: i for i, text in enumerate(texts) if tokens[i] is not None}
     merges = []
@@ -91,9 +99,11 @@ def _byte_level_model(tokenizer: Tokenizer) -> dict[str, Any]:
         pairs = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
         known = [pair for pair in pairs if pair[0] in ids and pair[1] in ids]
         merges += [list(pair) for pair in sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))]
-    vocab = ids | tokenizer.specials
+    never = getattr(tokenizer, "unreached", {})
+    vocab = ids | {spelling: i for spelling, i, _, _ in _added(tokenizer)}
+    vocab |= {"".join(spelling[b] for b in token): i for i, token in never.items()}
     # With no id left out, len() there is vocab_size here.
-    vocab |= {_UNUSED.format(i): i for i in set(range(tokenizer.vocab_size)) - set(vocab.values())}
+    vocab |= {UNUSED.format(i): i for i in set(range(tokenizer.vocab_size)) - set(vocab.values())}
     return {
         "type": "BPE",
         "dropout": None,
@@ -102,7 +112,8 @@ def _byte_level_model(tokenizer: Tokenizer) -> dict[str, Any]:
         "end_of_word_suffix": None,
         "fuse_unk": False,
         "byte_fallback": False,
-        "ignore_merges": isinstance(tokenizer, BPETokenizer),  # a whole piece that is a token is that token
+        # A whole piece that is a token is that token; but not one that text never becomes.
+        "ignore_merges": isinstance(tokenizer, BPETokenizer) and not never,
         "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
         "merges": merges,
     }
@@ -140,6 +151,10 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, seq_len: int) -> N
     for spelling in tokenizer.specials if not isinstance(tokenizer, CharTokenizer) else ():
         if theirs.encode(spelling).ids != tokenizer.encode(spelling):
             raise UserError(f"the special token {spelling!r} cannot be told from text in tokenizer.json")
+    try:
+        _compare(tokenizer, theirs)
+    except ValueError as error:
+        raise UserError(f"the tokenizer cannot be said in tokenizer.json: {error}") from None
     document = next((s for s, i in tokenizer.specials.items() if i == tokenizer.document_token), None)
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -175,8 +190,8 @@ def read_tiktoken(path: Path, pattern: str, specials: Mapping[str, int], name: s
     try:
         pairs = [line.split() for line in Path(path).read_bytes().splitlines() if line.strip()]
         ranks = {int(rank): base64.b64decode(token, validate=True) for token, rank in pairs}
-        if len(ranks) != len(pairs) or min(ranks) < 0:
-            raise ValueError("an id is there twice, or negative")
+        if len(ranks) != len(pairs) or min(ranks) < 0 or max(ranks) >= MAX_VOCAB:
+            raise ValueError(f"an id is there twice, negative, or not below {MAX_VOCAB}")
         tokens = check_tokens([ranks.get(i) for i in range(max(ranks) + 1)], dict(specials))
         return BPETokenizer(name, pattern, tokens, specials)
     except OSError as error:
@@ -188,8 +203,9 @@ def read_tiktoken(path: Path, pattern: str, specials: Mapping[str, int], name: s
 def read_hf_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a checkpoint's tokenizer.json (and of tokenizer_config.json, for which token ends a document).
 
-    Byte-level BPE is read, with GPT-2's or a pattern of its own, and what write_hf_tokenizer wrote. All added tokens
-    are special tokens here. Raises UserError, naming the file and what in it is not supported.
+    Byte-level BPE is read, with GPT-2's or a pattern of its own, and what write_hf_tokenizer wrote. Special tokens are
+    so here too; other added tokens are found in any text. Raises UserError, naming the file, for whatever would give
+    text other ids here than there: each token, and a sample of text, are compared.
     """
     path = folder / "tokenizer.json"
     content = read_json(path)
@@ -203,25 +219,107 @@ def read_hf_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _from_tokenizer_json(content: dict[str, Any], settings: dict[str, Any]) -> Tokenizer:
-    model, specials = content["model"], {entry["content"]: entry["id"] for entry in content.get("added_tokens") or []}
+    import tokenizers
+
+    model, added = content["model"], content.get("added_tokens") or []
+    form = _check_settings(content, settings)
+    specials = {entry["content"]: entry["id"] for entry in added if entry.get("special")}
+    plain = {e["content"]: (e["id"], bool(e.get("normalized"))) for e in added if not e.get("special")}
     if model.get("type") == "WordLevel":
-        return _characters(content, specials)
-    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or model.get("continuing_subword_prefix"):
-        raise ValueError(f"its model is {model.get('type')}, and only byte-level BPE is supported")
-    form = (content.get("normalizer") or {}).get("type")
+        ours: Tokenizer = _characters(content, specials | {spelling: i for spelling, (i, _) in plain.items()})
+    else:
+        ours = _byte_level_bpe(content, settings, specials, plain, form)
+    try:
+        theirs = tokenizers.Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # the library's own, of no class of its own
+        raise ValueError(f"the tokenizers library refuses it ({error})") from None
+    theirs.encode_special_tokens = True
+    for spelling, i, _, _ in _added(ours):
+        if theirs.token_to_id(spelling) != i:
+            raise ValueError(f"its added token {spelling!r} has the id {i}, but {theirs.token_to_id(spelling)} in use")
+    _compare(ours, theirs)
+    return ours
+
+
+def _compare(ours: Tokenizer, theirs: Any) -> None:
+    """ValueError where the tokenizers library's tokenizer gives a sample of text other ids than ours."""
+    for text in sample_texts(ours):
+        ids = ours.encode(text)
+        found = theirs.encode(text, add_special_tokens=False).ids
+        if found != ids:
+            raise ValueError(f"it encodes {text!r} as {found[:20]}, and this program would as {ids[:20]}")
+        cut = next((match.start() for match in CUT.finditer(text) if match.start()), 0)
+        if ours.encode(text[:cut]) + ours.encode(text[cut:]) != ids:
+            raise ValueError(f"it splits text in a way that is not supported: over the place {cut} of {text!r}")
+
+
+def _check_settings(content: dict[str, Any], settings: dict[str, Any]) -> str | None:
+    """The normalization, NFC or none; ValueError for whatever else changes ids and is not supported."""
+    model, normalizer = content["model"], content.get("normalizer") or {}
+    while normalizer.get("type") == "Sequence" and len(normalizer["normalizers"]) < 2:
+        normalizer = (normalizer["normalizers"] or [{}])[0]
+    form = normalizer.get("type")
     if form not in (None, "NFC"):
         raise ValueError(f"it has the normalizer {form}, and only NFC is supported")
+    if content.get("truncation"):
+        raise ValueError('it cuts text short ("truncation"): set that to null')
+    padding = content.get("padding")
+    if padding and (padding.get("strategy") != "BatchLongest" or padding.get("pad_to_multiple_of")):
+        raise ValueError('it fills text up ("padding"): set that to null')
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise ValueError(f"its model has {key} {model[key]!r}, which is not supported")
+    decoder = content.get("decoder") or {}
+    if decoder.get("type") not in (None, "ByteLevel", "Fuse"):
+        raise ValueError(f"it has the decoder {decoder.get('type')}, and only ByteLevel is supported")
+    if settings.get("add_prefix_space"):
+        raise ValueError("tokenizer_config.json puts a space before the text (add_prefix_space)")
+    added = {entry["content"]: entry for entry in content.get("added_tokens") or []}
+    if len(added) < len(content.get("added_tokens") or []):
+        raise ValueError("it adds a token twice")
+    for spelling, entry in added.items():
+        for key in ("lstrip", "rstrip", "single_word"):
+            if entry.get(key):
+                raise ValueError(f"its added token {spelling!r} has {key}, which is not supported")
+        if (
+            form
+            and entry.get("normalized")
+            and (entry.get("special") or unicodedata.normalize(form, spelling) != spelling)
+        ):
+            raise ValueError(f"its added token {spelling!r} is found in normalized text, which is not supported")
+    for i, entry in (settings.get("added_tokens_decoder") or {}).items():
+        if added.get(entry["content"], {}).get("id") != int(i):
+            raise ValueError(f"tokenizer_config.json adds the token {entry['content']!r} with id {i}, and it does not")
+    return form
+
+
+def _byte_level_bpe(
+    content: dict[str, Any],
+    settings: dict[str, Any],
+    specials: dict[str, int],
+    added: dict[str, tuple[int, bool]],
+    form: str | None,
+) -> Tokenizer:
+    model = content["model"]
+    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
+        raise ValueError(f"its model is {model.get('type')}, and only byte-level BPE is supported")
     pattern = _pattern(content.get("pre_tokenizer") or {})
-    tokens = _byte_tokens(model["vocab"], specials)
-    _check_merges(model)
+    others = set(specials) | set(added)
+    tokens = byte_tokens(model["vocab"], others)
+    check_tokens(tokens, specials, added)
+    never = unreached(model, others)
     learned = sum(token is not None for token in tokens) > 256
-    if not learned and pattern is None and specials == {DOCUMENT: 256} and tokens == [bytes([i]) for i in range(256)]:
+    in_order = tokens == [bytes([i]) for i in range(256)]
+    if in_order and pattern is None and specials == {DOCUMENT: 256} and not added:
         return ByteTokenizer()
     if pattern is None and not learned:
         pattern = EACH_CHARACTER
     if pattern is None:
         raise ValueError("it splits text by no pattern, and its tokens run over any")
-    return BPETokenizer("hf", pattern, check_tokens(tokens, specials), specials, form, _document(specials, settings))
+    outside = {model["vocab"][text]: tokens[model["vocab"][text]] for text in never}
+    tokens = [None if i in outside else token for i, token in enumerate(tokens)]
+    document = _document(specials, settings)
+    return BPETokenizer("hf", pattern, tokens, specials, form, document, added, outside)
 
 
 def _characters(content: dict[str, Any], specials: dict[str, int]) -> CharTokenizer:
@@ -247,29 +345,10 @@ def _pattern(step: dict[str, Any]) -> str | None:
         regex = (split.get("pattern") or {}).get("Regex")
         if split.get("behavior") != "Isolated" or split.get("invert") or regex is None or pattern is not None:
             raise ValueError("it splits text in a way that is not supported")
-        if _DIALECT.search(regex):
+        if _DIALECT.search(regex.replace(r"\z", "")):
             raise ValueError(f"its pattern is not supported: {regex}")
         pattern = regex
     return pattern
-
-
-def _byte_tokens(vocab: dict[str, int], specials: dict[str, int]) -> list[bytes | None]:
-    to_byte = {character: byte for byte, character in enumerate(byte_characters())}
-    found: dict[int, bytes] = {}
-    for text, i in vocab.items():
-        if text in specials or text == _UNUSED.format(i):
-            continue
-        if not all(character in to_byte for character in text):
-            raise ValueError(f"its token {text!r} is not byte-level")
-        found[i] = bytes(to_byte[character] for character in text)
-    return [found.get(i) for i in range(max(found, default=-1) + 1)]
-
-
-def _check_merges(model: dict[str, Any]) -> None:
-    """ValueError unless merges come in the order of the ids of what they make, which is what tiktoken goes by."""
-    made = [model["vocab"]["".join(pair.split(" ") if isinstance(pair, str) else pair)] for pair in model["merges"]]
-    if made != sorted(made):
-        raise ValueError("its merges are not in the order of its ids")
 
 
 def _document(specials: dict[str, int], settings: dict[str, Any]) -> str:

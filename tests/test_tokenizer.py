@@ -235,7 +235,7 @@ def test_bpe_merges_as_its_trainer_does():
 @given(text=nasty)
 def test_no_piece_runs_over_a_cut(pattern, text):
     whole = regex.findall(pattern, text)
-    for match in module._CUT.finditer(text):
+    for match in module.CUT.finditer(text):
         left, right = text[: match.start()], text[match.start() :]
         assert regex.findall(pattern, left) + regex.findall(pattern, right) == whole
 

@@ -1,0 +1,152 @@
+"""What every tokenizer offers, and text from tokens as they come."""
+
+import codecs
+import hashlib
+import json
+import re
+import unicodedata
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt.errors import UserError
+from gpt.files import write_whole
+
+DOCUMENT = "<|endoftext|>"  # spelling of the token that stands before each document
+FORMAT = "gpt-tokenizer"
+VERSION = 1
+
+
+class UnknownCharacter(UserError):
+    """A character that a character tokenizer lacks; `position` counts characters from 0 in the text given."""
+
+    def __init__(self, character: str, position: int, where: str = "the text") -> None:
+        name = unicodedata.name(character, "no name")
+        super().__init__(
+            f"the tokenizer lacks the character {character!r} (U+{ord(character):04X}, {name}) at position {position} "
+            f"of {where}: leave it out, or train with --tokenizer byte or bpe, which take any text"
+        )
+        self.character, self.position = character, position
+
+
+class Tokenizer(ABC):
+    """What every kind offers. Ids run from 0 to vocab_size - 1.
+
+    pieces: the UTF-8 bytes behind each id (a part of a character for some); b"" for special tokens and unused ids.
+    specials: spelling and id of each special token.
+    """
+
+    vocab_size: int
+    document_token: int | None  # the id that stands before each document
+    token_bytes: np.ndarray  # (vocab_size,) int64: UTF-8 bytes of each token's text, 0 for special tokens
+
+    def __init__(self, pieces: list[bytes], specials: Mapping[str, int]) -> None:
+        self._pieces = pieces
+        self.specials = dict(specials)
+        self.vocab_size = len(pieces)
+        self.document_token = self.specials.get(DOCUMENT)
+        self.token_bytes = np.fromiter(map(len, pieces), np.int64, len(pieces))
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The smallest of uint16 and uint32 that holds every id."""
+        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+
+    @property
+    def start_token(self) -> int:
+        """What an empty prompt starts from: the document token; else a line break; else the corpus's first token."""
+        return 0 if self.document_token is None else self.document_token
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the saved form, in hex: equal tokenizers, and no others, share it."""
+        return hashlib.sha256(self._serialized).hexdigest()
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Ids of the text. Special tokens' spellings are plain text unless allow_special.
+
+        Raises UserError on a lone surrogate, and on a character that a character tokenizer lacks.
+        """
+        if not (allow_special and self.specials):
+            return self.encode_to_array(text).tolist()
+        ids: list[int] = []
+        for part, i in spelled(text, self.specials):
+            ids += self.encode_to_array(part).tolist() if i is None else [i]
+        return ids
+
+    def encode_to_array(self, text: str) -> np.ndarray:
+        """The same ids, without special tokens, as an array of self.dtype: the fast path for corpora."""
+        return self._guarded(text, self._encode)
+
+    def _guarded(self, text: str, encode: Callable[[str], np.ndarray]) -> np.ndarray:
+        try:
+            return encode(text)
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the text holds the lone surrogate U+{ord(text[error.start]):04X} at position {error.start}, "
+                "which is no character: give text that is valid UTF-8"
+            ) from None
+
+    def segments(self, chunks: Iterable[str]) -> Iterator[str]:
+        """One text's chunks, cut anew so that the ids of the segments, joined, are the ids of the whole text."""
+        return iter(chunks)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes behind ids; ValueError for an id outside the vocabulary."""
+        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
+            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
+            raise ValueError(f"token id {wrong} is outside the vocabulary, 0 to {self.vocab_size - 1}")
+        return b"".join([self._pieces[i] for i in ids])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text behind ids. Bytes that form no character become U+FFFD; special tokens become nothing."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def save(self, path: Path) -> None:
+        """Write the tokenizer as JSON; the file is there whole or not at all."""
+        write_whole(Path(path), self._serialized)
+
+    @property
+    def _serialized(self) -> bytes:
+        form = {"format": FORMAT, "version": VERSION, **self._form()}
+        return (json.dumps(form, ensure_ascii=True, indent=0, sort_keys=True) + "\n").encode()
+
+    @abstractmethod
+    def _encode(self, text: str) -> np.ndarray:
+        """The ids of a text that can be encoded."""
+
+    @abstractmethod
+    def _form(self) -> dict[str, Any]:
+        """What the file says of this kind of tokenizer."""
+
+
+class StreamDecoder:
+    """Text from tokens as they come, never half a character: what push and flush return joins to decode(ids)."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """The characters that this token completes; often "" inside a character of several tokens."""
+        return self._decoder.decode(self._tokenizer.decode_bytes([int(token)]))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for an unfinished character. The decoder is then as new."""
+        return self._decoder.decode(b"", final=True)
+
+
+def spelled(text: str, tokens: Mapping[str, int]) -> Iterator[tuple[str, int | None]]:
+    """The text in parts, and the id of each part that is the spelling of one of the tokens; the longest counts."""
+    if not tokens:
+        yield text, None
+        return
+    spellings = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+    for part in re.split(f"({spellings})", text):
+        if part:
+            yield part, tokens.get(part)

@@ -1,0 +1,360 @@
+"""A tokenizer.json is encoded as the tokenizers library encodes it, or refused with the reason."""
+
+import copy
+import json
+import random
+
+import pytest
+import tokenizers
+
+from gpt import hf_tokenizer
+from gpt.bpe import byte_characters, train_bpe
+from gpt.errors import UserError
+from gpt.hf_tokenizer import read_hf_tokenizer, to_tokenizer_json, write_hf_tokenizer
+from gpt.tokenizer import DOCUMENT, BPETokenizer, load_tokenizer
+from tests.tokenizer_checks import BPE, LINES, TEXT
+
+BYTES = {character: i for i, character in enumerate(byte_characters())}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def file_of(vocab=None, merges=(), added=(), **model) -> dict:
+    """A tokenizer.json with GPT-2's pattern: the 256 bytes, more tokens, merges written "a b", added tokens."""
+    model = {"type": "BPE", "vocab": BYTES | (vocab or {}), "merges": list(merges)} | model
+    return {"version": "1.0", "added_tokens": list(added), "pre_tokenizer": BYTE_LEVEL, "model": model}
+
+
+def added(spelling: str, i: int, **flags) -> dict:
+    off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    return {"id": i, "content": spelling} | off | flags
+
+
+def read(folder, content, **settings):
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return read_hf_tokenizer(folder)
+
+
+def library(content) -> tokenizers.Tokenizer:
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(content))
+    theirs.encode_special_tokens = True
+    return theirs
+
+
+def agree(ours, content, texts=(TEXT[:2000], LINES, "the then", "")) -> None:
+    theirs = library(content)
+    for text in texts:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text
+
+
+# --- merges -----------------------------------------------------------------------------------------------------------
+
+
+def random_file(draw: random.Random) -> dict:
+    """Tokens over two letters and a space, with merges that make them in any way, or in none."""
+    texts = {"".join(draw.choices("ab", k=draw.randint(2, 5))) for _ in range(draw.randint(1, 9))}
+    order = sorted(texts, key=len) if draw.random() < 0.7 else list(texts)
+    vocab = {text: 256 + i for i, text in enumerate(order)}
+    merges = []
+    for text in order:
+        known = [
+            f"{text[:i]} {text[i:]}" for i in range(1, len(text)) if {text[:i], text[i:]} <= (BYTES | vocab).keys()
+        ]
+        most = len(known) if draw.random() < 0.5 else draw.randint(0, len(known))
+        merges += draw.sample(known, most)
+    if draw.random() < 0.1:
+        draw.shuffle(merges)
+    if merges and draw.random() < 0.1:
+        merges.append(draw.choice(merges))
+    return file_of(vocab, merges, ignore_merges=draw.random() < 0.5)
+
+
+def test_random_merges_are_encoded_as_the_library_does_or_refused(tmp_path, monkeypatch):
+    """The check of the merges alone, without the sample of text, lets nothing through that differs."""
+    monkeypatch.setattr(hf_tokenizer, "sample_texts", lambda tokenizer: [])
+    draw, taken, spare = random.Random(3), 0, 0
+    for _ in range(400):
+        content = random_file(draw)
+        try:
+            ours = read(tmp_path, content)
+        except UserError:
+            continue
+        taken += len(ours.tokens) > 256
+        spare += bool(ours.unreached)
+        agree(ours, content, ["".join(draw.choices("aabb ", k=draw.randint(1, 14))) for _ in range(40)])
+        agree(ours, content, list(content["model"]["vocab"])[256:])
+    assert 60 < taken and 60 < spare
+
+
+def test_the_sample_alone_sees_merges_that_are_left_out(tmp_path, monkeypatch):
+    """And whatever the check of the merges might miss, the sample of text may see."""
+    monkeypatch.setattr(hf_tokenizer, "unreached", lambda *_: set())
+    content = to_tokenizer_json(BPE)
+    content["model"] |= {"ignore_merges": False, "merges": content["model"]["merges"][:-40]}
+    with pytest.raises(UserError, match=r"it encodes .* as .*, and this program would as"):
+        read(tmp_path, content)
+
+
+def test_a_token_without_a_merge_is_never_made_of_text(tmp_path):
+    content = file_of({"the": 256, "th": 257}, ["t h"])
+    ours = read(tmp_path, content)
+    assert ours.encode("the") == [257, BYTES["e"]] and ours.decode([256]) == "the" and ours.token_bytes[256] == 3
+    agree(ours, content)
+    ours.save(tmp_path / "ours.json")
+    assert load_tokenizer(tmp_path / "ours.json").encode("the the") == ours.encode("the the")
+    assert load_tokenizer(tmp_path / "ours.json").decode([256]) == "the"
+    write_hf_tokenizer(ours, tmp_path, seq_len=8)
+    again = read_hf_tokenizer(tmp_path)
+    assert again.encode(TEXT[:500]) == ours.encode(TEXT[:500]) and again.unreached == ours.unreached
+
+
+def test_a_whole_piece_is_a_token_only_if_the_file_says_so(tmp_path):
+    content = file_of({"the": 256}, ignore_merges=True)
+    ours = read(tmp_path, content)
+    assert ours.encode("the then") == [256, *(BYTES[c] for c in "Ġthen")]
+    agree(ours, content)
+
+
+def trained() -> dict:
+    content = json.loads(train_bpe([TEXT], 600).to_str())
+    content["pre_tokenizer"] = BYTE_LEVEL
+    content["model"]["merges"] = [list(pair) for pair in content["model"]["merges"]]
+    return content
+
+
+TRAINED = trained()
+
+
+def drop(content, at):
+    del content["model"]["merges"][at]
+
+
+def swap(content):
+    merges = content["model"]["merges"]
+    merges[100], merges[200] = merges[200], merges[100]
+
+
+def vocab(content, **tokens):
+    content["model"]["vocab"] |= tokens
+
+
+REFUSED = {
+    "a merge missing, whole pieces first": (
+        lambda c: (drop(c, -1), c["model"].update(ignore_merges=True)),
+        "it lacks the merge .* which makes its token",
+    ),
+    "order": (swap, "not in the order of its ids: .* comes too late"),
+    "no such part": (lambda c: c["model"]["merges"].append(["Ġzzz", "a"]), "joins or makes a token that"),
+    "no such whole": (lambda c: c["model"]["merges"].append(["z", "q"]), "joins or makes a token that"),
+    "one word as a merge": (lambda c: c["model"]["merges"].append("zq"), "is damaged|cannot be used"),
+    "an id twice": (lambda c: vocab(c, zqzq=300), "'zqzq' has the id 300, which another token has too"),
+    "a huge id": (lambda c: vocab(c, zqzq=1 << 30), "has the id 1073741824"),
+    "suffix": (lambda c: c["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix '</w>'"),
+    "prefix": (lambda c: c["model"].update(continuing_subword_prefix="##"), "continuing_subword_prefix '##'"),
+    "dropout": (lambda c: c["model"].update(dropout=0.1), "dropout 0.1"),
+    "byte_fallback": (lambda c: c["model"].update(byte_fallback=True), "only byte-level BPE"),
+    "truncation": (
+        lambda c: c.update(truncation={"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}),
+        "cuts text short",
+    ),
+    "padding": (lambda c: c.update(padding={"strategy": {"Fixed": 9}}), "fills text up"),
+    "normalizer": (lambda c: c.update(normalizer={"type": "NFKC"}), "the normalizer NFKC"),
+    "two normalizers": (
+        lambda c: c.update(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}),
+        "the normalizer Sequence",
+    ),
+    "prefix space": (lambda c: c["pre_tokenizer"].update(add_prefix_space=True), "puts a blank before|puts a space"),
+    "decoder": (lambda c: c.update(decoder={"type": "Metaspace"}), "the decoder Metaspace"),
+    "lstrip": (lambda c: c["added_tokens"].append(added("<m>", 600, lstrip=True)), "'<m>' has lstrip"),
+    "rstrip": (lambda c: c["added_tokens"].append(added("<m>", 600, rstrip=True, special=True)), "'<m>' has rstrip"),
+    "single_word": (lambda c: c["added_tokens"].append(added("<m>", 600, single_word=True)), "'<m>' has single_word"),
+    "an added token's id": (lambda c: c["added_tokens"].append(added("<m>", 700)), "has the id 700, but 600 in use"),
+    "an added token twice": (lambda c: c["added_tokens"].extend([added("<m>", 600)] * 2), "adds a token twice"),
+    "an added token of words": (lambda c: c["added_tokens"].append(added("to be", 600)), "long text may be cut"),
+    "merges make a special": (
+        lambda c: c["added_tokens"].append(added(token_at(c, 400), 400, special=True)),
+        "makes the added token",
+    ),
+}
+
+
+def token_at(content, i):
+    return next(text for text, at in content["model"]["vocab"].items() if at == i)
+
+
+def split(pattern, behavior="Isolated", invert=False):
+    steps = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert},
+        BYTE_LEVEL | {"use_regex": False},
+    ]
+    return lambda c: c.update(pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
+
+
+REFUSED |= {
+    f"behavior {behavior}": (split(r"\s+|\S+", behavior), "splits text in a way")
+    for behavior in ("Removed", "MergedWithPrevious", "MergedWithNext", "Contiguous")
+}
+REFUSED |= {
+    "invert": (split(r"\s+|\S+", invert=True), "splits text in a way"),
+    "a pattern that leaves text out": (split(r"\p{L}+|\s+"), "leaves out a part of"),
+    "words": (split(r"\w+|\W+"), "its pattern is not supported"),
+    "starts of lines": (split(r"^x|[\s\S]"), "its pattern is not supported"),
+    "modes": (split(r"(?m)x.|[\s\S]"), "its pattern is not supported"),
+    "pieces of several words": (split(r"\p{L}+(?: \p{L}+)*|[\s\S]"), "splits text in a way that is not supported"),
+    "no regex": (lambda c: c.update(pre_tokenizer=BYTE_LEVEL | {"use_regex": False}), "splits text by no pattern"),
+    "digits": (
+        lambda c: c.update(
+            pre_tokenizer={
+                "type": "Sequence",
+                "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL | {"use_regex": False}],
+            }
+        ),
+        "splits text in a way",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_give_other_ids_is_refused(tmp_path, case):
+    change, message = REFUSED[case]
+    content = copy.deepcopy(TRAINED)
+    change(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read(tmp_path, content)
+    assert "tokenizer.json" in str(caught.value)
+
+
+TAKEN = {
+    "as it is": lambda c: None,
+    "merges as strings": lambda c: c["model"].update(merges=[" ".join(pair) for pair in c["model"]["merges"]]),
+    "a merge twice": lambda c: c["model"]["merges"].insert(50, c["model"]["merges"][50]),
+    "empty affixes": lambda c: c["model"].update(end_of_word_suffix="", continuing_subword_prefix="", dropout=None),
+    "an unknown token that never comes": lambda c: c["model"].update(unk_token="!", fuse_unk=True),
+    "whole pieces first": lambda c: c["model"].update(ignore_merges=True),
+    "offsets": lambda c: c["pre_tokenizer"].update(trim_offsets=False),
+    "padding to the longest": lambda c: c.update(
+        padding={
+            "strategy": "BatchLongest",
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "!",
+        }
+    ),
+    "NFC in a sequence": lambda c: c.update(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}]}),
+    "no normalizers": lambda c: c.update(normalizer={"type": "Sequence", "normalizers": []}),
+    "a first token": lambda c: c.update(
+        post_processor={
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "!", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"!": {"id": "!", "ids": [0], "tokens": ["!"]}},
+        }
+    ),
+    "the last merge missing": lambda c: drop(c, -1),
+    "a merge missing that others need": lambda c: drop(c, 0),
+    "a token of three parts, whole pieces first": lambda c: (vocab(c, zqz=600), c["model"].update(ignore_merges=True)),
+    "a pattern": split(r"\p{N}|\s+|[^\s\p{N}]+"),
+}
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_what_changes_no_id_or_is_known_is_read(tmp_path, case):
+    content = copy.deepcopy(TRAINED)
+    TAKEN[case](content)
+    agree(read(tmp_path, content), content)
+
+
+# --- added tokens -----------------------------------------------------------------------------------------------------
+
+TOKENS = [added("<think>", 600), added("  ", 601), added("<t", 602), added(DOCUMENT, 603, special=True)]
+SPELT = [
+    "a<think>b",
+    "<think><t <thin k>",
+    "a  b   c    d",
+    f"<t{DOCUMENT}<think>",
+    "<think>\u0338 e\u0301<t",
+    "<t\u0338",
+]
+
+
+@pytest.mark.parametrize("normalizer", [None, {"type": "NFC"}], ids=str)
+@pytest.mark.parametrize("late", [False, True])
+def test_added_tokens_that_are_not_special_are_found_in_any_text(tmp_path, normalizer, late):
+    content = copy.deepcopy(TRAINED) | {"normalizer": normalizer, "added_tokens": copy.deepcopy(TOKENS)}
+    content["added_tokens"][0]["normalized"] = late
+    ours = read(tmp_path, content)
+    agree(ours, content, [*SPELT, TEXT[:500]])
+    assert ours.encode("<think>") == ([602, *ours.encode("hink>")] if late else [600])  # the shorter one comes first
+    assert ours.decode([600, 601, 603]) == "<think>  " and ours.token_bytes[600:].tolist() == [7, 2, 2, 0]
+    assert DOCUMENT in ours.decode(ours.encode(DOCUMENT))  # which is text
+    assert ours.encode(f"<t{DOCUMENT}<t", allow_special=True) == [602, 603, 602]
+    if normalizer is None or not late:
+        whole = tokenizers.Tokenizer.from_str(json.dumps(content))
+        assert [ours.encode(t, allow_special=True) for t in SPELT] == [whole.encode(t).ids for t in SPELT]
+    ours.save(tmp_path / "ours.json")
+    write_hf_tokenizer(ours, tmp_path, seq_len=8)
+    for again in (load_tokenizer(tmp_path / "ours.json"), read_hf_tokenizer(tmp_path)):
+        assert [again.encode(text) for text in SPELT] == [ours.encode(text) for text in SPELT]
+        assert again.vocab_size == ours.vocab_size == 604
+        assert (again.token_bytes == ours.token_bytes).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"add_prefix_space": True}, "puts a space before the text"),
+        ({"added_tokens_decoder": {"600": {"content": "<x>"}}}, "adds the token '<x>' with id 600"),
+        ({"added_tokens_decoder": {"5": {"content": DOCUMENT}}}, "with id 5, and it does not"),
+    ],
+    ids=str,
+)
+def test_the_configs_own_changes_are_refused(tmp_path, settings, message):
+    content = copy.deepcopy(TRAINED) | {"added_tokens": [added(DOCUMENT, 600, special=True)]}
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, content, **settings)
+    same = {"600": {"content": DOCUMENT}}
+    assert read(tmp_path, content, add_prefix_space=False, added_tokens_decoder=same).document_token == 600
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"added": {"<x>": [300, False]}},
+        {"added": {"<x>": [900, 1]}},
+        {"added": {"<x>": 900}},
+        {"added": {"": [900, False]}},
+        {"added": {"a b": [900, False]}},
+        {"added": {DOCUMENT: [900, False]}},
+        {"unreached": {"300": "eg=="}},
+        {"unreached": {"x": "eg=="}},
+        {"unreached": {"900": None}},
+        {"unreached": {"900": ""}},
+        {"unreached": []},
+    ],
+    ids=str,
+)
+def test_a_saved_tokenizer_with_wrong_tokens_is_refused(tmp_path, edit):
+    BPE.save(tmp_path / "tokenizer.json")
+    form = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(form | edit))
+    with pytest.raises(UserError, match="is no tokenizer of this program"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_a_pattern_that_leaves_text_out_is_refused_at_the_text():
+    """tiktoken passes over what its pattern does not match."""
+    ours = BPETokenizer("x", r"\p{L}+|\s+", BPE.tokens, {})
+    assert ours.decode(ours.encode("only words")) == "only words"
+    with pytest.raises(UserError, match=r"leaves out a part of 'a 1'"):
+        ours.encode("a 1")
+
+
+def test_characters_with_a_normalizer_are_refused(tmp_path):
+    from gpt.tokenizer import CharTokenizer
+
+    content = to_tokenizer_json(CharTokenizer("ABab"))
+    agree(read(tmp_path, content), content, ["abAB"])
+    with pytest.raises(UserError, match="the normalizer Lowercase"):
+        read(tmp_path, content | {"normalizer": {"type": "Lowercase"}})
