@@ -10,8 +10,9 @@
 They hold whole tensors, whatever number of processes wrote them, so that any number can go on from them: under
 torchrun all ranks gather them together, and rank 0 writes.
 
-A checkpoint is written beside its place under a temporary name, each file flushed to the disk, then renamed; it goes by
-way of a temporary name too. Nothing is unpickled. gpt.saver writes them beside the training.
+A checkpoint is written beside its place under a temporary name, each file flushed to the disk, then renamed. Deletion
+renames first, too, and takes only the files above: whatever else a folder holds stays. Nothing is unpickled. gpt.saver
+writes them beside the training.
 """
 
 import hashlib
@@ -30,13 +31,16 @@ from torch import Tensor, nn
 
 from gpt.distributed import World, gathered, like, local
 from gpt.errors import UserError
-from gpt.files import flush
+from gpt.files import flush, utf8_path
 from gpt.optim import Average
 from gpt.optimizer_state import optimizer_tensors, restore_optimizers
 
 MANIFEST = "manifest.json"
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 AVERAGE = "average.safetensors"  # the one file that a checkpoint may lack
+OWN = {*FILES, AVERAGE, MANIFEST}
+_NAME = re.compile(r"(step|best)_[0-9]{8,18}")
+_TEMPORARY = re.compile(rf"\.{_NAME.pattern}\.[0-9a-z]+\.tmp")
 Tensors = dict[str, dict[str, Tensor]]  # file name -> tensor's name -> tensor
 
 
@@ -85,7 +89,7 @@ def prune(directory: Path, step: int, keep: int) -> None:
             own = [path for path in list_checkpoints(directory) if path.name.startswith(kind)]
             past = [path for path in own if _step(path) <= step]
             for path in {*own} - {*past[:number]}:
-                _remove(path)
+                remove(path)
     except OSError as error:
         raise UserError(f"cannot delete the old checkpoint {error.filename}: {error.strerror}") from error
 
@@ -97,8 +101,8 @@ def _write(final: Path, tensors: Tensors, state: dict[str, Any]) -> None:
         if not directory.exists():
             directory.mkdir(parents=True)
             flush(directory.parent)
-        for stale in directory.glob(".*.tmp"):
-            shutil.rmtree(stale)
+        for stale in unfinished(directory):
+            discard(stale)
         temporary.mkdir()
         for name, values in tensors.items():
             save_file({key: value.contiguous() for key, value in values.items()}, temporary / name)
@@ -112,20 +116,51 @@ def _write(final: Path, tensors: Tensors, state: dict[str, Any]) -> None:
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         flush(temporary / MANIFEST)
         flush(temporary)
-        if final.exists():
-            _remove(final)
-        temporary.rename(final)
+        if os.path.lexists(final):
+            remove(final)
+        if final.exists():  # a file of the user's is in it
+            for name in (*names, MANIFEST):
+                os.replace(temporary / name, final / name)
+            flush(final)
+            temporary.rmdir()
+        else:
+            temporary.rename(final)
         flush(directory)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"cannot write the checkpoint {final}: {error}; the earlier ones are untouched") from error
 
 
-def _remove(checkpoint: Path) -> None:
-    """Delete a checkpoint so that no half of it is ever seen under its name."""
-    aside = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
-    checkpoint.rename(aside)
-    shutil.rmtree(aside)
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint so that no half of it is ever taken for a whole one; of a link, the link.
+
+    A folder with other files in it stays, with those.
+    """
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+    elif any(path.name not in OWN or path.is_dir() for path in checkpoint.iterdir()):
+        discard(checkpoint)
+    else:
+        aside = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+        if aside.exists():
+            discard(aside)
+        checkpoint.rename(aside)
+        discard(aside)
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint's files, the manifest first, and their folder unless it holds something else."""
+    for name in (MANIFEST, *sorted(OWN - {MANIFEST})):
+        if not (folder / name).is_dir():
+            (folder / name).unlink(missing_ok=True)
+    if not os.listdir(folder):
+        folder.rmdir()
+
+
+def unfinished(directory: Path) -> list[Path]:
+    """The folders that a save or a deletion, killed on its way, left under their temporary names."""
+    found = [path for path in directory.glob(".*.tmp") if _TEMPORARY.fullmatch(path.name)]
+    return [path for path in found if path.is_dir() and not path.is_symlink()]
 
 
 def _name(kind: str, step: int) -> str:
@@ -137,9 +172,20 @@ def _step(checkpoint: Path) -> int:
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints under a directory, newest first, verified or not; of one step the kind "step" comes first."""
-    found = [p for p in directory.glob("*_*") if re.fullmatch(r"(step|best)_[0-9]{8,18}", p.name)]
+    """The checkpoints under a directory, newest first, verified or not; of one step the kind "step" comes first.
+
+    A folder that was deleted but for a file of the user's is not one.
+    """
+    found = [path for path in directory.glob("*_*") if _NAME.fullmatch(path.name) and not _is_leftover(path)]
     return sorted(found, key=lambda path: (_step(path), path.name), reverse=True)
+
+
+def _is_leftover(path: Path) -> bool:
+    try:
+        names = os.listdir(path)
+    except OSError:  # verify says why
+        return False
+    return bool(names) and OWN.isdisjoint(names)
 
 
 def verify(checkpoint: Path) -> str | None:
@@ -188,7 +234,8 @@ def _first_sound(found: list[Path], directory: Path, say) -> Path | None:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        with utf8_path(path) as readable:
+            return load_file(readable)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
 

@@ -3,11 +3,16 @@
 A wrong key or value is one sentence that names the file or the flag, whichever it came from.
 """
 
+import ast
 import contextlib
 import difflib
+import functools
+import inspect
 import io
 import itertools
+import os
 import re
+import textwrap
 import tomllib
 import types
 import typing
@@ -20,7 +25,7 @@ import tyro
 
 from gpt.config import PRESETS, Config, ModelConfig
 from gpt.errors import UserError
-from gpt.files import write_whole
+from gpt.files import path_from_text, path_to_text, write_whole
 
 T = TypeVar("T")
 
@@ -36,6 +41,10 @@ class Arguments(Config):
 
 
 TABLES = {f.name: f.default_factory for f in fields(Config)}
+# Options that hold a path, or a name that may be one; with `run`, the first word of gpt.evaluate.
+PATHS = ("corpus", "cache_dir", "run_dir", "init_from", "resume_from")
+# Options whose value may be nothing.
+MAY_BE_EMPTY = ("prompt", "stop", "stop_tokens", "logit_bias", "sample_prompt")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -52,6 +61,72 @@ def flag_names(kind: type) -> list[str]:
     return names
 
 
+def checked_words(argv: Sequence[str], kinds: dict[str, Any]) -> list[str]:
+    """The command line with its texts in UTF-8, whatever the locale; paths stay as the system has them.
+
+    kinds: type of each option. Raises UserError for an empty value, and for a text that is not UTF-8.
+    """
+    words, option = [], None
+    for word in argv:
+        name, is_joined, value = word.partition("=")
+        if word.startswith("--"):
+            option = name[2:].replace("-", "_")
+            if not is_joined:
+                words.append(word)
+                continue
+        else:
+            name, value = option and "--" + option.replace("_", "-"), word
+        if not value.strip() and option not in MAY_BE_EMPTY:
+            raise UserError(f"{name or 'an argument'} is empty: give it a value, or leave it out")
+        if option in kinds and option not in PATHS and str in _parts(kinds[option]):
+            value = _text(value, name)
+        words.append(f"{name}={value}" if word.startswith("--") else value)
+        if option != "corpus":  # which takes several
+            option = None
+    return words
+
+
+def _parts(kind: Any) -> set[Any]:
+    """The types that a type is made of."""
+    return {kind}.union(*map(_parts, typing.get_args(kind)))
+
+
+def _text(word: str, name: str) -> str:
+    """A word as UTF-8: where the locale has other characters, it is bytes that did not decode."""
+    try:
+        word.encode()
+        return word
+    except UnicodeEncodeError:
+        pass
+    try:
+        return os.fsencode(word).decode()
+    except UnicodeError:
+        raise UserError(f"{name} is not valid UTF-8: {word!a}") from None
+
+
+@functools.cache
+def join_help_lines(kind: type) -> None:
+    """Give tyro each field's docstring as one paragraph; on its own it keeps the source's line breaks."""
+    for inner in (f.default_factory for f in fields(kind) if is_dataclass(f.default_factory)):
+        join_help_lines(inner)
+    for cls in filter(is_dataclass, kind.__mro__):
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+        for field, after in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
+                text = " ".join(ast.literal_eval(after.value).split())
+                hint = cls.__annotations__[field.target.id]
+                cls.__annotations__[field.target.id] = typing.Annotated[hint, tyro.conf.arg(help=text)]
+
+
+def option_kinds(kind: type) -> dict[str, Any]:
+    """The type of each option of a dataclass of dataclasses."""
+    kinds = {}
+    for f in fields(kind):
+        inner = is_dataclass(f.default_factory)
+        kinds |= option_kinds(f.default_factory) if inner else {f.name: typing.get_type_hints(kind)[f.name]}
+    return kinds
+
+
 def parse_flags(kind: type[T], argv: Sequence[str], *, default: T | None = None, prog: str) -> T:
     """tyro over a dataclass with flat names. Raises UserError for an unknown flag or a bad value."""
     known = flag_names(kind)
@@ -60,6 +135,8 @@ def parse_flags(kind: type[T], argv: Sequence[str], *, default: T | None = None,
         if word.startswith("--") and name != "help" and name.removeprefix("no_") not in known:
             hint = did_you_mean(word.split("=")[0], known)
             raise UserError(f"{word.split('=')[0]} is not an option of {prog}{hint} ({prog} --help lists them)")
+    argv = checked_words(argv, option_kinds(kind))
+    join_help_lines(kind)
     extra = {} if default is None else {"default": default}
     box = io.StringIO()
     try:
@@ -96,6 +173,8 @@ def convert(value: Any, kind: Any, where: str) -> Any:
             return tuple(values)
         raise UserError(f"{where} must be a string or a list of strings, not {value!r}")
     if kind is Path and isinstance(value, str):
+        if not value.strip():
+            raise UserError(f"{where} is empty: give a path, or leave it out")
         return Path(value)
     if kind is float and type(value) in (int, float):
         return float(value)
@@ -108,7 +187,7 @@ def convert(value: Any, kind: Any, where: str) -> Any:
 def read_toml(path: Path) -> dict[str, dict[str, Any]]:
     """The tables of a config file, every key known and every value of its type; [model] may name a preset."""
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read the config file {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -124,8 +203,19 @@ def read_toml(path: Path) -> dict[str, dict[str, Any]]:
                 home = next((t for t, cls in TABLES.items() if key in {f.name for f in fields(cls)}), None)
                 hint = f"; it belongs in [{home}]" if home else did_you_mean(key, kinds)
                 raise UserError(f"{path}: {key!r} is not a key of [{table}]{hint}")
-            checked[table][key] = convert(value, kinds[key], f"{path}: {key}")
+            where = f"{path}: {key}"
+            checked[table][key] = convert(_paths_in(value, where) if key in PATHS else value, kinds[key], where)
     return checked
+
+
+def _paths_in(value: Any, where: str) -> Any:
+    """A path, or a list of them, as write_toml has written it."""
+    if isinstance(value, list):
+        return [_paths_in(each, where) for each in value]
+    try:
+        return path_from_text(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _given(argv: Sequence[str], flag: str) -> str | None:
@@ -203,6 +293,7 @@ def load_config(argv: Sequence[str], prog: str = "train.py") -> Config:
     With --resume or --eval-only and a run directory but no file, the run's own config.toml is the file.
     With --resume and a run that is there, its model's options stand in the source's place.
     """
+    argv = checked_words(argv, option_kinds(Arguments))
     path = Path(argv[0]) if argv and not argv[0].startswith("-") else None
     run_dir, saved = _given(argv, "--run-dir"), None
     if path is None and run_dir and {"--resume", "--eval-only", "--eval_only"} & set(argv):
@@ -251,11 +342,13 @@ def write_toml(config: Config, path: Path) -> None:
     this_start = {"resume": False, "resume_from": None, "overwrite": False, "eval_only": False, "parallel": "auto"}
     config = with_changes(config, "train", **this_start)
 
-    def plain(value: Any) -> Any:
-        return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    def plain(key: str, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [plain(key, each) for each in value]
+        return path_to_text(value) if key in PATHS else value
 
     tables = {
-        table: {key: plain(value) for key, value in values.items() if value is not None}
+        table: {key: plain(key, value) for key, value in values.items() if value is not None}
         for table, values in asdict(config).items()
     }
     write_whole(path, tomli_w.dumps(tables).encode())

@@ -22,7 +22,7 @@ from gpt.hf_tokenizer import write_hf_tokenizer, write_tiktoken
 from gpt.hf_weights import fits_nanochat, tensors_for
 from gpt.model import GPT
 from gpt.run import load
-from gpt.tokenizer import CharTokenizer, Tokenizer
+from gpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 
 CLASSES = {
     "gpt2": "GPT2LMHeadModel",
@@ -75,7 +75,7 @@ class Arguments:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the weights written."""
     overwrite: bool = False
-    """Delete what an earlier export left in the directory."""
+    """Delete what an earlier export left in the directory; a directory with anything else is refused."""
 
 
 def misfits(family: str, model: GPT) -> list[str]:
@@ -177,15 +177,31 @@ def export(model: GPT, tokenizer: Tokenizer, directory: str | Path, *, dtype: st
     ends = {"bos_token_id": tokenizer.document_token, "eos_token_id": tokenizer.document_token}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors_for(family, model, getattr(torch, dtype)), folder / "model.safetensors", {"format": "pt"})
+        # config.json first: by it an export that was killed is known as one.
         for name, content in (("config.json", settings), ("generation_config.json", ends)):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors_for(family, model, getattr(torch, dtype)), folder / "model.safetensors", {"format": "pt"})
         write_hf_tokenizer(tokenizer, folder, seq_len=model.config.seq_len)
         if not isinstance(tokenizer, CharTokenizer):
             write_tiktoken(tokenizer, folder / "ranks.tiktoken")
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {folder}: {error}") from error
     return family
+
+
+def is_export(folder: Path, names: set[str]) -> bool:
+    """Whether a folder with these files was written here, and not by transformers or another program.
+
+    A lone config.json may be anyone's: nothing is lost with it.
+    """
+    if names == {"config.json"}:
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        written = set(hf_config(config["model_type"], ModelConfig(), ByteTokenizer(), "float32"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return config["model_type"] in CLASSES and set(config) == written
 
 
 def main(arguments: Arguments) -> int:
@@ -201,6 +217,8 @@ def main(arguments: Arguments) -> int:
     # Whoever names the folder above their runs must not lose them.
     if any(path.name not in WRITTEN or path.is_dir() for path in left):
         raise UserError(f"{folder} holds more than an export, and is not overwritten: give another directory")
+    if left and not is_export(folder, {path.name for path in left}):
+        raise UserError(f"{folder} holds a checkpoint that gpt.export did not write: give another directory")
     model, tokenizer = load(arguments.run, "cpu")
     family_of(model)
     for path in left:

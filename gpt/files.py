@@ -1,6 +1,9 @@
-"""Files that are there whole or not at all."""
+"""Files that are written whole or not at all, and paths that text can hold."""
 
+import contextlib
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from gpt.errors import UserError
@@ -18,18 +21,20 @@ def flush(path: Path) -> None:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that a reader, and whoever comes after a crash, sees the old content or the new one.
 
-    Raises OSError; the old content then stands.
+    A symbolic link is followed. Raises OSError; the old content then stays.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    real = Path(os.path.realpath(path))
+    temporary = real.with_name(f".{real.name}.tmp")
     try:
         temporary.write_bytes(data)
         flush(temporary)
-        os.replace(temporary, path)
+        os.replace(temporary, real)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the first error is the one to report
+            temporary.unlink(missing_ok=True)
         error.filename = str(path)
         raise
-    flush(path.parent)
+    flush(real.parent)
 
 
 def read_lines(path: Path, what: str) -> list[str]:
@@ -40,3 +45,39 @@ def read_lines(path: Path, what: str) -> list[str]:
         raise UserError(f"cannot read the {what} {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"the {what} {path} is not UTF-8: {error.reason} at byte {error.start}") from error
+
+
+def path_to_text(path: str | Path) -> str:
+    """A path as text that any UTF-8 file can hold, whatever the locale.
+
+    A byte that is not UTF-8 becomes a NUL, which no path has, and its two hexadecimal digits.
+    """
+    text = os.fsencode(path).decode("utf-8", "surrogateescape")
+    return re.sub("[\udc80-\udcff]", lambda found: f"\0{ord(found[0]) & 0xFF:02x}", text)
+
+
+def path_from_text(text: str) -> str:
+    """The path that path_to_text was given. ValueError for a NUL that it did not write."""
+    pieces = text.split("\0")
+    escaped = [bytes([byte]) + rest.encode() for byte, rest in map(_unescaped, pieces[1:])]
+    return os.fsdecode(b"".join([pieces[0].encode(), *escaped]))
+
+
+def _unescaped(piece: str) -> tuple[int, str]:
+    """The byte that the first two digits stand for, and the text after them."""
+    if not re.match("[89a-f][0-9a-f]", piece):
+        raise ValueError("a path cannot hold a NUL")
+    return int(piece[:2], 16), piece[2:]
+
+
+@contextlib.contextmanager
+def utf8_path(path: Path) -> Iterator[str]:
+    """A path to a file for libraries that take only UTF-8: its own, or one of an open descriptor."""
+    if path_to_text(path) == str(path):
+        yield str(path)
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        yield f"/dev/fd/{fd}"
+    finally:
+        os.close(fd)

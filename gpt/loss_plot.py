@@ -1,8 +1,11 @@
 """The loss curves of a run as a picture, from a bounded number of points however long the run is."""
 
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from gpt.files import write_whole
 
 LIMIT = 4096  # points of a curve
 WINDOW = 0.05  # of the points: what a point of the smoothed curve averages
@@ -78,6 +81,6 @@ def plot_losses(losses: Losses, path: Path, title: str) -> None:
     axes.grid(alpha=0.3)
     if train.points or val.points:
         axes.legend()
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write_whole(path, picture.getvalue())

@@ -60,6 +60,8 @@ def cut_metrics(path: Path, start_step: int, size: int | None) -> Losses:
 
     Without a size, or where the file is shorter: to the records before the first one of a later step.
     """
+    if path.exists() and path.stat().st_nlink > 1:  # another name of the file, such as a backup's, keeps what it has
+        write_whole(path, path.read_bytes())
     if size is not None and path.exists() and path.stat().st_size >= size:
         os.truncate(path, size)
         return Losses(record for record, _ in metrics_lines(path))
@@ -85,6 +87,11 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; the checkpoints are untouched") from error
+
+
+def title_of(run_dir: Path) -> str:
+    """The run directory's name, as any library can show it."""
+    return os.fsencode(run_dir.resolve().name).decode("utf-8", "replace")
 
 
 class CorpusProgress:
@@ -211,7 +218,7 @@ class Monitor:
             logging.getLogger(name).removeHandler(self.handler)
         self.file.close()
         try:
-            plot_losses(self.losses, self.run_dir / "loss.png", self.run_dir.resolve().name)
+            plot_losses(self.losses, self.run_dir / "loss.png", title_of(self.run_dir))
         except OSError as error:  # a picture is not worth a run's exit status
             self.say(f"loss.png was not drawn: {error.strerror or error}")
         if self.wandb is not None:
@@ -219,7 +226,7 @@ class Monitor:
 
     def written(self) -> list[str]:
         """Names of what the run directory now holds: of the checkpoints the newest and the best."""
-        names = ["config.toml", "tokenizer.json", "corpus.json", "metrics.jsonl", "loss.png"]
+        names = ["config.toml", "tokenizer.json", "corpus.json", "run.json", "metrics.jsonl", "loss.png"]
         found = list_checkpoints(self.run_dir / "checkpoints")
         newest = [next((p.name for p in found if p.name.startswith(kind)), None) for kind in ("step", "best")]
         names += [f"checkpoints/{name}" for name in newest if name]
@@ -254,7 +261,7 @@ def start_wandb(config: Config, run_id: str | None) -> Any:
 
         return wandb.init(
             project=config.log.wandb_project,
-            name=run_dir.resolve().name,
+            name=title_of(run_dir),
             dir=run_dir,
             mode=mode,
             id=run_id,

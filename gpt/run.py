@@ -2,7 +2,7 @@
 
 import json
 import math
-import shutil
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import asdict
@@ -25,24 +25,13 @@ from gpt.generate import generate
 from gpt.lock import RunLock
 from gpt.model import GPT
 from gpt.monitor import process_seconds
+from gpt.run_files import RunFiles, checkpoints_of
 from gpt.sampling import SamplingConfig
 from gpt.shards import read_tokens
 from gpt.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from gpt.corpus import Corpus  # which is a command too: `import gpt` leaves it to be run
-
-CONTENTS = ("config.toml", "tokenizer.json", "corpus.json", "metrics.jsonl", "loss.png", "checkpoints", "wandb")
-CONTENTS += ("trace.json.gz", "profile.txt")
-
-
-def checkpoints_of(run_dir: Path) -> Path:
-    """Where a run keeps its checkpoints."""
-    return run_dir / "checkpoints"
-
-
-def _present(run_dir: Path) -> list[Path]:
-    return [run_dir / name for name in CONTENTS if (run_dir / name).exists()]
 
 
 def earlier_run(
@@ -52,34 +41,37 @@ def earlier_run(
 
     A run that begins anew has no checkpoint, and no tokenizer unless init_from brings one.
 
-    Takes the lock of a run that is there and may be written to, before anything of it is read.
-    Raises UserError where the run directory is taken and neither resume nor overwrite is given, where overwrite would
-    delete what the run begins with, where there is nothing to evaluate, where the model or tokenizer asked for is not
-    the run's, or a named checkpoint is damaged.
+    Takes the lock of a run that exists and may be written to, before anything of it is read.
+    Raises UserError where the run directory is taken and neither resume nor overwrite is given, where the run would
+    write over what no run wrote, where overwrite would delete what the run begins with, where there is nothing to
+    evaluate, where the model or tokenizer asked for is not the run's, or a named checkpoint is damaged.
     """
     from gpt.initial import initial_tokenizer  # it reads runs too
 
     train = config.train
-    if _present(train.run_dir) and not (train.eval_only or train.dry_run):
+    files = run_files(train)
+    if files.holds_run and not (train.eval_only or train.dry_run):
         lock.take()
-    beginnings = [train.resume_from.resolve().parent.parent] if train.resume_from else []
-    beginnings += [Path(train.init_from).resolve()] if train.init_from else []
-    if train.overwrite and train.run_dir.resolve() in beginnings:
+    beginnings = [_run_of(train.resume_from)] if train.resume_from else []
+    beginnings += [Path(train.init_from)] if train.init_from else []
+    deleted = any(_same(train.run_dir, place) for place in beginnings)
+    if train.resume_from and _same(train.resume_from.parent, checkpoints_of(train.run_dir)):
+        deleted = True  # named by what a link leads to
+    if train.overwrite and deleted:
         raise UserError(f"overwrite would delete {train.run_dir}, which this run begins with: give another --run-dir")
     if train.resume_from is not None:
         fault = verify(train.resume_from)
         if fault:
             raise UserError(f"cannot resume from {train.resume_from}: {fault}")
-        # A checkpoint stands in RUN/checkpoints/step_x.
-        source, checkpoint = train.resume_from.resolve().parent.parent, train.resume_from
-        if source != train.run_dir.resolve() and _present(train.run_dir) and not train.overwrite:
+        source, checkpoint = _run_of(train.resume_from), train.resume_from
+        if not _same(source, train.run_dir) and files.holds_run and not train.overwrite:
             raise UserError(f"{train.run_dir} already holds another run: add --overwrite, or give another --run-dir")
-    elif train.eval_only or (train.resume and _present(train.run_dir)):
+    elif train.eval_only or (train.resume and files.holds_run):
         source = train.run_dir
         checkpoint = read_run(source, say=say)[2] if train.eval_only else newest_checkpoint(checkpoints_of(source), say)
         if checkpoint is None:
             return initial_tokenizer(config), None
-    elif _present(train.run_dir) and not (train.overwrite or train.resume):
+    elif files.holds_run and not (train.overwrite or train.resume):
         raise UserError(
             f"{train.run_dir} already holds a run: add --resume to go on, --overwrite to begin anew, "
             "or give another --run-dir"
@@ -101,17 +93,38 @@ def _check_same(config: Config, saved: Config, source: Path) -> None:
             raise UserError(f"{source} was trained with {key} {theirs[key]}, not {value}: resume with the same {what}")
 
 
+def _run_of(checkpoint: Path) -> Path:
+    """The run directory of RUN/checkpoints/step_x, where checkpoints or the whole path may be a link."""
+    run_dir = Path(os.path.abspath(checkpoint)).parent.parent
+    return run_dir if (run_dir / "config.toml").exists() else checkpoint.resolve().parent.parent
+
+
+def _same(one: Path, other: Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def run_files(train: TrainConfig) -> RunFiles:
+    """What the run directory holds. UserError where this training would cost something that is not a run's."""
+    files = RunFiles(train.run_dir, traces=train.profile_steps > 0)
+    if not train.eval_only:
+        own = train.resume_from is not None and _same(_run_of(train.resume_from), train.run_dir)
+        files.check(resuming=train.resume or own, deleting=train.overwrite)
+    return files
+
+
 def claim_run_dir(train: TrainConfig, lock: RunLock) -> Path:
-    """Make the run directory and take its lock; overwrite first deletes what a run writes there, and nothing else."""
+    """Make the run directory, take its lock and record the run's files; overwrite then deletes an earlier run's."""
     try:
         train.run_dir.mkdir(parents=True, exist_ok=True)
-        if lock.take() and _present(train.run_dir) and not train.overwrite:
+        free, files = lock.take(), run_files(train)
+        if free and files.holds_run and not train.overwrite:
             raise UserError(f"another training has begun in {train.run_dir}: give another --run-dir")
+        files.record()
         if train.overwrite:
-            for path in _present(train.run_dir):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            files.delete()
+            files.record()
     except OSError as error:
-        raise UserError(f"cannot use the run directory {train.run_dir}: {error.strerror}") from error
+        raise UserError(f"cannot use the run directory {train.run_dir}: {error.strerror or error}") from error
     return train.run_dir
 
 

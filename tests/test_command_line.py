@@ -44,8 +44,10 @@ def test_every_value_has_a_description():
     """--help shows each field's docstring; tyro reads them from the source."""
     import ast
 
-    tree = ast.parse((ROOT / "gpt/config.py").read_text())
-    for cls in [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name != "Config"]:
+    trees = [ast.parse((ROOT / f"gpt/{name}.py").read_text()) for name in ("config", "model_config")]
+    classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert len(classes) == len(TABLES) + 1
+    for cls in [node for node in classes if node.name != "Config"]:
         for item, after in zip(cls.body, cls.body[1:]):
             if isinstance(item, ast.AnnAssign):
                 assert isinstance(after, ast.Expr), f"{cls.name}.{item.target.id} has no docstring"

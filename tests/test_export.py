@@ -317,6 +317,24 @@ def test_overwrite_spares_what_is_no_checkpoint(tiny_run, tmp_path, capsys):
     assert (runs / "mine/config.toml").exists()
 
 
+def test_overwrite_spares_the_checkpoints_of_others(tiny_run, tmp_path, capsys):
+    """Such as one that was trained on with transformers where it lay; an export that was killed is overwritten."""
+    out = tmp_path / "out"
+    assert status_of(tiny_run, out) == 0
+    for name in ("model.safetensors", "tokenizer.json"):
+        (out / name).unlink()
+    assert status_of(tiny_run, out, "--overwrite") == 0
+    AutoModelForCausalLM.from_pretrained(out).save_pretrained(out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for content in (before["config.json"], b"", b"[]", b'{"model_type": "gpt2"}', b'{"model_type": "t5"}'):
+        (out / "config.json").write_bytes(content)
+        assert status_of(tiny_run, out, "--overwrite") == 2
+        assert "that gpt.export did not write" in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before | {"config.json": content}
+    (out / "config.json").unlink()
+    assert status_of(tiny_run, out, "--overwrite") == 2
+
+
 def test_overwrite_takes_a_link_to_a_checkpoint(tiny_run, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
     (tmp_path / "real").mkdir()

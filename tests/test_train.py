@@ -35,7 +35,8 @@ def test_thirty_steps_overfit_a_tiny_text(folder, capsys):
 def test_a_run_directory_holds_everything(folder, capsys):
     assert run(sample_tokens=5) == 0
     names = {path.name for path in (folder / "run").iterdir()} - {".lock"}
-    assert names == {"config.toml", "tokenizer.json", "corpus.json", "metrics.jsonl", "loss.png", "checkpoints"}
+    files = {"config.toml", "tokenizer.json", "corpus.json", "run.json", "metrics.jsonl", "loss.png"}
+    assert names == files | {"checkpoints"}
     (source,) = json.loads((folder / "run/corpus.json").read_text())["sources"]
     assert source == {"name": "text.txt", "bytes": len(TEXT), "sha256": hashlib.sha256(TEXT.encode()).hexdigest()}
     assert names_in("run/checkpoints") == ["best_00000020", "step_00000010", "step_00000020"]

@@ -1,0 +1,147 @@
+"""The decoder's options, and the presets that name three of its forms."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gpt.errors import require, require_sizes
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder. The defaults are the modern block, equal to Qwen3's; PRESETS holds the older ones."""
+
+    n_layer: int = 6
+    """Number of blocks."""
+    n_head: int = 6
+    """Query heads."""
+    n_kv_head: int | None = None
+    """Key and value heads; fewer than n_head is grouped-query attention. None: n_head."""
+    n_embd: int = 384
+    """Width of the residual stream, C."""
+    head_dim: int | None = None
+    """Width of one head, D. None: n_embd / n_head."""
+    mlp_dim: int | None = None
+    """Hidden width of the MLP. None: 4 C, or for swiglu 8/3 C rounded up to a multiple of 64."""
+    seq_len: int = 256
+    """Context: the most tokens a training row or a prompt may have."""
+    vocab_size: int | None = None
+    """Rows of the embedding table. None: what the tokenizer has. More (a multiple of 64, say) is padding."""
+    position: Literal["rotary", "learned", "sinusoidal", "alibi", "none"] = "rotary"
+    """How positions enter: half-split rotary, a learned or sinusoidal table, ALiBi's linear bias, or not at all."""
+    rope_theta: float = 10000.0
+    """Base of the rotary wavelengths."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Kind of norm."""
+    norm_eps: float = 1e-6
+    """Added to the variance in a norm."""
+    norm_order: Literal["pre", "post"] = "pre"
+    """Norm before each sublayer (GPT-2 and later) or after the residual sum (the original Transformer)."""
+    activation: Literal["swiglu", "gelu", "gelu_tanh", "relu", "relu2"] = "swiglu"
+    """The MLP's non-linearity."""
+    bias: bool = False
+    """Biases in the linear layers and in LayerNorm."""
+    qk_norm: bool = True
+    """RMSNorm with a weight on each head's queries and keys."""
+    window: int | None = None
+    """Keys visible to a query, itself included. None: all before it."""
+    window_pattern: str | None = None
+    """Which blocks have the window: letters, repeated over them, of which S has it and L sees all, as in SSSL.
+    None: all of them."""
+    value_embeds: int = 0
+    """Tables of value embeddings: each adds a vector of the token to the values of one of the first blocks and of one
+    of the last. 0: none."""
+    tied_embeddings: bool = False
+    """The output head shares the embedding table's weights."""
+    logit_softcap: float | None = None
+    """Bound on the logits: c * tanh(logits / c), as in Gemma 2, which has c = 30. None: none."""
+    dropout: float = 0.0
+    """Dropout on embeddings, attention weights and both sublayers' outputs."""
+    init: Literal["gpt2", "xavier", "scaled"] = "scaled"
+    """Initial weights: GPT-2's N(0, 0.02); Xavier's uniform; or N(0, 1/sqrt(fan_in)) with zeroed output projections."""
+
+    def __post_init__(self) -> None:
+        require_sizes(self)
+        sizes = "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_dim", "seq_len", "vocab_size", "window"
+        for name in sizes:
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
+        require(
+            self.head_dim is not None or self.n_embd % self.n_head == 0,
+            f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one, or set head_dim",
+        )
+        grouped = self.n_head % self.kv_heads == 0
+        require(grouped, f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        require(8 <= self.head_width <= 256, f"the head width must be 8 to 256, not {self.head_width}")
+        require(
+            self.position != "rotary" or self.head_width % 2 == 0,
+            f"rotary positions need an even head width, not {self.head_width}",
+        )
+        pattern = self.window_pattern
+        require(
+            pattern is None or (pattern and set(pattern) <= {"S", "L"}),
+            f"window_pattern is letters S and L, as in SSSL, not {pattern!r}",
+        )
+        require(pattern is None or self.window is not None, "window_pattern needs a window for its letters S")
+        require(
+            0 <= 2 * self.value_embeds <= self.n_layer,
+            f"value_embeds must be 0 to n_layer / 2, not {self.value_embeds}: each table serves two blocks",
+        )
+        require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
+        require(self.norm_eps > 0, f"norm_eps must be positive, not {self.norm_eps}")
+        softcap = self.logit_softcap
+        require(softcap is None or softcap > 0, f"logit_softcap must be positive, not {softcap}")
+        require(self.rope_theta > 1, f"rope_theta must be above 1, not {self.rope_theta}")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.n_embd // self.n_head
+
+    def window_of(self, layer: int) -> int | None:
+        """The window of one block; None: it sees all."""
+        pattern = self.window_pattern or "S"
+        return self.window if pattern[layer % len(pattern)] == "S" else None
+
+    def value_table_of(self, layer: int) -> int | None:
+        """The table of value embeddings that one block has: block i and block n_layer - value_embeds + i share one."""
+        tables, from_end = self.value_embeds, self.n_layer - layer
+        return layer if layer < tables else tables - from_end if from_end <= tables else None
+
+    @property
+    def mlp_width(self) -> int:
+        if self.mlp_dim is not None:
+            return self.mlp_dim
+        if self.activation == "swiglu":
+            return -(-8 * self.n_embd // (3 * 64)) * 64
+        return 4 * self.n_embd
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "modern": {},
+    # Radford et al. 2019, as released.
+    "gpt2": {
+        "position": "learned",
+        "norm": "layernorm",
+        "norm_eps": 1e-5,
+        "activation": "gelu_tanh",
+        "bias": True,
+        "qk_norm": False,
+        "tied_embeddings": True,
+        "init": "gpt2",
+    },
+    # Vaswani et al. 2017, the decoder without its cross-attention.
+    "transformer": {
+        "position": "sinusoidal",
+        "norm": "layernorm",
+        "norm_eps": 1e-5,
+        "norm_order": "post",
+        "activation": "relu",
+        "bias": True,
+        "qk_norm": False,
+        "tied_embeddings": True,
+        "init": "xavier",
+    },
+}

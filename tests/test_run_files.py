@@ -1,0 +1,345 @@
+"""What a training may write over and delete in a folder: a run's own files, and nothing else."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from gpt import run_files
+from gpt.checkpoint import list_checkpoints, newest_checkpoint, verify
+from gpt.monitor import read_metrics
+from gpt.run_files import FILES, RECORD, TRACES, RunFiles
+from tests.run_checks import NEWEST, OLDER, status_of
+
+MODES = pytest.mark.parametrize("mode", [[], ["--overwrite"], ["--resume"]], ids=["plain", "overwrite", "resume"])
+
+
+def tree(folder: Path) -> dict[str, bytes | str | None]:
+    """Everything in a folder: content of files, target of links, None for folders."""
+    read = lambda path: os.readlink(path) if path.is_symlink() else None if path.is_dir() else path.read_bytes()
+    return {str(path.relative_to(folder)): read(path) for path in sorted(folder.rglob("*"))}
+
+
+def refused(capsys, folder: Path, *words: str) -> str:
+    """The sentence with which a training in this folder is refused; nothing in it has changed."""
+    before = tree(folder)
+    assert status_of("--run-dir", str(folder), *words, "--max-steps", "2") == 2
+    assert tree(folder) == before
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def steps_in(run: Path) -> list[int]:
+    return [record["step"] for record in read_metrics(run / "metrics.jsonl") if "train_loss" in record]
+
+
+# Folders of others.
+
+
+@MODES
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["config.toml", "checkpoints/llama.pt"],
+        ["tokenizer.json"],
+        ["corpus.json"],
+        ["metrics.jsonl"],
+        ["loss.png"],
+        ["run.json"],
+        ["checkpoints"],
+        ["checkpoints/step_00000100/model.safetensors"],
+        ["config.toml/x"],
+        ["metrics.jsonl/x"],
+        ["loss.png/x"],
+    ],
+    ids=" ".join,
+)
+def test_a_folder_that_holds_something_else_under_a_runs_name_is_refused(folder, capsys, names, mode):
+    for name in names:
+        (folder / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "mine" / name).write_text("[server]\nport = 1\n")
+    held = names[0].removesuffix("/x").removesuffix("/model.safetensors")
+    said = refused(capsys, folder / "mine", *mode)
+    assert f"mine holds {held}, which no run wrote" in said or ("config.toml" in said and mode == ["--resume"])
+
+
+@MODES
+def test_a_recipe_is_not_a_run(folder, capsys, mode):
+    """A config.toml that this program reads, and did not write."""
+    (folder / "mine").mkdir()
+    (folder / "mine/config.toml").write_text("[model]\nn_layer = 1\n")
+    refused(capsys, folder / "mine", *mode)
+
+
+@MODES
+def test_an_export_is_not_a_run(run, capsys, mode):
+    from gpt.export import Arguments, main
+
+    assert main(Arguments(run, run.parent / "exported")) == 0
+    capsys.readouterr()
+    assert "exported holds tokenizer.json" in refused(capsys, run.parent / "exported", *mode)
+
+
+@MODES
+def test_foreign_checkpoints_are_not_a_run_and_stay(folder, mode):
+    (folder / "run/checkpoints/step_00000001").mkdir(parents=True)
+    for name in ("llama.pt", "step_00000001/pytorch_model.bin", ".mine.tmp", "step_1"):
+        (folder / "run/checkpoints" / name).write_text("x")
+    before = tree(folder / "run")
+    assert status_of(*mode, "--max-steps", "1") == 0
+    assert before.items() <= tree(folder / "run").items()
+    assert verify(newest_checkpoint(folder / "run/checkpoints")) is None
+
+
+@pytest.mark.parametrize("place", ["/", "~", ".", "..", "gpt", "kernels/x", ".git"])
+@MODES
+def test_places_that_a_run_would_litter(folder, capsys, monkeypatch, place, mode):
+    """The file system's root, the home folder, this program's own, one above it, and its source."""
+    program = Path(run_files.__file__).parents[1]
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    (folder / "home").mkdir()
+    place = os.path.normpath(os.path.join(program, os.path.expanduser(place)))
+    names = set(os.listdir(place)) if os.path.isdir(place) else None
+    assert status_of("--run-dir", place, "--max-steps", "1", *mode) == 2
+    assert f"{os.path.realpath(place)} is no folder for a run" in capsys.readouterr().err
+    assert names is None or set(os.listdir(place)) == names
+
+
+def test_the_working_directory_can_be_a_run_directory(folder, monkeypatch):
+    (folder / "new").mkdir()
+    monkeypatch.chdir(folder / "new")
+    Path("notes.txt").write_text("mine")
+    words = ["--run-dir", ".", "--corpus", "../text.txt", "--max-steps"]
+    for more in (["1"], ["2", "--resume"], ["1", "--overwrite"]):
+        assert status_of(*words, *more) == 0
+    assert Path("notes.txt").read_text() == "mine" and steps_in(Path()) == [1]
+
+
+# Overwriting a run.
+
+
+def test_overwrite_takes_the_runs_files_and_leaves_the_users(run):
+    mine = ["notes.txt", "checkpoints/notes.txt", f"checkpoints/{NEWEST}/notes.txt", "checkpoints/.mine.tmp/x"]
+    mine += ["checkpoints/.step_1.tmp", "checkpoints/step_00000002.bak/x", "profile.txt", "wandb/offline-run-1/x"]
+    for name in mine:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("mine")
+    (run / "checkpoints/.step_00000009.123.tmp").mkdir()
+    (run / "checkpoints/.step_00000009.123.tmp/model.safetensors").write_text("killed")
+    assert status_of("--overwrite", "--max-steps", "4", "--seed", "1") == 0
+    assert all((run / name).read_text() == "mine" for name in mine)
+    assert steps_in(run) == [4] and json.loads((run / RECORD).read_text())["files"] == sorted(FILES)
+    found = list_checkpoints(run / "checkpoints")
+    assert [path.name for path in found] == [NEWEST, "best_00000004", OLDER]
+    assert not any(map(verify, found))
+    assert not (run / "checkpoints/.step_00000009.123.tmp").exists()
+
+
+def test_pruning_leaves_the_users_files(run):
+    (run / "checkpoints" / OLDER / "notes.txt").write_text("mine")
+    assert status_of("--resume", "--max-steps", "8") == 0
+    assert tree(run / "checkpoints" / OLDER) == {"notes.txt": b"mine"}
+    assert OLDER not in {path.name for path in list_checkpoints(run / "checkpoints")}
+
+
+@MODES
+@pytest.mark.parametrize("name", [*FILES, RECORD])
+def test_a_folder_under_a_files_name_is_refused(run, capsys, name, mode):
+    old(run) if name == RECORD else (run / name).unlink()
+    (run / name).mkdir()
+    (run / name / "mine").write_text("x")
+    said = refused(capsys, run, *mode)
+    assert f"run holds {name}, which no run wrote here" in said or (name == FILES[0] and mode == ["--resume"])
+
+
+@pytest.mark.parametrize("name", ["config.toml", "tokenizer.json", "corpus.json", "metrics.jsonl", "loss.png"])
+def test_a_file_that_someone_put_in_a_runs_place_is_not_deleted(run, capsys, name):
+    (run / name).write_text('{"name": "mine"}')
+    assert f"run holds {name}, which no run wrote here" in refused(capsys, run, "--overwrite")
+
+
+def test_the_users_profile_is_not_written_over(run, capsys):
+    (run / "profile.txt").write_text("mine")
+    for mode in ("--resume", "--overwrite"):
+        assert "run holds profile.txt, which no run wrote" in refused(capsys, run, mode, "--profile-steps", "1")
+
+
+def test_a_record_names_only_what_a_run_can_write(run):
+    """Whoever hands out a run does not choose what --overwrite deletes."""
+    (run.parent / "mine").write_text("x")
+    names = ["../mine", "/mine", str(run.parent / "mine"), "notes.txt", *FILES]
+    (run / RECORD).write_text(json.dumps({"files": names}))
+    (run / "notes.txt").write_text("x")
+    assert RunFiles(run).own == set(FILES) and RunFiles(run, traces=True).own == set(FILES)
+    assert status_of("--overwrite", "--max-steps", "1") == 0
+    assert (run.parent / "mine").exists() and (run / "notes.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "gone", [*FILES, "checkpoints", "checkpoints/" + NEWEST, f"checkpoints/{NEWEST}/manifest.json"]
+)
+def test_a_partly_deleted_run_can_be_overwritten(run, gone):
+    shutil.rmtree(run / gone) if (run / gone).is_dir() else (run / gone).unlink()
+    assert status_of("--overwrite", "--max-steps", "1") == 0
+    assert steps_in(run) == [1]
+    assert {path.name for path in list_checkpoints(run / "checkpoints")} == {"step_00000001", "best_00000001"}
+
+
+def dying(function, left):
+    """The function, which is killed when nothing is left to count down."""
+
+    def call(*words):
+        next(left)
+        return function(*words)
+
+    return call
+
+
+def test_an_overwriting_that_is_killed_anywhere_can_be_done_again(run, monkeypatch):
+    """It is killed before its first change to the folder, its second, and so on to the last."""
+    for number in range(100):
+        copy = run.parent / f"copy{number}"
+        shutil.copytree(run, copy)
+        files = RunFiles(copy)
+        files.record()
+        left = iter(range(number))
+        with monkeypatch.context() as patch:
+            for name in ("unlink", "rename", "rmdir"):
+                patch.setattr(os, name, dying(getattr(os, name), left))
+            try:
+                files.delete()
+                break
+            except StopIteration:
+                pass
+        files = RunFiles(copy)
+        files.check(resuming=False, deleting=True)
+        files.delete()
+        assert tree(copy).keys() == {RECORD, ".lock", "checkpoints"}
+    assert 10 < number < 99
+
+
+@pytest.mark.parametrize("name", ["checkpoints", f"checkpoints/{OLDER}"])
+def test_a_read_only_entry_is_found_before_anything_is_deleted(run, capsys, monkeypatch, name):
+    """As root every folder can be written, so the system's answer is replaced."""
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != run / name and real(place, mode))
+    assert f"cannot delete {run}/checkpoints" in refused(capsys, run, "--overwrite")
+
+
+def test_other_names_of_a_runs_files_keep_their_content(run):
+    """A backup by hard links, through a resume that cuts the metrics, and an overwriting."""
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "of": "a course that was left"}\n')
+    shutil.copytree(run, run.parent / "backup", copy_function=os.link)
+    before = tree(run.parent / "backup")
+    assert status_of("--resume", "--max-steps", "6") == 0
+    assert tree(run.parent / "backup") == before
+    assert status_of("--overwrite", "--max-steps", "1") == 0
+    assert tree(run.parent / "backup") == before
+
+
+# Runs from before there was a record.
+
+
+def old(run: Path, *gone: str) -> None:
+    for name in (RECORD, *gone):
+        (run / name).unlink()
+
+
+@pytest.mark.parametrize("gone", [[], ["corpus.json"], ["metrics.jsonl", "loss.png"]], ids=" ".join)
+def test_an_old_run_is_known_and_gets_a_record(run, gone):
+    old(run, *gone)
+    (run / "profile.txt").write_text("mine")
+    shutil.copytree(run, run.parent / "other")
+    assert status_of("--resume", "--max-steps", "6") == 0
+    assert json.loads((run / RECORD).read_text()) == {"format": 1, "files": sorted(FILES)}
+    assert status_of("--run-dir", "other", "--overwrite", "--max-steps", "1") == 0
+    assert steps_in(run.parent / "other") == [1] and (run.parent / "other/profile.txt").read_text() == "mine"
+
+
+def test_an_old_runs_traces_are_its_own_if_it_made_them(run):
+    old(run)
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(text.replace("profile_steps = 0", "profile_steps = 2"))
+    assert RunFiles(run).is_run and not RunFiles(run).own & {*TRACES}
+    for name, content in zip(TRACES, (b"\x1f\x8b", b"table"), strict=True):
+        (run / name).write_bytes(content)
+    assert RunFiles(run).own == {*FILES, *TRACES}
+
+
+@pytest.mark.parametrize("gone", ["config.toml", "tokenizer.json", "corpus.json checkpoints"])
+def test_an_old_run_of_which_too_much_is_gone_is_left_alone(run, capsys, gone):
+    old(run)
+    for name in gone.split():
+        shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
+    for mode in ([], ["--overwrite"], ["--resume"]):
+        assert "which no run wrote here" in refused(capsys, run, *mode)
+
+
+def test_a_record_that_is_damaged_is_as_none(run, capsys):
+    (run / RECORD).write_text('{"files": "config.toml"}')
+    assert status_of("--resume", "--max-steps", "6") == 0
+    assert json.loads((run / RECORD).read_text())["files"] == sorted(FILES)
+
+
+# Links.
+
+
+LINKED = ["run", "run/checkpoints", *(f"run/{name}" for name in FILES)]
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_a_link_is_followed_and_stays(run, capsys, name):
+    """Resume, resume from a named checkpoint, evaluation, sampling and overwriting through a link to another disk."""
+    import gpt
+
+    (run.parent / "disk").mkdir()
+    shutil.move(run.parent / name, run.parent / "disk")
+    link = run.parent / name
+    link.symlink_to(run.parent / "disk" / link.name)
+    assert status_of("--resume", "--max-steps", "6") == 0
+    assert status_of("--resume-from", "run/checkpoints/step_00000006", "--max-steps", "7") == 0
+    assert status_of("--eval-only") == 0
+    assert steps_in(run) == [2, 4, 6, 7] and gpt.load("run", "cpu")
+    assert status_of("--overwrite", "--max-steps", "2") == 0
+    assert link.is_symlink() and steps_in(run) == [2]
+    names = {path.name for path in list_checkpoints(run / "checkpoints")}
+    assert names == {"step_00000002", "best_00000002"} and (run / "loss.png").stat().st_size > 1000
+    assert status_of("--overwrite", "--resume-from", "disk/checkpoints/step_00000002") == 2 or name != LINKED[1]
+    assert steps_in(run) == [2] or name != LINKED[1]
+
+
+@MODES
+@pytest.mark.parametrize("name", ["new", "new/checkpoints", "new/loss.png"])
+def test_a_link_that_leads_nowhere_is_refused(folder, capsys, name, mode):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(folder / "no/where")
+    assert f"{name} is a link to {folder}/no/where, which does not exist" in refused(capsys, folder / "new", *mode)
+
+
+def test_a_link_to_a_file_that_is_to_be_made(folder):
+    (folder / "run").mkdir()
+    for name in FILES:
+        (folder / "run" / name).symlink_to(folder / f"scratch_{name}")
+    assert status_of("--max-steps", "1") == 0
+    assert all((folder / f"scratch_{name}").stat().st_size and (folder / "run" / name).is_symlink() for name in FILES)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "tokenizer.json"])
+def test_a_link_into_another_run_is_refused(run, capsys, name):
+    shutil.copytree(run, run.parent / "other")
+    shutil.rmtree(run / name) if name == "checkpoints" else (run / name).unlink()
+    (run / name).symlink_to(run.parent / "other" / name)
+    before = tree(run.parent / "other")
+    for mode in ("--overwrite", "--resume"):
+        assert f"run/{name} is a link into another run" in refused(capsys, run, mode)
+    assert tree(run.parent / "other") == before
+
+
+def test_a_linked_checkpoint_is_unlinked_and_kept(run):
+    shutil.move(run / "checkpoints" / OLDER, run.parent / "archive")
+    (run / "checkpoints" / OLDER).symlink_to(run.parent / "archive")
+    assert status_of("--overwrite", "--max-steps", "1") == 0
+    assert not (run / "checkpoints" / OLDER).is_symlink() and verify(run.parent / "archive") is None
