@@ -16,6 +16,7 @@ from typing import Any
 from gpt.checkpoint import list_checkpoints
 from gpt.config import Config
 from gpt.errors import UserError
+from gpt.files import write_whole
 from gpt.loss_plot import Losses, plot_losses
 
 _IMPORTED = time.monotonic()
