@@ -16,6 +16,10 @@ from kernels.masks import CAUSAL, FULL, Mask
 # Up to this length torch's fused CPU kernel for 16-bit training is slower than three plain products: 24 ms against 6 at
 # T = 128, 36 against 25 at T = 256 (B 16, H 4, D 64, forward and backward on one core with bfloat16 units).
 SHORT = 256
+# ATEN_CPU_CAPABILITY may keep torch from AVX-512 on a processor that has it. Its fused kernel still packs 16-bit keys
+# for AVX-512, from 64 queries on, and fails: "pack_vnni2 is only supported when avx512 is supported".
+CANNOT_PACK = torch.cpu._is_avx512_supported() and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+PACKED = 64
 # A mask keeps at most this many dense copies of itself, for as many lengths.
 MAX_DENSE = 16
 
@@ -27,6 +31,8 @@ def why_not_sdpa(q, k, mask, segment_ids, softcap, sinks, dropout_p, return_lse)
     Tq, Tk = q.shape[1], k.shape[1]
     if Tk == 0 or q.numel() == 0:
         return "torch's scaled_dot_product_attention takes no empty tensors"
+    if CANNOT_PACK and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and Tq >= PACKED:
+        return "torch's scaled_dot_product_attention needs AVX-512 here, which ATEN_CPU_CAPABILITY leaves out"
     is_safe = Tq <= Tk and mask.shows_itself and not isinstance(segment_ids, tuple)
     if not is_safe and may_be_blind(mask, segment_ids, Tq, Tk, q.device):
         return "under this mask a query may see no key, where torch's scaled_dot_product_attention promises nothing"

@@ -8,7 +8,7 @@ import textwrap
 import pytest
 import torch
 
-from kernels import attention, attention_reference, masks
+from kernels import attention, attention_reference, attention_sdpa, masks
 from kernels import attention_triton as triton_path
 from kernels.attention_triton import INTERPRETED
 from tests.attention_checks import Case, assert_close, make_inputs
@@ -52,6 +52,21 @@ def test_what_auto_takes_is_said_once(monkeypatch, caplog):
     assert choice(sinks=torch.zeros(4)) == "reference"
     assert choice(dropout_p=0.1) == "reference"
     assert choice(return_lse=True) == "reference"
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_torchs_16_bit_kernel_is_left_alone_where_avx512_is_switched_off(dtype, monkeypatch, caplog):
+    """It packs keys for AVX-512 from 64 queries on, whatever ATEN_CPU_CAPABILITY says, and fails."""
+    inputs = {T: [x.detach() for x in qkv(T, T, dtype=dtype)] for T in (63, 64)}
+    possible = ["reference"] if attention_sdpa.CANNOT_PACK else ["sdpa", "reference"]
+    for path in possible:
+        monkeypatch.setattr(attention_sdpa, "CANNOT_PACK", path == "reference")
+        assert chosen(monkeypatch, caplog, inputs=inputs[63]) == "sdpa"
+        assert chosen(monkeypatch, caplog, inputs=inputs[64]) == path
+    assert chosen(monkeypatch, caplog, inputs=[x.float() for x in inputs[64]]) == "sdpa"
+    with pytest.raises(NotImplementedError, match="ATEN_CPU_CAPABILITY leaves out"):
+        attention(*inputs[64], impl="sdpa")
 
 
 MASKS = {
@@ -166,7 +181,7 @@ def test_without_triton():
         import sys
         sys.modules["triton"] = None
         import torch
-        from kernels import attention, attention_reference, masks
+        from kernels import attention, attention_reference, attention_sdpa, masks
         q = torch.randn(1, 5, 2, 8)
         mask = masks.CAUSAL & (masks.sliding_window(2) | masks.sink_tokens(1))
         assert mask.dense(3, 3)[0, 0].tolist() == [[True, False, False], [True, True, False], [True, True, True]]

@@ -145,9 +145,15 @@ class TestTwoProcesses:
         assert len(one) == 2 and one == two
 
     def test_leave_the_checkpoint_of_one(self, folder, recipe, mode):
+        """To what sums in another order lose.
+
+        Muon's Newton-Schulz steps stretch small singular values, and their rounding, by 3.4445 each, five times in each
+        of six updates of learning_rate: 4e-6, of weights that go 30,000 times as far.
+        """
         one, two = checkpoint(folder / f"{recipe}-one"), checkpoint(folder / f"{recipe}-{mode}")
         assert one.keys() == two.keys()
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+        atol = {"adamw": 1e-6, "muon": 6 * 0.02 * gpt.optim.NEWTON_SCHULZ[0] ** 5 * 2.0**-24}[recipe]
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=atol)
 
     def test_go_on_as_if_never_stopped(self, folder, recipe, mode):
         whole, again = folder / f"{recipe}-{mode}", folder / f"{recipe}-{mode}-again"
