@@ -39,7 +39,7 @@ def test_sizes(impl, N, V, C, device):
     check(make_inputs(N, V, C, torch.bfloat16, device), impl)
 
 
-@pytest.mark.parametrize("terms", TERMS, ids=name_of)
+@pytest.mark.parametrize("terms", [*TERMS, {"z_loss": 1.0}], ids=str)
 def test_the_reference_is_the_formula(terms):
     inputs = make_inputs(17, 65, 16, torch.float64, "cpu")
     cap, z, e = (terms.get(name, 0.0) for name in ALL_TERMS)
@@ -95,7 +95,7 @@ def test_leading_axes_and_reductions(impl, device):
     torch.testing.assert_close(results["mean"], results["none"].sum() / (targets >= 0).sum())
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "reference", "auto"])
 def test_ignore_index_may_be_a_token(impl, device):
     inputs = make_inputs(12, 5, 16, torch.float32, device)
     targets = inputs.targets.clamp(min=0)
@@ -215,12 +215,127 @@ def test_no_second_derivative(reduction):
         dx.sum().backward()
 
 
+def path_of(x, weight, targets) -> str:
+    """What auto takes."""
+    return public.__globals__["_choose"](x, weight, targets)
+
+
 def test_auto_takes_the_reference_where_logits_are_few():
+    """4 x 65 logits here, whatever the axes of x; 2^24 by default."""
+    inputs = make_inputs(4, 65, 16, torch.float32, "cpu")
+    inputs.x = inputs.x.contiguous()
+    for x, targets in ((inputs.x, inputs.targets), (inputs.x.view(2, 2, 16), inputs.targets.reshape(2, 2))):
+        for most, path in ((260, "reference"), (259, "chunked")):
+            with mock.patch.dict(public.__globals__, MOST_LOGITS=most):
+                assert path_of(x, inputs.weight, targets) == path
+    with mock.patch.dict(public.__globals__, MOST_LOGITS=260):
+        assert path_of(inputs.x[:, :1], inputs.weight[:, :1], inputs.targets) == "reference"
+        assert path_of(inputs.x[:0], inputs.weight, inputs.targets[:0]) == "reference"
+    large = torch.empty(4097, 8, device="meta")
+    for rows, path in ((4096, "reference"), (4097, "chunked")):
+        assert path_of(large[:rows], large[:4096], large[:rows, 0].long()) == path
+
+
+def test_auto_runs_what_it_takes():
     inputs = make_inputs(4, 65, 16, torch.float32, "cpu")
     args = inputs.x, inputs.weight, inputs.targets
-    assert torch.equal(linear_cross_entropy(*args), linear_cross_entropy(*args, impl="reference"))
+    for reduction in ("mean", "sum", "none"):
+        options = {"reduction": reduction, "ignore_index": int(inputs.targets[0]), **ALL_TERMS}
+        with_its_own = args[0], args[1], inputs.targets.clamp(min=0)
+        expected = linear_cross_entropy_reference(*with_its_own, **options)
+        for impl in ("auto", "reference"):
+            assert torch.equal(linear_cross_entropy(*with_its_own, **options, impl=impl), expected)
     with mock.patch.object(chunks, "_losses", side_effect=ZeroDivisionError) as chunked:
         linear_cross_entropy(*args)
         with mock.patch.dict(public.__globals__, MOST_LOGITS=4 * 65 - 1), pytest.raises(ZeroDivisionError):
             linear_cross_entropy(*args)
     assert chunked.call_count == 1
+
+
+def test_auto_takes_the_kernels_on_a_gpu_that_runs_them():
+    x = mock.MagicMock(is_cuda=True, shape=(4, 16))
+    x.numel.return_value = 64
+    changes = {"is_transformed": lambda *tensors: False, "MOST_LOGITS": 0}
+    for why_not, path in ((None, "triton"), ("too old", "chunked")):
+        with mock.patch.dict(public.__globals__, changes, _why_not_triton=lambda x, why=why_not: why):
+            assert path_of(x, torch.empty(65, 16), torch.empty(4)) == path
+
+
+def test_what_auto_takes_is_said_once(caplog):
+    inputs = make_inputs(4, 65, 16, torch.float32, "cpu")
+    args = inputs.x, inputs.weight, inputs.targets
+    with (
+        mock.patch.dict(public.__globals__, _announced=set(), MOST_LOGITS=0),
+        caplog.at_level("INFO", logger="kernels"),
+    ):
+        with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
+            linear_cross_entropy(*args)
+        assert not caplog.records
+        for _ in range(2):
+            linear_cross_entropy(*args)
+        public.__globals__["MOST_LOGITS"] = 260
+        linear_cross_entropy(*args)
+    said = [(record.name, record.getMessage()) for record in caplog.records]
+    assert said == [("kernels", f"linear_cross_entropy runs on {path}: no GPU") for path in ("chunked", "reference")]
+
+
+def test_without_triton_the_kernels_are_refused():
+    inputs = make_inputs(4, 65, 16, torch.float32, "cpu")
+    with (
+        mock.patch.dict(public.__globals__, cross_entropy_triton=None),
+        pytest.raises(NotImplementedError, match="cannot do this call: triton does not import here"),
+    ):
+        linear_cross_entropy(inputs.x, inputs.weight, inputs.targets, impl="triton")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "reference", "auto"])
+def test_autocast_is_a_cast_of_both(impl, reduction, device):
+    """To the bit; float64 keeps its precision."""
+    inputs = make_inputs(5, 65, 16, torch.float32, device)
+    cast = inputs.x.bfloat16(), inputs.weight.bfloat16(), inputs.targets
+    with torch.autocast(device, torch.bfloat16):
+        ours = linear_cross_entropy(inputs.x, inputs.weight, inputs.targets, reduction=reduction, impl=impl)
+        if impl != "triton":
+            double = linear_cross_entropy(
+                inputs.x.double(), inputs.weight.double(), inputs.targets, reduction=reduction, impl=impl
+            )
+            assert double.dtype == torch.float64
+    expected = linear_cross_entropy(*cast, reduction=reduction, impl=impl)
+    assert ours.dtype == torch.float32 and torch.equal(ours, expected)
+    if impl != "triton":
+        exact = linear_cross_entropy_reference(
+            inputs.x.double(), inputs.weight.double(), inputs.targets, reduction=reduction
+        )
+        torch.testing.assert_close(double, exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+def test_the_reference_sums_in_float32(dtype):
+    """Its logits have x's dtype, and all that follows float32."""
+    inputs = make_inputs(17, 300, 16, dtype, "cpu")
+    args = inputs.x, inputs.weight, inputs.targets
+    losses = linear_cross_entropy_reference(*args, reduction="none")
+    logits = F.linear(inputs.x, inputs.weight).double()
+    expected = F.cross_entropy(logits, inputs.targets, reduction="none")
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_reference_refuses_two_dtypes():
+    """Unless autocast makes them one."""
+    inputs = make_inputs(4, 65, 16, torch.float32, "cpu")
+    args = inputs.x.bfloat16(), inputs.weight, inputs.targets
+    with pytest.raises(TypeError, match="x and weight have one dtype"):
+        linear_cross_entropy_reference(*args)
+    with torch.autocast("cpu", torch.bfloat16):
+        linear_cross_entropy_reference(*args)
+
+
+def test_tensors_without_data_have_a_loss_without_data():
+    x, weight = (torch.empty(n, 8, device="meta", requires_grad=True) for n in (4, 65))
+    for impl in ("auto", "chunked", "reference"):
+        loss = linear_cross_entropy(x, weight, torch.empty(4, dtype=torch.int64, device="meta"), impl=impl)
+        assert loss.device.type == "meta" and loss.shape == ()
+        loss.backward()
+        assert x.grad.shape == x.shape and weight.grad.shape == weight.shape
