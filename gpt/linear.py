@@ -29,7 +29,7 @@ def activate(h: Tensor, activation: str | None) -> Tensor:
 class PlainLinear:
     """activation(x W^T + b) + residual, for x (M, K), W (N, K), residual (M, N) of any dtype, in W's dtype.
 
-    The weights are the layer's own where they have the dtype already. residual is written over and returned.
+    The weights are the layer's own where they have the dtype already. The result may take residual's memory.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):

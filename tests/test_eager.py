@@ -1,10 +1,12 @@
 """The gradients written by hand against finite differences and against the plain formulas."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt.eager import ReLUSquaredFunction, RMSNormFunction, RotateFunction
+from gpt.eager import ReLUSquaredFunction, RMSNormFunction, RotateFunction, by_hand
 from gpt.model import rotary_table, rotate
 
 
@@ -53,3 +55,34 @@ def test_the_rotation_keeps_lengths_and_relative_angles():
         line = torch.diagonal(shifted, distance)
         torch.testing.assert_close(line, line[:1].expand_as(line))
     assert not torch.allclose(a @ b.T, (x[0, :, 0] @ y[0, :, 0].T))
+
+
+@pytest.mark.parametrize("eps", [0.5, 1e-9])
+def test_eps_is_inside_the_root_of_the_norm(eps):
+    """Values and gradients in float64, also for a row of zeros."""
+    x, w = random(2, 3, 24), random(24)
+    with torch.no_grad():
+        x[0, 0] = 0
+    ours, plain = RMSNormFunction.apply(x, w, eps), F.rms_norm(x, (24,), w, eps)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    for one, other in zip(gradients(ours, x, w), gradients(plain, x, w), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12 / eps**0.5)
+
+
+def test_the_rotation_is_that_of_the_plain_formula():
+    x, table = random(2, 5, 3, 8), tables(5, 8)
+    ours, rotated_x = rotate(x, *table), x.detach()
+    with torch.no_grad():
+        assert not by_hand(rotated_x)
+        torch.testing.assert_close(ours, rotate(rotated_x, *table), rtol=1e-12, atol=1e-12)
+    assert type(ours.grad_fn).__name__ == "RotateFunctionBackward"
+
+
+def test_by_hand_is_for_eager_training_on_a_cpu():
+    x = torch.zeros(2)
+    assert by_hand(x)
+    with torch.no_grad():
+        assert not by_hand(x)
+    assert not by_hand(x.to("meta"))
+    with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
+        assert not by_hand(x)
