@@ -72,7 +72,8 @@ def train(config: Config, world: World, lock: RunLock) -> int:
         require_compiler(device)
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")
-    tokenizer, checkpoint = earlier_run(config, lock, say=print if world.main else lambda text: None)
+    say = print if world.main else lambda text: None
+    tokenizer, checkpoint = earlier_run(config, lock, say=say)
 
     # Data: rank 0 makes what the others then find in the cache.
     with world.main_first(), CorpusProgress() as progress:
@@ -95,7 +96,7 @@ def train(config: Config, world: World, lock: RunLock) -> int:
     # Model and optimizer.
     model = GPT(config.model).to(device)
     if checkpoint is None:
-        copy_initial_weights(config, model)
+        copy_initial_weights(config, model, say)
     model.checkpoint_activations(options.activation_checkpointing)
     parameters, flops_per_token = model.num_parameters(), model.flops_per_token()
     parallel = Parallel(model, world, mode_of(options, world), compiled=options.compile)

@@ -173,6 +173,11 @@ def export(model: GPT, tokenizer: Tokenizer, directory: str | Path, *, dtype: st
     Raises UserError for a model that no family fits, before anything is written, and where the disk refuses.
     """
     family, folder = family_of(model), Path(directory)
+    if model.config.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"the model's table has {model.config.vocab_size} rows and the tokenizer {tokenizer.vocab_size} tokens: "
+            "export it with the tokenizer that it was trained with"
+        )
     settings = hf_config(family, model.config, tokenizer, dtype)
     ends = {"bos_token_id": tokenizer.document_token, "eos_token_id": tokenizer.document_token}
     try:

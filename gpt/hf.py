@@ -4,6 +4,7 @@ Read are GPT-2, Llama, Mistral, Qwen2, Qwen3 and nanochat, where the checkpoint'
 no place here is refused, all of it in one sentence. Nothing is unpickled.
 """
 
+import logging
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,10 +13,15 @@ from typing import Any
 from gpt.config import ModelConfig
 from gpt.device import pick_device
 from gpt.errors import UserError
+from gpt.hf_folders import adapter, instead
 from gpt.hf_tokenizer import read_hf_tokenizer, read_json
-from gpt.hf_weights import copy_from
+from gpt.hf_weights import copy_from, has_other_head
 from gpt.model import GPT
 from gpt.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+ANY = None
 
 # What a family's config.json means where it says nothing: transformers' defaults, as far as the model depends on them.
 _LLAMA = {
@@ -30,6 +36,7 @@ _LLAMA = {
     "max_position_embeddings": 2048,
 }
 _QWEN = _LLAMA | {"num_key_value_heads": 32, "max_position_embeddings": 32768, "max_window_layers": 28}
+_QWEN |= {"sliding_window": 4096}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt2": {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
     "llama": _LLAMA,
@@ -38,13 +45,47 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": _QWEN | {"head_dim": 128},
     "nanochat": _LLAMA | {"hidden_act": "relu2", "final_logit_softcapping": 15.0},
 }
-# Keys that change what a family computes, with the only values that we compute too.
-FIXED: dict[str, dict[str, tuple]] = {
-    "gpt2": {
+# Keys that change what a model computes, with the only values that we compute too (the first one is the usual one).
+# Other families have them; here they would be asked for in vain.
+NEUTRAL: dict[str, tuple] = {
+    "is_causal": (True, None),
+    "is_encoder_decoder": (False, None),
+    "use_bidirectional_attention": (False, None),
+    "attention_chunk_size": (None,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "query_pre_attn_scalar": (None,),
+    "clip_qkv": (None,),
+    **dict.fromkeys(("logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier"), (1, None)),
+    **dict.fromkeys(("rotary_pct", "partial_rotary_factor"), (1, None)),
+    **dict.fromkeys(("attention_multiplier", "lm_head_multiplier"), (None,)),
+    **dict.fromkeys(("alibi", "parallel_attn", "use_parallel_residual", "use_mrope", "use_qk_norm"), (False, None)),
+    **dict.fromkeys(("qk_layernorm", "attention_out_bias", "attn_output_gate"), (False, None)),
+    **dict.fromkeys(("num_experts", "num_local_experts"), (None, 0)),
+    "no_rope_layers": (None, []),
+    "pruned_heads": ({}, None),
+}
+_NO_WINDOW = {"sliding_window": (None,), "use_sliding_window": (False, None)}
+FIXED: dict[str, dict[str, tuple | None]] = {
+    "gpt2": NEUTRAL
+    | _NO_WINDOW
+    | {
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
-    }
+    },
+    "llama": NEUTRAL | _NO_WINDOW,
+    "mistral": NEUTRAL | dict.fromkeys(("attention_bias", "mlp_bias"), (False,)),
+    "qwen2": NEUTRAL | {"mlp_bias": (False,)},
+    "qwen3": NEUTRAL | {"mlp_bias": (False,)},
+    "nanochat": NEUTRAL
+    | _NO_WINDOW
+    | {
+        "mlp_bias": (False,),
+        "final_logit_softcapping": ANY,
+        # Its norm after the table would have to be in the table, and not in the head.
+        "tie_word_embeddings": (False,),
+    },
 }
 GELUS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu"}
 UNGATED = GELUS | {"relu": "relu", "relu2": "relu2"}
@@ -67,6 +108,8 @@ def from_hf(source: str | Path, *, seq_len: int | None = None, device: str = "au
     family, config = config_from_hf(folder)
     if seq_len is not None:
         config = crop(config, seq_len, str(source))
+    if read_json(folder / "config.json").get("tie_word_embeddings") and not config.tied_embeddings:
+        log.warning("%s: its head differs from its embedding table, so they are not tied", source)
     model = GPT(config)
     copy_from(folder, family, model)
     return model.eval().to(place)
@@ -90,7 +133,8 @@ def fetch(source: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise UserError(f"{source} is a file: a Hugging Face checkpoint is a directory, or a name on the Hub")
+        hint = instead(folder) or "a Hugging Face checkpoint is a directory, or a name on the Hub"
+        raise UserError(f"{source} is a file: {hint}")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(source)):
         raise UserError(f"there is no directory {source}, and it is no name of a Hugging Face checkpoint")
     try:
@@ -112,6 +156,9 @@ def fetch(source: str | Path) -> Path:
 def config_from_hf(folder: Path) -> tuple[str, ModelConfig]:
     """The family and the ModelConfig of a checkpoint's config.json. UserError lists every option that does not fit."""
     path = folder / "config.json"
+    hint = adapter(folder) if path.exists() else instead(folder) or "it has no config.json"
+    if hint:
+        raise UserError(f"{folder} is not a Hugging Face checkpoint: {hint}")
     content = read_json(path)
     family = content.get("model_type")
     if not isinstance(family, str) or family not in DEFAULTS:
@@ -120,7 +167,7 @@ def config_from_hf(folder: Path) -> tuple[str, ModelConfig]:
     misfits = [
         f"{key} {given[key]!r} (not {allowed[0]!r})"
         for key, allowed in FIXED.get(family, {}).items()
-        if key in given and given[key] not in allowed
+        if allowed is not ANY and key in given and given[key] not in allowed
     ]
     if given.get("quantization_config"):
         misfits.append("quantization_config (full weights only)")
@@ -139,6 +186,7 @@ def config_from_hf(folder: Path) -> tuple[str, ModelConfig]:
     misfits += [f"{key} {value!r}" for key, value in options.items() if key not in known and value is not None]
     if misfits:
         raise UserError(f"{path} asks for what this model lacks: {'; '.join(misfits)}")
+    options["tied_embeddings"] = bool(options["tied_embeddings"]) and not has_other_head(folder, family)
     try:
         return family, ModelConfig(**{key: value for key, value in options.items() if key in known})
     except UserError as error:
@@ -211,6 +259,10 @@ def _rope_theta(given: dict[str, Any], misfits: list[str]) -> float:
 def _window(family: str, given: dict[str, Any], misfits: list[str]) -> tuple[int | None, str | None]:
     """The sliding window, and which layers have it as a window_pattern, where not all have."""
     window, layers = given["sliding_window"], given["num_hidden_layers"]
+    if family not in ("qwen2", "qwen3") and given.get("layer_types"):
+        kind = "full_attention" if family != "mistral" or window is None else "sliding_attention"
+        if any(other != kind for other in given["layer_types"]):
+            misfits.append(f"layer_types {given['layer_types']!r} (not {kind} in all layers)")
     if family == "mistral":
         return window, None
     if family not in ("qwen2", "qwen3") or not given.get("use_sliding_window") or window is None:

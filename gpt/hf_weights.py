@@ -1,6 +1,7 @@
 """Where each weight of a GPT stands in a Hugging Face checkpoint, told once and read in both directions."""
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,11 +13,15 @@ from torch import Tensor
 
 from gpt.config import ModelConfig
 from gpt.errors import UserError
+from gpt.hf_folders import instead
 from gpt.model import GPT
 
+log = logging.getLogger(__name__)
+
+_TABLE = "model.embed_tokens.weight"
 INDEX = "model.safetensors.index.json"
-# Tables that older checkpoints carry beside their weights.
-_TABLES = re.compile(r"(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
+# Tables that older checkpoints carry beside their weights: transformers leaves them out, whatever is in them.
+_TABLES = re.compile(r"(?:transformer\.)?h\.\d+\.attn\.(bias|masked_bias)|(?:.+\.)?rotary_emb\.(inv_freq)")
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def _llama(family: str, config: ModelConfig) -> Iterator[Place]:
     def norm(ours: str, theirs: str) -> Place:
         return Place(f"{ours}.weight", () if bare else (f"{theirs}.weight",))
 
-    yield Place("embed.weight", ("model.embed_tokens.weight",))
+    yield Place("embed.weight", (_TABLE,))
     yield norm("norm", "model.norm")
     for i in range(config.n_layer):
         ours, theirs = f"blocks.{i}", f"model.layers.{i}"
@@ -107,12 +112,17 @@ class Tensors:
             path = folder / name
             try:
                 self._files[name] = safe_open(path, "pt")
-                self.unread |= dict.fromkeys(self._files[name].keys(), name)
+                for tensor in self._files[name].keys():  # noqa: SIM118 - it is not a dict
+                    if (other := self.unread.setdefault(tensor, name)) != name:
+                        raise UserError(f"{folder} holds {tensor} in two files, {other} and {name}: delete one of them")
             except (OSError, SafetensorError) as error:
                 raise UserError(f"cannot read {path}: {error}") from None
 
     def _names(self) -> list[str]:
+        single = (self.folder / "model.safetensors").exists()
         if (self.folder / INDEX).exists():
+            if single:
+                raise UserError(f"{self.folder} holds model.safetensors and {INDEX}: delete the one that is not meant")
             try:
                 names = sorted(
                     set(json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
@@ -122,26 +132,49 @@ class Tensors:
             if not all(isinstance(name, str) and Path(name).name == name for name in names):
                 raise UserError(f"{self.folder / INDEX} names files outside of its directory")
             return names
-        if (self.folder / "model.safetensors").exists():
+        if single:
             return ["model.safetensors"]
-        pickles = sorted(path.name for path in self.folder.glob("*.bin"))
-        if pickles:
-            raise UserError(
-                f"{self.folder} has its weights in a pickle, {pickles[0]}, which can run any code when it is read: "
-                "save them as safetensors first"
-            )
-        raise UserError(f"{self.folder} has no weights: there is no model.safetensors")
+        hint = instead(self.folder)
+        raise UserError(f"{self.folder} has no weights: there is no model.safetensors" + (f"; {hint}" if hint else ""))
 
     def take(self, name: str, prefix: str) -> Tensor | None:
         """The tensor of that name, or of that name without the prefix, as checkpoints of the bare decoder have it."""
-        found = next((n for n in (name, name.removeprefix(prefix)) if n in self.unread), None)
+        found = self.find(name, prefix)
         if found is None:
             return None
-        file = self.unread.pop(found)
+        tensor = self.read(found)
+        del self.unread[found]
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise UserError(
+                f"{self.folder}: {found} has the type {tensor.dtype}: only full weights (16 bits or more) fit"
+            )
+        return tensor
+
+    def find(self, name: str, prefix: str) -> str | None:
+        """The name under which the checkpoint has a tensor that was not taken yet."""
+        return next((n for n in (name, name.removeprefix(prefix)) if n in self.unread), None)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that was not taken yet, by its own name."""
+        file = self.unread[name]
         try:
-            return self._files[file].get_tensor(found)
+            return self._files[file].get_tensor(name)
         except SafetensorError as error:
-            raise UserError(f"cannot read {found} in {self.folder / file}: {error}") from None
+            raise UserError(f"cannot read {name} in {self.folder / file}: {error}") from None
+
+
+def has_other_head(folder: Path, family: str) -> bool:
+    """Whether a checkpoint holds a head that is not its embedding table."""
+    try:
+        tensors = Tensors(folder)
+    except UserError:  # whoever reads the weights says so
+        return False
+    table, prefix = ("transformer.wte.weight", "transformer.") if family == "gpt2" else (_TABLE, "model.")
+    name = tensors.find(table, prefix)
+    if name is None or "lm_head.weight" not in tensors.unread:
+        return False
+    head, rows = tensors.read("lm_head.weight"), tensors.read(name)
+    return head.shape != rows.shape or not torch.equal(head.to(rows.dtype), rows)
 
 
 def _swap_halves(rows: Tensor, heads: int, width: int) -> Tensor:
@@ -157,9 +190,9 @@ def copy_from(folder: Path, family: str, model: GPT) -> None:
 
     Raises UserError for a weight that is missing, of another shape, or has no place in the model.
     """
-    tensors, weights = Tensors(folder), dict(model.named_parameters())
+    config, tensors, weights = model.config, Tensors(folder), dict(model.named_parameters())
     prefix = "transformer." if family == "gpt2" else "model."
-    for place in layout(family, model.config):
+    for place in layout(family, config):
         weight = weights.pop(place.ours)
         if not place.theirs:
             weight.fill_(1.0)
@@ -185,11 +218,29 @@ def copy_from(folder: Path, family: str, model: GPT) -> None:
         weight.copy_(rows if place.halves is None else _swap_halves(rows, *place.halves))
     if family == "nanochat":  # its norm after the table is folded into the table
         embed = model.embed.weight
-        embed.mul_(embed.square().mean(-1, keepdim=True).add_(model.config.norm_eps).rsqrt_())
-    left = [n for n in tensors.unread if not _TABLES.search(n) and n != "lm_head.weight"]
+        embed.mul_(embed.square().mean(-1, keepdim=True).add_(config.norm_eps).rsqrt_())
+    if config.tied_embeddings and "lm_head.weight" in tensors.unread:  # which has_other_head has compared
+        del tensors.unread["lm_head.weight"]
+    left = [name for name in tensors.unread if not _TABLES.fullmatch(name)]
+    odd = [name for name in tensors.unread if name not in left and not _usual(name, tensors.read(name), config)]
+    if odd:
+        log.warning("%s: %s is not what its options make it, and is left out", folder, odd[0])
     if left:
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""
         raise UserError(f"{folder} holds weights that this model has no place for: {', '.join(left[:3])}{more}")
+
+
+def _usual(name: str, table: Tensor, config: ModelConfig) -> bool:
+    """Whether a table beside the weights is what the model computes for itself."""
+    kind = next(filter(None, _TABLES.fullmatch(name).groups()))
+    if kind == "bias":  # which keys a query sees
+        rows = table.squeeze().float()
+        return rows.ndim == 2 and torch.equal(rows, torch.ones_like(rows).tril())
+    if kind == "masked_bias":  # the score of the others
+        return table.numel() == 1 and float(table) <= -1e4
+    exponents = torch.arange(0, config.head_width, 2, dtype=torch.float64) / config.head_width
+    expected = config.rope_theta**-exponents
+    return table.shape == expected.shape and torch.allclose(table.double(), expected, rtol=1e-2)
 
 
 @torch.no_grad()

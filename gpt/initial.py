@@ -1,5 +1,6 @@
 """What training may begin with, and evaluation read: a run of ours, or a Hugging Face checkpoint."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,8 +10,8 @@ from gpt.config import Config, ModelConfig
 from gpt.errors import UserError
 from gpt.hf import config_from_hf, crop, fetch, from_hf, tokenizer_from_hf
 from gpt.model import GPT
-from gpt.run import load, read_run
-from gpt.tokenizer import Tokenizer, load_tokenizer
+from gpt.run import load, read_run, run_tokenizer
+from gpt.tokenizer import Tokenizer
 
 # What training on may change: the rest is in the shape or the meaning of the weights.
 FREE = ("seq_len", "dropout", "init")
@@ -25,7 +26,9 @@ def load_source(source: str | Path, device: str = "auto") -> tuple[GPT, Tokenize
     """Model (in eval mode, fp32) and tokenizer of a run or a Hugging Face checkpoint. Raises UserError."""
     if is_run(source):
         return load(source, device)
-    return from_hf(source, device=device), tokenizer_from_hf(source)
+    model, tokenizer = from_hf(source, device=device), tokenizer_from_hf(source)
+    tokenizer.check_table(model.config.vocab_size, str(source))
+    return model, tokenizer
 
 
 def initial_config(source: str | Path) -> ModelConfig:
@@ -48,17 +51,22 @@ def initial_tokenizer(config: Config) -> Tokenizer | None:
         return None
     theirs = initial_config(source)
     for key, value in asdict(config.model).items():
+        if key == "vocab_size" and (value is None or value > theirs.vocab_size):
+            continue  # rows are added
         if key not in FREE and value != getattr(theirs, key):
             raise UserError(f"the model of {source} has {key} {getattr(theirs, key)}, not {value}: leave {key} out")
     crop(theirs, config.model.seq_len, source)
     if is_run(source):
-        return load_tokenizer(Path(source) / "tokenizer.json")
+        return run_tokenizer(Path(source))
     return tokenizer_from_hf(source) if has_tokenizer(source) else None
 
 
 @torch.no_grad()
-def copy_initial_weights(config: Config, model: GPT) -> None:
-    """Copy the weights of config.train.init_from, if that is given; a learned position table is cut to the context."""
+def copy_initial_weights(config: Config, model: GPT, say: Callable[[str], None] = print) -> None:
+    """Copy the weights of config.train.init_from, if that is given; a learned position table is cut to the context.
+
+    Rows that a table of tokens has beyond the source's are the mean of those.
+    """
     source = config.train.init_from
     if source is None:
         return
@@ -66,4 +74,13 @@ def copy_initial_weights(config: Config, model: GPT) -> None:
     weights = dict(theirs.named_parameters())
     for name, weight in model.named_parameters():
         rows = weights[name]
-        weight.copy_(rows[: len(weight)] if name == "position_embed.weight" else rows)
+        if name == "position_embed.weight":
+            rows = rows[: len(weight)]
+        elif len(weight) > len(rows):
+            rows = torch.cat((rows, rows.mean(0, keepdim=True).expand(len(weight) - len(rows), -1)))
+        weight.copy_(rows)
+    have, had = model.config.vocab_size, theirs.config.vocab_size
+    if have > had:
+        say(
+            f"the tables of {source} have {had} rows and this vocabulary {have}: those added are the mean of the others"
+        )

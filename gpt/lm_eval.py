@@ -28,6 +28,8 @@ def harness_model(model: GPT, tokenizer: Tokenizer, *, batch_size: int = 8) -> A
     except ImportError:
         raise UserError("lm-evaluation-harness is not installed: pip install lm-eval") from None
 
+    tokenizer.check_table(model.config.vocab_size, "this model")
+
     class Harness(LM):
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
             rows = [_row(tokenizer, *request.args, model.config.seq_len) for request in requests]

@@ -22,6 +22,7 @@ from gpt.distributed import World
 from gpt.errors import UserError
 from gpt.files import write_whole
 from gpt.generate import generate
+from gpt.hf_folders import adapter, instead
 from gpt.lock import RunLock
 from gpt.model import GPT
 from gpt.monitor import process_seconds
@@ -79,7 +80,7 @@ def earlier_run(
     else:
         return initial_tokenizer(config), None
     _check_same(config, config_from_toml(source / "config.toml"), source)
-    return load_tokenizer(source / "tokenizer.json"), checkpoint
+    return run_tokenizer(source), checkpoint
 
 
 def _check_same(config: Config, saved: Config, source: Path) -> None:
@@ -129,8 +130,20 @@ def claim_run_dir(train: TrainConfig, lock: RunLock) -> Path:
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
-    """The config with the tokenizer's vocabulary, unless it asks for a larger one; UserError where it is too small."""
-    size = config.model.vocab_size or tokenizer.vocab_size
+    """The config with the tokenizer's vocabulary, unless it asks for a larger one; UserError where it is too small.
+
+    A table that comes with its tokenizer, by init_from, may grow to fit it.
+    """
+    from gpt.initial import has_tokenizer
+
+    size, source = config.model.vocab_size or tokenizer.vocab_size, config.train.init_from
+    if source is not None and size < tokenizer.vocab_size:
+        if not has_tokenizer(source):
+            raise UserError(
+                f"the table of {source} has {size} rows and the tokenizer {config.tokenizer.tokenizer} "
+                f"{tokenizer.vocab_size} tokens: name the one that it was trained with by --tokenizer"
+            )
+        size = tokenizer.vocab_size
     if size < tokenizer.vocab_size:
         raise UserError(
             f"vocab_size {size} is smaller than the tokenizer's {tokenizer.vocab_size}: raise it, or leave it out"
@@ -195,6 +208,7 @@ def write_provenance(corpus: "Corpus", path: Path) -> None:
     sources = [{"name": name, "bytes": size, "sha256": sha256} for name, size, sha256 in corpus.sources]
     counts = ("digest", "documents", "train_tokens", "val_tokens", "train_bytes", "val_bytes")
     record = {key: getattr(corpus, key) for key in counts} | {"sources": sources}
+    record |= {"tokenizer": corpus.tokenizer.fingerprint}
     record |= {"parts": corpus.parts} if corpus.parts else {}
     write_whole(path, (json.dumps(record, indent=1) + "\n").encode())
 
@@ -219,9 +233,11 @@ def read_run(
     Raises UserError where one is missing or damaged.
     """
     if not run_dir.is_dir():
-        raise UserError(f"{run_dir} is not a run directory: there is no such directory")
+        hint = instead(run_dir) if run_dir.exists() else "there is no such directory"
+        raise UserError(f"{run_dir} is not a run directory: {hint or 'it is a file'}")
     if not (run_dir / "config.toml").exists():
-        raise UserError(f"{run_dir} is not a run directory: it has no config.toml")
+        hint = adapter(run_dir) if (run_dir / "config.json").exists() else instead(run_dir)
+        raise UserError(f"{run_dir} is not a run directory: {hint or 'it has no config.toml'}")
     if which in ("newest", "best"):
         checkpoint = {"newest": newest_checkpoint, "best": best_checkpoint}[which](checkpoints_of(run_dir), say)
         if checkpoint is None:
@@ -231,7 +247,22 @@ def read_run(
         checkpoint = Path(which)
         if fault := verify(checkpoint):
             raise UserError(f"the checkpoint {checkpoint} cannot be used: {fault}")
-    return config_from_toml(run_dir / "config.toml"), load_tokenizer(run_dir / "tokenizer.json"), checkpoint
+    return config_from_toml(run_dir / "config.toml"), run_tokenizer(run_dir), checkpoint
+
+
+def run_tokenizer(run_dir: Path) -> Tokenizer:
+    """A run's tokenizer; UserError where the file is damaged, or is not the one that the run was trained with."""
+    tokenizer = load_tokenizer(run_dir / "tokenizer.json")
+    try:
+        trained = json.loads((run_dir / "corpus.json").read_bytes()).get("tokenizer")
+    except (OSError, ValueError, AttributeError):
+        trained = None
+    if trained not in (None, tokenizer.fingerprint):
+        raise UserError(
+            f"{run_dir / 'tokenizer.json'} is not the tokenizer that the run was trained with, so its ids mean other "
+            "text: bring the file back"
+        )
+    return tokenizer
 
 
 def load(run_dir: str | Path, device: str = "auto", *, which: str | Path = "newest") -> tuple[GPT, Tokenizer]:

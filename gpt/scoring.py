@@ -77,6 +77,7 @@ def score_texts(
     """
     context = model.config.seq_len
     stride = stride or max(1, context // 2)
+    tokenizer.check_table(model.config.vocab_size, "this model")
     if not 1 <= stride <= context:
         raise UserError(f"stride must lie between 1 and the model's context of {context}, not {stride}")
     documents = nats = count = size = 0
@@ -163,6 +164,7 @@ def multiple_choice(
     contexts: what stands before each question's endings, a blank between. Of equals the first counts. `cut` counts
     the questions whose context was too long and lost its beginning.
     """
+    tokenizer.check_table(model.config.vocab_size, "this model")
     rows, cut = [], 0
     for question, context in zip(questions, contexts, strict=True):
         made = [continuation(tokenizer, context, f" {ending}", model.config.seq_len) for ending in question.endings]

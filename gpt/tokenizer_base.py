@@ -91,6 +91,15 @@ class Tokenizer(ABC):
                 "which is no character: give text that is valid UTF-8"
             ) from None
 
+    def check_table(self, rows: int, model: str) -> None:
+        """UserError unless a model's embedding table has a row for each id that a text becomes or begins with."""
+        never = set(self.specials.values()) - {self.document_token}
+        if missing := [i for i in range(rows, self.vocab_size) if i not in never]:
+            raise UserError(
+                f"the tokenizer of {model} has the token {missing[0]} and its embedding table {rows} rows: "
+                "train it on with --init-from, which adds the rows"
+            )
+
     def segments(self, chunks: Iterable[str]) -> Iterator[str]:
         """One text's chunks, cut anew so that the ids of the segments, joined, are the ids of the whole text."""
         return iter(chunks)

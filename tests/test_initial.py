@@ -1,5 +1,6 @@
 """Training that begins with the weights of a run or of a Hugging Face checkpoint: the whole command."""
 
+import json
 import shutil
 
 import pytest
@@ -10,8 +11,11 @@ from gpt.command_line import load_config
 from gpt.config import ModelConfig
 from gpt.errors import UserError
 from gpt.export import export
+from gpt.hf_tokenizer import write_hf_tokenizer
+from gpt.initial import load_source
 from gpt.model import GPT
-from gpt.tokenizer import ByteTokenizer
+from gpt.scoring import Question, multiple_choice, score_texts
+from gpt.tokenizer import DOCUMENT, BPETokenizer, ByteTokenizer
 from train import main as train
 
 TEXT = "The quick brown fox, naïve as ever, jumps over 13 dogs.\n"
@@ -75,3 +79,91 @@ def test_another_model_than_the_source_is_refused(tiny_run, tmp_path, words, mes
     with pytest.raises(UserError, match=message):
         start(tmp_path, "--init-from", tiny_run, *words)
     assert not (tmp_path / "run").exists()
+
+
+# A vocabulary larger than the table.
+
+
+def checkpoint_of(folder, tokenizer, rows=257, **options):
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 32, "seq_len": 24, "vocab_size": rows, **gpt.PRESETS["gpt2"]}
+    model = GPT(ModelConfig(**sizes | options)).eval()
+    export(model, ByteTokenizer(), folder)
+    write_hf_tokenizer(tokenizer, folder, seq_len=24)
+    return model
+
+
+BYTES = [bytes([i]) for i in range(256)]
+WITH_PAD = BPETokenizer("x", r"[\s\S]", BYTES, {DOCUMENT: 256, "<pad>": 257})
+WITH_WORD = BPETokenizer("x", r"\p{L}+|[\s\S]", [*BYTES, None, b"fo", b"ox"], {DOCUMENT: 256})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tokenizer", [WITH_PAD, WITH_WORD], ids=["pad", "words"])
+def test_a_table_grows_to_the_sources_own_tokenizer(tmp_path, tied, tokenizer, capsys):
+    before = checkpoint_of(tmp_path / "hf", tokenizer, tied_embeddings=tied)
+    still = ["--learning-rate", 1e-12, "--warmup-steps", 0, "--weight-decay", 0]
+    assert start(tmp_path, "--init-from", tmp_path / "hf", *still) == 0
+    size = tokenizer.vocab_size
+    said = f"{tmp_path / 'hf'} have 257 rows and this vocabulary {size}: those added are the mean of the others"
+    assert said in capsys.readouterr().out
+    after, kept = gpt.load(tmp_path / "run", "cpu")
+    assert kept.vocab_size == after.config.vocab_size == size
+    for ours, theirs in zip((after.embed.weight, after.head.weight), (before.embed.weight, before.head.weight)):
+        torch.testing.assert_close(ours[:257], theirs, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(ours[257:], theirs.mean(0).expand(size - 257, -1), atol=1e-6, rtol=1e-5)
+    assert start(tmp_path, "--init-from", tmp_path / "hf", "--resume", "--max-steps", 2) == 0
+
+
+def test_a_table_may_grow_by_padding_and_never_shrinks(tmp_path):
+    checkpoint_of(tmp_path / "hf", ByteTokenizer())
+    assert start(tmp_path, "--init-from", tmp_path / "hf", "--vocab-size", 320) == 0
+    assert gpt.load(tmp_path / "run", "cpu")[0].config.vocab_size == 320
+    with pytest.raises(UserError, match="has vocab_size 257, not 256: leave vocab_size out"):
+        start(tmp_path, "--init-from", tmp_path / "hf", "--vocab-size", 256, name="other")
+    # A table with more rows than its tokenizer has tokens is padded already.
+    checkpoint_of(tmp_path / "wide", ByteTokenizer(), rows=300)
+    assert start(tmp_path, "--init-from", tmp_path / "wide", name="third") == 0
+    assert gpt.load(tmp_path / "third", "cpu")[0].config.vocab_size == 300
+
+
+def test_a_tokenizer_that_is_not_the_sources_adds_no_rows(tmp_path):
+    checkpoint_of(tmp_path / "hf", ByteTokenizer(), rows=257)
+    (tmp_path / "hf/tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"has 257 rows and the tokenizer bpe \d+ tokens: name the one that it was"):
+        start(tmp_path, "--init-from", tmp_path / "hf", "--tokenizer", "bpe", "--bpe-vocab-size", 300)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_is_scored_only_if_each_of_its_tokens_has_a_row(tmp_path):
+    model = checkpoint_of(tmp_path / "hf", WITH_PAD)
+    scored = score_texts(*load_source(tmp_path / "hf", "cpu"), [TEXT])
+    assert scored["loss"] == score_texts(model, ByteTokenizer(), [TEXT])["loss"]
+    checkpoint_of(tmp_path / "hf", WITH_WORD)
+    asked = r"has the token 257 and its embedding table 257 rows: train it on with --init-from, which adds the rows"
+    with pytest.raises(UserError, match=asked):
+        load_source(tmp_path / "hf", "cpu")
+    with pytest.raises(UserError, match=asked):
+        score_texts(model, WITH_WORD, [TEXT])
+    with pytest.raises(UserError, match=asked):
+        multiple_choice(model, WITH_WORD, [Question("a", ("b", "c"), 0)], ["a"])
+    with pytest.raises(UserError, match="table has 257 rows and the tokenizer 259 tokens"):
+        export(model, WITH_WORD, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="has 257 tokens and the tokenizer 259"):
+        list(gpt.generate(model, WITH_WORD, ["a"], gpt.SamplingConfig(max_new_tokens=1)))
+
+
+def test_a_run_whose_tokenizer_was_exchanged_is_refused(tiny_run, tmp_path):
+    run = tmp_path / "copy"
+    shutil.copytree(tiny_run, run)
+    form = json.loads((run / "tokenizer.json").read_text())
+    (run / "tokenizer.json").write_text(json.dumps(form))  # written otherwise, the same
+    gpt.load(run, "cpu")
+    WITH_PAD.save(run / "tokenizer.json")
+    for use in (lambda: gpt.load(run, "cpu"), lambda: start(tmp_path, "--init-from", run)):
+        with pytest.raises(UserError, match="is not the tokenizer that the run was trained with"):
+            use()
+    words = ["--run-dir", run, "--resume", "--cache-dir", tmp_path / "cache", "--max-steps", 99]
+    with pytest.raises(UserError, match="is not the tokenizer that the run was trained with"):
+        train(load_config(list(map(str, words))))
