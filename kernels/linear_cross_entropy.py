@@ -192,7 +192,7 @@ def _choose(x: Tensor, weight: Tensor, targets: Tensor) -> str:
     elif why_not is None:
         choice = "triton"
     else:
-        N = x.numel() // max(1, x.shape[-1])
+        N = x.numel() // x.shape[-1]
         choice = "reference" if N * weight.shape[0] <= MOST_LOGITS else "chunked"
     if (choice, why_not) not in _announced and not torch.compiler.is_compiling():
         _announced.add((choice, why_not))

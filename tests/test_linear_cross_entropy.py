@@ -247,9 +247,11 @@ def test_auto_runs_what_it_takes():
             assert torch.equal(linear_cross_entropy(*with_its_own, **options, impl=impl), expected)
     with mock.patch.object(chunks, "_losses", side_effect=ZeroDivisionError) as chunked:
         linear_cross_entropy(*args)
-        with mock.patch.dict(public.__globals__, MOST_LOGITS=4 * 65 - 1), pytest.raises(ZeroDivisionError):
-            linear_cross_entropy(*args)
-    assert chunked.call_count == 1
+        with mock.patch.dict(public.__globals__, MOST_LOGITS=4 * 65 - 1):
+            for axes in ((4,), (2, 2)):
+                with pytest.raises(ZeroDivisionError):
+                    linear_cross_entropy(args[0].reshape(*axes, 16), args[1], args[2].reshape(axes))
+    assert chunked.call_count == 2
 
 
 def test_auto_takes_the_kernels_on_a_gpu_that_runs_them():

@@ -1,0 +1,66 @@
+"""kernels/arguments.py: the bounds, and the sentences."""
+
+import numpy as np
+import pytest
+import torch
+
+from kernels.arguments import check_choice, check_integer, check_number, check_real, check_tensors
+
+
+def refused(error, check, *args, **options) -> str:
+    with pytest.raises(error) as info:
+        check(*args, **options)
+    return str(info.value)
+
+
+def test_numbers():
+    for value in (1, 2.5, 3, np.float32(2), np.int64(1)):
+        check_number("a", value, 1, 3, "a number from 1 to 3")
+    for value in (0.999, 3.001, -1, float("nan"), float("inf"), 10**30):
+        message = refused(ValueError, check_number, "a", value, 1, 3, "a number from 1 to 3")
+        assert message == f"a is a number from 1 to 3, not {value}"
+    for value, kind in ((None, "None"), (True, "bool True"), ("2", "str '2'"), (2j, "complex 2j"), ([2], "list")):
+        message = refused(TypeError, check_number, "a", value, 1, 3, "a number from 1 to 3")
+        assert message == f"a is a number from 1 to 3, not {kind}"
+
+
+@pytest.mark.parametrize(
+    ("bits", "shown"), [(127, str(1 << 127)), (128, "a longer integer"), (40000, "a longer integer")]
+)
+def test_long_integers_are_not_written_out(bits, shown):
+    """Python itself refuses to write one of more than 4,300 digits."""
+    assert refused(ValueError, check_number, "a", 1 << bits, 0, 1, "small") == f"a is small, not {shown}"
+    assert refused(ValueError, check_integer, "a", 1 << bits) == f"a is an int of 64 bits, not {shown}"
+
+
+def test_integers():
+    for value in (0, -(2**63), 2**63 - 1, np.int32(7)):
+        check_integer("a", value)
+    for value in (2**63, -(2**63) - 1):
+        assert refused(ValueError, check_integer, "a", value) == f"a is an int of 64 bits, not {value}"
+    for value, kind in ((True, "bool True"), (1.0, "float"), (None, "None"), (torch.ones(()), "Tensor")):
+        assert refused(TypeError, check_integer, "a", value) == f"a is an int, not {kind}"
+
+
+def test_choices():
+    check_choice("a", "x", ("x", "y"))
+    assert refused(ValueError, check_choice, "a", "z", ("x", "y")) == "a 'z' is not one of x, y"
+    assert refused(ValueError, check_choice, "a", ["x"], ("x", "y")) == "a of type list is not one of x, y"
+    assert len(refused(ValueError, check_choice, "a", "z" * 1000, ("x", "y"))) < 120
+
+
+def test_tensors():
+    check_tensors(a=torch.ones(2), b=torch.nn.Parameter(torch.ones(2)))
+    assert refused(TypeError, check_tensors, a=torch.ones(2), b=[1.0]) == "b is a tensor, not list"
+    assert refused(TypeError, check_tensors, b="text" * 100).startswith("b is a tensor, not str 'text")
+    assert len(refused(TypeError, check_tensors, b="text" * 100)) < 80
+    assert "layout torch.sparse_coo" in refused(TypeError, check_tensors, a=torch.ones(2).to_sparse())
+    assert "b is a dense tensor" in refused(TypeError, check_tensors, b=torch.nested.nested_tensor([torch.ones(2)]))
+
+
+def test_dtypes():
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        check_real(a=torch.ones(2, dtype=dtype))
+    for dtype in (torch.complex64, torch.int64, torch.bool, torch.float8_e4m3fn):
+        message = refused(TypeError, check_real, a=torch.ones(2), b=torch.ones(2).to(dtype))
+        assert message == f"b is float64, float32, float16 or bfloat16, not {dtype}"
