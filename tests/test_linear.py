@@ -110,6 +110,7 @@ def recorded(monkeypatch):
         (1000, 999, 1, "TransposedLinear"),
         (600, 1000, 2, "MklLinear"),  # 600,000 weights are few
         (600, 1000, 9, "MklLinear"),
+        (600_001, 1, 2, "PlainLinear"),
         (601, 1000, 2, "PlainLinear"),
         (601, 1000, 3, "PlainLinear"),
         (601, 1000, 4, "PackedLinear"),
