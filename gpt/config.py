@@ -30,8 +30,8 @@ class DataConfig:
     """Which text, and how it is split."""
 
     corpus: tuple[str, ...] = ()
-    """What to train on: files (text, .jsonl, .parquet, .gz, .zst), directories, globs, http(s) URLs, hf:NAME for a
-    Hugging Face dataset, - for stdin, python:stdlib (the interpreter's own library), or .bin files of token ids."""
+    """What to train on: files (text, JSON, Parquet; .gz, .zst, .bz2, .xz), directories, globs, http(s) URLs, hf:NAME
+    for a Hugging Face dataset, - for stdin, python:stdlib (Python's library), or .bin files of token ids."""
     cache_dir: Path | None = None
     """Where tokenized corpora and downloads are kept; by default a folder under the user's cache folder."""
     val_fraction: float = 0.1

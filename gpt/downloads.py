@@ -16,7 +16,8 @@ from typing import IO, Any
 from gpt.cache import publish, unfinished
 from gpt.config import DataConfig
 from gpt.errors import UserError
-from gpt.readers import Source, need
+from gpt.readers import Source
+from gpt.unpack import need
 
 TIMEOUT_S = 30.0  # of each wait for the network
 _CHUNK = 1 << 20  # bytes read at a time

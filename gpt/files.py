@@ -1,12 +1,16 @@
 """Files that are written whole or not at all, and paths that text can hold."""
 
 import contextlib
+import io
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from gpt.errors import UserError
+from gpt.formats import not_text
+from gpt.json_documents import like_utf16
+from gpt.unpack import packing_of
 
 
 def flush(path: Path) -> None:
@@ -40,11 +44,17 @@ def write_whole(path: Path, data: bytes) -> None:
 def read_lines(path: Path, what: str) -> list[str]:
     """The lines of a UTF-8 file, with or without a byte order mark. UserError, naming it as `what`, for any other."""
     try:
-        return path.read_text(encoding="utf-8-sig").split("\n")
+        raw = path.read_bytes()
+        if packing := packing_of(raw):
+            raise UserError(f"the {what} {path} is compressed (.{packing}): unpack it first")
+        if not like_utf16(raw) and (found := not_text(raw[:8192])):
+            raise UserError(f"the {what} {path} is {found[0]}, not text: {found[1]}")
+        return io.TextIOWrapper(io.BytesIO(raw), "utf-8-sig").read().split("\n")
     except OSError as error:
         raise UserError(f"cannot read the {what} {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"the {what} {path} is not UTF-8: {error.reason} at byte {error.start}") from error
+        hint = like_utf16(raw)
+        raise UserError(f"the {what} {path} is not UTF-8{hint}: {error.reason} at byte {error.start}") from error
 
 
 def path_to_text(path: str | Path) -> str:

@@ -1,16 +1,13 @@
-"""Documents out of files: text, JSON lines and Parquet, plain or compressed, in bounded memory.
+"""Documents out of files: text, JSON and Parquet, plain or compressed, in bounded memory.
 
-Text is taken as it stands: blanks and line ends (CRLF too) are kept, only a byte order mark at a file's start is left
-out. A text file, compressed or not, is one document; JSON lines and Parquet hold one in each line or row, in a field
-of strings. Empty ones are left out.
+Text is kept as it is: spaces and line ends (CRLF too); only a byte order mark at a file's start is left out. A text
+file, compressed or not, is one document; JSON lines, other JSON and Parquet hold one in each line, object or row, in a
+field of strings. Empty ones are left out. gpt/formats.py says what a file is.
 """
 
 import codecs
 import hashlib
-import importlib
-import json
 import tokenize
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +15,8 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 from gpt.errors import UserError
+from gpt.json_documents import from_lines, from_values, instead, like_utf16
+from gpt.unpack import need, unpacked
 
 _CHUNK = 1 << 20  # bytes read at a time
 _PACKED_CHUNK = 1 << 14  # of a compressed file, so that what a small block unpacks to is bounded too
@@ -51,8 +50,8 @@ class Source:
     coding: str = "utf-8"
     limit: int | None = None
     sha256: str = ""
-    kind: Literal["text", "jsonl", "parquet"] = "text"
-    packing: Literal["", "gz", "zst"] = ""
+    kind: Literal["text", "jsonl", "json", "parquet"] = "text"
+    packing: Literal["", "gz", "zst", "bz2", "xz"] = ""
     field: str = "text"
 
     @property
@@ -84,7 +83,7 @@ class Source:
         if self.kind == "text":
             yield Document(self.name, self.sha256, self.chunks(errors, on_read))
             return
-        rows = self._parquet(errors, on_read) if self.kind == "parquet" else self._json_lines(errors, on_read)
+        rows = self._parquet(errors, on_read) if self.kind == "parquet" else self._json(errors, on_read)
         read = 0
         for name, text in rows:
             try:
@@ -147,7 +146,7 @@ class Source:
         """The content, unpacked and up to a text's limit; all that was read is checked against the sha256."""
         blocks = self._checked(on_read)
         if self.packing:
-            blocks = _unpacked(blocks, self.packing, self.name)
+            blocks = unpacked(blocks, self.packing, self.name, _CHUNK)
         left = self.limit if self.kind == "text" else None
         for block in blocks:
             if left is not None:
@@ -192,41 +191,14 @@ class Source:
             start = next(replace(self, sha256="")._blocks(), b"")
             found = f"byte {offset} (0x{error.object[error.start]:02x}, in line {line}) begins no character"
             raise UserError(
-                f"{self.name} is not valid {error.encoding.upper()}{_like_utf16(start)}: {found}; "
+                f"{self.name} is not valid {error.encoding.upper()}{like_utf16(start)}: {found}; "
                 "convert the file, or give --encoding-errors replace"
             ) from None
 
-    def _json_lines(self, errors: str, on_read: OnRead | None) -> Iterator[tuple[str, str]]:
-        """Name and text of each line that is not blank."""
-        for number, line in enumerate(_lines(self._blocks(on_read), self.name), 1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if line.strip():
-                yield f"{self.name}, line {number}", self._field_of(line, number, errors)
-
-    def _field_of(self, line: bytes, number: int, errors: str) -> str:
-        where = f"{self.name}, line {number}"
-        try:
-            row = json.loads(line.decode("utf-8", errors))
-        except UnicodeDecodeError as error:
-            found = f"byte {error.start} of the line (0x{line[error.start]:02x}) begins no character"
-            hint = _like_utf16(line) if number == 1 else ""
-            raise UserError(
-                f"{where} is not valid UTF-8{hint}: {found}; convert the file, or give --encoding-errors replace"
-            ) from None
-        except ValueError as error:
-            found = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-            raise UserError(f"{where} is no whole JSON object ({found})") from None
-        except RecursionError:
-            raise UserError(f"{where} is no JSON object that can be read: it is nested too deeply") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where} is no JSON object but {_kind(row)}: each line needs a field {self.field!r}")
-        if self.field not in row:
-            raise UserError(f"{where} has no field {self.field!r}: {_instead(row)}")
-        text = row[self.field]
-        if not isinstance(text, str):
-            raise UserError(f"{where}: the field {self.field!r} is not text but {_kind(text)}")
-        return text
+    def _json(self, errors: str, on_read: OnRead | None) -> Iterator[tuple[str, str]]:
+        """Name and text of each line or object."""
+        read = from_lines if self.kind == "jsonl" else from_values
+        return read(self._blocks(on_read), self.name, self.field, errors, _LONGEST_LINE)
 
     def _parquet(self, errors: str, on_read: OnRead | None) -> Iterator[tuple[str, str]]:
         """Name and text of each row. Rows are read a few at a time, from one row group after another."""
@@ -252,13 +224,13 @@ class Source:
 
     def _check_column(self, schema: Any, types: ModuleType) -> None:
         if self.field not in schema.names:
-            raise UserError(f"{self.name} has no column {self.field!r}: {_instead(schema.names)}")
+            raise UserError(f"{self.name} has no column {self.field!r}: {instead(schema.names)}")
         if (several := schema.names.count(self.field)) > 1:
             raise UserError(f"{self.name} has {several} columns {self.field!r}: leave one of them")
         kind = schema.field(self.field).type
         text = kind.value_type if types.is_dictionary(kind) else kind  # pandas' categories
         if str(text) not in ("string", "large_string", "string_view"):
-            raise UserError(f"{self.name}: the column {self.field!r} is not text but {kind}: {_instead(schema.names)}")
+            raise UserError(f"{self.name}: the column {self.field!r} is not text but {kind}: {instead(schema.names)}")
 
     def _row(self, raw: bytes | None, row: int, errors: str) -> str:
         if raw is None:
@@ -277,78 +249,3 @@ class Source:
                 f"{self.path} is not what it was (sha256 {digest}, not {self.sha256}): "
                 "start again, after deleting it if it is a download"
             )
-
-
-def need(module: str, what: str) -> ModuleType:
-    """An optional package's module; UserError that says how to get it."""
-    package = module.split(".")[0]
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"{what} need the package {package}, which is not installed: pip install {package}") from None
-
-
-def _unpacked(blocks: Iterable[bytes], packing: str, name: str) -> Iterator[bytes]:
-    """What a .gz or .zst file holds, all its members; UserError where it is damaged or ends too early."""
-    if packing == "zst":
-        zstandard = need("zstandard", ".zst files")
-        new, faults = lambda: zstandard.ZstdDecompressor().decompressobj(), (zstandard.ZstdError,)
-    else:
-        new, faults = lambda: zlib.decompressobj(wbits=31), (zlib.error,)  # 31: with gzip's header
-    unpacker, begun, read = new(), False, 0
-    parts: list[bytes] = []
-    size = 0
-    for block in blocks:
-        read += len(block)
-        try:
-            while block:
-                if unpacker.eof:
-                    unpacker, begun = new(), False
-                    block = block.lstrip(b"\0") if packing == "gz" else block  # padding after a member
-                begun = begun or bool(block)
-                parts.append(unpacker.decompress(block))
-                size += len(parts[-1])
-                block = unpacker.unused_data if unpacker.eof else b""
-        except faults as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{name} is no .{packing} file, or is damaged before its byte {read}: {reason}") from None
-        if size >= _CHUNK:
-            yield b"".join(parts)
-            parts, size = [], 0
-    if begun and not unpacker.eof:
-        raise UserError(f"{name} is cut short: its compressed text does not end with the file")
-    if size:
-        yield b"".join(parts)
-
-
-def _lines(blocks: Iterable[bytes], name: str) -> Iterator[bytes]:
-    """The lines of a file, split at line feeds alone."""
-    parts: list[bytes] = []
-    size = number = 0
-    for block in blocks:
-        *whole, rest = block.split(b"\n")
-        for line in whole:
-            number += 1
-            yield b"".join([*parts, line])
-            parts, size = [], 0
-        parts.append(rest)
-        size += len(rest)
-        if size > _LONGEST_LINE:
-            raise UserError(f"{name}, line {number + 1} has more than {_LONGEST_LINE} bytes: is it JSON lines?")
-    if size:
-        yield b"".join(parts)
-
-
-def _like_utf16(start: bytes) -> str:
-    return " (it looks like UTF-16)" if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else ""
-
-
-def _kind(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return kinds.get(type(value), "a number")
-
-
-def _instead(names: Iterable[str]) -> str:
-    names = list(map(str, names))
-    listed = ", ".join(names[:10]) + ", ..." * (len(names) > 10) if names else "nothing"
-    return f"it has {listed}; name what holds the text with --text-field"

@@ -1,7 +1,6 @@
 """Where text comes from: files, folders, globs, http(s) URLs, Hugging Face datasets, stdin and the interpreter's own
 library. gpt/readers.py reads the files that all of them lead to."""
 
-import codecs
 import glob
 import logging
 import os
@@ -10,22 +9,19 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from gpt.config import DataConfig
 from gpt.downloads import Progress, download, spool_dataset, spool_stdin
 from gpt.errors import UserError
+from gpt.formats import form_of
 from gpt.readers import Source
 
 log = logging.getLogger(__name__)
 
 STDLIB = "python:stdlib"
 STDIN = "-"
-_HEAD = 8192  # bytes that tell text from binary
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")  # bytes that no text of any common encoding holds
-_PACKED = re.compile(r"(\.txt|\.jsonl)(\.gz|\.zst)$|\.parquet$")  # what a folder is searched for beside text files
 
 
 def find_sources(data: DataConfig, downloads: Path, progress: Progress | None = None) -> list[Source]:
@@ -68,15 +64,13 @@ def _named(spec: str, data: DataConfig, downloads: Path, progress: Progress | No
 
 
 def _expand(spec: str, data: DataConfig, downloads: Path, progress: Progress | None) -> Iterable[Source]:
-    if not spec.strip():
-        raise UserError("the corpus has an entry without a name: give a file, folder, glob or URL")
     if spec == STDLIB:
         return _stdlib()
     if spec == STDIN:
-        return [spool_stdin(downloads, progress, limit=data.max_download_bytes)]
+        return [_as_it_is(spool_stdin(downloads, progress, limit=data.max_download_bytes), "", data)]
     if re.match(r"https?://", spec, re.IGNORECASE):
         source = download(spec, downloads, progress, limit=data.max_download_bytes)
-        return [replace(source, **_form(_url_path(spec)), field=data.text_field)]
+        return [_as_it_is(source, _url_path(spec), data)]
     if spec.startswith("hf:"):
         return [spool_dataset(spec, data, downloads, progress)]
     path = Path(os.path.expanduser(spec))
@@ -92,17 +86,13 @@ def _expand(spec: str, data: DataConfig, downloads: Path, progress: Progress | N
 def _file(path: Path, data: DataConfig) -> Source:
     if not path.is_file():
         raise UserError(f"{path} is no regular file: save its text to one first, since it is read more than once")
-    return Source(str(path), path, path.stat().st_size, **_form(path.name), field=data.text_field)
+    return _as_it_is(Source(str(path), path, path.stat().st_size), path.name, data)
 
 
-def _form(name: str) -> dict[str, Any]:
-    """Kind and packing of a file, by its name."""
-    name = name.lower()
-    if name.endswith(".parquet"):
-        return {"kind": "parquet"}
-    packing = next((ending for ending in ("gz", "zst") if name.endswith("." + ending)), "")
-    kind = "jsonl" if name.removesuffix("." + packing).endswith(".jsonl") else "text"
-    return {"kind": kind, "packing": packing}
+def _as_it_is(source: Source, name: str, data: DataConfig) -> Source:
+    """The source with its kind and packing, by its content, else by a name. Raises UserError where it is not text."""
+    form = form_of(source.path, name, data.text_field, data.encoding_errors, shown=source.name)
+    return replace(source, kind=form.kind, packing=form.packing, field=data.text_field)
 
 
 def _url_path(url: str) -> str:
@@ -113,7 +103,7 @@ def _url_path(url: str) -> str:
 
 
 def _texts(spec: str, roots: list[Path], data: DataConfig) -> list[Source]:
-    """The text files, JSON lines and Parquet files at and below roots, by path; says how many entries were left out."""
+    """The files of text, JSON and Parquet at and below roots, by path; says how many entries were left out."""
     files: set[Path] = set()
     hidden = 0
     for root in roots:
@@ -124,31 +114,24 @@ def _texts(spec: str, roots: list[Path], data: DataConfig) -> list[Source]:
             hidden += sum(name.startswith(".") for name in folders + names)
             folders[:] = [name for name in folders if not name.startswith(".")]
             files.update(Path(folder, name) for name in names if not name.startswith("."))
-    texts = [path for path in sorted(files) if path.is_file() and (_packed(path) or not _is_binary(path))]
+    texts = [source for path in sorted(files) if path.is_file() and (source := _found(path, data))]
     if hidden or len(texts) < len(files):
         log.warning("%s: left out %d hidden and %d binary files", spec, hidden, len(files) - len(texts))
     if not texts:
         raise UserError(f"the corpus {spec} leads to no text file")
-    return [_file(path, data) for path in texts]
+    return texts
+
+
+def _found(path: Path, data: DataConfig) -> Source | None:
+    """A file that a search came upon; None if it is binary."""
+    form = form_of(path, path.name, data.text_field, data.encoding_errors, shown=str(path), searched=True)
+    if form is None:
+        return None
+    return Source(str(path), path, path.stat().st_size, kind=form.kind, packing=form.packing, field=data.text_field)
 
 
 def _fail(error: OSError) -> None:
     raise error
-
-
-def _packed(path: Path) -> bool:
-    return _PACKED.search(path.name.lower()) is not None
-
-
-def _is_binary(path: Path) -> bool:
-    """Whether a file's start shows that it is no text: a NUL, or not UTF-8 and with control characters."""
-    with open(path, "rb") as file:
-        head = file.read(_HEAD)
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)
-    except UnicodeDecodeError:
-        return _CONTROL.search(head) is not None
-    return b"\0" in head
 
 
 def _stdlib() -> Iterator[Source]:

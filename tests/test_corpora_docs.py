@@ -1,7 +1,10 @@
 """What the README and docs/corpora.md claim: each line of their tables of corpora is run, up to the tokens."""
 
+import bz2
 import gzip
 import io
+import json
+import lzma
 import re
 import shlex
 import sys
@@ -36,6 +39,12 @@ def folder(tmp_path, monkeypatch, named):
     write(Path("letters.txt.zst"), PACK[".zst"](POEM.encode()))
     for name in ("rows.jsonl", "rows.jsonl.gz", "more.jsonl.gz", "most.jsonl.zst"):
         write(Path(name), PACK[Path(name).suffix.replace(".jsonl", "")](lines(TEXTS)))
+    write(Path("old.txt.bz2"), bz2.compress(POEM.encode()))
+    write(Path("older.txt.xz"), lzma.compress(POEM.encode()))
+    rows = [{"text": text} for text in TEXTS]
+    write(Path("c4.json.gz"), gzip.compress(lines(TEXTS)))
+    write(Path("rows.json"), json.dumps(rows))
+    write(Path("pretty.json.gz"), gzip.compress("\n".join(json.dumps(row, indent=2) for row in rows).encode()))
     write(Path("rows_body.jsonl"), lines(TEXTS, "body"))
     Path("shards").mkdir()
     parquet(Path("shards/0.parquet"), TEXTS)
@@ -63,4 +72,4 @@ def test_line(folder, command, monkeypatch):
 
 
 def test_the_tables_were_found():
-    assert len(COMMANDS) == 15
+    assert len(COMMANDS) == 16

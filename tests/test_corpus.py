@@ -282,7 +282,7 @@ def test_no_corpus(make):
 
 @pytest.mark.parametrize("entry", ["", " "], ids=repr)
 def test_entry_without_a_name(make, entry):
-    with pytest.raises(UserError, match="an entry without a name"):
+    with pytest.raises(UserError, match="has an empty entry"):
         make(entry)
 
 

@@ -48,10 +48,11 @@ def test_glob(mixed, make, tmp_path):
     assert names(make(literal), tmp_path) == ["odd[1]*.txt"]
 
 
-def test_a_file_named_explicitly_is_read_whatever_it_is(mixed, make):
+def test_a_file_named_explicitly_is_read_if_it_is_text(mixed, make):
     assert "".join(sides(make(mixed / ".hidden.txt"))) == "hidden"
-    corpus = make(mixed / "cat.png", encoding_errors="replace")
-    assert "".join(sides(corpus)) == "\ufffdPNG\r\n\x1a\n\x00\x00\x00\rIHDR"
+    for errors in ("strict", "replace"):
+        with pytest.raises(UserError, match=r"cat\.png is an image, not text"):
+            make(mixed / "cat.png", encoding_errors=errors)
 
 
 def test_several_entries_keep_their_order_and_each_file_counts_once(mixed, make):

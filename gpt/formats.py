@@ -1,0 +1,171 @@
+"""What a file is, by its content; its name decides only where the content cannot."""
+
+import codecs
+import logging
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from gpt.errors import UserError
+from gpt.json_documents import json_form
+from gpt.unpack import MAGIC, packing_of, unpacked, unpacker
+
+log = logging.getLogger(__name__)
+
+_HEAD = 8192  # bytes that tell text from binary
+_LONG_HEAD = 1 << 16  # bytes that tell JSON from text
+_BLOCK = 1 << 14
+_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")  # bytes that no text of any common encoding holds
+_JSON_NAMES = {"jsonl": "jsonl", "ndjson": "jsonl", "json": "json"}
+_ARCHIVE = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz|zip|7z|rar)$")
+_UNPACK = "unpack it, and name the folder"
+_KINDS = (  # how files begin that are not text, what they are, what to do
+    (b"PK\x03\x04", "a ZIP archive (or a .docx, .xlsx, .epub, .npz or .pt file, which are such)", _UNPACK),
+    (b"PK\x05\x06", "an empty ZIP archive", _UNPACK),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
+    (b"Rar!\x1a\x07", "a RAR archive", _UNPACK),
+    (b"%PDF-", "a PDF file", "take its text out first"),
+    (b"{\\rtf", "an RTF file", "save it as plain text first"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office file", "save it as plain text first"),
+    (b"\x93NUMPY", "a NumPy array", "give text, or token files (.bin)"),
+    (b"SQLite format 3\0", "an SQLite database", "write its text to JSON lines first"),
+    (b"ARROW1\0\0", "an Arrow file", "write it as Parquet first"),
+    (b"Obj\x01", "an Avro file", "write it as Parquet first"),
+    (b"ORC", "an ORC file", "write it as Parquet first"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file", "write its text to JSON lines first"),
+    (b"\x04\x22\x4d\x18", "an lz4 file", "unpack it first"),
+    (b"\x89PNG\r\n\x1a\n", "an image", "give text"),
+    (b"\xff\xd8\xff", "an image", "give text"),
+    (b"GIF8", "an image", "give text"),
+    (b"\x7fELF", "a program", "give text"),
+    (b"GGUF", "a model in GGUF", "give text"),
+)
+_PARQUET = b"PAR1"
+_PICKLE = re.compile(rb"\x80[\x02-\x05][\x00-\x1f}\]\x80-\x95KXcq(]")
+
+
+class Form(NamedTuple):
+    """kind: text, jsonl, json or parquet. packing: how it is compressed, "" if it is not."""
+
+    kind: str
+    packing: str
+
+
+def form_by_name(name: str) -> Form:
+    """What a file's name says: text, where it says nothing."""
+    name = name.lower()
+    packing = next((ending for ending in MAGIC if name.endswith("." + ending)), "")
+    ending = name.removesuffix("." + packing).rpartition(".")[2] if packing else name.rpartition(".")[2]
+    kind = "parquet" if ending == "parquet" else _JSON_NAMES.get(ending, "text")
+    return Form(kind, packing)
+
+
+def not_text(head: bytes) -> tuple[str, str] | None:
+    """What a file that begins so is, and what to do, where it is known not to be text; None where it may be."""
+    for magic, what, todo in _KINDS:
+        if head.startswith(magic):
+            return what, todo
+    if head[257:262] == b"ustar":
+        return "a tar archive", _UNPACK
+    if _PICKLE.match(head):
+        return "a pickle, which can run any code when it is read", "write its text to JSON lines first"
+    if b"\0\0" in head or 10 * head.count(b"\0") >= len(head) > 0:
+        return "binary (it holds NUL bytes)", "give text, in UTF-8"
+    if not _utf8(head) and 50 * len(_CONTROL.findall(head)) >= len(head):
+        return "binary (it holds control characters)", "give text, in UTF-8"
+    return None
+
+
+def _utf8(head: bytes) -> bool:
+    """Whether the start of a file is UTF-8, a character cut at its end included."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def is_binary(head: bytes) -> bool:
+    """Whether a search for text leaves a file out that begins so: a NUL, or not UTF-8 and with control characters."""
+    if not_text(head):
+        return True
+    return b"\0" in head if _utf8(head) else _CONTROL.search(head) is not None
+
+
+def _head(path: Path, packing: str, name: str, size: int) -> bytes:
+    """The first bytes of a file's content, at least `size` of them if there are."""
+    with open(path, "rb") as file:
+        if not packing:
+            return file.read(size)
+        blocks = iter(lambda: file.read(_BLOCK), b"")
+        head = b""
+        for block in unpacked(blocks, packing, name, 1):
+            head += block
+            if len(head) >= size:
+                break
+        return head
+
+
+def form_of(path: Path, called: str, field: str, errors: str, *, shown: str, searched: bool = False) -> Form | None:
+    """What a file is and how it is compressed. called: its name, where `path` may not have it; shown: in messages.
+
+    searched: it was found in a folder; None then stands for one that is left out, as binary.
+    Raises UserError for what is not text and holds none. errors: as in bytes.decode.
+    """
+    named = form_by_name(called)
+    if searched and _ARCHIVE.search(called.lower()):
+        return None
+    start = _head(path, "", shown, 512)
+    packing = packing_of(start)
+    if not start:
+        return named
+    if named.packing and not packing:
+        unpacker(named.packing)  # which says what is not installed
+        if is_binary(_head(path, "", shown, _HEAD)):
+            raise UserError(f"{shown} is no .{named.packing} file, or is damaged before its byte {len(start)}")
+        log.warning("%s: it is not compressed, and is read as it is", shown)
+    try:
+        head = _head(path, packing, shown, _HEAD)
+    except UserError:
+        if searched and not named.packing:
+            return None
+        raise
+    if packing and (packing_of(head) or head.startswith(_PARQUET)):
+        what = "compressed twice" if packing_of(head) else "a compressed Parquet file"
+        raise UserError(f"{shown} is {what}: unpack it first")
+    if head.startswith(_PARQUET) or (named.kind == "parquet" and not packing):
+        return Form("parquet", "")
+    if searched and is_binary(head) and not (packing and named.kind != "text"):
+        return None
+    return Form(_kind_of_text(path, shown, field, head, Form(named.kind, packing), errors, searched), packing)
+
+
+def _kind_of_text(path: Path, name: str, field: str, head: bytes, form: Form, errors: str, searched: bool) -> str:
+    """text, jsonl or json. form: the kind by its name, and the packing."""
+    if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        if errors != "strict":
+            raise UserError(f"{name} is UTF-16, not UTF-8: convert the file (iconv -f UTF-16 -t UTF-8)")
+        return form.kind  # the reader says where it is wrong
+    if found := not_text(head):
+        raise UserError(f"{name} is {found[0]}, not text: {found[1]}")
+    named = form.kind
+    if head.lstrip(codecs.BOM_UTF8 + b" \t\r\n")[:1] not in (b"{", b"["):
+        return "text" if named == "json" and searched else named
+    if len(head) >= _HEAD:
+        head = _head(path, form.packing, name, _LONG_HEAD)
+    text = head.decode("utf-8", "replace")
+    found = json_form(text, whole=len(head) < _LONG_HEAD)
+    if found is None:
+        return "text" if named == "json" and searched else named
+    kind, first, several = found
+    if named == "jsonl":
+        return kind
+    has = isinstance(first.get(field), str) if first is not None else re.search(rf'"{re.escape(field)}"\s*:\s*"', text)
+    if named == "json" and (has or not searched):
+        return kind
+    if not has and (searched or not several):
+        if not searched:
+            log.warning("%s: it is JSON without the field %r, and is read as plain text", name, field)
+        return "text"
+    log.warning("%s: it is JSON, and the field %r of each object is a document", name, field)
+    return kind
