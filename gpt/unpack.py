@@ -15,6 +15,7 @@ from gpt.errors import UserError
 log = logging.getLogger(__name__)
 
 MAGIC = {"gz": b"\x1f\x8b", "zst": b"\x28\xb5\x2f\xfd", "bz2": b"BZh", "xz": b"\xfd7zXZ\0"}
+_FED = 1 << 10  # bytes given to an unpacker at a time: what they unpack to is in memory
 _IGNORES_WHAT_FOLLOWS = ("gz", "bz2")  # so do gzip and bzip2, with a warning
 
 
@@ -56,29 +57,40 @@ def unpacked(blocks: Iterable[bytes], packing: str, name: str, chunk: int) -> It
     size = 0
     for block in blocks:
         read += len(block)
-        try:
-            while block:
-                if member is not None and member.eof:
-                    block = block.lstrip(b"\0") if packing in ("gz", "xz") else block  # padding after a member
-                    if not block:
-                        break
+        while block and member is not None:
+            if member.eof:
+                block = block.lstrip(b"\0") if packing in ("gz", "xz") else block  # padding after a member
+                if block:
                     member, begun = _next_member(block, packing, name, new), False
-                if member is None:
-                    break
-                begun = begun or bool(block)
-                parts.append(member.decompress(block))
-                size += len(parts[-1])
-                block = member.unused_data if member.eof else b""
-        except faults as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{name} is no .{packing} file, or is damaged before its byte {read}: {reason}") from None
-        if size >= chunk:
-            yield b"".join(parts)
-            parts, size = [], 0
+                continue
+            begun, fed, block = True, block[:_FED], block[_FED:]
+            try:
+                for part in _parts(member, fed, chunk):
+                    parts.append(part)
+                    size += len(part)
+                    if size >= chunk:
+                        yield b"".join(parts)
+                        parts, size = [], 0
+            except faults as error:
+                reason = " ".join(str(error).split())
+                raise UserError(
+                    f"{name} is no .{packing} file, or is damaged before its byte {read}: {reason}"
+                ) from None
+            block = (member.unused_data if member.eof else b"") + block
     if begun and not member.eof:
         raise UserError(f"{name} is cut short: its compressed text does not end with the file")
     if size:
         yield b"".join(parts)
+
+
+def _parts(member: Any, fed: bytes, most: int) -> Iterator[bytes]:
+    """What some bytes of a member unpack to; of bzip2 and xz, which may be a million times as much, in parts."""
+    if not hasattr(member, "needs_input"):
+        yield member.decompress(fed)
+        return
+    yield member.decompress(fed, most)
+    while not (member.eof or member.needs_input):
+        yield member.decompress(b"", most)
 
 
 def _next_member(rest: bytes, packing: str, name: str, new: Callable[[], Any]) -> Any:

@@ -22,6 +22,7 @@ from gpt.errors import UserError
 from gpt.files import read_lines
 from gpt.json_documents import json_form
 from gpt.sources import find_sources
+from gpt.unpack import unpacked
 from tests.corpus_checks import POEM, names, sides, write
 
 TEXTS = ["one\n", "zwei — naïve", "日本語 🙂", 'four "quoted" \\ \t', "five" * 50]
@@ -280,6 +281,15 @@ def test_what_is_cut_short_is_refused(tmp_path, packing):
     for cut in (data[:-1], data[: len(data) // 2], data + data[:-1], data[:7]):
         with pytest.raises(UserError, match=r"is cut short|is damaged"):
             found(write(tmp_path / f"x.txt{packing}", cut))
+
+
+@pytest.mark.parametrize("packing", [p for p in PACK if p])
+def test_a_small_file_that_unpacks_to_a_large_text_is_read_in_parts(packing):
+    """A file of 64 MiB of spaces: no part that comes out of a kilobyte of it is larger than what is asked for."""
+    data = PACK[packing](b" " * (64 << 20))
+    sizes = [len(part) for part in unpacked([data], packing.removeprefix("."), "x", 1 << 20)]
+    assert sum(sizes) == 64 << 20
+    assert max(sizes) <= {".bz2": 2 << 20, ".xz": 2 << 20}.get(packing, 40 << 20)
 
 
 # --- what is not text -------------------------------------------------------------------------------------------------
