@@ -16,35 +16,37 @@ UNUSED = "<unused {}>"  # a space keeps it apart from every byte-level token
 
 def byte_tokens(vocab: dict[str, int], others: set[str]) -> list[bytes | None]:
     """The bytes of each id but the others'; ValueError where a token is not byte-level or two share an id."""
-    to_byte = {character: byte for byte, character in enumerate(byte_characters())}
+    # What stands for no byte must not be taken for one: of its 256 the first 256 code points have only some.
+    to_byte = dict.fromkeys(range(256), "\uffff")
+    to_byte |= {ord(character): chr(byte) for byte, character in enumerate(byte_characters())}
     found: dict[int, bytes] = {}
     for text, i in vocab.items():
         if type(i) is not int or not 0 <= i < MAX_VOCAB:
             raise ValueError(f"its token {text!r} has the id {i!r}, which is not between 0 and {MAX_VOCAB}")
         if text in others or text == UNUSED.format(i):
             continue
-        if not all(character in to_byte for character in text):
-            raise ValueError(f"its token {text!r} is not byte-level")
+        try:
+            token = text.translate(to_byte).encode("latin-1")
+        except UnicodeEncodeError:
+            raise ValueError(f"its token {text!r} is not byte-level") from None
         if i in found:
             raise ValueError(f"its token {text!r} has the id {i}, which another token has too")
-        found[i] = bytes(to_byte[character] for character in text)
+        found[i] = token
     return [found.get(i) for i in range(max(found, default=-1) + 1)]
 
 
-def unreached(model: dict[str, Any], others: set[str]) -> set[str]:
-    """The tokens that text never becomes; others: the spellings of added tokens.
+def unreached(model: dict[str, Any], others: set[str], bpe: Any) -> set[str]:
+    """The tokens that text never becomes. others: the spellings of added tokens; bpe: the tokenizers library's model.
 
     Raises ValueError, naming the token, where tiktoken would not encode as the merges do.
     """
-    import tokenizers
-
-    vocab = model["vocab"]
-    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
-    _check_order(merges, vocab, others)
-    bpe = tokenizers.models.BPE(vocab, merges)  # which takes no whole piece as a token
-    parts = {t: bpe.tokenize(t) for t in vocab if len(t) > 1 and t not in others and " " not in t}
-    apart = {text: found for text, found in parts.items() if len(found) > 1}
-    if not model.get("ignore_merges"):
+    whole, apart = bpe.ignore_merges, {}
+    bpe.ignore_merges = False
+    for text in model["vocab"]:
+        if len(text) > 1 and text not in others and " " not in text and len(parts := bpe.tokenize(text)) > 1:
+            apart[text] = parts
+    bpe.ignore_merges = whole
+    if not whole:
         return set(apart)
     # These come as whole pieces only; but two parts tiktoken would join wherever they stand.
     for text, found in apart.items():
@@ -54,10 +56,11 @@ def unreached(model: dict[str, Any], others: set[str]) -> set[str]:
     return set()
 
 
-def _check_order(merges: list[tuple[str, ...]], vocab: dict[str, int], others: set[str]) -> None:
+def check_order(merges: list[Any], vocab: dict[str, int], others: set[str]) -> None:
     """ValueError unless merges join tokens, make others, and come in the order of what they make."""
     before = -1
-    for left, right in merges:
+    for pair in merges:
+        left, right = pair.split(" ") if isinstance(pair, str) else pair
         text = left + right
         if not {left, right, text} <= vocab.keys():
             raise ValueError(f"its merge {left!r} {right!r} joins or makes a token that its vocabulary lacks")

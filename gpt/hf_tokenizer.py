@@ -9,13 +9,14 @@ import binascii
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from gpt.bpe import byte_characters
 from gpt.errors import UserError
-from gpt.hf_merges import UNUSED, byte_tokens, unreached
+from gpt.hf_merges import UNUSED, byte_tokens, check_order, unreached
 from gpt.sample_texts import sample_texts
 from gpt.tokenizer import CUT, DOCUMENT, MAX_VOCAB, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, check_tokens
 
@@ -211,16 +212,27 @@ def read_hf_tokenizer(folder: Path) -> Tokenizer:
     content = read_json(path)
     settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
     try:
-        return _from_tokenizer_json(content, settings)
+        return _from_tokenizer_json(content, settings, lambda: _library(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be used: {error}") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from None
 
 
-def _from_tokenizer_json(content: dict[str, Any], settings: dict[str, Any]) -> Tokenizer:
+def _library(text: str) -> Any:
+    """The tokenizers library's tokenizer of the same file; special tokens in a text are text to it."""
     import tokenizers
 
+    try:
+        theirs = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library's own, of no class of its own
+        raise ValueError(f"the tokenizers library refuses it ({error})") from None
+    theirs.encode_special_tokens = True
+    return theirs
+
+
+def _from_tokenizer_json(content: dict[str, Any], settings: dict[str, Any], library: Callable[[], Any]) -> Tokenizer:
+    library = cache(library)  # asked for once what it would refuse has been named better
     model, added = content["model"], content.get("added_tokens") or []
     form = _check_settings(content, settings)
     specials = {entry["content"]: entry["id"] for entry in added if entry.get("special")}
@@ -228,12 +240,8 @@ def _from_tokenizer_json(content: dict[str, Any], settings: dict[str, Any]) -> T
     if model.get("type") == "WordLevel":
         ours: Tokenizer = _characters(content, specials | {spelling: i for spelling, (i, _) in plain.items()})
     else:
-        ours = _byte_level_bpe(content, settings, specials, plain, form)
-    try:
-        theirs = tokenizers.Tokenizer.from_str(json.dumps(content))
-    except Exception as error:  # the library's own, of no class of its own
-        raise ValueError(f"the tokenizers library refuses it ({error})") from None
-    theirs.encode_special_tokens = True
+        ours = _byte_level_bpe(content, settings, specials, plain, form, library)
+    theirs = library()
     for spelling, i, _, _ in _added(ours):
         if theirs.token_to_id(spelling) != i:
             raise ValueError(f"its added token {spelling!r} has the id {i}, but {theirs.token_to_id(spelling)} in use")
@@ -299,6 +307,7 @@ def _byte_level_bpe(
     specials: dict[str, int],
     added: dict[str, tuple[int, bool]],
     form: str | None,
+    library: Callable[[], Any],
 ) -> Tokenizer:
     model = content["model"]
     if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
@@ -307,7 +316,8 @@ def _byte_level_bpe(
     others = set(specials) | set(added)
     tokens = byte_tokens(model["vocab"], others)
     check_tokens(tokens, specials, added)
-    never = unreached(model, others)
+    check_order(model["merges"], model["vocab"], others)
+    never = unreached(model, others, library().model)
     learned = sum(token is not None for token in tokens) > 256
     in_order = tokens == [bytes([i]) for i in range(256)]
     if in_order and pattern is None and specials == {DOCUMENT: 256} and not added:
