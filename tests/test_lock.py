@@ -1,5 +1,7 @@
 """One trainer per run directory."""
 
+import errno
+import logging
 import os
 import signal
 import subprocess
@@ -7,6 +9,7 @@ import sys
 
 import pytest
 
+from gpt import lock as module
 from gpt.errors import UserError
 from gpt.lock import RunLock
 
@@ -40,3 +43,62 @@ def test_a_second_trainer_is_refused_until_the_first_ends_however_it_ends(tmp_pa
             other.take()
     with RunLock(tmp_path) as lock:
         assert lock.take() is True
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("text", ["", "\xff\n"], ids=["unnamed", "garbage"])
+def test_a_holder_without_a_name_is_refused_as_well(tmp_path, text):
+    """A full disk keeps the name out of the file; the lock holds."""
+    with RunLock(tmp_path) as lock:
+        lock.take()
+        (tmp_path / ".lock").write_bytes(text.encode("latin-1"))
+        before = open_files()
+        with pytest.raises(UserError, match=f"process {'unknown' if not text else chr(0xFFFD)}: wait for it"):
+            RunLock(tmp_path).take()
+        assert open_files() == before
+
+
+def test_the_name_is_the_last_holders(tmp_path):
+    (tmp_path / ".lock").write_text("a much longer name than a number\n")
+    with RunLock(tmp_path) as lock:
+        lock.take()
+        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_a_file_system_without_locks_is_warned_about(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(module.fcntl, "flock", refuse)
+    before = open_files()
+    with caplog.at_level(logging.WARNING), RunLock(tmp_path) as lock:
+        assert lock.take() is False
+    expected = f"{tmp_path} cannot be locked (No locks available): start no second training there"
+    assert [record.getMessage() for record in caplog.records] == [expected]
+    assert open_files() == before
+
+
+def test_a_directory_that_cannot_be_locked_is_named(tmp_path):
+    with pytest.raises(UserError, match=rf"cannot use the run directory {tmp_path}/x: {tmp_path}/x/.lock: No such"):
+        RunLock(tmp_path / "x").take()
+
+
+def test_no_lock_without_a_directory_or_where_the_system_has_none(tmp_path, monkeypatch):
+    with RunLock(None) as lock:
+        assert lock.take() is False
+    monkeypatch.setattr(module, "fcntl", None)
+    with RunLock(tmp_path) as lock:
+        assert lock.take() is False
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_lock_can_be_taken_again_after_its_block(tmp_path):
+    before = open_files()
+    lock = RunLock(tmp_path)
+    for _ in range(2):
+        with lock:
+            assert lock.take() is True
+        assert open_files() == before

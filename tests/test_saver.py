@@ -95,3 +95,62 @@ def test_the_best_is_kept_apart_from_the_newest(tmp_path):
     names = ["step_00000005", "step_00000004", "best_00000002"]
     assert [path.name for path in list_checkpoints(tmp_path)] == names
     assert {path.name for path in tmp_path.iterdir()} == {*names}
+
+
+def test_ranks_that_write_nothing(tmp_path, monkeypatch):
+    """directory None: a save copies nothing and starts no thread, and there is nothing to prune."""
+    monkeypatch.setattr(module, "snapshot", None)
+    saver = Saver(None, keep=1)
+    saver.save({}, {"step": 1})
+    saver.prune(1)
+    assert saver._thread is None
+
+
+def test_metrics_are_on_the_disk_before_the_checkpoint_that_counts_on_them(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(module, "flush", lambda path: done.append(path.name))
+    monkeypatch.setattr(module, "store", lambda directory, tensors, state, **_: done.append(state["step"]))
+    saver = Saver(tmp_path, keep=1, metrics=tmp_path / "metrics.jsonl")
+    saver.save({}, {"step": 7})
+    saver.wait()
+    assert done == ["metrics.jsonl", 7]
+
+
+def test_metrics_that_cannot_be_flushed_are_named(tmp_path):
+    saver = Saver(tmp_path, keep=1, metrics=tmp_path / "metrics.jsonl")
+    saver.save({}, {"step": 1})
+    expected = f"cannot write {tmp_path}/metrics.jsonl: No such file or directory; the checkpoints are untouched"
+    with pytest.raises(UserError, match=expected):
+        saver.wait()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pruning_waits_for_the_save_before(tmp_path, gate):
+    model, optimizers = trained()
+    saver = Saver(tmp_path, keep=1)
+    saver.save(training_tensors(model, optimizers), {"step": 2})
+    second = threading.Thread(target=saver.prune, args=(1,))
+    second.start()
+    gate.set()
+    second.join()
+    assert saver._thread is None
+    assert list_checkpoints(tmp_path) == []  # the save is of a course that the run has left
+
+
+def test_check_does_not_wait(tmp_path, gate):
+    model, optimizers = trained()
+    saver = Saver(tmp_path, keep=1)
+    saver.save(training_tensors(model, optimizers), {"step": 1})
+    saver.check()
+    assert saver._thread.is_alive()
+
+
+def test_an_interrupt_in_the_thread_is_raised_too(tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "store", interrupt)
+    saver = Saver(tmp_path, keep=1)
+    saver.save({}, {"step": 1})
+    with pytest.raises(KeyboardInterrupt):
+        saver.save({}, {"step": 2})

@@ -1,0 +1,188 @@
+"""Folders of the cache: where they are, who may use them, and when they go."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gpt import cache
+from gpt.cache import JOURNAL, cache_folder, publish, unfinished, writing
+from gpt.errors import UserError
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_folder_is_the_one_given_or_one_of_the_users(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder(Path("~/kept")) == tmp_path / "home" / "kept"
+    assert cache_folder(Path("kept")) == Path.cwd() / "kept"
+    assert cache_folder(None) == tmp_path / "xdg" / "gpt-on-triton"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # ignored, as its specification asks
+    assert cache_folder(None) == tmp_path / "home" / ".cache" / "gpt-on-triton"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder(None) == tmp_path / "home" / ".cache" / "gpt-on-triton"
+
+
+def test_a_user_without_a_home_is_asked_for_a_folder(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(UserError, match="no home folder .*--cache-dir"):
+        cache_folder(None)
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
+    with pytest.raises(ZeroDivisionError), publish(tmp_path / "made") as work:
+        (work / "half").touch()
+        assert names(tmp_path) == [work.name]
+        1 / 0  # noqa: B018
+    assert names(tmp_path) == []
+    with publish(tmp_path / "made") as work:
+        (work / "whole").touch()
+        (work / JOURNAL).touch()
+    assert names(tmp_path) == ["made"]
+    assert names(tmp_path / "made") == ["whole"]
+    assert stat.S_IMODE((tmp_path / "made").stat().st_mode) == 0o755  # for all users of a shared cache
+
+
+def test_a_folder_that_another_process_published_first_stays(tmp_path):
+    with publish(tmp_path / "made") as work:
+        (work / "second").touch()
+        (tmp_path / "made").mkdir()
+        (tmp_path / "made" / "first").touch()
+    assert names(tmp_path) == ["made"]
+    assert names(tmp_path / "made") == ["first"]
+
+
+def test_a_file_in_the_folders_place_is_an_error_that_names_the_cache(tmp_path):
+    with pytest.raises(UserError, match=f"cannot write to the cache folder {tmp_path} "), publish(tmp_path / "made"):
+        (tmp_path / "made").touch()
+
+
+def stopped_by(folder: Path, error: BaseException, journal: bool, name: str | None) -> list[str]:
+    """What a block leaves behind that ends with an error."""
+    with pytest.raises(type(error)), unfinished(folder, name) as work:
+        if journal:
+            (work / JOURNAL).write_text("half")
+        raise error
+    return names(folder)
+
+
+def refused(cause: Exception) -> UserError:
+    error = UserError("refused")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "journal", "name", "stays"),
+    [
+        (KeyboardInterrupt(), True, "corpus", True),
+        (KeyboardInterrupt(), True, None, False),  # nobody would find it
+        (KeyboardInterrupt(), False, "corpus", False),  # nothing of it is finished
+        (refused(OSError(28, "No space left on device")), True, "corpus", True),
+        (refused(ValueError("bad text")), True, "corpus", False),
+        (ZeroDivisionError(), True, "corpus", False),
+    ],
+    ids=["interrupted", "without-name", "without-journal", "full-disk", "bad-text", "fault"],
+)
+def test_what_can_be_resumed_stays(tmp_path, error, journal, name, stays):
+    assert stopped_by(tmp_path, error, journal, name) == ([".resume-corpus"] if stays else [])
+    with unfinished(tmp_path, "corpus") as work:
+        assert (work / JOURNAL).exists() == stays
+    assert names(tmp_path) == []
+
+
+def test_a_published_folder_resumes_only_if_asked_to(tmp_path):
+    stopped_by(tmp_path, KeyboardInterrupt(), True, "made")
+    with publish(tmp_path / "made") as work:
+        assert not (work / JOURNAL).exists()
+    shutil.rmtree(tmp_path / "made")
+    with publish(tmp_path / "made", resume=True) as work:
+        assert (work / JOURNAL).exists()
+
+
+def test_two_processes_never_share_a_folder(tmp_path):
+    with unfinished(tmp_path, "corpus") as first, unfinished(tmp_path, "corpus") as second:
+        assert first.name == ".resume-corpus"
+        assert second.name.startswith(".writing-")
+    with unfinished(tmp_path, "corpus") as first:
+        assert first.name == ".resume-corpus"
+
+
+def test_a_folder_that_its_holder_removed_meanwhile_is_not_resumed(tmp_path, monkeypatch):
+    """The holder finishes between this process's open and its lock: the lock is then on a folder without a name."""
+    real = cache.fcntl.flock
+
+    def finished_by_then(lock, how):
+        shutil.rmtree(tmp_path / ".resume-corpus")
+        (tmp_path / ".resume-corpus").mkdir()  # a third process has begun
+        real(lock, how)
+
+    monkeypatch.setattr(cache.fcntl, "flock", finished_by_then)
+    with unfinished(tmp_path, "corpus") as work:
+        assert work.name.startswith(".writing-")
+
+
+def test_without_locks_nothing_is_resumed(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "fcntl", None)
+    with unfinished(tmp_path, "corpus") as work:
+        assert work.name.startswith(".writing-")
+    assert names(tmp_path) == []
+
+
+def test_locks_of_the_cache_are_freed(tmp_path):
+    open_files = lambda: len(os.listdir("/proc/self/fd"))
+    before = open_files()
+    for _ in range(3):
+        with unfinished(tmp_path, "corpus"), unfinished(tmp_path, "corpus"):
+            pass
+    assert open_files() == before
+
+
+@pytest.mark.parametrize(("name", "days"), [(".writing-x", 1), (".resume-x", 30)])
+def test_what_is_left_goes_after_a_day_or_a_month(tmp_path, monkeypatch, name, days):
+    left = tmp_path / name
+    left.mkdir()
+    left_at = left.stat().st_mtime
+    for age, stays in ((days * 86_400, True), (days * 86_400 + 1, False)):
+        monkeypatch.setattr(time, "time", lambda age=age: left_at + age)
+        with unfinished(tmp_path):
+            assert left.exists() == stays
+
+
+def test_a_leftover_that_cannot_be_removed_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / ".writing-x").mkdir()
+    monkeypatch.setattr(time, "time", lambda: (tmp_path / ".writing-x").stat().st_mtime + 100_000)
+    monkeypatch.setattr(os, "rmdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with unfinished(tmp_path):
+        pass
+
+
+def test_a_write_that_fails_names_the_cache(tmp_path):
+    (tmp_path / "file").touch()
+    expected = rf"cannot write to the cache folder {tmp_path}/file \(File exists\): give another with --cache-dir"
+    with pytest.raises(UserError, match=expected), writing(tmp_path / "file"):
+        pass
+    with pytest.raises(UserError, match=r"\(no number\)"), writing(tmp_path / "a" / "b"):
+        raise OSError("no number")
+    with pytest.raises(BrokenPipeError), writing(tmp_path / "a" / "b"):
+        raise BrokenPipeError  # of the terminal, not of the cache
+
+
+def test_a_child_process_does_not_hold_the_lock(tmp_path):
+    """The lock goes with the process that took it, whatever it started meanwhile."""
+    with unfinished(tmp_path, "corpus"):
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
+    try:
+        with unfinished(tmp_path, "corpus") as work:
+            assert work.name == ".resume-corpus"
+    finally:
+        child.communicate()
