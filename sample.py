@@ -1,16 +1,14 @@
 """Generate text from a trained run: python sample.py RUN [--prompt TEXT] [--name value ...]"""
 
-import contextlib
 import io
 import json
 import os
 import select
 import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import tyro
 
@@ -18,13 +16,14 @@ import gpt
 from gpt.command_line import parse_flags
 from gpt.config import require
 from gpt.errors import EXIT_DONE, EXIT_STOPPED, UserError, run_command
-from gpt.files import read_lines
-from gpt.generate import Generation, Piece, generate
+from gpt.files import decoded, read_lines
+from gpt.generate import Generation, generate
 from gpt.run import StopRequest, load, loss_of_int8
+from gpt.run_files import FILES, RECORD
+from gpt.sample_output import FIELDS, Records, SampleFile, Screen
 from gpt.sampling import SamplingConfig, sample_seed
+from gpt.streams import check_output, do_without_output
 from gpt.tokenizer import Tokenizer
-
-FIELDS = ("prompt", "text", "tokens", "logprobs", "finish_reason", "prompt_index", "sample_index", "seed")
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,10 @@ class Arguments:
     """Prompts, one a line; in a .jsonl file one {"prompt": ...} a line, whose other fields are passed on."""
     output: Path | None = None
     """Write samples to this file as JSON, one a line, as they end."""
+    resume: bool = False
+    """Go on with an interrupted command's --output after its last whole sample, with the same prompts and options."""
+    overwrite: bool = False
+    """Write --output anew where it exists."""
     jsonl: bool = False
     """Write samples to standard output as JSON, one a line, as they end."""
     interactive: bool = False
@@ -69,10 +72,13 @@ class Arguments:
             ("interactive", "prompt_file"),
             ("interactive", "output"),
             ("interactive", "jsonl"),
+            ("resume", "overwrite"),
         ):
             given = getattr(self, first) not in (None, False) and getattr(self, second) not in (None, False)
             flags = [f"--{name.replace('_', '-')}" for name in (first, second)]
             require(not given, f"{flags[0]} and {flags[1]} contradict each other: give one")
+        for name in ("resume", "overwrite"):
+            require(self.output is not None or not getattr(self, name), f"--{name} goes with --output")
         single = not self.interactive or self.sampling.num_samples == 1
         require(single, "--interactive and --num-samples contradict each other: give one")
         one = self.draft is None or self.sampling.speculate is None
@@ -85,14 +91,18 @@ def read_prompts(arguments: Arguments) -> list[dict[str, Any]]:
     """The prompts, each with what its line in a JSONL file holds besides. Raises UserError."""
     path = arguments.prompt_file
     if path is None:
-        prompt = arguments.prompt or ""
-        return [{"prompt": sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt}]
+        return [{"prompt": read_all() if arguments.prompt == "-" else arguments.prompt or ""}]
     lines = enumerate(read_lines(path, "prompt file"), 1)
     numbered = [(number, line.removesuffix("\r")) for number, line in lines if line.strip()]
     require(bool(numbered), f"the prompt file {path} holds no prompt")
     if path.suffix.lower() != ".jsonl":
         return [{"prompt": line} for _, line in numbered]
     return [_prompt_object(line, f"{path}, line {number}") for number, line in numbered]
+
+
+def read_all() -> str:
+    """Standard input without a byte order mark and its last line end."""
+    return decoded(sys.stdin.read()).removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
 
 
 def _prompt_object(line: str, where: str) -> dict[str, Any]:
@@ -105,69 +115,6 @@ def _prompt_object(line: str, where: str) -> dict[str, Any]:
     taken = [name for name in entry if name in FIELDS[1:]]
     require(not taken, f"{where}: the field {taken and taken[0]!r} is one that the output sets: give it another name")
     return entry
-
-
-class Records:
-    """Samples as JSON objects, one a line, each written when it ends."""
-
-    def __init__(self, file: IO[str], prompts: list[dict[str, Any]], config: SamplingConfig) -> None:
-        self._file, self._prompts, self._config = file, prompts, config
-        self._open: dict[tuple[int, int], list[Piece]] = {}
-
-    def take(self, piece: Piece) -> None:
-        key = piece.prompt, piece.sample
-        pieces = self._open.setdefault(key, [])
-        pieces.append(piece)
-        if piece.finish_reason is None:
-            return
-        del self._open[key]
-        drawn = [p for p in pieces if p.token is not None]
-        values = (
-            "".join(p.text for p in pieces),
-            [p.token for p in drawn],
-            [p.logprob for p in drawn],
-            piece.finish_reason,
-            *key,
-            sample_seed(self._config.seed, *key),
-        )
-        record = self._prompts[piece.prompt] | dict(zip(FIELDS[1:], values))
-        line = json.dumps(record, ensure_ascii=False)
-        try:
-            line.encode(self._file.encoding or "utf-8")
-        except UnicodeEncodeError:  # half a surrogate pair that a prompt's field has, or a terminal of few characters
-            line = json.dumps(record)
-        self._file.write(line + "\n")
-        self._file.flush()
-
-
-class Screen:
-    """Samples as text on standard output: the first that has not ended streams, the others wait for their turn."""
-
-    def __init__(self, prompts: list[dict[str, Any]], num_samples: int) -> None:
-        self._prompts = prompts
-        self._turns = [(i, j) for i in range(len(prompts)) for j in range(num_samples)]
-        self._headed = len(self._turns) > 1
-        self._waiting: dict[tuple[int, int], list[Piece]] = {}
-        self._begun = False
-
-    def take(self, piece: Piece) -> None:
-        self._waiting.setdefault((piece.prompt, piece.sample), []).append(piece)
-        while self._turns and self._turns[0] in self._waiting:
-            prompt, sample = self._turns[0]
-            pieces = self._waiting.pop((prompt, sample))
-            if not self._begun:
-                head = f"--- prompt {prompt}, sample {sample} ---\n" if self._headed else ""
-                self._write(head + self._prompts[prompt]["prompt"])
-            self._write("".join(piece.text for piece in pieces))
-            self._begun = pieces[-1].finish_reason is None
-            if self._begun:
-                return
-            self._write("\n")
-            del self._turns[0]
-
-    def _write(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
 
 
 def follow(pieces: Generation, sink: Any) -> int | None:
@@ -219,7 +166,7 @@ def interact(arguments: Arguments, model: gpt.GPT, tokenizer: Tokenizer, draft: 
     turn = 0
     while True:
         try:
-            line = read_line()
+            line = decoded(read_line()).removeprefix("\ufeff").removesuffix("\r")
         except KeyboardInterrupt:
             print()
             continue
@@ -240,27 +187,15 @@ def interact(arguments: Arguments, model: gpt.GPT, tokenizer: Tokenizer, draft: 
             return EXIT_STOPPED
 
 
-@contextlib.contextmanager
-def opened(path: Path | None) -> Iterator[IO[str]]:
-    """The file that JSON goes to; standard output where there is no path."""
-    if path is None:
-        yield sys.stdout
-        return
-    try:
-        with path.open("w", encoding="utf-8") as file:
-            yield file
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-
 def main(arguments: Arguments) -> int:
     """Print prompts and their continuations, or write them as JSON. Returns the exit status."""
+    do_without_output() if arguments.output is not None else check_output()
     reads = arguments.interactive or arguments.prompt == "-"
     require(sys.stdin is not None or not reads, "standard input is closed: there is nothing to read a prompt from")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is then refused as any prompt is
+        sys.stdin.reconfigure(errors="surrogateescape")  # text that is not UTF-8 is refused as any such prompt is
     prompts = [] if arguments.interactive else read_prompts(arguments)
-    config = arguments.sampling
+    config, file = arguments.sampling, sample_file(arguments, prompts)
     model, tokenizer = load(arguments.run, arguments.device)
     draft = None
     if arguments.draft is not None:
@@ -268,21 +203,33 @@ def main(arguments: Arguments) -> int:
         same = other.fingerprint == tokenizer.fingerprint
         require(same, f"the draft {arguments.draft} has another tokenizer than {arguments.run}: train it with the same")
     # Options that tokens, prompts or drafts forbid are refused before anything is written.
-    pieces = generate(model, tokenizer, [entry["prompt"] for entry in prompts], config, draft=draft)
+    texts, done = [entry["prompt"] for entry in prompts], set() if file is None else file.done
+    pieces = generate(model, tokenizer, texts, config, draft=draft, done=done)
     if config.quantize is not None:
         print(loss_of_int8(arguments.run, model, tokenizer, config.dtype), file=sys.stderr)
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     if arguments.interactive:
         return interact(arguments, model, tokenizer, draft)
-    if arguments.jsonl or arguments.output is not None:
-        with opened(arguments.output) as file:
-            number = follow(pieces, Records(file, prompts, config))
+    if file is not None:
+        with file.open() as opened:
+            number = follow(pieces, Records(opened, prompts, config))
+    elif arguments.jsonl:
+        number = follow(pieces, Records(sys.stdout, prompts, config))
     else:
         number = follow(pieces, Screen(prompts, config.num_samples))
     report(pieces)
     if number is not None:
         print("interrupted", file=sys.stderr)
     return EXIT_DONE if number is None else EXIT_STOPPED
+
+
+def sample_file(arguments: Arguments, prompts: list[dict[str, Any]]) -> SampleFile | None:
+    """Where --output writes. UserError where it must not."""
+    path, run, options = arguments.output, arguments.run, arguments.sampling
+    if path is None:
+        return None
+    own = [run / name for name in (RECORD, *FILES)] + [path for path in (arguments.prompt_file,) if path is not None]
+    return SampleFile(path, prompts, options, resume=arguments.resume, overwrite=arguments.overwrite, read=own)
 
 
 if __name__ == "__main__":

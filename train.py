@@ -52,6 +52,7 @@ from gpt.run import (
 )
 from gpt.saver import Saver
 from gpt.shards import read_tokens
+from gpt.streams import check_output, do_without_output
 
 
 def main(config: Config) -> int:
@@ -59,6 +60,7 @@ def main(config: Config) -> int:
 
     Raises UserError for whatever the user can put right, before anything in the run directory is touched.
     """
+    check_output() if config.train.dry_run or config.train.eval_only else do_without_output()
     with join(config.train) as world, RunLock(config.train.run_dir if world.main else None) as lock:
         return train(config, world, lock)
 

@@ -10,7 +10,6 @@ import functools
 import inspect
 import io
 import itertools
-import os
 import re
 import textwrap
 import tomllib
@@ -25,7 +24,7 @@ import tyro
 
 from gpt.config import PRESETS, Config, ModelConfig
 from gpt.errors import UserError
-from gpt.files import path_from_text, path_to_text, write_whole
+from gpt.files import decoded, path_from_text, path_to_text, write_whole
 
 T = TypeVar("T")
 
@@ -92,14 +91,8 @@ def _parts(kind: Any) -> set[Any]:
 
 
 def _text(word: str, name: str) -> str:
-    """A word as UTF-8: where the locale has other characters, it is bytes that did not decode."""
     try:
-        word.encode()
-        return word
-    except UnicodeEncodeError:
-        pass
-    try:
-        return os.fsencode(word).decode()
+        return word if word.isascii() else decoded(word).encode().decode()
     except UnicodeError:
         raise UserError(f"{name} is not valid UTF-8: {word!a}") from None
 

@@ -2,11 +2,12 @@
 
 import errno
 import math
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
+
+from gpt.streams import LostOutput, outlets
 
 EXIT_DONE = 0
 EXIT_FAULT = 1  # the program's own fault: a traceback
@@ -48,37 +49,54 @@ class LostProcess(RuntimeError):
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's main and leave with its exit status.
 
-    A UserError becomes one line on stderr and status 2, and so does a disk or a memory that is full, or a path that
-    the system refuses.
+    A UserError becomes one line on stderr and status 2, and so does a disk or a memory that is full, an output that
+    cannot be written, or a path that the system refuses. A reader that goes away, as in `sample.py ... | head`, is no
+    error. A command that can do without its output ends as it would, with status 2 in the place of 0.
     """
+    with outlets() as out:
+        try:
+            status = _status_of(main)
+        except SystemExit as stop:  # after --help
+            status = stop.code if isinstance(stop.code, int) else EXIT_DONE
+        out.is_needed = False
+        out.flush()
+        if out.error is not None and out.error.errno != errno.EPIPE and not status:
+            status = _refuse(f"cannot write the output: {out.error.strerror}")
+        sys.stderr.flush()
+    sys.exit(status or EXIT_DONE)
+
+
+def _status_of(main: Callable[[], int | None]) -> int | None:
+    """The exit status of a main, which what it raises decides."""
     try:
-        status = main()
-        sys.stdout.flush()
+        return main()
     except UserError as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        status = EXIT_USER
+        return _refuse(" ".join(str(error).splitlines()))
+    except LostOutput as error:
+        return _refuse(f"cannot write the output: {error}")
     except LostProcess as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = EXIT_FAULT
+        _refuse(str(error))
+        return EXIT_FAULT
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        status = EXIT_STOPPED
-    except BrokenPipeError:  # the reader of our output went away, as in `sample.py ... | head`
-        sys.stderr.close()
-        status = EXIT_DONE
+        return EXIT_STOPPED
+    except BrokenPipeError:
+        return EXIT_DONE
     except OSError as error:
         if error.errno not in NO_ROOM and not (error.errno in NO_WAY and error.filename):
             raise
         verb = "write" if error.errno in NO_ROOM else "use"
-        print(f"error: cannot {verb} {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is left in its buffer has nowhere to go
-        status = EXIT_USER
+        return _refuse(f"cannot {verb} {error.filename or 'the output'}: {error.strerror}")
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        print("error: out of memory: lower --batch-size, --seq-len or the model's size", file=sys.stderr)
-        status = EXIT_USER
-    sys.exit(status or EXIT_DONE)
+        return _refuse("out of memory: lower --batch-size, --seq-len or the model's size")
+
+
+def _refuse(message: str) -> int:
+    """Say what the user can put right; the status for it."""
+    print(f"error: {message}", file=sys.stderr)
+    return EXIT_USER
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -32,6 +32,7 @@ from gpt.packing import packed_validation
 from gpt.sampling import SamplingConfig
 from gpt.scoring import Question, multiple_choice, score_texts, with_shots
 from gpt.sources import find_sources
+from gpt.streams import check_output
 from gpt.tokenizer import Tokenizer
 
 
@@ -174,6 +175,7 @@ def _count(n: int, what: str) -> str:
 
 def main(arguments: Arguments) -> int:
     """Score and print. Returns the exit status."""
+    check_output()
     # Whatever is wrong with the text is said before a model is loaded.
     if arguments.corpus:
         given = {name: getattr(arguments, name) for name in TEXT_OPTIONS}

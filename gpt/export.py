@@ -22,6 +22,7 @@ from gpt.hf_tokenizer import write_hf_tokenizer, write_tiktoken
 from gpt.hf_weights import fits_nanochat, tensors_for
 from gpt.model import GPT
 from gpt.run import load
+from gpt.streams import do_without_output
 from gpt.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 
 CLASSES = {
@@ -211,6 +212,7 @@ def is_export(folder: Path, names: set[str]) -> bool:
 
 def main(arguments: Arguments) -> int:
     """Export and say what was written. Returns the exit status."""
+    do_without_output()
     folder = arguments.directory
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: give a directory to write to")

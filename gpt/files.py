@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and paths that text can hold."""
+"""Files that are written whole or not at all, and what bytes that are not the locale's mean."""
 
 import contextlib
 import io
@@ -55,6 +55,14 @@ def read_lines(path: Path, what: str) -> list[str]:
     except UnicodeDecodeError as error:
         hint = like_utf16(raw)
         raise UserError(f"the {what} {path} is not UTF-8{hint}: {error.reason} at byte {error.start}") from error
+
+
+def decoded(text: str) -> str:
+    """Text that the locale took for bytes, as the UTF-8 that it is; as it was where it is not UTF-8."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode()
+    except UnicodeError:
+        return text
 
 
 def path_to_text(path: str | Path) -> str:

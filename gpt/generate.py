@@ -1,7 +1,7 @@
 """From prompts to text: samples decoded together in a batch that they join and leave as they begin and end."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import isnan
 
@@ -77,14 +77,15 @@ def generate(
     config: SamplingConfig | None = None,
     *,
     draft: GPT | None = None,
+    done: Collection[tuple[int, int]] = (),
 ) -> Generation:
     """Continue each prompt num_samples times, yielding pieces as they come; the prompts themselves are not repeated.
 
     The text of sample j of prompt i is "".join(p.text for p in generate(...) if (p.prompt, p.sample) == (i, j)). An
     empty prompt starts from the tokenizer's start token. draft: a smaller model with the same tokenizer that proposes
-    tokens. The models are put into eval mode while it runs, and put back. Raises UserError, at once, for a prompt with
-    a character that the tokenizer lacks or without room in the context, a token that there is none of, and options that
-    contradict each other.
+    tokens. done: samples (i, j) to leave out. The models are put into eval mode while it runs, and put back. Raises
+    UserError, at once, for a prompt with a character that the tokenizer lacks or without room in the context, a token
+    that does not exist, and options that contradict each other.
     """
     config = config or SamplingConfig()
     require(not isinstance(prompts, str), "prompts are a list of texts: for a lone one write [prompt]")
@@ -106,7 +107,7 @@ def generate(
             count = room_for(tokens, config, model.config.seq_len)
         except UserError as error:
             raise UserError(f"prompt {i}: {error}") if len(prompts) > 1 else error from None
-        for j in range(config.num_samples):
+        for j in (j for j in range(config.num_samples) if (i, j) not in done):
             stream = TextStream(tokenizer, config.stop)
             jobs.append(_Sample(i, j, sample_seed(config.seed, i, j), tokens, count, stream))
     state = _State()

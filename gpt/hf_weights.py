@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gpt.config import ModelConfig
 from gpt.errors import UserError
+from gpt.files import utf8_path
 from gpt.hf_folders import instead
 from gpt.model import GPT
 
@@ -111,7 +112,8 @@ class Tensors:
         for name in self._names():
             path = folder / name
             try:
-                self._files[name] = safe_open(path, "pt")
+                with utf8_path(path) as readable:
+                    self._files[name] = safe_open(readable, "pt")
                 for tensor in self._files[name].keys():  # noqa: SIM118 - it is not a dict
                     if (other := self.unread.setdefault(tensor, name)) != name:
                         raise UserError(f"{folder} holds {tensor} in two files, {other} and {name}: delete one of them")

@@ -18,6 +18,7 @@ from gpt.errors import EXIT_DONE, UserError
 from gpt.foreign import look_at
 from gpt.run import tokenized_folders
 from gpt.shards import read_tokens
+from gpt.streams import check_output
 from gpt.tokenizer import Tokenizer, load_tokenizer
 
 _CHUNK = 1 << 22  # tokens looked at a time
@@ -48,6 +49,7 @@ class Arguments:
 def main(argv: list[str]) -> int:
     """Print, for each token file of the path. Returns the exit status; raises UserError for what is none."""
     arguments = parse_flags(Arguments, argv, prog="gpt.corpus")
+    check_output()
     for line in inspect(arguments.path, arguments.tokenizer, arguments.sample_tokens):
         print(line)
     return EXIT_DONE

@@ -42,6 +42,6 @@ class Profiler:
         profile.export_chrome_trace(str(self.run_dir / "trace.json.gz"))
         by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = profile.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=40)
-        (self.run_dir / "profile.txt").write_text(table + "\n")
+        (self.run_dir / "profile.txt").write_text(table + "\n", encoding="utf-8")
         self.say(table)
         self.say(f"trace: {self.run_dir / 'trace.json.gz'}, table: {self.run_dir / 'profile.txt'}")

@@ -5,6 +5,7 @@ neighbour in a batch, and no order of work, changes it.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -91,6 +92,9 @@ class SamplingConfig:
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else value)
         require(all(self.stop), "stop must not be an empty string")
+        for text in self.stop:
+            require(isinstance(text, str), f"stop is a string or a list of them, not {text!r}")
+            require(not re.search("[\ud800-\udfff]", text), f"stop {text!a} is not text: no sample can hold it")
         if not isinstance(self.logit_bias, Mapping):
             object.__setattr__(self, "logit_bias", dict(map(_parse_bias, self.logit_bias)))
         for token, number in self.logit_bias.items():

@@ -1,0 +1,141 @@
+"""Run every command with closed, full and broken descriptors: python -m tests.descriptors RUN CORPUS FOLDER
+
+One process imports everything and forks a child for each case; what became of each is printed as JSON lines.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # a process may fork only before torch has threads
+
+import matplotlib.figure  # noqa: F401 - what a training imports late, before the forks
+import rich.progress  # noqa: F401
+import safetensors.torch  # noqa: F401
+
+import gpt.evaluate
+import gpt.export
+import gpt.inspect_corpus
+import sample
+import train
+from gpt.command_line import load_config, parse_flags
+from gpt.errors import run_command
+
+MAINS = {
+    "train": lambda words: train.main(load_config(words)),
+    "sample": lambda words: sample.main(parse_flags(sample.Arguments, words, prog="sample.py")),
+    "evaluate": lambda words: gpt.evaluate.main(parse_flags(gpt.evaluate.Arguments, words, prog="gpt.evaluate")),
+    "export": lambda words: gpt.export.main(parse_flags(gpt.export.Arguments, words, prog="gpt.export")),
+    "inspect": gpt.inspect_corpus.main,
+}
+# Of each case: stdin, stdout and stderr, as a path, None where it is closed, or a pipe that nobody reads.
+BROKEN = "a pipe"
+CASES = {
+    "all open": ("/dev/null", "out", "err"),
+    "stdin closed": (None, "out", "err"),
+    "stdout closed": ("/dev/null", None, "err"),
+    "stderr closed": ("/dev/null", "out", None),
+    "both closed": ("/dev/null", None, None),
+    "all closed": (None, None, None),
+    "stdout full": ("/dev/null", "/dev/full", "err"),
+    "stderr full": ("/dev/null", "out", "/dev/full"),
+    "both full": ("/dev/null", "/dev/full", "/dev/full"),
+    "stdout broken": ("/dev/null", BROKEN, "err"),
+    "both broken": ("/dev/null", BROKEN, BROKEN),
+    "stdout full, stderr closed": ("/dev/null", "/dev/full", None),
+    "stdout closed, stderr full": ("/dev/null", None, "/dev/full"),
+}
+FLAGS = "--n-layer 1 --n-head 2 --n-embd 16 --seq-len 16 --batch-size 4 --device cpu --dtype float32"
+# Commands that differ from another one in few cases only, and those cases.
+FEW = ("train --dry-run", "train --help", "sample --jsonl", "sample --prompt -", "sample, refused")
+FEW += ("evaluate", "export", "inspect")
+FEW_CASES = ("all open", "stdin closed", "stdout closed", "all closed", "both full", "stdout broken")
+
+
+def commands(run: str, corpus: str, folder: Path) -> dict[str, tuple[str, list[str]]]:
+    """Every command by name: which main, and its words. It writes to a folder of its own."""
+    train_words = ["--corpus", corpus, "--cache-dir", str(folder / "cache"), *FLAGS.split()]
+    train_words += ["--max-steps", "1", "--run-dir", str(folder / "run"), "--sample-tokens", "3"]
+    short = ["--max-new-tokens", "3", "--device", "cpu"]
+    return {
+        "train": ("train", [*train_words, "--tokenizer", "byte"]),
+        "train --dry-run": ("train", [*train_words, "--dry-run"]),
+        "train --help": ("train", ["--help"]),
+        "sample": ("sample", [run, "--prompt", "all", *short]),
+        "sample --jsonl": ("sample", [run, "--jsonl", *short]),
+        "sample --output": ("sample", [run, "--output", str(folder / "out.jsonl"), "--speculate", "ngram", *short]),
+        "sample --prompt -": ("sample", [run, "--prompt", "-", *short]),
+        "sample, refused": ("sample", [run, "--temperature", "-1"]),
+        "evaluate": ("evaluate", [run, "--corpus", corpus, "--device", "cpu"]),
+        "export": ("export", [run, str(folder / "exported")]),
+        "inspect": ("inspect", ["inspect", run]),
+    }
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Every command with each of its cases."""
+    names = commands("", "", Path())
+    return [(name, case) for name in names for case in CASES if name not in FEW or case in FEW_CASES]
+
+
+def set_up(descriptors: tuple[str | None, ...], folder: Path) -> None:
+    """Put the descriptors in place, and Python's streams as they are when a process begins with these."""
+    for fd, target in enumerate(descriptors):
+        if target == BROKEN:
+            reader, writer = os.pipe()
+            os.close(reader)
+        elif target is not None:
+            writer = os.open(folder / target, os.O_RDWR | os.O_CREAT, 0o644)
+        if target is not None:
+            os.dup2(writer, fd)
+            os.close(writer)
+    for fd, target in enumerate(descriptors):
+        if target is None:
+            os.close(fd)
+    opened = [None if target is None else fd for fd, target in enumerate(descriptors)]
+    sys.stdin, sys.stdout, sys.stderr = (
+        None if fd is None else open(fd, "rww"[fd], 1 if fd == 2 else -1, "utf-8", closefd=False)  # noqa: SIM115
+        for fd in opened
+    )
+
+
+def child(main: str, words: list[str], descriptors: tuple[str | None, ...], folder: Path) -> int:
+    """Fork a command; its exit status, 120 as Python's own where what is left in stdout cannot be written."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    status = 1
+    try:
+        set_up(descriptors, folder)
+        try:
+            run_command(lambda: MAINS[main](words))
+        except SystemExit as stop:
+            status = stop.code
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+    except BaseException:
+        status = 120
+        (folder / "traceback").write_text(traceback.format_exc())
+    finally:
+        os._exit(status)
+
+
+def main() -> None:
+    run, corpus, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    for number, (name, case) in enumerate(pairs()):
+        place = folder / str(number)
+        place.mkdir()
+        status = child(*commands(run, corpus, place)[name], CASES[case], place)
+        shown = dict.fromkeys(("out", "err", "traceback"), "")
+        for kind in shown:
+            with contextlib.suppress(FileNotFoundError):
+                shown[kind] = (place / kind).read_text()
+        written = sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.is_file())
+        print(json.dumps({"case": case, "command": name, "status": status, **shown, "written": written}))
+
+
+if __name__ == "__main__":
+    main()
