@@ -1,14 +1,29 @@
 """What the tests of sources, corpora and token files share."""
 
+import bz2
+import gzip
+import lzma
 import os
 from pathlib import Path
 
+import zstandard
 from hypothesis import HealthCheck, settings
 
+from gpt.config import DataConfig
 from gpt.corpus import Corpus
+from gpt.documents import read_documents
 from gpt.shards import read_tokens
+from gpt.sources import find_sources
 
 calm = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
+
+PACK = {
+    "": lambda data: data,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.compress,
+}
 
 POEM = "The quick brown fox — naïve, 日本語 — jumps over\nthe lazy dog 🙂.\n" * 40
 
@@ -32,3 +47,10 @@ def folder_of(root: Path, count: int = 40) -> Path:
 
 def names(corpus: Corpus, root: Path) -> list[str]:
     return [os.path.relpath(name, root) for name, _, _ in corpus.sources]
+
+
+def documents_of(path: Path, errors: str = "strict", **options) -> list[str]:
+    """The text of each document that a path leads to."""
+    data = DataConfig((str(path),), encoding_errors=errors, **options)
+    sources = [source.hashed() for source in find_sources(data, path.parent / "downloads")]
+    return ["".join(document.chunks) for document in read_documents(sources, errors)]

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gpt import corpus as corpus_module
@@ -342,3 +343,21 @@ def test_progress_counts_to_the_end(tmp_path, make):
     assert {what for what, _, _ in calls} == {"reading", "tokenizing"}
     assert all(0 < done <= total == 400 for _, done, total in calls)
     assert calls[-1] == ("tokenizing", 400, 400)
+
+
+@pytest.mark.parametrize("most", [1_000, 2_500, 6_000, 10_000, 20_000])
+def test_a_bpe_learns_from_parts_spread_evenly_over_the_text(tmp_path, monkeypatch, most):
+    """From at most so many bytes, up to one document: of 100 documents of 100 characters every n-th."""
+    texts = [f"{i:03} " + "word " * 19 + "\n" for i in range(100)]
+    path = write(tmp_path / "x.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    size, seen = path.stat().st_size, []
+    monkeypatch.setattr(corpus_module, "BPE_BYTES", most)
+    monkeypatch.setattr(
+        corpus_module, "build_tokenizer", lambda config, texts, **_: seen.extend(texts()) or ByteTokenizer()
+    )
+    prepare(DataConfig((str(path),), tmp_path / "cache", val_fraction=0.01), TokenizerConfig("bpe"))
+    numbers = [int(text[:3]) for text in seen]
+    share = min(1.0, most / size)
+    assert abs(len(numbers) - 99 * share) <= 2
+    gaps = np.diff(numbers)
+    assert gaps.min() >= int(1 / share) and gaps.max() <= int(1 / share) + 2

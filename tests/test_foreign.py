@@ -238,3 +238,16 @@ def test_an_index_of_another_tokenizer_is_refused(tmp_path, make, named):
     corpus = make(nanogpt(tmp_path / "x.bin"), "byte")
     with pytest.raises(UserError, match="made by another tokenizer"):
         read_tokens(corpus.train, named)
+
+
+def test_windows_outside_the_tokens_are_refused():
+    windows = np.lib.stride_tricks.sliding_window_view(TokenParts([np.arange(4), np.arange(4, 9)]), 3)
+    assert windows[np.array([0, 2, 6])].tolist() == [[0, 1, 2], [2, 3, 4], [6, 7, 8]]
+    for start in (-1, 7):
+        with pytest.raises(IndexError, match=f"window {start} of 7"):
+            windows[np.array([start])]
+
+
+def test_a_token_file_that_is_gone(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read the token file .*gone.bin: No such file"):
+        foreign.look_at(tmp_path / "gone.bin")

@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
 
 from gpt import formats, readers
 from gpt.config import DataConfig
@@ -22,18 +21,10 @@ from gpt.errors import UserError
 from gpt.files import read_lines
 from gpt.json_documents import json_form
 from gpt.sources import find_sources
-from gpt.unpack import unpacked
-from tests.corpus_checks import POEM, names, sides, write
+from tests.corpus_checks import PACK, POEM, documents_of, names, sides, write
 
 TEXTS = ["one\n", "zwei — naïve", "日本語 🙂", 'four "quoted" \\ \t', "five" * 50]
 ROWS = [{"id": i, "text": text, "more": {"text": ["x"]}} for i, text in enumerate(TEXTS)]
-PACK = {
-    "": lambda data: data,
-    ".gz": gzip.compress,
-    ".bz2": bz2.compress,
-    ".xz": lzma.compress,
-    ".zst": zstandard.compress,
-}
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 FORMS = {
     "lines": LINES,
@@ -47,12 +38,6 @@ FORMS = {
 }
 
 
-def found(path, errors="strict", **options) -> list[str]:
-    data = DataConfig((str(path),), encoding_errors=errors, **options)
-    sources = [source.hashed() for source in find_sources(data, path.parent / "downloads")]
-    return ["".join(document.chunks) for document in read_documents(sources, errors)]
-
-
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
@@ -61,7 +46,7 @@ def found(path, errors="strict", **options) -> list[str]:
 @pytest.mark.parametrize("form", FORMS)
 def test_objects_are_documents_whatever_the_name(tmp_path, form, name, packing, caplog):
     path = write(tmp_path / (name + packing), PACK[packing](FORMS[form].encode()))
-    assert found(path) == TEXTS
+    assert documents_of(path) == TEXTS
     assert ("it is JSON, and the field 'text' of each object is a document" in caplog.text) == ("json" not in name)
 
 
@@ -69,7 +54,7 @@ def test_objects_are_documents_whatever_the_name(tmp_path, form, name, packing, 
 @pytest.mark.parametrize("form", FORMS)
 def test_objects_in_any_blocks(tmp_path, monkeypatch, form, chunk):
     monkeypatch.setattr(readers, "_CHUNK", chunk)
-    assert found(write(tmp_path / "x.json", FORMS[form])) == TEXTS
+    assert documents_of(write(tmp_path / "x.json", FORMS[form])) == TEXTS
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -78,7 +63,7 @@ def test_objects_longer_than_what_is_looked_at(tmp_path, form):
     long = "é" * formats._LONG_HEAD
     text = FORMS[form].replace("one\\n", long, 1)
     for name in ("x.json", "x.txt"):
-        assert found(write(tmp_path / name, text)) == [long, *TEXTS[1:]]
+        assert documents_of(write(tmp_path / name, text)) == [long, *TEXTS[1:]]
 
 
 def test_one_object_and_none(tmp_path, make):
@@ -133,7 +118,7 @@ def test_an_object_without_end_is_refused(tmp_path, make, monkeypatch):
 
 
 def test_replaced_bytes_of_json(tmp_path):
-    assert found(write(tmp_path / "x.json", b'[{"text": "caf\xe9"}]'), "replace") == ["caf\ufffd"]
+    assert documents_of(write(tmp_path / "x.json", b'[{"text": "caf\xe9"}]'), "replace") == ["caf\ufffd"]
 
 
 def test_only_the_unparsed_part_is_kept(tmp_path, monkeypatch):
@@ -145,7 +130,7 @@ def test_only_the_unparsed_part_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(json_documents._Values, "_value", lambda self: longest.append(len(self._text)) or parse(self))
     monkeypatch.setattr(readers, "_CHUNK", 1000)
     texts = [f"document {i} " * 10 for i in range(2000)]
-    assert found(write(tmp_path / "x.json", json.dumps([{"text": text} for text in texts], indent=1))) == texts
+    assert documents_of(write(tmp_path / "x.json", json.dumps([{"text": text} for text in texts], indent=1))) == texts
     assert max(longest) < 2000
 
 
@@ -170,8 +155,8 @@ CODE = {
 
 @pytest.mark.parametrize("case", CODE)
 def test_text_that_only_begins_as_json_does_is_text(tmp_path, case, caplog):
-    assert found(write(tmp_path / "x.txt", CODE[case])) == [CODE[case]]
-    assert found(write(tmp_path / "folder/x.txt", CODE[case]).parent) == [CODE[case]]
+    assert documents_of(write(tmp_path / "x.txt", CODE[case])) == [CODE[case]]
+    assert documents_of(write(tmp_path / "folder/x.txt", CODE[case]).parent) == [CODE[case]]
     assert caplog.text == ""
 
 
@@ -184,9 +169,9 @@ def test_json_without_the_field(tmp_path, make, caplog):
     for name, content in (("x.json", OBJECT), ("x.json", plain), ("x.txt", plain), ("x.jsonl", OBJECT)):
         with pytest.raises(UserError, match=r"has no field 'text': it has .*--text-field"):
             make(write(tmp_path / name, content))
-    assert found(write(tmp_path / "x.txt", plain), text_field="body") == TEXTS
+    assert documents_of(write(tmp_path / "x.txt", plain), text_field="body") == TEXTS
     caplog.clear()
-    assert found(write(tmp_path / "x.txt", OBJECT)) == [OBJECT]
+    assert documents_of(write(tmp_path / "x.txt", OBJECT)) == [OBJECT]
     assert "it is JSON without the field 'text', and is read as plain text" in caplog.text
 
 
@@ -234,62 +219,6 @@ def test_a_folder_of_source_code_keeps_its_json(tmp_path, make):
 )
 def test_what_a_head_says(head, whole, form):
     assert json_form(head, whole) == form
-
-
-# --- compression ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("packing", [p for p in PACK if p])
-@pytest.mark.parametrize("name", ["x", "x.txt", "x.txt.gz", "x.bz2"])
-def test_compression_is_known_by_content(tmp_path, packing, name):
-    assert found(write(tmp_path / name, PACK[packing](POEM.encode()))) == [POEM]
-    assert found(write(tmp_path / "folder" / name, PACK[packing](POEM.encode())).parent) == [POEM]
-
-
-def test_a_name_of_compression_on_plain_text(tmp_path, caplog):
-    assert found(write(tmp_path / "x.txt.gz", POEM)) == [POEM]
-    assert found(write(tmp_path / "x.jsonl.xz", LINES)) == TEXTS
-    assert caplog.text.count("it is not compressed, and is read as it is") == 2
-
-
-@pytest.mark.parametrize("packing", [p for p in PACK if p])
-@pytest.mark.parametrize("chunk", [3, 7, 1 << 14])
-def test_all_members_are_read(tmp_path, monkeypatch, packing, chunk):
-    monkeypatch.setattr(readers, "_PACKED_CHUNK", chunk)
-    pack = PACK[packing]
-    assert found(write(tmp_path / f"x{packing}", pack(b"one ") + pack(b"") + pack(b"two"))) == ["one two"]
-
-
-@pytest.mark.parametrize("packing", [p for p in PACK if p])
-@pytest.mark.parametrize("chunk", [1, 5, 1 << 14])
-@pytest.mark.parametrize("rest", [b"garbage", b"\n", b"BZ", b"\0" * 3 + b"x"], ids=repr)
-def test_what_follows_the_last_member(tmp_path, monkeypatch, caplog, packing, chunk, rest):
-    """gzip and bzip2 leave it out with a warning, the others refuse it."""
-    monkeypatch.setattr(readers, "_PACKED_CHUNK", chunk)
-    path = write(tmp_path / f"x.txt{packing}", PACK[packing](POEM.encode()) + rest)
-    if packing in (".gz", ".bz2") and (packing, rest) != (".bz2", b"BZ"):
-        assert found(path) == [POEM]
-        assert caplog.text.count(f"what follows its compressed text is not {packing} and is left out") == 1
-    else:
-        with pytest.raises(UserError, match=r"x\.txt\.\w+ (is no \.|is cut short)"):
-            found(path)
-
-
-@pytest.mark.parametrize("packing", [p for p in PACK if p])
-def test_what_is_cut_short_is_refused(tmp_path, packing):
-    data = PACK[packing](POEM.encode())
-    for cut in (data[:-1], data[: len(data) // 2], data + data[:-1], data[:7]):
-        with pytest.raises(UserError, match=r"is cut short|is damaged"):
-            found(write(tmp_path / f"x.txt{packing}", cut))
-
-
-@pytest.mark.parametrize("packing", [p for p in PACK if p])
-def test_a_small_file_that_unpacks_to_a_large_text_is_read_in_parts(packing):
-    """A file of 64 MiB of spaces: no part that comes out of a kilobyte of it is larger than what is asked for."""
-    data = PACK[packing](b" " * (64 << 20))
-    sizes = [len(part) for part in unpacked([data], packing.removeprefix("."), "x", 1 << 20)]
-    assert sum(sizes) == 64 << 20
-    assert max(sizes) <= {".bz2": 2 << 20, ".xz": 2 << 20}.get(packing, 40 << 20)
 
 
 # --- what is not text -------------------------------------------------------------------------------------------------
@@ -363,28 +292,28 @@ def test_binary_is_left_out_of_a_folder(tmp_path, make, kind, caplog):
 
 
 def test_parquet_by_its_content(tmp_path):
-    assert found(write(tmp_path / "x.txt", parquet_of())) == TEXTS
-    assert found(write(tmp_path / "folder/x", parquet_of()).parent) == TEXTS
+    assert documents_of(write(tmp_path / "x.txt", parquet_of())) == TEXTS
+    assert documents_of(write(tmp_path / "folder/x", parquet_of()).parent) == TEXTS
 
 
 def test_a_single_nul_is_text(tmp_path):
     text = "words and\0 more words\n" * 50
-    assert found(write(tmp_path / "x.txt", text)) == [text]
+    assert documents_of(write(tmp_path / "x.txt", text)) == [text]
 
 
 def test_utf16_is_refused_even_where_bytes_are_replaced(tmp_path):
     path = write(tmp_path / "x.txt", POEM.encode("utf-16"))
     with pytest.raises(UserError, match="looks like UTF-16"):
-        found(path)
+        documents_of(path)
     with pytest.raises(UserError, match=r"x.txt is UTF-16, not UTF-8: convert the file .iconv"):
-        found(path, "replace")
+        documents_of(path, "replace")
 
 
 def test_latin1_is_refused_or_replaced(tmp_path):
     path = write(tmp_path / "x.txt", "café noir\n".encode("latin-1") * 20)
     with pytest.raises(UserError, match=r"x.txt is not valid UTF-8: byte 3 \(0xe9"):
-        found(path)
-    assert found(path, "replace") == ["caf\ufffd noir\n" * 20]
+        documents_of(path)
+    assert documents_of(path, "replace") == ["caf\ufffd noir\n" * 20]
 
 
 # --- elsewhere --------------------------------------------------------------------------------------------------------

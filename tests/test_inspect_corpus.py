@@ -8,7 +8,7 @@ import pytest
 
 from gpt.command_line import load_config
 from gpt.errors import UserError
-from gpt.inspect_corpus import inspect, main
+from gpt.inspect_corpus import Arguments, inspect, main
 from gpt.run import load, loss_of_int8
 from tests.corpus_checks import POEM, folder_of, write
 from tests.test_foreign import IDS, llama, llm_c, nanogpt
@@ -142,3 +142,12 @@ def test_the_command_itself(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: there is no nowhere")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_hundred_tokens_are_shown_unless_another_number_is_asked_for(tmp_path):
+    path = tmp_path / "x.bin"
+    path.write_bytes(b"".join(bytes([97 + i % 26, 0]) for i in range(500)))
+    text = "".join(chr(97 + i % 26) for i in range(500))
+    for options, size in (((), 100), ((7,), 7)):
+        assert [line for line in inspect(path, "byte", *options) if "|" in line] == [f"  | {text[:size]}"]
+    assert Arguments("inspect", path).sample_tokens == 100

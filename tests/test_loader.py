@@ -348,3 +348,19 @@ def test_ranks_share_the_validation_batches(world_size):
     for (x, y), (x_part, y_part) in zip(whole, dealt):
         assert torch.equal(x, x_part) and torch.equal(y, y_part)
     assert all((y == -100).all() and len(y) == 1 for _, y in dealt[len(whole) :])
+
+
+def test_after_a_rollback_other_windows_come_at_once():
+    """In the middle of an epoch too: the phase stays, so that the windows left are of the same cut."""
+    loader = TrainLoader(numbered(1000), batch_size=4, seq_len=10, seed=7)
+    for _ in range(3):
+        loader.next_batch()
+    state = loader.state_dict()
+    going_on = [loader.next_batch()[0] for _ in range(5)]
+    loader.load_state_dict(state | {"rollbacks": 1})
+    assert loader.state_dict() == state | {"rollbacks": 1}
+    changed = [loader.next_batch()[0] for _ in range(5)]
+    assert not any(ours.equal(theirs) for ours, theirs in zip(changed, going_on))
+    assert {int(x) % 10 for x in torch.cat(changed)[:, 0]} == {int(x) % 10 for x in torch.cat(going_on)[:, 0]}
+    loader.load_state_dict(state)
+    assert all(loader.next_batch()[0].equal(x) for x in going_on)

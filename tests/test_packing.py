@@ -26,6 +26,7 @@ from gpt.packing import (
     packed_validation,
     piece_starts,
     places,
+    read_pieces,
 )
 from gpt.shards import read_tokens
 from tests.corpus_checks import calm
@@ -357,3 +358,20 @@ def test_a_run_keeps_documents_apart_in_training_and_validation(packing, tmp_pat
             nats += model.loss(part[:, :-1], part[:, 1:], reduction="sum").item()
     val_loss = read_metrics(tmp_path / "run/metrics.jsonl")[-1]["val_loss"]
     assert (val_loss == pytest.approx(nats / (len(tokens) - 1), abs=1e-5)) == apart
+
+
+def test_a_packed_row_piece_by_piece():
+    x, y, positions, ids = read_pieces(np.arange(10, 30), [[(3, 2), (12, 3)], [(0, 7)], []], 7)
+    assert x.tolist() == [[13, 14, 22, 23, 24, 0, 0], [10, 11, 12, 13, 14, 15, 16], [0] * 7]
+    assert y.tolist() == [[14, 15, 23, 24, 25, -100, -100], [11, 12, 13, 14, 15, 16, 17], [-100] * 7]
+    assert positions.tolist() == [[0, 1, 0, 1, 2, 0, 1], [0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6]]
+    assert ids.tolist() == [[0, 0, 1, 1, 1, 2, 2], [0] * 7, [0] * 7]
+    assert [part.dtype for part in (x, y, positions, ids)] == [torch.int64] * 3 + [torch.int32]
+
+
+def test_a_best_fit_state_is_plain_and_names_the_place(small_pools):
+    loader = loader_of("best_fit", batch_size=3)
+    for _ in range(2):
+        loader.next_batch()
+    order = {"seed": 5, "seq_len": 12, "tokens": len(corpus(lengths_of(90))), "packing": "best_fit"}
+    assert loader.state_dict() == {"epoch": 0, "pool": 0, "row": 6, "rollbacks": 0, **order}

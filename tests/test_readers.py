@@ -343,3 +343,13 @@ def test_a_file_that_changes_while_it_is_read(tmp_path, make, form):
 def test_a_source_says_what_decides_its_text():
     plain = Source("x", Path("x"), 1)
     assert plain.form == ["utf-8", None]
+
+
+@pytest.mark.parametrize("limit", [1, 9, 10, 11, 19, 20, 21, 30])
+def test_a_limit_anywhere_in_packed_blocks(tmp_path, monkeypatch, limit):
+    blocks = [b"0123456789", b"abcdefghij", b"klmno"]
+    asked = []
+    monkeypatch.setattr(readers, "unpacked", lambda *_: (asked.append(block) or block for block in blocks))
+    source = Source("x", write(tmp_path / "x", b"packed"), 6, packing="gz", limit=limit)
+    assert "".join(source.chunks("strict")) == b"".join(blocks)[:limit].decode()
+    assert len(asked) == min(3, -(-limit // 10))  # no more than is needed is unpacked

@@ -1,0 +1,73 @@
+"""Compressed files: known by content, all their members, what follows them, in bounded memory."""
+
+import json
+
+import pytest
+
+from gpt import readers
+from gpt.errors import UserError
+from gpt.unpack import unpacked
+from tests.corpus_checks import PACK, POEM, documents_of, write
+
+TEXTS = ["one\n", "zwei — naïve"]
+LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+
+
+@pytest.mark.parametrize("packing", [p for p in PACK if p])
+@pytest.mark.parametrize("name", ["x", "x.txt", "x.txt.gz", "x.bz2"])
+def test_compression_is_known_by_content(tmp_path, packing, name):
+    assert documents_of(write(tmp_path / name, PACK[packing](POEM.encode()))) == [POEM]
+    assert documents_of(write(tmp_path / "folder" / name, PACK[packing](POEM.encode())).parent) == [POEM]
+
+
+def test_a_name_of_compression_on_plain_text(tmp_path, caplog):
+    assert documents_of(write(tmp_path / "x.txt.gz", POEM)) == [POEM]
+    assert documents_of(write(tmp_path / "x.jsonl.xz", LINES)) == TEXTS
+    assert caplog.text.count("it is not compressed, and is read as it is") == 2
+
+
+@pytest.mark.parametrize("packing", [p for p in PACK if p])
+@pytest.mark.parametrize("chunk", [3, 7, 1 << 14])
+def test_all_members_are_read(tmp_path, monkeypatch, packing, chunk):
+    monkeypatch.setattr(readers, "_PACKED_CHUNK", chunk)
+    pack = PACK[packing]
+    assert documents_of(write(tmp_path / f"x{packing}", pack(b"one ") + pack(b"") + pack(b"two"))) == ["one two"]
+
+
+@pytest.mark.parametrize("packing", [p for p in PACK if p])
+@pytest.mark.parametrize("chunk", [1, 5, 1 << 14])
+@pytest.mark.parametrize("rest", [b"garbage", b"\n", b"BZ", b"\0" * 3 + b"x"], ids=repr)
+def test_what_follows_the_last_member(tmp_path, monkeypatch, caplog, packing, chunk, rest):
+    """gzip and bzip2 leave it out with a warning, the others refuse it."""
+    monkeypatch.setattr(readers, "_PACKED_CHUNK", chunk)
+    path = write(tmp_path / f"x.txt{packing}", PACK[packing](POEM.encode()) + rest)
+    if packing in (".gz", ".bz2") and (packing, rest) != (".bz2", b"BZ"):
+        assert documents_of(path) == [POEM]
+        assert caplog.text.count(f"what follows its compressed text is not {packing} and is left out") == 1
+    else:
+        with pytest.raises(UserError, match=r"x\.txt\.\w+ (is no \.|is cut short)"):
+            documents_of(path)
+
+
+@pytest.mark.parametrize("packing", [".gz", ".xz"])
+def test_padding_after_a_member_is_nothing(tmp_path, packing, caplog):
+    pack = PACK[packing]
+    path = write(tmp_path / f"x.txt{packing}", pack(b"one ") + bytes(8) + pack(b"two") + bytes(600))
+    assert documents_of(path) == ["one two"] and caplog.text == ""
+
+
+@pytest.mark.parametrize("packing", [p for p in PACK if p])
+def test_what_is_cut_short_is_refused(tmp_path, packing):
+    data = PACK[packing](POEM.encode())
+    for cut in (data[:-1], data[: len(data) // 2], data + data[:-1], data[:7]):
+        with pytest.raises(UserError, match=r"is cut short|is damaged"):
+            documents_of(write(tmp_path / f"x.txt{packing}", cut))
+
+
+@pytest.mark.parametrize("packing", [p for p in PACK if p])
+def test_a_small_file_that_unpacks_to_a_large_text_is_read_in_parts(packing):
+    """A file of 64 MiB of spaces: no part that comes out of a kilobyte of it is larger than what is asked for."""
+    data = PACK[packing](b" " * (64 << 20))
+    sizes = [len(part) for part in unpacked([data], packing.removeprefix("."), "x", 1 << 20)]
+    assert sum(sizes) == 64 << 20
+    assert max(sizes) <= {".bz2": 2 << 20, ".xz": 2 << 20}.get(packing, 40 << 20)
