@@ -25,8 +25,8 @@ class Profiler:
 
     def step(self) -> None:
         if self.profile is not None:
+            self.taken += 1  # first: the last step's end writes the trace
             self.profile.step()
-            self.taken += 1
 
     def close(self) -> None:
         """End the trace; what was recorded so far is written, if it was not yet."""
