@@ -251,3 +251,9 @@ def test_windows_outside_the_tokens_are_refused():
 def test_a_token_file_that_is_gone(tmp_path):
     with pytest.raises(UserError, match=r"cannot read the token file .*gone.bin: No such file"):
         foreign.look_at(tmp_path / "gone.bin")
+
+
+def test_a_glob_searches_folders(tmp_path, make):
+    nanogpt(tmp_path / "texts/a/deep/train.bin")
+    nanogpt(tmp_path / "texts/val.bin")
+    assert make(tmp_path / "texts/**/*.bin", "byte").train_tokens == len(IDS)

@@ -170,3 +170,15 @@ def test_dry_run_speaks_of_packing_and_counts_all_corpora(folder, capsys):
     assert "epochs of" in capsys.readouterr().out
     assert status_of("--corpus", "prose.txt", "--packing", "documents", "--dry-run") == 2
     assert "packing documents keeps documents apart, but the corpus is one document" in capsys.readouterr().err
+
+
+def test_order_and_digests_are_those_of_earlier_versions(tmp_path):
+    """Or a run that goes on would see other text, and every corpus would be tokenized again."""
+    assert mixture().chosen(20).tolist() == [2, 0, 0, 1, 0, 2, 1, 0, 1, 0, 0, 1, 0, 2, 1, 0, 1, 0, 2, 1]
+    (tmp_path / "a.txt").write_text("one text\n" * 20)
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n{"text": "three"}\n' * 9)
+    names = (str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl"))
+    data = DataConfig(names, tmp_path / "cache", corpus_weights=(1.0, 2.0))
+    corpora = prepare_all(data, TokenizerConfig("byte"))
+    digests = [made.digest[:16] for made in (*corpora, together(corpora))]
+    assert digests == ["9fecfa09e0c2b929", "d0e2d6aecd5b1810", "b931c282e014546b"]

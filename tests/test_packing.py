@@ -375,3 +375,24 @@ def test_a_best_fit_state_is_plain_and_names_the_place(small_pools):
         loader.next_batch()
     order = {"seed": 5, "seq_len": 12, "tokens": len(corpus(lengths_of(90))), "packing": "best_fit"}
     assert loader.state_dict() == {"epoch": 0, "pool": 0, "row": 6, "rollbacks": 0, **order}
+
+
+STREAM = [[100077, 0, 102633, 0], [247, 24055, 57715, 117295], [110767, 113479, 0, 125575]]
+ORDERS = {
+    "stream": ({"epoch": 2, "index": 3}, STREAM),
+    "documents": ({"epoch": 2, "index": 3}, STREAM),
+    "best_fit": (
+        {"epoch": 2, "pool": 1, "row": 3},
+        [[135960, 107318, 42862, 3231], [22263, 118018, 131423, 82138], [2687, 114304, 21693, 127128]],
+    ),
+}
+
+
+@pytest.mark.parametrize("packing", ORDERS)
+def test_the_order_is_that_of_earlier_versions(packing):
+    """Or a run that goes on under this one would see other text: at the start, at a place, and after rollbacks."""
+    place, expected = ORDERS[packing]
+    loader = make_loader(corpus(lengths_of(9000)), packing, DOCUMENT, batch_size=4, seq_len=12, seed=5)
+    for change, second in zip(({}, place, place | {"rollbacks": 2}), expected, strict=True):
+        loader.load_state_dict(loader.state_dict() | {"rollbacks": 0} | change)
+        assert loader.next_batch()[0][:, 1].tolist() == second

@@ -6,7 +6,7 @@ import pytest
 
 from gpt import readers
 from gpt.errors import UserError
-from gpt.unpack import unpacked
+from gpt.unpack import need, unpacked
 from tests.corpus_checks import PACK, POEM, documents_of, write
 
 TEXTS = ["one\n", "zwei — naïve"]
@@ -71,3 +71,9 @@ def test_a_small_file_that_unpacks_to_a_large_text_is_read_in_parts(packing):
     sizes = [len(part) for part in unpacked([data], packing.removeprefix("."), "x", 1 << 20)]
     assert sum(sizes) == 64 << 20
     assert max(sizes) <= {".bz2": 2 << 20, ".xz": 2 << 20}.get(packing, 40 << 20)
+
+
+def test_a_package_that_is_missing_is_named():
+    assert need("json.decoder", "x").JSONDecoder
+    with pytest.raises(UserError, match=r"^Such files need the package no_such, which is not .*: pip install no_such$"):
+        need("no_such.part", "Such files")
