@@ -18,10 +18,11 @@ from gpt.config import require
 from gpt.errors import EXIT_DONE, EXIT_STOPPED, UserError, run_command
 from gpt.files import decoded, read_lines
 from gpt.generate import Generation, generate
-from gpt.run import StopRequest, load, loss_of_int8
+from gpt.run import load, loss_of_int8
 from gpt.run_files import FILES, RECORD
 from gpt.sample_output import FIELDS, Records, SampleFile, Screen
 from gpt.sampling import SamplingConfig, sample_seed
+from gpt.stop import StopRequest
 from gpt.streams import check_output, do_without_output
 from gpt.tokenizer import Tokenizer
 

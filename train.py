@@ -24,7 +24,6 @@ from gpt.config import Config
 from gpt.device import autocast, require_compiler, seed_generators
 from gpt.distributed import Parallel, World, join, mode_of
 from gpt.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED, out_of_memory, run_command
-from gpt.evaluate import evaluate, sample_text
 from gpt.guard import Guard, LossScale, all_finite
 from gpt.hardware import mfu, peak_flops
 from gpt.initial import copy_initial_weights
@@ -32,7 +31,7 @@ from gpt.loader import IGNORED, PLACES, Batches
 from gpt.lock import RunLock
 from gpt.mixture import check_lengths, make_mixture, prepare_all, together
 from gpt.model import GPT
-from gpt.monitor import CorpusProgress, Monitor, SilentMonitor
+from gpt.monitor import CorpusProgress, Monitor, SilentMonitor, Ticker
 from gpt.optim import Average, build_optimizers, gradient_norm, lr_scale, scale_gradients, set_learning_rate
 from gpt.optimizer_state import take_step
 from gpt.packing import check_packing
@@ -40,7 +39,6 @@ from gpt.plan import describe, fewer_rows
 from gpt.profile import Profiler
 from gpt.progress import Progress
 from gpt.run import (
-    StopRequest,
     checkpoints_of,
     claim_run_dir,
     differences,
@@ -52,7 +50,9 @@ from gpt.run import (
 )
 from gpt.saver import Saver
 from gpt.shards import read_tokens
+from gpt.stop import Stopped, StopRequest
 from gpt.streams import check_output, do_without_output
+from gpt.validation import bound_said, evaluate, evaluations, sample_text, settle
 
 
 def main(config: Config) -> int:
@@ -61,12 +61,21 @@ def main(config: Config) -> int:
     Raises UserError for whatever the user can put right, before anything in the run directory is touched.
     """
     check_output() if config.train.dry_run or config.train.eval_only else do_without_output()
-    with join(config.train) as world, RunLock(config.train.run_dir if world.main else None) as lock:
-        return train(config, world, lock)
+    try:
+        with join(config.train) as world, RunLock(config.train.run_dir if world.main else None) as lock:
+            return train(config, world, lock)
+    except Stopped as stopped:
+        print(f"stopped by {stopped} before training began; the same command begins again", file=sys.stderr)
+        return EXIT_STOPPED
 
 
 def train(config: Config, world: World, lock: RunLock) -> int:
-    """main, in a world that is there, with a lock that is released when it ends."""
+    """The whole run. world is joined already; the caller releases lock. Raises Stopped before the first step."""
+    with StopRequest(config.train.max_minutes) as stop:
+        return _train(config, world, lock, stop)
+
+
+def _train(config: Config, world: World, lock: RunLock, stop: StopRequest) -> int:
     options, device = config.train, world.device
 
     # Setup.
@@ -75,10 +84,11 @@ def train(config: Config, world: World, lock: RunLock) -> int:
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")
     say = print if world.main else lambda text: None
-    tokenizer, checkpoint = earlier_run(config, lock, say=say)
+    with stop.at_once():
+        tokenizer, checkpoint = earlier_run(config, lock, say=say)
 
     # Data: rank 0 makes what the others then find in the cache.
-    with world.main_first(), CorpusProgress() as progress:
+    with stop.at_once(), world.main_first(), CorpusProgress() as progress:
         shown = progress if world.main else None
         corpora = prepare_all(config.data, config.tokenizer, fixed_tokenizer=tokenizer, progress=shown)
     corpus = together(corpora)
@@ -90,7 +100,7 @@ def train(config: Config, world: World, lock: RunLock) -> int:
         tokenizer.encode(config.log.sample_prompt)  # a character that it lacks is refused here, not after hours
     if options.dry_run:
         if world.main:
-            print(describe(config, device, corpus.train_tokens, world.size))
+            print(describe(config, device, corpus.train_tokens, world.size, [c.val_tokens for c in corpora]))
         return EXIT_DONE
     val_tokens = [read_tokens(c.val, tokenizer) for c in corpora]
     loader = make_mixture([read_tokens(c.train, tokenizer) for c in corpora], tokenizer, config, world)
@@ -117,15 +127,25 @@ def train(config: Config, world: World, lock: RunLock) -> int:
         batches.go_to(state.get("loader", {}) | place)
         loss_scale.load_state_dict(state.get("scaler", {}))
         guard.load_state_dict(state.get("guard", {}))
+        settle(at, checkpoint, state, config, val_tokens, world)
         return state
 
+    def heard() -> bool:
+        """Whether any rank was told to stop: all must ask together."""
+        return world.any(stop.reason is not None)
+
     if checkpoint is not None:
-        state = restore(checkpoint)
+        with stop.at_once():
+            state = restore(checkpoint)
     start = at.step
     world.check_same(start, "the checkpoint to go on from")
     if options.eval_only:
+        ticker = Ticker(print if world.main else lambda text: None)
         with averaged():
-            result = evaluate(model, parallel, world, val_tokens, tokenizer, config)
+            watch = lambda done, total: ticker(done, total) or heard()
+            result = evaluate(model, parallel, world, val_tokens, tokenizer, config, options.eval_tokens, watch)
+        if result is None:
+            raise Stopped(stop.reason or "what another process was told")
         if world.main:
             print(f"step {start}: validation loss {result['val_loss']:.4f} nats per token, ", end="")
             print(f"{result['bits_per_byte']:.4f} bits per byte")
@@ -139,8 +159,8 @@ def train(config: Config, world: World, lock: RunLock) -> int:
         lasting = {key: state.get(key) for key in ("metrics_bytes", "wandb_id")}
         monitor = Monitor(config, start_step=start, **lasting)
     saver = Saver(checkpoints_of(run_dir) if world.main else None, keep=options.keep_checkpoints, metrics=monitor.path)
-    stop = StopRequest(options.max_minutes)
     monitor.say(summary(corpus, parameters, tokens_per_step, world, parallel.mode))
+    monitor.say(bound_said(config, val_tokens))
     if start >= options.max_steps:
         monitor.say(f"the run is at step {start} already: give more --max-steps to go on")
     monitor.say(differences(state.get("recipe", {}), recipe(config, world.size), start))
@@ -177,11 +197,16 @@ def train(config: Config, world: World, lock: RunLock) -> int:
             counts = torch.stack([(y != IGNORED).sum() for _, y, *_ in parts]).float()
             shares = counts / world.mean(counts.sum())
         for n, (batch, share) in enumerate(zip(parts, shares), start=1):
+            if n > 1 and listens and n % pace == 0 and heard():
+                raise Stopped
             loss += micro_step(batch, share, reduced=n == micro_steps)
         return loss
 
     def fits_everywhere() -> bool:
-        """Whether every rank has memory for a micro-batch. Each tries alone: none waits for one that has not."""
+        """Whether every rank has memory for a micro-batch. Each tries alone: none waits for one that has not.
+
+        Raises Stopped where a rank was told to stop.
+        """
         place, fits = batches.state_dict(), True
         try:
             micro_step(batches.next_batch(), 1.0, reduced=False)
@@ -191,12 +216,34 @@ def train(config: Config, world: World, lock: RunLock) -> int:
             fits = False
         model.zero_grad(set_to_none=True)
         batches.go_to(place)
-        return world.sum(fits) == [world.size]
+        fitting, asked = world.sum(fits, stop.reason is not None)
+        if asked and listens:
+            raise Stopped
+        return fitting == world.size
 
-    def sound() -> bool:
-        """Whether the validation text has a finite loss."""
+    def evaluated() -> list[dict[str, float]] | None:
+        """The evaluations of this step; None where a stop was heard first."""
+        watch = lambda done, total: monitor.evaluating(done, total) or heard()
+        run = lambda limit: evaluate(model, parallel, world, val_tokens, tokenizer, config, limit, watch)
         with averaged():
-            return math.isfinite(evaluate(model, parallel, world, val_tokens, tokenizer, config)["val_loss"])
+            return evaluations(run, config, val_tokens, at)
+
+    def validate() -> bool:
+        """Evaluate this step and write it down, and show a sample; False where a stop was heard first."""
+        results = evaluated()
+        for result in results or ():
+            monitor.log({"step": at.step, "tokens": at.tokens} | result)
+        if results is None:
+            return False
+        at.evaluated(results[0]["val_loss"])
+        at.evaluation_due = False
+        with averaged():
+            sample = sample_text(model, parallel, world, tokenizer, config, lambda: stop.reason is not None)
+        monitor.say(sample)
+        return True
+
+    def is_best() -> bool:
+        return not at.evaluation_due and (at.best or {}).get("step") == at.step
 
     def can_go_back() -> bool:
         if options.max_rollbacks <= loader.rollbacks:
@@ -207,73 +254,92 @@ def train(config: Config, world: World, lock: RunLock) -> int:
 
     # Loop. Nothing in it waits for the device but what comes after guard.read().
     status, stopping = EXIT_DONE, False
+    # Between micro-batches a stop is heard where that makes no device wait, or seldom; not while steps are skipped.
+    prompt, listens = world.size == 1 or device.type == "cpu", True
+    pace = 1 if prompt else 16
+    saved_step = start if options.resume or checkpoint is None else None  # in the run directory
     trials = 2 * (parallel.mode == "ddp" and world.size > 1)  # steps to try first; the second has optimizer states
     profiler, peak = Profiler(run_dir, options.profile_steps * world.main, monitor.say), peak_flops(device)
     model.train()
     since, since_step = time.perf_counter(), at.step
     try:
-        # A run that was killed between the two checkpoints of one step has the first of them, "step", alone.
-        lacks_best = world.main and not (checkpoints_of(run_dir) / f"best_{start:08d}").exists()
-        if options.resume and (at.best or {}).get("step") == start and world.sum(lacks_best) == [1]:
-            save("best")
+        # A run that was stopped or killed between the two checkpoints of one step has the first of them, "step", alone.
+        lacks_best = world.any(world.main and not (checkpoints_of(run_dir) / f"best_{start:08d}").exists())
+        lacks_best = lacks_best and (options.resume or at.evaluation_due)
+        if at.evaluation_due:
+            stopping = not validate()
+        if kinds := ["step"] * (stopping and saved_step is None) + ["best"] * (lacks_best and is_best()):
+            save(*kinds)
         elif options.resume and start >= options.max_steps:
             saver.prune(start)  # the last save may have been killed before it did
         while at.step < options.max_steps and not (stopping or at.without_progress(options.patience)):
             scale = lr_scale(at.step, options.max_steps, config.optim)
             set_learning_rate(optimizers, scale)
-            fits = trials == 0 or fits_everywhere()
-            seed_generators(device, options.seed, at.step, world.rank)  # of dropout: a resumed run draws alike
-            place, loss = batches.state_dict(), None
+            place, loss, abandoned = batches.state_dict(), None, False
             try:
+                fits = trials == 0 or fits_everywhere()
+                seed_generators(device, options.seed, at.step, world.rank)  # of dropout: a resumed run draws alike
                 loss = forward_backward() if fits else None
+            except Stopped:
+                abandoned = True
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
-            if loss is None:  # out here the error no longer holds on to the activations
+            if abandoned:
+                model.zero_grad(set_to_none=True)
+                batches.go_to(place)
+            elif loss is None:  # out here the error no longer holds on to the activations
                 model.zero_grad(set_to_none=True)
                 rows = loader.batch_size
                 batches.go_to(place, rows=fewer_rows(rows, config, device, world.size, agreed=not fits))
                 monitor.say(f"out of memory: micro-batches of {loader.batch_size} rows from now on, not {rows}")
                 continue
-            # Ranks must stop at the same step: what each was asked travels with the losses.
-            loss, asked = world.mean(torch.stack((loss, torch.full_like(loss, stop.reason is not None)))).unbind()
-            grad_norm = gradient_norm(weights) / loss_scale.scale
-            found_inf = guard.update(loss, grad_norm, asked)
-            if config.optim.grad_clip or loss_scale.enabled:
-                clip = (config.optim.grad_clip or math.inf) / (grad_norm + 1e-6)
-                scale_gradients(weights, clip.clamp(max=1.0) / loss_scale.scale)
-            for optimizer in optimizers:
-                take_step(optimizer, found_inf)
-                optimizer.zero_grad(set_to_none=True)
-            loss_scale.update(found_inf)
-            if average is not None:
-                average.update(found_inf)
-            trials = max(0, trials - 1)
-            at.step += 1
-            at.tokens += tokens_per_step
-            monitor.advance(at.step)
-            saver.check()
-            profiler.step()
+            else:
+                # Ranks must stop at the same step: what each was asked travels with the losses.
+                loss, asked = world.mean(torch.stack((loss, torch.full_like(loss, stop.reason is not None)))).unbind()
+                grad_norm = gradient_norm(weights) / loss_scale.scale
+                found_inf = guard.update(loss, grad_norm, asked)
+                if config.optim.grad_clip or loss_scale.enabled:
+                    clip = (config.optim.grad_clip or math.inf) / (grad_norm + 1e-6)
+                    scale_gradients(weights, clip.clamp(max=1.0) / loss_scale.scale)
+                for optimizer in optimizers:
+                    take_step(optimizer, found_inf)
+                    optimizer.zero_grad(set_to_none=True)
+                loss_scale.update(found_inf)
+                if average is not None:
+                    average.update(found_inf)
+                trials = max(0, trials - 1)
+                at.step += 1
+                at.tokens += tokens_per_step
+                monitor.advance(at.step)
+                saver.check()
+                profiler.step()
 
-            stopping = world.size == 1 and stop.reason is not None
+            stopping = abandoned or (prompt and heard())
             last = at.step == options.max_steps
-            # No log or evaluation where a run is stopped: gone on with, it has the metrics of one that was not.
-            log_now = last or at.step % config.log.log_interval == 0
-            evaluate_now = last or at.step % options.eval_interval == 0
-            save_now = last or at.step % options.checkpoint_interval == 0
+            # A stop adds no log and no evaluation: a resumed run has the metrics of one that was never stopped.
+            log_now = not abandoned and (last or at.step % config.log.log_interval == 0)
+            evaluate_now = not abandoned and (last or at.step % options.eval_interval == 0)
+            save_now = not abandoned and (last or at.step % options.checkpoint_interval == 0)
             looked_at = log_now or evaluate_now or save_now
             if not (looked_at or stopping):
                 continue
             seen = guard.read()  # waits for the device, and so does what follows
             at.skipped += seen.skipped
             stopping = stopping or seen.stopping
-            save_now = save_now or stopping
+            save_now = save_now or (stopping and at.step != saved_step)
             monitor.say(seen.said(at.step))
             # A spike, or a gradient out of float16's range, says nothing against the weights; any other may.
             doubtful = seen.in_a_row > 0 and not seen.spike and not (loss_scale.enabled and math.isfinite(seen.loss))
+            listens = not doubtful
             broken = (last or ((save_now or evaluate_now) and not doubtful)) and not all_finite(weights, world)
             failed = broken or (looked_at and seen.in_a_row >= options.max_skipped_steps)
-            failed = failed or (doubtful and last and not sound())
+            if doubtful and last and not failed:
+                results = evaluated()
+                if results is None:  # the last checkpoint leads here again
+                    stopping = True
+                    break
+                failed = not math.isfinite(results[0]["val_loss"])
             what = f"step {at.step}: the {'weights are not finite' if broken else seen.fault}"
             if failed and can_go_back():
                 restore(checkpoint, rollbacks=loader.rollbacks + 1)
@@ -300,30 +366,30 @@ def train(config: Config, world: World, lock: RunLock) -> int:
                     numbers["mfu"] = round(mfu(rate, flops_per_token, peak, world.size), 4)
                 monitor.log(record | seen.record(at.skipped) | numbers)
                 at.skipped = 0
-            best_now = False
+            at.evaluation_due = evaluate_now
+            if save_now:  # before the evaluation, which may take long
+                checkpoint, saved_step = save("step"), at.step
             if evaluate_now:
-                with averaged():
-                    result = evaluate(model, parallel, world, val_tokens, tokenizer, config)
-                    monitor.log(record | result)
-                    monitor.say(sample_text(model, parallel, world, tokenizer, config))
-                best_now = at.evaluated(result["val_loss"])
-                save_now = save_now or at.without_progress(options.patience)
-            if save_now or best_now:
-                checkpoint = save(*["step"] * save_now, *["best"] * best_now)
+                stopping = not validate() or (not last and heard())
+                ends = (stopping or at.without_progress(options.patience)) and saved_step != at.step
+                if kinds := ["step"] * ends + ["best"] * is_best():
+                    made = save(*kinds)
+                    checkpoint = checkpoint if save_now else made
+                    saved_step = at.step if ends else saved_step
             since, since_step = time.perf_counter(), at.step
         saver.wait()
         if at.without_progress(options.patience) and status == EXIT_DONE:
             monitor.say(f"{at.said()}, and training ends")
         if stopping and status == EXIT_DONE:
             reason = stop.reason or "what another process was told"
-            monitor.say(f"stopped by {reason} after step {at.step}; --resume goes on from there")
+            where = "there, with the evaluation of that step" if at.evaluation_due else "there"
+            monitor.say(f"stopped by {reason} after step {at.step}; --resume goes on from {where}")
             status = EXIT_STOPPED
     finally:
         saver.close()
         batches.close()
         profiler.close()
         monitor.close()
-        stop.close()
     if world.main:
         print("\n".join(["written:", *(f"  {run_dir / name}" for name in monitor.written())]))
     world.sum(0)  # torchrun ends the others when one leaves with a status: none does before rank 0 is through

@@ -8,6 +8,7 @@ import numpy as np
 
 from gpt.config import TokenizerConfig
 from gpt.errors import UserError
+from gpt.stop import aside
 from gpt.tokenizer import DOCUMENT, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, code_points
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def build_tokenizer(
     if kind == "bpe":
         from gpt.bpe import PATTERN, merge_order, train_bpe
 
-        tokens = merge_order(train_bpe(texts(), config.bpe_vocab_size - 1))
+        tokens = merge_order(aside(lambda: train_bpe(texts(), config.bpe_vocab_size - 1)))
         size = len(tokens) + 1
         if size < config.bpe_vocab_size:
             log.warning(

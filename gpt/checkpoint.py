@@ -319,6 +319,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         "scaler": table(number),
         "evaluations_since_best": count,
         "skipped": count,
+        "evaluation_due": lambda value: isinstance(value, bool),
         "guard": lambda value: (
             isinstance(value, dict)
             and count(value.get("in_a_row"))

@@ -174,7 +174,8 @@ class TrainConfig:
     eval_interval: int = 250
     """Steps between evaluations; the last step is always evaluated."""
     eval_tokens: int | None = None
-    """Validation tokens an evaluation reads, always the same ones from the start. None: all."""
+    """Validation tokens an evaluation reads of each corpus, always the same ones from the start. None: 262,144, and in
+    the last evaluation all."""
     checkpoint_interval: int = 500
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = 2

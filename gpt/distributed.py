@@ -7,6 +7,7 @@ without it is a world of one, for which everything here does nothing.
 import gc
 import inspect
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,6 +60,10 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
+    def any(self, value: bool) -> bool:
+        """Whether some rank says so. Waits for the device."""
+        return self.sum(value)[0] > 0
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """Rank 0 goes through the block alone; the others follow when it is through."""
@@ -67,7 +72,10 @@ class World:
             return
         patient = dist.new_group(backend="gloo", timeout=CORPUS_TIMEOUT)
         if not self.main:
-            dist.barrier(patient)
+            through = dist.barrier(patient, async_op=True)
+            while not through.is_completed():  # a wait within the library would hear no signal
+                time.sleep(0.05)
+            through.wait()
         yield
         if self.main:
             dist.barrier(patient)

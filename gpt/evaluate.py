@@ -1,88 +1,30 @@
-"""What a run looks at now and then: its validation loss, and what the model writes; and a command that scores.
+"""A command that scores text and questions with a model.
 
 python -m gpt.evaluate RUN --corpus TEXT ... [--stride N]
 python -m gpt.evaluate RUN --multiple-choice QUESTIONS.jsonl [--few-shot K]
 """
 
 import json
-import math
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import tyro
 
 from gpt.cache import cache_folder
 from gpt.command_line import parse_flags
-from gpt.config import Config, DataConfig, require, require_sizes
+from gpt.config import DataConfig, require, require_sizes
 from gpt.device import autocast
-from gpt.distributed import Parallel, World, whole_model
 from gpt.documents import read_documents
 from gpt.errors import EXIT_DONE, UserError, run_command
 from gpt.files import read_lines
 from gpt.foreign import find_token_files
-from gpt.generate import generate
 from gpt.initial import load_source
-from gpt.loader import PLACES, target_bytes, targets_in
-from gpt.model import GPT
-from gpt.packing import packed_validation
-from gpt.sampling import SamplingConfig
 from gpt.scoring import Question, multiple_choice, score_texts, with_shots
 from gpt.sources import find_sources
+from gpt.stop import StopRequest
 from gpt.streams import check_output
-from gpt.tokenizer import Tokenizer
-
-
-@torch.no_grad()
-def evaluate(
-    model: GPT, parallel: Parallel, world: World, tokens: Sequence[Any], tokenizer: Tokenizer, config: Config
-) -> dict[str, float]:
-    """Loss over the validation slice, each token but the first once, in windows of the context; over all ranks.
-
-    Of several corpora with weights: the mean by weight, and the loss of each under val_loss_1, val_loss_2, ...
-    """
-    limit, weights = config.train.eval_tokens, config.data.corpus_weights
-    model.eval()
-    losses = [_mean_loss(parallel, world, part, tokenizer, config) for part in tokens]
-    model.train()
-    # Bytes of text behind a target, on average.
-    sizes = [max(1, target_bytes(part, tokenizer, limit)) / targets_in(part, limit) for part in tokens]
-    shares = [weight / sum(weights) for weight in weights] if len(tokens) > 1 else [1.0]
-    nats, size = (sum(map(math.prod, zip(shares, values, strict=True))) for values in (losses, sizes))
-    each = {f"val_loss_{i}": loss for i, loss in enumerate(losses, 1)} if len(tokens) > 1 else {}
-    return {"val_loss": nats, "bits_per_byte": nats / math.log(2) / size, **each}
-
-
-def _mean_loss(parallel: Parallel, world: World, tokens: Any, tokenizer: Tokenizer, config: Config) -> float:
-    """Nats per target of one corpus's validation slice."""
-    T = config.model.seq_len
-    options = {"batch_size": max(config.train.batch_size, 8192 // T), "seq_len": T}
-    options |= {"rank": world.rank, "world_size": world.size, "max_tokens": config.train.eval_tokens}
-    nats, count = 0.0, 0
-    for batch in packed_validation(tokens, config.data.packing, tokenizer.document_token, **options):
-        x, y, *places = (part.to(world.device) for part in batch)
-        with autocast(world.device, config.train.eval_dtype or config.train.dtype):
-            nats += float(parallel.eval_loss(x, y, **dict(zip(PLACES, places))))
-        count += int((batch[1] >= 0).sum())
-    nats, count = world.sum(nats, count)
-    return nats / count
-
-
-def sample_text(model: GPT, parallel: Parallel, world: World, tokenizer: Tokenizer, config: Config) -> str | None:
-    """What the model writes now, for rank 0 to show. It draws from a generator of its own; None if not asked for."""
-    if not config.log.sample_tokens:
-        return None
-    whole = whole_model(model, parallel.mode, world)
-    if whole is None:
-        return None
-    sampling = SamplingConfig(max_new_tokens=config.log.sample_tokens, rolling=True, seed=config.train.seed)
-    pieces = generate(whole, tokenizer, [config.log.sample_prompt], sampling)
-    text = config.log.sample_prompt + "".join(piece.text for piece in pieces)
-    return "\n".join("  | " + line for line in text.split("\n"))
-
 
 # The options of DataConfig that a text is read with.
 TEXT_OPTIONS = ("text_field", "encoding_errors", "max_corpus_bytes", "max_download_bytes", "cache_dir")
@@ -174,8 +116,13 @@ def _count(n: int, what: str) -> str:
 
 
 def main(arguments: Arguments) -> int:
-    """Score and print. Returns the exit status."""
+    """Score and print. Returns the exit status. SIGTERM ends it as Ctrl-C does, with a KeyboardInterrupt."""
     check_output()
+    with StopRequest() as stop, stop.at_once():
+        return _main(arguments)
+
+
+def _main(arguments: Arguments) -> int:
     # Whatever is wrong with the text is said before a model is loaded.
     if arguments.corpus:
         given = {name: getattr(arguments, name) for name in TEXT_OPTIONS}

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,9 @@ from gpt.config import Config
 from gpt.errors import UserError
 from gpt.files import write_whole
 from gpt.loss_plot import Losses, plot_losses
+from gpt.stop import process_seconds
 
-_IMPORTED = time.monotonic()
-
-
-def process_seconds() -> float:
-    """Wall seconds since this process began; where the system does not tell, since this module was imported."""
-    try:
-        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
-    except (OSError, ValueError, AttributeError, IndexError):
-        return time.monotonic() - _IMPORTED
+SILENCE = 10.0  # seconds of an evaluation before it says how far it is
 
 
 def metrics_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
@@ -124,6 +116,21 @@ class CorpusProgress:
             self.progress.stop()
 
 
+class Ticker:
+    """Says how far an evaluation is, when it has taken SILENCE seconds and after each such time again."""
+
+    def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._say, self._clock = say, clock
+        self._last = clock()
+
+    def __call__(self, done: int, total: int) -> None:
+        if done == 0:
+            self._last = self._clock()
+        elif self._clock() - self._last >= SILENCE:
+            self._last = self._clock()
+            self._say(f"evaluating: {done / total:.0%} of {total:,} tokens")
+
+
 class Monitor:
     """Lines of metrics.jsonl, a bar on a terminal (plain lines elsewhere), and wandb.
 
@@ -144,6 +151,7 @@ class Monitor:
         self.wandb = start_wandb(config, wandb_id) if config.log.wandb != "off" else None
         self.console = Console(highlight=False)
         self.last_line = -math.inf
+        self.ticker = Ticker(self.say)
         self.progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -171,6 +179,13 @@ class Monitor:
         if not self.progress.disable:
             self.progress.update(self.task, completed=step)
 
+    def evaluating(self, done: int, total: int) -> None:
+        """Show how far an evaluation is, in tokens."""
+        if self.progress.disable:
+            self.ticker(done, total)
+        else:
+            self.progress.update(self.task, status=f"evaluating: {done / total:.0%} of {total:,} tokens")
+
     def log(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl; wall seconds are added. Shown in the bar, or as a line where there is none."""
         record = {**record, "seconds": round(process_seconds(), 3)}
@@ -185,9 +200,10 @@ class Monitor:
             self.wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
         step = record["step"]
         if "val_loss" in record:
+            whole = f" on all {record['val_tokens']:,} tokens" if "val_tokens" in record else ""
             self.say(
                 f"step {step}: validation loss {record['val_loss']:.4f} nats per token, "
-                f"{record['bits_per_byte']:.4f} bits per byte, {record['seconds']:.1f} s"
+                f"{record['bits_per_byte']:.4f} bits per byte{whole}, {record['seconds']:.1f} s"
             )
         elif "train_loss" in record:
             status = f"loss {record['train_loss']:.4f}  {record['tokens_per_second'] / 1000:.1f}k tokens/s"
@@ -243,6 +259,8 @@ class SilentMonitor:
     def say(self, text: str | None) -> None: ...
 
     def advance(self, step: int) -> None: ...
+
+    def evaluating(self, done: int, total: int) -> None: ...
 
     def log(self, record: dict[str, Any]) -> None: ...
 

@@ -6,6 +6,7 @@ autograd keeps for the backward is added up.
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -16,9 +17,11 @@ from gpt.config import Config
 from gpt.device import autocast
 from gpt.errors import UserError
 from gpt.hardware import peak_flops
+from gpt.loader import targets_in
 from gpt.model import GPT
 from gpt.optim import build_optimizers, lr_scale
 from gpt.optimizer_state import begin_states
+from gpt.validation import limits
 
 ASSUMED_MFU = 0.4  # of the peak; what llm.c reaches on an H100 at 124M parameters
 
@@ -132,7 +135,9 @@ def sparkline(values: list[float]) -> str:
     return "".join(blocks[round(8 * value / largest)] for value in values)
 
 
-def describe(config: Config, device: torch.device, train_tokens: int, world_size: int = 1) -> str:
+def describe(
+    config: Config, device: torch.device, train_tokens: int, world_size: int = 1, val_tokens: Sequence[int] = ()
+) -> str:
     """The plan as text: parameters, memory, tokens, FLOPs, learning rate and, where the device is known, time."""
     train, optim, T = config.train, config.optim, config.model.seq_len
     with torch.device("meta"):
@@ -154,6 +159,8 @@ def describe(config: Config, device: torch.device, train_tokens: int, world_size
         f"learning rate    {sparkline(curve)}  peak {optim.learning_rate:g}, "
         f"last {optim.learning_rate * lr_scale(train.max_steps - 1, train.max_steps, optim):.3g}",
     ]
+    if val_tokens:
+        lines.append(_evaluations(config, model, flops, val_tokens))
     peak = peak_flops(device)
     if peak is not None:
         seconds = flops / (peak * world_size * ASSUMED_MFU)
@@ -161,6 +168,17 @@ def describe(config: Config, device: torch.device, train_tokens: int, world_size
     else:
         lines.append(f"time             unknown: no peak of {device} is known")
     return "\n".join(lines)
+
+
+def _evaluations(config: Config, model: GPT, flops: float, val_tokens: Sequence[int]) -> str:
+    """What the evaluations will cost beside a training of so many FLOPs."""
+    corpora = [range(n) for n in val_tokens]
+    read = [sum(targets_in(part, limit) for part in corpora) for limit in limits(config, corpora, ends=True)]
+    times = -(-config.train.max_steps // config.train.eval_interval)
+    total = times * read[0] + sum(read[1:])
+    share = total * model.flops_per_token(training=False) / flops
+    once = f" and once {read[1]:,}" if len(read) > 1 else ""
+    return f"evaluation       {times:,} times {read[0]:,} tokens{once}: {share:.1%} of the FLOPs above in addition"
 
 
 def size(n_bytes: int) -> str:

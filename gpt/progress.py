@@ -16,6 +16,8 @@ class Progress:
     evaluations_since_best: int = 0
     skipped: int = 0
     """steps that were skipped and are in no line of metrics.jsonl yet"""
+    evaluation_due: bool = False
+    """the evaluation of this step is still to be made"""
 
     def load(self, state: dict[str, Any], tokens_per_step: int) -> None:
         """Take what a state.json holds; tokens_per_step: for one that does not tell its tokens."""
@@ -23,6 +25,7 @@ class Progress:
         self.tokens = state.get("tokens", self.step * tokens_per_step)
         self.evaluations_since_best = state.get("evaluations_since_best", 0)
         self.skipped = state.get("skipped", 0)
+        self.evaluation_due = state.get("evaluation_due", False)
 
     def evaluated(self, val_loss: float) -> bool:
         """Note a validation loss; whether it is the lowest so far."""

@@ -1,13 +1,11 @@
-"""A run directory: how a run is begun, gone on with, stopped, and how its model comes back."""
+"""A run directory: how a run is begun and gone on with, and how its model comes back."""
 
 import json
 import math
 import os
-import signal
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +23,6 @@ from gpt.generate import generate
 from gpt.hf_folders import adapter, instead
 from gpt.lock import RunLock
 from gpt.model import GPT
-from gpt.monitor import process_seconds
 from gpt.run_files import RunFiles, checkpoints_of
 from gpt.sampling import SamplingConfig
 from gpt.shards import read_tokens
@@ -311,36 +308,3 @@ def _validation_tokens(run_dir: Path, tokenizer: Tokenizer) -> np.ndarray | None
     except (OSError, ValueError, KeyError, TypeError):  # a UserError is a ValueError
         return None
     return tokens if len(tokens) > 1 else None
-
-
-class StopRequest:
-    """Why the loop should end in order: a SIGINT or SIGTERM, or a time limit. A SIGINT after that ends the process.
-
-    A SIGTERM after that does not: where a whole job is told to end, torchrun tells each process again.
-
-    max_minutes: since the process began; 0 is no limit. close() gives the signals back to who had them before.
-    """
-
-    def __init__(self, max_minutes: float = 0.0) -> None:
-        self.signal: int | None = None
-        self.max_minutes = max_minutes
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    @property
-    def reason(self) -> str | None:
-        """What stops this process; None while nothing does."""
-        if self.signal is not None:
-            return signal.Signals(self.signal).name
-        if 0 < self.max_minutes <= process_seconds() / 60:
-            return f"its limit of {self.max_minutes:g} minutes"
-        return None
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.signal = self.signal or number
-
-    def close(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

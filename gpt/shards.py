@@ -53,6 +53,10 @@ class ShardWriter:
         """Bring the tokens so far to the disk; what another writer needs to go on after them."""
         self._file.flush()
         os.fsync(self._file.fileno())
+        return self.mark()
+
+    def mark(self) -> dict[str, Any]:
+        """The same while nothing is brought to the disk yet."""
         return {"tokens": self.tokens, "sha256": self._digest.hexdigest()}
 
     def _go_on(self, state: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from gpt.tokenizer import BPETokenizer, Tokenizer, UnknownCharacter
 GROUP = 400_000  # characters that are encoded at a time,
 PIECES = 2000  # in at most so many pieces
 PART = 100_000_000  # characters after which the journal is written
+WORTH_KEEPING = 1_000_000  # characters that an interrupt writes it for
 
 SIDES: tuple[Side, Side] = ("train", "val")
 
@@ -79,23 +80,42 @@ def write_tokens(
     writers = _resume(paths, tokenizer, counts)
     if writers is None:
         counts, writers = Counts(), {side: ShardWriter(path, tokenizer) for side, path in paths.items()}
-    written = counts.characters
+    written, marked = counts.characters, None
     with writers["train"], writers["val"]:
-        for group, encoded in _encoded(_groups(sources, split, tokenizer, errors, on_read), tokenizer, counts.groups):
-            for side, ids in encoded.ids.items():
-                writers[side].append(ids)
-            counts.train_bytes += encoded.bytes["train"]
-            counts.val_bytes += encoded.bytes["val"]
-            counts.blank = counts.blank and encoded.blank
-            counts.groups += 1
-            counts.characters += sum(len(piece.text) for piece in group)
-            counts.documents += sum(piece.starts for piece in group)
-            if counts.characters - written >= PART:
-                written = counts.characters
-                counts.shards = {side: writer.state() for side, writer in writers.items()}
-                record = {"fingerprint": tokenizer.fingerprint, "group": GROUP, **asdict(counts)}
-                write_whole(folder / JOURNAL, json.dumps(record).encode())
+        try:
+            for group, encoded in _encoded(
+                _groups(sources, split, tokenizer, errors, on_read), tokenizer, counts.groups
+            ):
+                _append(writers, counts, group, encoded)
+                marked = replace(counts, shards={side: writer.mark() for side, writer in writers.items()})
+                if counts.characters - written >= PART:
+                    written = counts.characters
+                    _keep(folder, tokenizer, marked, writers)
+        except KeyboardInterrupt:
+            if marked is not None and marked.characters - written >= WORTH_KEEPING:
+                _keep(folder, tokenizer, marked, writers)
+            raise
     return counts
+
+
+def _append(writers: dict[Side, ShardWriter], counts: Counts, group: list[_Piece], encoded: _Encoded) -> None:
+    """Write an encoded group and count it."""
+    for side, ids in encoded.ids.items():
+        writers[side].append(ids)
+    counts.train_bytes += encoded.bytes["train"]
+    counts.val_bytes += encoded.bytes["val"]
+    counts.blank = counts.blank and encoded.blank
+    counts.groups += 1
+    counts.characters += sum(len(piece.text) for piece in group)
+    counts.documents += sum(piece.starts for piece in group)
+
+
+def _keep(folder: Path, tokenizer: Tokenizer, marked: Counts, writers: dict[Side, ShardWriter]) -> None:
+    """Bring the tokens to the disk, and then a journal that says how far they are good."""
+    for writer in writers.values():
+        writer.state()
+    record = {"fingerprint": tokenizer.fingerprint, "group": GROUP, **asdict(marked)}
+    write_whole(folder / JOURNAL, json.dumps(record).encode())
 
 
 def _journal(path: Path, tokenizer: Tokenizer) -> Counts:

@@ -33,7 +33,7 @@ def make_run(folder: Path) -> None:
         best.rmdir()
     for step in Path("run/checkpoints").iterdir():
         state = json.loads((step / "state.json").read_text())
-        (step / "state.json").write_text(json.dumps(state | {"best": None}))
+        (step / "state.json").write_text(json.dumps(state | {"best": None, "evaluation_due": False}))
         reseal(step)
 
 

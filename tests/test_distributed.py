@@ -225,7 +225,7 @@ def job(tmp_path):
 
     def job(*more: str) -> tuple[subprocess.Popen, dict[str, int]]:
         endless = ["--max-steps", "100000", "--eval-interval", "100000", "--checkpoint-interval", "100000"]
-        command = [*LAUNCH, str(ROOT / "train.py"), *flags("run", 4, *more, *endless)]
+        command = [*LAUNCH, str(ROOT / "train.py"), *flags("run", 4, *endless, *more)]
         process = subprocess.Popen(
             command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -261,6 +261,18 @@ def test_a_signal_stops_all_ranks_at_one_step_and_saves(job, tmp_path):
     (newest,) = (tmp_path / "run/checkpoints").glob("step_*")
     assert verify(newest) is None
     assert int(newest.name.removeprefix("step_")) == read_metrics(tmp_path / "run/metrics.jsonl")[-1]["step"]
+
+
+def test_a_signal_in_an_evaluation_stops_all_ranks_and_saves(job, tmp_path):
+    """It would read a million tokens, after the third step; one of the two ranks is told."""
+    (tmp_path / "text.txt").write_text(TEXT * 4000)
+    process, ranks = job("--tokenizer", "byte", "--eval-interval", "3", "--eval-tokens", "1000000")
+    os.kill(ranks["1"], signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert "after step 3; --resume goes on from there, with the evaluation of that step" in output, errors
+    assert verify(tmp_path / "run/checkpoints/step_00000003") is None
+    assert [r["step"] for r in read_metrics(tmp_path / "run/metrics.jsonl")] == [1, 2, 3]
+    assert "exitcode  : 4" in errors
 
 
 def test_all_ranks_go_back_and_give_up_together(tmp_path):

@@ -225,14 +225,33 @@ def test_patience_is_in_the_checkpoint(capsys):
 # Time and memory.
 
 
-def test_a_time_limit_saves_and_resume_goes_on(capsys):
-    """A process that runs tests is older than 6 ms."""
+@pytest.mark.parametrize(("seconds", "end"), [(89.9, 3), (90.1, 1)])
+def test_a_time_limit_is_in_minutes_of_the_process(capsys, monkeypatch, seconds, end):
+    monkeypatch.setattr("gpt.stop.process_seconds", lambda: seconds)
+    assert run("--max-steps", "3", "--max-minutes", "1.5") == (0 if end == 3 else 4)
+    assert ("stopped by its limit of 1.5 minutes after step 1" in capsys.readouterr().out) == (end == 1)
+    assert f"step_{end:08d}" in checkpoints()
+
+
+def test_a_time_limit_saves_and_resume_goes_on(capsys, monkeypatch):
+    """The limit of 100 minutes ends within the second step."""
+    clock = [5999.0]
+    monkeypatch.setattr("gpt.stop.process_seconds", lambda: clock[0])
+    replace_loss(monkeypatch, lambda x, loss: clock.append(clock.pop() + 0.6) or loss)
+    assert run("--max-steps", "4", "--max-minutes", "100") == 4
+    assert "stopped by its limit of 100 minutes after step 2; --resume goes on" in capsys.readouterr().out
+    assert checkpoints() == ["step_00000002"]
+    clock[:] = [0.0]
+    assert run("--max-steps", "4", "--max-minutes", "100", "--resume") == 0
+    assert run("--max-steps", "4", run_dir="plain") == 0
+    assert all(torch.equal(w, weights_of("plain", 4)[name]) for name, w in weights_of("run", 4).items())
+
+
+def test_a_time_limit_that_is_over_at_the_start_leaves_a_step(capsys):
+    """Else a job that is started again and again would never come further. A process of tests is older than 6 ms."""
     assert run("--max-steps", "4", "--max-minutes", "0.0001") == 4
     assert "stopped by its limit of 0.0001 minutes after step 1; --resume goes on" in capsys.readouterr().out
     assert checkpoints() == ["step_00000001"]
-    assert run("--max-steps", "4", "--max-minutes", "100000", "--resume") == 0
-    assert run("--max-steps", "4", run_dir="plain") == 0
-    assert all(torch.equal(w, weights_of("plain", 4)[name]) for name, w in weights_of("run", 4).items())
 
 
 @pytest.fixture

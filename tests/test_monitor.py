@@ -103,7 +103,9 @@ def test_the_smoothed_curve_is_the_mean_of_a_twentieth_of_the_points():
 def test_a_long_run_is_held_in_little_memory(tmp_path, capsys):
     """20,000 records take less than the 4,096 points of a curve do, in the run and when it is gone on with."""
     line = json.dumps(record(1, train_loss=1.0, grad_norm=1.0, learning_rate=0.1)) + "\n"
+    (tmp_path / "first").mkdir()
     (tmp_path / "metrics.jsonl").write_text(line * 20_000)
+    monitor_in(tmp_path / "first").close()  # imports what a monitor needs
     tracemalloc.start()
     monitor = monitor_in(tmp_path, start_step=1, metrics_bytes=20_000 * len(line))
     for step in range(10):

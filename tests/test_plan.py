@@ -171,3 +171,19 @@ def test_mfu_is_in_the_metrics_where_the_peak_is_known(folder, capsys, monkeypat
     (record,) = [r for r in read_metrics(folder / "run/metrics.jsonl") if "mfu" in r]
     model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, seq_len=16, vocab_size=26))
     assert record["mfu"] == pytest.approx(record["tokens_per_second"] * model.flops_per_token() / 1e9, abs=1e-4)
+
+
+def test_a_plan_states_what_evaluations_cost(monkeypatch):
+    """A forward pass is a third of a training step."""
+    config = config_of("gpt2")  # 2,000 steps of 144 tokens, evaluated every 250
+    line = lambda **given: next(x for x in describe(config, CPU, 10_000, **given).splitlines() if "evaluation" in x)
+    expected = 8 * 5_000 / 3 / (2000 * 144)
+    assert line(val_tokens=[5_001]) == (
+        f"evaluation       8 times 5,000 tokens: {expected:.1%} of the FLOPs above in addition"
+    )
+    monkeypatch.setattr("gpt.validation.DEFAULT_TOKENS", 1_000)
+    expected = (8 * 2_000 + 7_000) / 3 / (2000 * 144)
+    assert line(val_tokens=[5_001, 2_001]) == (
+        f"evaluation       8 times 2,000 tokens and once 7,000: {expected:.1%} of the FLOPs above in addition"
+    )
+    assert "evaluation" not in describe(config, CPU, 10_000)

@@ -231,7 +231,7 @@ def test_a_signal_saves_and_resume_goes_on(folder, number):
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
 def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not(first):
     """Under torchrun a process gets SIGTERM twice where the whole job does: from who ends it, and from torchrun."""
-    code = "import signal, sys; from gpt.run import StopRequest; stop = StopRequest(); raised = signal.raise_signal\n"
+    code = "import signal, sys; from gpt.stop import StopRequest; stop = StopRequest(); raised = signal.raise_signal\n"
     code += f"raised({first:d}); raised(signal.SIGTERM); print(stop.reason, flush=True); raised(signal.SIGINT)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.returncode) == (f"{first.name}\n", -signal.SIGINT)
