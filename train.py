@@ -38,6 +38,7 @@ from gpt.packing import check_packing
 from gpt.plan import describe, fewer_rows
 from gpt.profile import Profiler
 from gpt.progress import Progress
+from gpt.ranks import check_alike, data_facts, start_facts, weight_facts
 from gpt.run import (
     checkpoints_of,
     claim_run_dir,
@@ -84,6 +85,7 @@ def _train(config: Config, world: World, lock: RunLock, stop: StopRequest) -> in
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")
     say = print if world.main else lambda text: None
+    check_alike(world, start_facts(config))
     with stop.at_once():
         tokenizer, checkpoint = earlier_run(config, lock, say=say)
 
@@ -93,6 +95,7 @@ def _train(config: Config, world: World, lock: RunLock, stop: StopRequest) -> in
         corpora = prepare_all(config.data, config.tokenizer, fixed_tokenizer=tokenizer, progress=shown)
     corpus = together(corpora)
     tokenizer = corpus.tokenizer
+    check_alike(world, data_facts(corpus, checkpoint))
     check_lengths(corpora, config.data, config.model.seq_len)
     check_packing(config.data.packing, tokenizer.document_token, corpus.documents)
     config = with_vocabulary(config, tokenizer)
@@ -109,6 +112,7 @@ def _train(config: Config, world: World, lock: RunLock, stop: StopRequest) -> in
     model = GPT(config.model).to(device)
     if checkpoint is None:
         copy_initial_weights(config, model, say)
+    check_alike(world, weight_facts(model))
     model.checkpoint_activations(options.activation_checkpointing)
     parameters, flops_per_token = model.num_parameters(), model.flops_per_token()
     parallel = Parallel(model, world, mode_of(options, world), compiled=options.compile)
@@ -138,7 +142,6 @@ def _train(config: Config, world: World, lock: RunLock, stop: StopRequest) -> in
         with stop.at_once():
             state = restore(checkpoint)
     start = at.step
-    world.check_same(start, "the checkpoint to go on from")
     if options.eval_only:
         ticker = Ticker(print if world.main else lambda text: None)
         with averaged():
@@ -195,7 +198,7 @@ def _train(config: Config, world: World, lock: RunLock, stop: StopRequest) -> in
         if config.data.packing == "best_fit":  # rows have places without a target: batches count by what they have
             parts = list(parts)
             counts = torch.stack([(y != IGNORED).sum() for _, y, *_ in parts]).float()
-            shares = counts / world.mean(counts.sum())
+            shares = world.shares(counts)
         for n, (batch, share) in enumerate(zip(parts, shares), start=1):
             if n > 1 and listens and n % pace == 0 and heard():
                 raise Stopped
@@ -242,9 +245,6 @@ def _train(config: Config, world: World, lock: RunLock, stop: StopRequest) -> in
         monitor.say(sample)
         return True
 
-    def is_best() -> bool:
-        return not at.evaluation_due and (at.best or {}).get("step") == at.step
-
     def can_go_back() -> bool:
         if options.max_rollbacks <= loader.rollbacks:
             return False
@@ -268,7 +268,7 @@ def _train(config: Config, world: World, lock: RunLock, stop: StopRequest) -> in
         lacks_best = lacks_best and (options.resume or at.evaluation_due)
         if at.evaluation_due:
             stopping = not validate()
-        if kinds := ["step"] * (stopping and saved_step is None) + ["best"] * (lacks_best and is_best()):
+        if kinds := ["step"] * (stopping and saved_step is None) + ["best"] * (lacks_best and at.is_best):
             save(*kinds)
         elif options.resume and start >= options.max_steps:
             saver.prune(start)  # the last save may have been killed before it did
@@ -372,7 +372,7 @@ def _train(config: Config, world: World, lock: RunLock, stop: StopRequest) -> in
             if evaluate_now:
                 stopping = not validate() or (not last and heard())
                 ends = (stopping or at.without_progress(options.patience)) and saved_step != at.step
-                if kinds := ["step"] * ends + ["best"] * is_best():
+                if kinds := ["step"] * ends + ["best"] * at.is_best:
                     made = save(*kinds)
                     checkpoint = checkpoint if save_now else made
                     saved_step = at.step if ends else saved_step

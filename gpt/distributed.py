@@ -7,6 +7,7 @@ without it is a world of one, for which everything here does nothing.
 import gc
 import inspect
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -64,6 +65,14 @@ class World:
         """Whether some rank says so. Waits for the device."""
         return self.sum(value)[0] > 0
 
+    def shares(self, counts: Tensor) -> Tensor:
+        """Each of this rank's counts (n,) over the mean, over ranks, of their sums: 0 where nothing was counted at all.
+
+        Means weighted with them and averaged over the ranks make the mean over all that was counted.
+        """
+        total = self.mean(counts.sum())
+        return counts / total.where(total > 0, 1.0)
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """Rank 0 goes through the block alone; the others follow when it is through."""
@@ -81,12 +90,17 @@ class World:
             dist.barrier(patient)
         dist.destroy_process_group(patient)
 
-    def check_same(self, number: int, what: str) -> None:
-        """UserError where the ranks do not have the same number."""
-        if self.sum(number, number * number) != [number * self.size, number * number * self.size]:
-            raise UserError(
-                f"the ranks do not agree on {what}: the run directory must be on a file system that all of them share"
-            )
+    def gather(self, text: str) -> list[str]:
+        """The text that each rank gives, by rank. Waits for the device."""
+        if self.size == 1:
+            return [text]
+        data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(data)], device=self.device))
+        longest = max(map(int, lengths))
+        parts = [data.new_zeros(longest) for _ in range(self.size)]
+        dist.all_gather(parts, torch.cat((data, data.new_zeros(longest - len(data)))))
+        return [bytes(part[: int(n)].tolist()).decode() for part, n in zip(parts, lengths, strict=True)]
 
 
 @contextmanager
@@ -112,6 +126,11 @@ def join(train: TrainConfig) -> Iterator[World]:
     dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device if backend == "nccl" else None)
     try:
         yield World(device, rank, size, True)
+    except UserError:
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # torchrun's, when another rank left first: each says its sentence
+        raise
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise

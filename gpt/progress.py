@@ -35,6 +35,11 @@ class Progress:
         self.evaluations_since_best += 1
         return False
 
+    @property
+    def is_best(self) -> bool:
+        """Whether this step's evaluation was made and gave the lowest validation loss so far."""
+        return not self.evaluation_due and (self.best or {}).get("step") == self.step
+
     def without_progress(self, patience: int) -> bool:
         """Whether the last `patience` evaluations gave no lower validation loss; never with a patience of 0."""
         return 0 < patience <= self.evaluations_since_best

@@ -217,6 +217,34 @@ def test_gradients_are_reduced_once_a_step(world, mode):
             p.grad = None
 
 
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_a_micro_batch_without_targets_adds_zero(world, mode):
+    model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, seq_len=8, vocab_size=11, init="gpt2"))
+    parallel = Parallel(model, world, mode)
+    idx, gradients = torch.arange(8).view(1, 8), []
+    for batches in ([idx], [torch.full_like(idx, -100), idx, torch.full_like(idx, -100)], [torch.full_like(idx, -100)]):
+        shares = world.shares(torch.tensor([float((y >= 0).sum()) for y in batches]))
+        for n, (y, share) in enumerate(zip(batches, shares, strict=True), start=1):
+            with parallel.gradients(reduced=n == len(batches)):
+                (parallel.loss(idx, y) * share).backward()
+        gradients.append([gpt.optim.full(p.grad).clone() for p in model.parameters()])
+        model.zero_grad(set_to_none=True)
+    some, among_empty, empty = gradients
+    torch.testing.assert_close(among_empty, some, rtol=1e-6, atol=0)
+    assert all(bool(g.any()) for g in some) and not any(bool(g.any()) for g in empty)
+
+
+def test_shares_are_of_the_mean_over_ranks():
+    class Two(World):
+        def mean(self, value):
+            return (value + 5.0) / 2  # the other rank has five
+
+    two = Two(torch.device("cpu"), 0, 2)
+    assert two.shares(torch.tensor([1.0, 0.0, 2.0])).tolist() == [0.25, 0.0, 0.5]
+    assert World(torch.device("cpu")).shares(torch.tensor([0.0, 0.0])).tolist() == [0.0, 0.0]
+    assert World(torch.device("cpu")).shares(torch.tensor([0.25, 0.25])).tolist() == [0.5, 0.5]
+
+
 @pytest.fixture
 def job(tmp_path):
     """job(flag, ...) starts an endless training of two processes and returns when it is on its way."""

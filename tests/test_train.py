@@ -12,8 +12,10 @@ import pytest
 import torch
 
 import gpt
+from gpt.loader import Batches
+from gpt.model import GPT
 from gpt.monitor import read_metrics
-from tests.train_checks import TEXT, flags, lasting, names_in, refused, run
+from tests.train_checks import TEXT, flags, lasting, names_in, refused, run, weights_of
 
 # What a run does.
 
@@ -91,6 +93,42 @@ def test_accumulation_is_a_larger_batch(folder, capsys):
     run(run_dir="parts", batch_size=2, grad_accum_steps=4, max_steps=3)
     for one, other in zip(lasting("whole"), lasting("parts"), strict=True):
         assert one == pytest.approx(other, rel=2e-4)
+
+
+@pytest.mark.parametrize("packing", ["stream", "best_fit"])
+def test_micro_batches_without_targets(folder, capsys, monkeypatch, packing):
+    """Of three steps of two, the second has one and the third has nothing else: it only decays what it always does."""
+    (folder / "docs").mkdir()
+    for i in range(9):
+        (folder / f"docs/{i}.txt").write_text(TEXT[50 * i :][: 30 + 20 * i])
+    next_batch, losses, true_loss = Batches.next_batch, [], GPT.loss
+
+    def some(self):
+        x, y, *places = next_batch(self)
+        return (x, torch.full_like(y, -100), *places) if len(losses) in (3, 4, 5) else (x, y, *places)
+
+    def seen(self, x, y, **options):
+        loss = true_loss(self, x, y, **options)
+        if self.training:
+            losses.append(float(loss.detach()))
+        return loss
+
+    def one_at_a_time(self):  # best_fit reads a step's batches before it computes
+        batch = some(self)
+        losses.append(None) if packing == "best_fit" else None
+        return batch
+
+    monkeypatch.setattr(Batches, "next_batch", one_at_a_time)
+    monkeypatch.setattr(GPT, "loss", seen if packing == "stream" else true_loss)
+    options = {"batch_size": 4, "grad_accum_steps": 2, "warmup_steps": 0, "n_layer": 1, "corpus": "docs"}
+    run(max_steps=3, checkpoint_interval=1, keep_checkpoints=9, packing=packing, schedule="constant", **options)
+    train_losses = [r["train_loss"] for r in lasting("run") if "train_loss" in r]
+    assert len(train_losses) == 3 and all(map(math.isfinite, train_losses)) and train_losses[2] == 0.0
+    assert train_losses[1] > (2.0 if packing == "best_fit" else 1.0)  # a mean over targets, or over micro-batches
+    if packing == "stream":
+        assert losses[3:] == [0.0, 0.0, 0.0] and train_losses[1] == pytest.approx(losses[2] / 2)
+    before, after = weights_of("run", 2), weights_of("run", 3)
+    assert all(torch.isfinite(w).all() and (w - before[name]).abs().max() < 2e-3 for name, w in after.items())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
