@@ -127,9 +127,10 @@ def join(train: TrainConfig) -> Iterator[World]:
     try:
         yield World(device, rank, size, True)
     except UserError:
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # torchrun's, when another rank left first: each says its sentence
+        # torchrun sends it when another rank left first: each says its sentence.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if backend == "gloo":  # NCCL could wait for ranks that are gone
+            _leave()
         raise
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
@@ -138,9 +139,16 @@ def join(train: TrainConfig) -> Iterator[World]:
         raise LostProcess(
             f"rank {rank} lost contact with another process, which ended or hangs: {first_line[:120]}"
         ) from error
-    # A group's threads end before Python does: what still holds on to it, such as DDP's reducer in a cycle, goes now.
+    _leave()
+
+
+def _leave() -> None:
+    """End the process group and its threads: one that outlives Python aborts the process.
+
+    Whatever still holds on to the group, such as DDP's reducer in a cycle, is collected first.
+    """
     gc.collect()
-    dist.destroy_process_group()  # only in order: after an error it could wait for ranks that are gone
+    dist.destroy_process_group()
 
 
 def _device_of(local_rank: int, name: str) -> torch.device:

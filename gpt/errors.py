@@ -95,7 +95,7 @@ def _status_of(main: Callable[[], int | None]) -> int | None:
 
 def _refuse(message: str) -> int:
     """Say what the user can put right; the status for it."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {message}\n", end="", file=sys.stderr)  # one write: ranks share the terminal
     return EXIT_USER
 
 
