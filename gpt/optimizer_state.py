@@ -5,6 +5,7 @@ shapes and how they are sharded, it is asked.
 """
 
 import copy
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,13 +25,37 @@ def take_step(optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
     and put back on the device, without waiting for it. Only where a step also changed something that is no tensor, or
     made a state that was not there, as the first one does, is found_inf waited for.
     """
+    options = _options(optimizer)
     if skips_by_itself(optimizer):
         optimizer.found_inf = found_inf
         optimizer.step()
-        return
-    before = _Copy(optimizer)
-    optimizer.step()
-    before.put_back(optimizer, found_inf)
+    else:
+        before = _Copy(optimizer)
+        optimizer.step()
+        before.put_back(optimizer, found_inf)
+    changed = {name for name, value in _options(optimizer).items() if name not in options or value != options[name]}
+    optimizer.counters = _counters(optimizer) | changed
+
+
+def _options(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], Any]:
+    """The options of the groups by group and name, but for tensors and the learning rates that the schedule sets."""
+    return {
+        (n, key): copy.copy(value)
+        for n, group in enumerate(optimizer.param_groups)
+        for key, value in group.items()
+        if key not in ("params", "param_names", "lr", "peak_lr") and not torch.is_tensor(value)
+    }
+
+
+def _counters(optimizer: torch.optim.Optimizer) -> set[tuple[int, str]]:
+    """The group and name of each option that steps change, such as a count of steps: a state, not a setting."""
+    tensors = {
+        (n, key)
+        for n, group in enumerate(optimizer.param_groups)
+        for key, value in group.items()
+        if torch.is_tensor(value) and key not in ("lr", "peak_lr", *inspect.signature(type(optimizer)).parameters)
+    }
+    return getattr(optimizer, "counters", set()) | tensors
 
 
 def skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
@@ -77,6 +102,8 @@ class _Copy:
             if p not in self.states:
                 del optimizer.state[p]
         for group, before in zip(optimizer.param_groups, self.groups, strict=True):
+            for key in group.keys() - before.keys() - {"params"}:
+                del group[key]
             group.update({key: value for key, value in before.items() if not torch.is_tensor(value)})
 
     def _pairs(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
@@ -115,10 +142,16 @@ def _alike(now: dict[str, Any], before: dict[str, Any]) -> bool:
 def optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
     """Every state of the optimizers as a tensor, keyed by the weight's name and the state's; numbers have no dimension.
 
+    A state of a whole group is keyed by the group's number among all and the state's name.
     Raises UserError for a state that is neither.
     """
     names = {p: name for name, p in model.named_parameters()}
-    return {
+    counters = {
+        f"groups.{n}.{key}": _as_tensor(optimizer.param_groups[own][key], None, optimizer, key)
+        for n, (optimizer, own) in enumerate(_groups(optimizers))
+        for key in sorted(key for number, key in _counters(optimizer) if number == own)
+    }
+    return counters | {
         f"{names[p]}.{key}": _as_tensor(value, p, optimizer, key)
         for optimizer in optimizers
         for p, state in optimizer.state.items()
@@ -127,7 +160,12 @@ def optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Ten
     }
 
 
-def _as_tensor(value: Any, p: Tensor, optimizer: torch.optim.Optimizer, key: str) -> Tensor:
+def _groups(optimizers: Optimizers) -> list[tuple[torch.optim.Optimizer, int]]:
+    """All groups in order: their optimizers, and their numbers there."""
+    return [(optimizer, n) for optimizer in optimizers for n in range(len(optimizer.param_groups))]
+
+
+def _as_tensor(value: Any, p: Tensor | None, optimizer: torch.optim.Optimizer, key: str) -> Tensor:
     if isinstance(value, bool | int | float):
         return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
     if not torch.is_tensor(value):
@@ -135,7 +173,7 @@ def _as_tensor(value: Any, p: Tensor, optimizer: torch.optim.Optimizer, key: str
             f"the optimizer {type(optimizer).__name__} keeps {key!r} as a {type(value).__name__}: a checkpoint holds "
             "tensors and numbers, give it one of them"
         )
-    if not _has_rows_of(value, p):
+    if p is None or not _has_rows_of(value, p):
         return value
     from torch.distributed.tensor import DTensor
 
@@ -181,6 +219,7 @@ def restore_optimizers(model: nn.Module, optimizers: Optimizers, tensors: dict[s
     names = {p: name for name, p in model.named_parameters()}
     wanted: dict[str, tuple[Tensor, dict[str, Any], str]] = {}
     for optimizer in optimizers:
+        before = [set(group) for group in optimizer.param_groups]
         if any(p not in optimizer.state for group in optimizer.param_groups for p in group["params"]):
             begin_states(optimizer)
         own = {
@@ -191,13 +230,39 @@ def restore_optimizers(model: nn.Module, optimizers: Optimizers, tensors: dict[s
         }
         if own.keys() & tensors.keys():
             wanted |= own
-        else:  # it took no step yet
-            optimizer.state.clear()
-    for key in sorted(tensors.keys() ^ wanted.keys()):
+            continue
+        optimizer.state.clear()  # it took no step yet, or keeps nothing for a weight
+        for group, keys in zip(optimizer.param_groups, before, strict=True):
+            for key in group.keys() - keys:
+                del group[key]
+    counters = {name for name in tensors if name.startswith("groups.")}
+    for key in sorted((tensors.keys() - counters) ^ wanted.keys()):
         who = "this run's" if key in wanted else "the checkpoint's"
         raise UserError(f"only {who} optimizer keeps {key!r}: go on with the same --optimizer and model")
     for name, (p, state, key) in wanted.items():
         _put(tensors[name], p, state, key, name)
+    groups = _groups(optimizers)
+    for name in sorted(counters):
+        _, n, key = name.split(".", 2)
+        if not n.isdecimal() or int(n) >= len(groups):
+            raise UserError(
+                f"only the checkpoint's optimizer keeps {name!r}: go on with the same --optimizer and model"
+            )
+        _put_counter(tensors[name], *groups[int(n)], key, name)
+
+
+@torch.no_grad()
+def _put_counter(saved: Tensor, optimizer: torch.optim.Optimizer, n: int, key: str, name: str) -> None:
+    """One state of a group as it was saved."""
+    group = optimizer.param_groups[n]
+    now = group.get(key)
+    if saved.shape != (now.shape if torch.is_tensor(now) else ()):
+        raise UserError(f"the checkpoint's optimizer state {name!r} does not fit: go on with the same --optimizer")
+    if torch.is_tensor(now):
+        now.copy_(saved)
+    else:
+        group[key] = saved.item()
+    optimizer.counters = _counters(optimizer) | {(n, key)}
 
 
 @torch.no_grad()

@@ -50,6 +50,26 @@ class LocalMomentum(optim.Optimizer):
                 weight.sub_(group["lr"] * state["momentum"] / (rows + 1e-3))
 
 
+class Counting(optim.Optimizer):
+    """SGD whose rate falls with states that the group has: a count made by the first step, and a tensor (Prodigy's
+    way). With `quiet`, it keeps nothing for a weight."""
+
+    def __init__(self, params, lr=1e-1, quiet=True):
+        super().__init__(params, {"lr": lr, "quiet": quiet, "largest": torch.zeros(()), "k": 3})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["steps"] = group.get("steps", 0) + 1
+            group["k"] += 0.5 * (group["steps"] > 2)
+            for p in group["params"]:
+                group["largest"].copy_(torch.maximum(group["largest"], local(p.grad).abs().max()))
+                rate = group["lr"] / (group["steps"] * group["k"] * group["largest"])
+                if not group["quiet"]:
+                    self.state[p].setdefault("sum", torch.zeros_like(p)).add_(p.grad)
+                p.sub_(rate * (p.grad if group["quiet"] else self.state[p]["sum"]))
+
+
 MAKERS = {
     "sgd": lambda p: optim.SGD(p, lr=0.1, weight_decay=0.01),
     "sgd-momentum": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5),
@@ -67,6 +87,8 @@ MAKERS = {
     "lion": lambda p: Lion(p),
     "lion-without-count": lambda p: Lion(p, count=False),
     "local-momentum": lambda p: LocalMomentum(p),
+    "group-counts": lambda p: Counting(p),
+    "group-counts-and-sums": lambda p: Counting(p, quiet=False),
 }
 
 
