@@ -120,10 +120,20 @@ def _train(config: Config, world: World, lock: RunLock, stop: StopRequest) -> in
     weights = [p for p in model.parameters() if p.requires_grad]
     loss_scale = LossScale(device, enabled=options.dtype == "float16")
     average = Average(model, config.optim.ema_decay) if config.optim.ema_decay else None
-    averaged = contextlib.nullcontext if average is None else average.swapped_in
+    directory = checkpoints_of(options.run_dir) if world.main else None
+    on_cpu = device.type == "cpu"  # where a save's copy would take memory from the training
+    metrics = options.run_dir / "metrics.jsonl"
+    saver = Saver(directory, keep=options.keep_checkpoints, metrics=metrics, in_place=on_cpu)
     tokens_per_step = options.batch_size * options.grad_accum_steps * world.size * config.model.seq_len
     batches, guard, at, state = Batches(loader, device), Guard(device, options.spike_threshold), Progress(), {}
     extra = {"z_loss": config.optim.z_loss, "label_smoothing": config.optim.label_smoothing}
+
+    def averaged() -> contextlib.AbstractContextManager:
+        """The model with its averaged weights, if they are kept, for as long as the block lasts."""
+        if average is None:
+            return contextlib.nullcontext()
+        saver.before_change()
+        return average.swapped_in()
 
     def restore(checkpoint: Path, **place: int) -> dict[str, Any]:
         state = load_training_state(checkpoint, model, optimizers, average)
@@ -161,7 +171,6 @@ def _train(config: Config, world: World, lock: RunLock, stop: StopRequest) -> in
         write_run(config, tokenizer, corpus)
         lasting = {key: state.get(key) for key in ("metrics_bytes", "wandb_id")}
         monitor = Monitor(config, start_step=start, **lasting)
-    saver = Saver(checkpoints_of(run_dir) if world.main else None, keep=options.keep_checkpoints, metrics=monitor.path)
     monitor.say(summary(corpus, parameters, tokens_per_step, world, parallel.mode))
     monitor.say(bound_said(config, val_tokens))
     if start >= options.max_steps:
@@ -255,7 +264,7 @@ def _train(config: Config, world: World, lock: RunLock, stop: StopRequest) -> in
     # Loop. Nothing in it waits for the device but what comes after guard.read().
     status, stopping = EXIT_DONE, False
     # Between micro-batches a stop is heard where that makes no device wait, or seldom; not while steps are skipped.
-    prompt, listens = world.size == 1 or device.type == "cpu", True
+    prompt, listens = world.size == 1 or on_cpu, True
     pace = 1 if prompt else 16
     saved_step = start if options.resume or checkpoint is None else None  # in the run directory
     trials = 2 * (parallel.mode == "ddp" and world.size > 1)  # steps to try first; the second has optimizer states
@@ -302,6 +311,7 @@ def _train(config: Config, world: World, lock: RunLock, stop: StopRequest) -> in
                 if config.optim.grad_clip or loss_scale.enabled:
                     clip = (config.optim.grad_clip or math.inf) / (grad_norm + 1e-6)
                     scale_gradients(weights, clip.clamp(max=1.0) / loss_scale.scale)
+                saver.before_change()
                 for optimizer in optimizers:
                     take_step(optimizer, found_inf)
                     optimizer.zero_grad(set_to_none=True)

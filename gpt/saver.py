@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training: the state is copied at once, and one thread brings the copy to the disk."""
+"""Checkpoints written beside the training, by one thread: from a copy, or in place until the state is to change."""
 
 import threading
 from pathlib import Path
@@ -20,14 +20,18 @@ def snapshot(tensors: Tensors) -> Tensors:
 class Saver:
     """Writes the checkpoints of one run, one at a time.
 
-    save() returns when the state is copied; it first waits for the checkpoint before. What goes wrong in the thread is
-    raised, as UserError, by the next check(), save() or wait(). The thread is no daemon: an exit, by Ctrl-C too, waits
-    for it. metrics: a file that is flushed to the disk before each checkpoint that counts on its lines. directory None:
-    nothing is written, as on the ranks other than 0.
+    save() first waits for the checkpoint before. By default it returns when the state is copied to CPU memory.
+    in_place: the thread writes the tensors that it was given, so that no memory is needed for a copy; call
+    before_change() before anything changes them. What goes wrong in the thread is raised, as UserError, by the next
+    check(), save(), wait() or before_change(). Python waits for the thread before it exits, after Ctrl-C too.
+    metrics: a file to flush to the disk before each checkpoint that counts on its lines. directory None: write nothing,
+    as on the ranks other than 0.
     """
 
-    def __init__(self, directory: Path | None, *, keep: int, metrics: Path | None = None) -> None:
-        self.directory, self.keep, self.metrics = directory, keep, metrics
+    def __init__(
+        self, directory: Path | None, *, keep: int, metrics: Path | None = None, in_place: bool = False
+    ) -> None:
+        self.directory, self.keep, self.metrics, self.in_place = directory, keep, metrics, in_place
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -36,8 +40,14 @@ class Saver:
         self.wait()
         if self.directory is None:
             return
-        self._thread = threading.Thread(target=self._write, args=(snapshot(tensors), state, kinds), name="saver")
+        held = tensors if self.in_place else snapshot(tensors)
+        self._thread = threading.Thread(target=self._write, args=(held, state, kinds), name="saver")
         self._thread.start()
+
+    def before_change(self) -> None:
+        """Wait until no save reads the tensors that it was given."""
+        if self.in_place:
+            self.wait()
 
     def prune(self, step: int) -> None:
         """Delete what a save that was killed at this step has left to delete."""

@@ -209,16 +209,17 @@ def test_ctrl_c_within_a_save_leaves_it_whole(run, capsys, monkeypatch):
         assert interrupted.wait(60)
         store(*arguments, **options)
 
-    def interrupt(monitor, step):
-        if step == 7:
+    def interrupt(device, seed, steps, rank):
+        if steps == 6:
             assert begun.wait(60)
             interrupted.set()
             raise KeyboardInterrupt
 
     interrupted = threading.Event()
     monkeypatch.setattr(saver_module, "store", slow)
-    monkeypatch.setattr(Monitor, "advance", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        main(load_config([*FLAGS, "--resume", "--max-steps", "9"]))
+    with monkeypatch.context() as patch:
+        patch.setattr("train.seed_generators", interrupt)  # at the beginning of each step
+        with pytest.raises(KeyboardInterrupt):
+            main(load_config([*FLAGS, "--resume", "--max-steps", "9"]))
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step_00000006", NEWEST]
     assert verify(run / "checkpoints/step_00000006") is None

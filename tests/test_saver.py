@@ -1,6 +1,9 @@
 """Saving beside the training: what is saved is the state at the save, in order, and its errors come back."""
 
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +11,11 @@ from safetensors.torch import load_file
 
 from gpt import saver as module
 from gpt.checkpoint import list_checkpoints, training_tensors, verify
+from gpt.distributed import Parallel
 from gpt.errors import UserError
 from gpt.saver import Saver
 from tests.test_checkpoint import trained
+from tests.train_checks import names_in, run
 
 
 @pytest.fixture
@@ -154,3 +159,100 @@ def test_an_interrupt_in_the_thread_is_raised_too(tmp_path, monkeypatch):
     saver.save({}, {"step": 1})
     with pytest.raises(KeyboardInterrupt):
         saver.save({}, {"step": 2})
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """The thread writes nothing until someone waits for it: as late as it can. A list with a word for each write."""
+    waited, written, store, close = threading.Event(), [], module.store, Saver.close
+
+    def write(directory, tensors, state, **options):
+        assert waited.wait(60)
+        waited.clear()
+        store(directory, tensors, state, **options)
+        written.append(f"step {state['step']} is written")
+
+    def wait(self):
+        if self._thread is not None and self._thread.is_alive():
+            waited.set()
+        close(self)
+
+    monkeypatch.setattr(module, "store", write)
+    monkeypatch.setattr(Saver, "close", wait)
+    yield written
+    waited.set()
+
+
+def test_in_place_no_copy_is_held_and_a_change_waits(tmp_path, monkeypatch, late):
+    monkeypatch.setattr(module, "snapshot", None)
+    model, optimizers = trained()
+    live = training_tensors(model, optimizers)
+    then = {file: {name: value.clone() for name, value in tensors.items()} for file, tensors in live.items()}
+    saver = Saver(tmp_path, keep=1, in_place=True)
+    saver.save(live, {"step": 1})
+    assert late == []
+    saver.before_change()
+    assert late == ["step 1 is written"]
+    for tensors in live.values():
+        for value in tensors.values():
+            value.add_(1)
+    for file, tensors in then.items():
+        saved = load_file(tmp_path / "step_00000001" / file)
+        assert all(torch.equal(saved[name], tensors[name]) for name in tensors)
+
+
+def test_a_copy_may_be_written_after_the_change(tmp_path, late):
+    model, optimizers = trained()
+    saver = Saver(tmp_path, keep=1)
+    saver.save(training_tensors(model, optimizers), {"step": 1})
+    saver.before_change()
+    assert late == []
+    saver.wait()
+    assert late == ["step 1 is written"]
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "muon"}, {"eval_interval": 3}], ids=["adamw", "muon", "alone"])
+def test_a_training_writes_what_it_was_at_each_save(folder, capsys, monkeypatch, late, options):
+    """Each save is written, without a copy, at the latest moment that the training leaves it, or in an evaluation."""
+    monkeypatch.setattr(module, "snapshot", None)
+    options = {"max_steps": 4, "checkpoint_interval": 1, "eval_interval": 2, "ema_decay": 0.5, **options}
+    savers, init, eval_loss = [], Saver.__init__, Parallel.eval_loss
+    monkeypatch.setattr(
+        Saver, "__init__", lambda self, *words, **named: savers.append(self) or init(self, *words, **named)
+    )
+    monkeypatch.setattr(Parallel, "eval_loss", lambda *batch, **named: savers[-1].close() or eval_loss(*batch, **named))
+    words = ["--keep-checkpoints", "9"]
+    assert run(*words, **options) == 0
+    assert len(late) >= 4
+    save = Saver.save
+
+    def save_at_once(self, *arguments, **named):
+        save(self, *arguments, **named)
+        self.wait()
+
+    monkeypatch.setattr(Saver, "save", save_at_once)
+    assert run(*words, run_dir="plain", **options) == 0
+    names = names_in("run/checkpoints")
+    assert names == names_in("plain/checkpoints")
+    for name in names:
+        for file in ("model", "optimizer", "average"):
+            at_once, later = (Path(of, "checkpoints", name, f"{file}.safetensors") for of in ("plain", "run"))
+            assert at_once.read_bytes() == later.read_bytes(), f"{name}/{file}"
+
+
+def test_writing_needs_no_memory_for_the_tensors(tmp_path):
+    """In a process of its own: the highest use of memory before and after a save of 256 MiB."""
+    program = """
+import resource, sys, torch
+from pathlib import Path
+from gpt.saver import Saver
+tensors = {"model.safetensors": {name: torch.ones(32 << 20) for name in "ab"}}
+saver = Saver(Path(sys.argv[1]), keep=1, in_place=True)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+saver.save(tensors, {"step": 1})
+saver.wait()
+rise = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(rise // 1024 if sys.platform == "darwin" else rise)
+"""
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 32 << 10  # KiB; one of the two tensors has 128 MiB
