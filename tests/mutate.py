@@ -124,14 +124,19 @@ def _wait(pid: int, seconds: float) -> int:
             break
         time.sleep(wait)
         wait = min(0.1, wait * 1.5)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-    with contextlib.suppress(OSError, ProcessLookupError):  # what left the group is a child now: see main
+    end_children()
+    return max(status, -1)
+
+
+def end_children() -> None:
+    """Kill every child, then what each leaves behind, which becomes a child of this process: see adopt_orphans."""
+    while True:
         for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
             os.kill(int(child), signal.SIGKILL)
-        while True:
+        try:
             os.waitpid(-1, 0)
-    return max(status, -1)
+        except ChildProcessError:
+            return
 
 
 class Chosen:
@@ -259,7 +264,7 @@ def try_all(
 
 
 def adopt_orphans() -> None:
-    """Make this process the parent of whatever its children's children leave behind (Linux), so that _wait ends it."""
+    """Make this process the parent of what its children leave behind (Linux), so that end_children finds it."""
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 

@@ -1,5 +1,6 @@
 """The plan of a run: what it counts is what a run uses; and the command that shows it, traces steps, counts MFU."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,11 +8,12 @@ import torch
 
 from gpt import plan
 from gpt.config import PRESETS, Config, ModelConfig, OptimConfig, TrainConfig
+from gpt.errors import UserError
 from gpt.hardware import mfu, peak_of
 from gpt.model import GPT
 from gpt.monitor import read_metrics
 from gpt.optim import build_optimizers
-from gpt.plan import describe, duration, memory_of, saved_bytes, size, sparkline
+from gpt.plan import Memory, describe, duration, fewer_rows, memory_of, saved_bytes, size, sparkline
 from tests.run_checks import TEXT, status_of
 
 CPU = torch.device("cpu")
@@ -112,10 +114,78 @@ def test_describe(monkeypatch):
     assert duration(flops / 0.4e9) in describe(config, CPU, train_tokens=10_000).splitlines()[-1]
 
 
+def test_the_whole_plan_of_a_small_run(monkeypatch):
+    """Every number, counted by hand: 3 blocks of width 16 with biases, a tied vocabulary of 70,000, 16 positions."""
+    model = ModelConfig(**PRESETS["gpt2"], n_layer=3, n_head=2, n_embd=16, seq_len=16, vocab_size=70_000)
+    train = TrainConfig(batch_size=3, grad_accum_steps=2, max_steps=100, dtype="float32")
+    config = Config(model=model, optim=OptimConfig(warmup_steps=20, learning_rate=0.002), train=train)
+    activations = saved_bytes(GPT(model), 3, "float32")
+    matrices = 4 * 16 * 16 + 2 * 64 * 16  # queries, keys, values and the projection; both of the MLP
+    blocks = 3 * (matrices + 3 * 16 + 16 + 64 + 16 + 2 * 2 * 16)  # their biases, and two norms
+    tables, rest = 70_000 * 16 + 16 * 16, 2 * 16
+    weights = 4 * (tables + blocks + rest)
+    flops = 3 * (2 * (3 * matrices + 70_000 * 16) + 3 * 4 * 16 * 17 / 2)  # a query sees 8.5 keys on average
+    tokens = 100 * 3 * 2 * 2 * 16
+    mib = lambda n: f"{n / 2**20:.1f} MiB"
+    curve = ""
+    for i in range(60):
+        step = i * 99 // 59
+        scale = (step + 1) / 20 if step < 20 else (1 + math.cos(math.pi * (step - 20) / 80)) / 2
+        curve += " ▁▂▃▄▅▆▇█"[math.floor(8 * scale + 0.5)]
+    monkeypatch.setattr(plan, "peak_flops", lambda device: 1e9)
+    minutes = flops * tokens / (2 * 0.4e9) / 60
+    assert describe(config, CPU, train_tokens=12_345, world_size=2).splitlines() == [
+        f"parameters       {tables + blocks + rest:,}: embeddings {tables:,}, blocks {blocks:,}, rest {rest:,}",
+        f"memory           {mib(4 * weights + activations)} on cpu with micro-batches of 3 x 16: "
+        f"weights {mib(weights)}, gradients {mib(weights)}, optimizer {mib(2 * weights)}, "
+        f"activations {mib(activations)}",
+        "tokens           19,200 in 100 steps of 192; 1.56 epochs of 12,345; "
+        f"{19_200 * 4 / weights:.1f} for each parameter",
+        f"FLOPs            {flops * tokens:.3g}, {flops:.3g} for each token",
+        f"learning rate    {curve}  peak 0.002, last 7.71e-07",
+        f"time             {minutes:.1f} min if 40% of the device's peak is reached",
+    ]
+
+
+def test_memory_in_words_leaves_out_what_takes_none():
+    assert str(Memory(1 << 20, 2 << 20, 0, 3 << 30, 0)) == "weights 1.0 MiB, gradients 2.0 MiB, average 3.00 GiB"
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4, 6, 7, 9, 10, 15, 25, 35])
+def test_fewer_rows_are_the_most_that_divide_them(rows):
+    config = config_of("gpt2")
+    most = max(n for n in range(1, rows) if rows % n == 0)
+    assert fewer_rows(rows, config, CPU) == fewer_rows(rows, config, CPU, 2, agreed=True) == most
+    with pytest.raises(UserError):
+        fewer_rows(rows, config, CPU, 2)
+
+
+def test_one_row_that_is_too_much_says_what_it_needs():
+    config = config_of("gpt2", ema_decay=0.9)  # of 3 rows of 48
+    one = replace(config, train=replace(config.train, batch_size=1, parallel="fsdp"))
+    with pytest.raises(UserError) as alone:
+        fewer_rows(1, config, CPU)
+    with pytest.raises(UserError) as shared:
+        fewer_rows(1, replace(config, train=one.train), CPU, 2)
+    assert f"out of memory on cpu with micro-batches of 1 x 48, which need about {memory_of(one, CPU)}," in (
+        str(alone.value)
+    )
+    assert f"which need about {memory_of(one, CPU, 2)}," in str(shared.value)
+
+
 def test_numbers_as_people_say_them():
-    assert [duration(s) for s in (0.2, 119, 121, 7200, 200_000)] == ["1 s", "119 s", "2.0 min", "2.0 h", "2.3 days"]
-    assert [size(n) for n in (1 << 19, 3 << 29)] == ["0.5 MiB", "1.50 GiB"]
+    seconds = {0.2: "1 s", 119: "119 s", 120: "2.0 min", 121: "2.0 min", 7199: "120.0 min", 7200: "2.0 h"}
+    seconds |= {172_799: "48.0 h", 172_800: "2.0 days", 200_000: "2.3 days"}
+    assert {n: duration(n) for n in seconds} == seconds
+    assert [size(n) for n in (1 << 19, (1 << 30) - 1, 1 << 30, 3 << 29)] == [
+        "0.5 MiB",
+        "1024.0 MiB",
+        "1.00 GiB",
+        "1.50 GiB",
+    ]
     assert sparkline([0, 0.5, 1]) == " ▄█"
+    assert sparkline([0.0, 0.0]) == "  " and sparkline([]) == ""
+    assert sparkline([n / 4 for n in range(9)]) == " ▁▂▃▄▅▆▇█"
 
 
 def test_peak_by_name():
