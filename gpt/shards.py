@@ -68,7 +68,6 @@ class ShardWriter:
                 left -= len(block)
             if left or self._digest.hexdigest() != state["sha256"]:
                 raise UserError(f"the unfinished token file {self._file.name} is not as it was left")
-            self._file.seek(self._file.tell())  # between reading and writing
             self._file.truncate()
             self.tokens = state["tokens"]
         except BaseException:

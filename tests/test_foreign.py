@@ -1,5 +1,6 @@
 """Other programs' token files: nanoGPT's and llm.c's, read as they are, and every one that is not whole."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -115,6 +116,12 @@ def test_the_loader_reads_several_files_in_place(packing, monkeypatch):
 def test_a_file_is_hashed_once(tmp_path, make, monkeypatch):
     path = nanogpt(tmp_path / "x.bin")
     first = make(path, "byte")
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    (record,) = (tmp_path / "cache/hashes").iterdir()  # where an earlier version has left it too
+    status = path.stat()
+    state = [status.st_size, status.st_mtime_ns, status.st_ino]
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (record.name, json.loads(record.read_bytes())) == (f"{name}.json", {"state": state, "sha256": digest})
     with monkeypatch.context() as patch:
         patch.setattr(foreign.Source, "hashed", None)
         patch.setattr(foreign, "count_ids", None)
@@ -160,8 +167,12 @@ BAD = {
     "count": (lambda p: llm_c(p, tokens=7), "is damaged: .* its 7 tokens of 2 bytes"),
     "negative": (lambda p: llm_c(p, tokens=-7), "is damaged: .* its -7 tokens"),
     "wide": (lambda p: llama(p, width=2), "is damaged: .* tokens of 4 bytes"),
-    "id": (lambda p: nanogpt(p, [1, 2, 257]), "holds the id 257 at byte 4, and the tokenizer has 257: .*--tokenizer"),
-    "large": (lambda p: llama(p, [1, 2**32 - 1]), "holds the id 4294967295 at byte 1028"),
+    "id": (
+        lambda p: nanogpt(p, [1, 2, 257, 3]),
+        "holds the id 257 at byte 4, and the tokenizer has 257: .*--tokenizer",
+    ),
+    "tail": (lambda p: nanogpt(p, [1, 2, 257]), "holds the id 257 at byte 4, and the tokenizer has 257"),
+    "large": (lambda p: llama(p, [1, 2**32 - 1, 5]), "holds the id 4294967295 at byte 1028"),
     "pickle": (lambda p: write(p, b"\x80\x04\x95\x10\x00\x00"), "holds the id 1152 at byte 0"),
     "short": (lambda p: nanogpt(p, [1]), "too short to be split"),
 }
@@ -184,8 +195,9 @@ def test_a_tokenizer_must_be_named(tmp_path, make, kind):
     with pytest.raises(UserError, match=r"train\.bin holds tokens and no text to learn .* from: .*--tokenizer gpt2"):
         make(tmp_path, kind)
     write(tmp_path / "meta.pkl", b"")
-    with pytest.raises(UserError, match=r"meta\.pkl beside it is not read"):
-        make(tmp_path, kind)
+    for corpus in (tmp_path, tmp_path / "train.bin"):
+        with pytest.raises(UserError, match=r"train\.bin holds .* from \(meta\.pkl beside it is not read"):
+            make(corpus, kind)
 
 
 def test_what_goes_with_no_token_file(tmp_path, make):
@@ -220,13 +232,14 @@ def test_other_folders_are_text(tmp_path, make, caplog):
         lambda index: index["files"][0].update(width="2"),
         lambda index: index["files"][0].update(tokens=10**9),
         lambda index: index["files"][0].update(offset=-2),
+        lambda index: index["files"][0].update(tokens=0),
         lambda index: index["files"][0].update(path=3),
         lambda index: index["files"][0].update(other=3),
         lambda index: index.update(files="abc"),
     ],
 )
 def test_a_damaged_index_is_refused(tmp_path, make, change):
-    corpus = make(nanogpt(tmp_path / "x.bin"), "byte")
+    corpus = make((nanogpt(tmp_path / "x.bin"), nanogpt(tmp_path / "y.bin")), "byte")
     index = json.loads(corpus.train.read_bytes())
     change(index)
     corpus.train.write_bytes(json.dumps(index).encode())
@@ -238,6 +251,18 @@ def test_an_index_of_another_tokenizer_is_refused(tmp_path, make, named):
     corpus = make(nanogpt(tmp_path / "x.bin"), "byte")
     with pytest.raises(UserError, match="made by another tokenizer"):
         read_tokens(corpus.train, named)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 100])
+def test_ids_are_counted_in_parts(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(foreign, "_CHUNK", chunk)
+    read, ids = [], [0, 0, 256, 3, 3, 3, 300]
+    file = foreign.look_at(llama(tmp_path / "x.bin", ids[:6]))
+    uses = foreign.count_ids(file, ByteTokenizer(), read.append)
+    assert {i: n for i, n in enumerate(uses.tolist()) if n} == {0: 2, 256: 1, 3: 3} and len(uses) == 257
+    assert sum(read) == 24 and max(read) == 4 * min(chunk, 6)
+    with pytest.raises(UserError, match="the id 300 at byte 1048"):
+        foreign.count_ids(foreign.look_at(llama(tmp_path / "x.bin", ids)), ByteTokenizer())
 
 
 def test_windows_outside_the_tokens_are_refused():

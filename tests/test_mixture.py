@@ -118,7 +118,11 @@ def folder(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("name", ["char", "byte", "bpe"])
 def test_corpora_have_one_tokenizer(folder, name):
     data = DataConfig(("prose.txt", "numbers"), folder / "cache", corpus_weights=(1, 2))
-    corpora = prepare_all(data, TokenizerConfig(name, 300))
+    told: list[tuple[str, int, int]] = []
+    corpora = prepare_all(data, TokenizerConfig(name, 300), progress=lambda *progress: told.append(progress))
+    sizes = [sum(path.stat().st_size for path in folder.glob(glob)) for glob in ("prose.txt", "numbers/*")]
+    learned = {sum(sizes)} if name != "byte" else set()
+    assert {total for _, _, total in told} == {*sizes, *learned}  # also while all of them are read for a tokenizer
     assert len({corpus.tokenizer.fingerprint for corpus in corpora}) == 1
     assert [corpus.documents for corpus in corpora] == [1, 12]
     whole = together(corpora)

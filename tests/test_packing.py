@@ -276,6 +276,15 @@ def test_impossible_place_is_refused(change, small_pools):
         loader.load_state_dict(loader.state_dict() | change)
 
 
+def test_two_tokens_are_the_fewest_that_pack():
+    options = {"batch_size": 2, "seq_len": 4, "seed": 1}
+    x, y, *_ = BestFitLoader(np.array([DOCUMENT, 7]), DOCUMENT, **options).next_batch()
+    assert (x.tolist(), y.tolist()) == ([[DOCUMENT, 0, 0, 0]] * 2, [[7, -100, -100, -100]] * 2)
+    for tokens in ([], [DOCUMENT]):
+        with pytest.raises(UserError, match=f"{len(tokens)} training tokens are too few to predict any"):
+            BestFitLoader(np.array(tokens), DOCUMENT, **options)
+
+
 @pytest.mark.parametrize(("saved", "now"), [("stream", "best_fit"), ("best_fit", "stream"), ("best_fit", "documents")])
 def test_another_packing_has_another_order(saved, now):
     with pytest.raises(UserError, match="data order has packing"):
