@@ -6,16 +6,17 @@ it can: at this size an operation costs more in being called than in its arithme
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.decode_cache import CHUNK, Store
+from gpt.decode_cache import CHUNK, HeldRow, Store
 from gpt.linear import PlainLinear, prepare_linear
 from gpt.model import GPT, Block, CausalSelfAttention
 from gpt.quantize import Int8Linear
-from gpt.span import FEW, Blocks, KernelSpan, NoAttention, Span, decode_impl
+from gpt.span import FEW, Blocks, KernelSpan, NoAttention, Span, check_masks, decode_impl, group_by_sight
 from gpt.step_graph import StepGraphs, can_record
 
 TILES = (8, 4, 2)  # rows computed together when batch-invariant, the first that serves
@@ -35,12 +36,19 @@ def _plainly(method: Callable) -> Callable:
     return wrapped
 
 
+class Snapshot(NamedTuple):
+    """What a Decoder's row held: so many tokens, and what each store had of them."""
+
+    length: int
+    held: list[HeldRow]
+
+
 class Decoder:
     """B rows, each with tokens of its own length, at most `capacity` of them and no more than the model's context.
 
     lengths: how many tokens each row holds. Rows do not see one another. Token i of a row stands at position i.
-    Logits are float32. Weights are taken (on a CPU mostly copied, in a faster layout) when the decoder is made: later
-    changes of the model are not seen. Dropout is never applied.
+    Logits are float32. Weights (on a CPU mostly copied, in a faster layout) and masks are taken when the decoder is
+    made: later changes of the model are not seen. Dropout is never applied.
 
     dtype: of matrices and cache; by default autocast's where that is on, else the model's. The residual stream and the
     norms stay in the model's own dtype, as under autocast.
@@ -52,8 +60,9 @@ class Decoder:
     overrun: a row may be fed so many tokens past capacity and context, along with others that have room. Their logits
     mean nothing, and the row must be truncated before it goes on.
 
-    Of a block with a window the cache holds some 2 * window + 320 tokens of a row, however long it grows. Raises
-    ValueError where a row would pass the capacity or the context.
+    Of a block whose mask is a sliding window the cache holds some 2 * window + 320 tokens of a row, however long it
+    grows; under any other mask it holds them all. Raises ValueError where a row would pass the capacity or the context,
+    and for masks that check_masks refuses.
     """
 
     def __init__(
@@ -76,6 +85,7 @@ class Decoder:
         dtype = dtype or (torch.bfloat16 if quantize else model.embed.weight.dtype)
         self.config, self.dtype, self.capacity = config, dtype, capacity
         self.limit = min(capacity, config.seq_len) + overrun
+        check_masks(model, min(capacity, config.seq_len))
         self._lengths = [0] * rows
         self._batch_invariant = batch_invariant
         records = cuda_graphs and can_record(self.device) and not batch_invariant
@@ -102,21 +112,13 @@ class Decoder:
             self._table = with_overrun(model.position_table)
         elif config.position == "rotary":
             self._rotary = tuple(with_overrun(table).to(self.dtype).unsqueeze(-2) for table in (model.cos, model.sin))
-        self._slopes = model.blocks[0].attn.slopes  # (H,) or None
         self._blocks = [_Block(block, linear, self.dtype) for block in model.blocks]
         self._norm = model.norm if isinstance(model.norm, nn.Identity) else _norm(model.norm)
         self._head, self._softcap = linear(model.head), config.logit_softcap
-        windows = [config.window_of(layer) for layer in range(config.n_layer)]
-        kinds = list(dict.fromkeys(windows))
-        masks = [model.blocks[windows.index(window)].attn.mask for window in kinds]
-        self._stores = [Store(self, w, mask, windows.count(w)) for w, mask in zip(kinds, masks, strict=True)]
+        sights, of_block = group_by_sight(model)
+        self._stores = [Store(self, sight, of_block.count(n)) for n, sight in enumerate(sights)]
         # Of each block: its store, and its number there.
-        self._places = [(kinds.index(w), windows[:layer].count(w)) for layer, w in enumerate(windows)]
-
-    @property
-    def has_window(self) -> bool:
-        """Whether some block has forgotten what lies far back."""
-        return any(store.window is not None for store in self._stores)
+        self._places = [(n, of_block[:layer].count(n)) for layer, n in enumerate(of_block)]
 
     @property
     def lengths(self) -> list[int]:
@@ -170,7 +172,7 @@ class Decoder:
         return Span(self._blocks_of(rows), where[0], where[1:], T, padding, one_by_one=self._batch_invariant)
 
     def _blocks_of(self, rows: range) -> Blocks:
-        return Blocks([store.rows(rows) for store in self._stores], self._places, self.config.n_head, self._slopes)
+        return Blocks([store.rows(rows) for store in self._stores], self._places, self.config.n_head)
 
     def _advance(self, rows: range, T: int) -> list[list[int]]:
         """Make room for T more tokens of these rows: how many each had, and how many of them each store holds."""
@@ -199,14 +201,17 @@ class Decoder:
         self._lengths[row] = length
 
     @_plainly
-    def fork(self, source: int, rows: Sequence[int]) -> None:
-        """Make these rows hold what row `source` holds."""
-        for row in rows:
-            if row == source:
-                continue
-            for store in self._stores:
-                store.copy(source, row, self._lengths)
-            self._lengths[row] = self._lengths[source]
+    def snapshot(self, row: int) -> Snapshot:
+        """A copy of what a row holds."""
+        length = self._lengths[row]
+        return Snapshot(length, [store.copy(row, length) for store in self._stores])
+
+    @_plainly
+    def restore(self, row: int, snapshot: Snapshot) -> None:
+        """Make a row hold what a row of this decoder held."""
+        for store, held in zip(self._stores, snapshot.held, strict=True):
+            store.restore(row, held, self._lengths[row])
+        self._lengths[row] = snapshot.length
 
     @_plainly
     def keep(self, rows: Sequence[int]) -> None:
@@ -268,7 +273,7 @@ class _Block:
         self.n_kv_head = block.attn.n_kv_head
         self.turned = self.n_head + self.n_kv_head  # heads with a norm and a rotation: queries and keys
         self.qk_weight = _qk_weight(block.attn, dtype)
-        self.eps = block.attn_norm.eps
+        self.eps = None if block.attn.q_norm is None else block.attn.q_norm.eps
 
     def __call__(
         self, x: Tensor, shape: tuple[int, int], values: Tensor | None, rotary: tuple | None, attend: Callable

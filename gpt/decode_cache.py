@@ -1,12 +1,13 @@
 """What a Decoder's rows hold while they grow: keys and values."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from gpt.decode import Decoder
+    from gpt.span import Sight
 
 CHUNK = 256  # tokens of a row that go through the model at once: it bounds the memory of a long prompt
 SLACK = 64  # tokens that a row with a window can be taken back by, at least
@@ -17,20 +18,26 @@ class StoredRows(NamedTuple):
     """What a Store holds of R rows: cache (layers, R, 2, H_kv, size, D)."""
 
     cache: Tensor
-    mask: Any
-    window: int | None
+    sight: "Sight"
+
+
+class HeldRow(NamedTuple):
+    """What a Store held of one row: tokens start to length, (layers, 2, H_kv, length - start, D)."""
+
+    start: int
+    cache: Tensor
 
 
 class Store:
-    """Keys and values of the blocks that have one window, or see all.
+    """Keys and values of all blocks that see the same.
 
     cache (layers, B, 2, H_kv, size, D); of a row it holds tokens start to length. Where there is a window it is shorter
     than the text may be, and slides.
     """
 
-    def __init__(self, decoder: "Decoder", window: int | None, mask: Any, layers: int):
-        config, rows = decoder.config, len(decoder.lengths)
-        self.window, self.mask, self.starts = window, mask, [0] * rows
+    def __init__(self, decoder: "Decoder", sight: "Sight", layers: int):
+        config, rows, window = decoder.config, len(decoder.lengths), sight.window
+        self.sight, self.window, self.starts = sight, window, [0] * rows
         # A window's buffer slides once in `window` tokens or more, so that sliding costs little for each.
         size = min(decoder.limit, 2 * window + CHUNK + SLACK if window else decoder.limit)
         self.size = -(-size // ALIGNED) * ALIGNED
@@ -40,7 +47,7 @@ class Store:
 
     def rows(self, rows: range) -> StoredRows:
         """What it holds of these rows."""
-        return StoredRows(self.cache[:, rows.start : rows.stop], self.mask, self.window)
+        return StoredRows(self.cache[:, rows.start : rows.stop], self.sight)
 
     def check_reaches(self, row: int, length: int) -> None:
         """ValueError unless a row can be cut to so many tokens."""
@@ -55,12 +62,16 @@ class Store:
         if length == 0:
             self.starts[row] = 0
 
-    def copy(self, source: int, row: int, lengths: list[int]) -> None:
-        """Make a row hold what row `source` holds."""
-        used, before = lengths[source] - self.starts[source], lengths[row] - self.starts[row]
-        self.cache[:, row, :, :, :used] = self.cache[:, source, :, :, :used]
+    def copy(self, row: int, length: int) -> HeldRow:
+        """What a row of `length` tokens holds."""
+        return HeldRow(self.starts[row], self.cache[:, row, :, :, : length - self.starts[row]].clone())
+
+    def restore(self, row: int, held: HeldRow, old: int) -> None:
+        """Make a row, of `old` tokens so far, hold what was held."""
+        used, before = held.cache.shape[3], old - self.starts[row]
+        self.cache[:, row, :, :, :used] = held.cache
         self.cache[:, row, :, :, used : max(used, before)] = 0
-        self.starts[row] = self.starts[source]
+        self.starts[row] = held.start
 
     def keep(self, rows: list[int]) -> None:
         """Leave out all rows but these."""

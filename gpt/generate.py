@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from gpt.config import require
-from gpt.decode import Decoder
-from gpt.decode_cache import SLACK
+from gpt.decode import Decoder, Snapshot
 from gpt.errors import UserError
 from gpt.model import GPT
 from gpt.sampling import SamplingConfig, bias_vector, distribution, pick, sample_seed, token_id, uniforms
+from gpt.span import check_masks
 from gpt.speculate import Ngrams, Proposals, agreeing, judge, propose_by_lookup, propose_by_model
 from gpt.tokenizer import StreamDecoder, Tokenizer
 
@@ -85,7 +85,7 @@ def generate(
     empty prompt starts from the tokenizer's start token. draft: a smaller model with the same tokenizer that proposes
     tokens. done: samples (i, j) to leave out. The models are put into eval mode while it runs, and put back. Raises
     UserError, at once, for a prompt with a character that the tokenizer lacks or without room in the context, a token
-    that does not exist, and options that contradict each other.
+    that does not exist, options that contradict each other, and a model whose masks look ahead.
     """
     config = config or SamplingConfig()
     require(not isinstance(prompts, str), "prompts are a list of texts: for a lone one write [prompt]")
@@ -110,6 +110,8 @@ def generate(
         for j in (j for j in range(config.num_samples) if (i, j) not in done):
             stream = TextStream(tokenizer, config.stop)
             jobs.append(_Sample(i, j, sample_seed(config.seed, i, j), tokens, count, stream))
+    for each in (model, draft or model):
+        check_masks(each, min(each.config.seq_len, _longest(jobs)))
     state = _State()
     return Generation(_generate(state, model, draft, jobs, config, ends, bias, tokenizer.vocab_size), state)
 
@@ -123,6 +125,11 @@ def room_for(prompt: Sequence[int], config: SamplingConfig, context: int) -> int
             "lower --max-new-tokens, shorten the prompt, or add --rolling"
         )
     return wanted
+
+
+def _longest(jobs: Collection["_Sample"]) -> int:
+    """Tokens of the longest text that will be made."""
+    return max((len(job.prompt_tokens) + job.left for job in jobs), default=0)
 
 
 class TextStream:
@@ -190,35 +197,29 @@ class _Sample:
 class _Reader:
     """A decoder whose rows follow samples' texts, each from an offset on where the text is longer than the context.
 
-    behind: how many of a text's last tokens the rows do not hold yet when a step begins.
+    behind: how many of a text's last tokens the rows do not hold yet when a step begins. The prompt that was read last
+    is kept for as long as other samples of it are to come: they need not read it again.
     """
 
     def __init__(self, decoder: Decoder, rows: int, vocab_size: int, behind: int, device: torch.device) -> None:
         self.decoder, self.vocab_size, self.behind, self.device = decoder, vocab_size, behind, device
-        self._prompts: list[list[int]] = [[] for _ in range(rows)]
         self._starts = [0] * rows
+        self._kept: Snapshot | None = None  # of a row that has read the prompt of the sample that begins next
 
-    def begin(self, row: int, prompt: list[int]) -> None:
-        """Let a row follow a new sample; what this or another row holds of the same prompt is taken over."""
-        end = max(0, len(prompt) - self.behind)
-        source = next((r for r in (row, *range(len(self._prompts))) if self._holds(r, prompt, end)), None)
-        if source is None:
-            self.decoder.truncate(row, 0)
-            self._starts[row] = max(0, len(prompt) - self.decoder.capacity)
-            if self._starts[row] < end:
-                self.decoder.prefill(row, prompt[self._starts[row] : end])
+    def begin(self, row: int, prompt: list[int], is_last: bool) -> None:
+        """Let a row follow a new sample. is_last: the sample that begins next has another prompt."""
+        self._starts[row] = max(0, len(prompt) - self.decoder.capacity)
+        if self._kept is not None:
+            self.decoder.restore(row, self._kept)
         else:
-            if source != row:
-                self.decoder.fork(source, [row])
-            self.decoder.truncate(row, end)
-            self._starts[row] = 0
-        self._prompts[row] = prompt
-
-    def _holds(self, row: int, prompt: list[int], end: int) -> bool:
-        """Whether a row's tokens are those of this prompt at least up to `end`, and more if any."""
-        length = self.decoder.lengths[row]
-        reach = SLACK if self.decoder.has_window else length  # a window forgets what it has passed
-        return self._prompts[row] == prompt and self._starts[row] == 0 and end <= length <= end + reach
+            self.decoder.truncate(row, 0)
+            new = prompt[self._starts[row] : max(0, len(prompt) - self.behind)]
+            if new:
+                self.decoder.prefill(row, new)
+        if is_last:
+            self._kept = None
+        elif self._kept is None:
+            self._kept = self.decoder.snapshot(row)
 
     def follow(self, texts: Sequence[list[int]], ahead: Sequence[int] | None = None) -> list[int]:
         """Make each row hold its text but the last `behind` tokens; for each, how many more than the text still fit.
@@ -245,7 +246,7 @@ class _Reader:
 
     def keep(self, rows: Sequence[int]) -> None:
         self.decoder.keep(rows)
-        self._prompts, self._starts = [self._prompts[r] for r in rows], [self._starts[r] for r in rows]
+        self._starts = [self._starts[row] for row in rows]
 
 
 class _Drawer:
@@ -256,7 +257,7 @@ class _Drawer:
     ):
         self.config, self.bias, self.vocab_size = config, bias, vocab_size
         self.device = _sampling_device(model)
-        longest = max(len(job.prompt_tokens) + job.left for job in jobs)
+        longest = _longest(jobs)
         self.count = (config.draft_tokens or 4) if draft is not None or config.speculate is not None else 0
         # How many tokens a step has, and with that its bits, would depend on what is proposed to other rows.
         alone = config.batch_invariant and self.count > 0
@@ -271,9 +272,13 @@ class _Drawer:
         decoder = Decoder(model, self.rows, capacity, dtype=dtype, overrun=self.count, **options)
         return _Reader(decoder, self.rows, self.vocab_size, behind, model.embed.weight.device)
 
-    def begin(self, row: int, sample: _Sample) -> None:
+    def begin(self, row: int, jobs: deque[_Sample]) -> _Sample:
+        """Let a row follow the next sample, which is taken from the jobs."""
+        sample = jobs.popleft()
+        is_last = not jobs or jobs[0].prompt_tokens != sample.prompt_tokens
         for reader in filter(None, (self.reader, self.draft)):
-            reader.begin(row, sample.prompt_tokens)
+            reader.begin(row, sample.prompt_tokens, is_last)
+        return sample
 
     def keep(self, rows: Sequence[int]) -> None:
         for reader in filter(None, (self.reader, self.draft)):
@@ -355,9 +360,7 @@ def _generate(
         m.eval()
     try:
         drawer = _Drawer(model, draft, jobs, config, bias, vocab_size)
-        live = [jobs.popleft() for _ in range(drawer.rows)]
-        for row, sample in enumerate(live):
-            drawer.begin(row, sample)
+        live = [drawer.begin(row, jobs) for row in range(drawer.rows)]
         while live and not state.stopped:
             done = []
             for row, (sample, tokens) in enumerate(zip(live, drawer.next_tokens(live, state))):
@@ -367,8 +370,7 @@ def _generate(
                         done.append(row)
             while done and jobs and not state.stopped:
                 row = done.pop()
-                live[row] = jobs.popleft()
-                drawer.begin(row, live[row])
+                live[row] = drawer.begin(row, jobs)
             if done:
                 rows = [row for row in range(len(live)) if row not in done]
                 live = [live[row] for row in rows]

@@ -1,5 +1,6 @@
-"""Where new tokens of a decoder's rows go in its stores, and what they see: the attention of gpt/decode.py."""
+"""Decoder attention: store new keys and values, then attend to what each block's mask shows."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -7,8 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt.decode_cache import StoredRows
-from kernels import attention, attention_decode
+from gpt.errors import UserError, require
+from gpt.model import GPT, CausalSelfAttention
+from kernels import attention, attention_decode, masks
+from kernels.mask import evaluate
 
+PIECE = 1 << 22  # pairs of positions at which a mask is looked at in one go
 FEW = 16  # new tokens of a row that attention_decode is made for
 
 
@@ -17,13 +22,86 @@ def decode_impl(device: torch.device) -> str | None:
     return "auto" if device.type == "cuda" else None
 
 
+class Sight(NamedTuple):
+    """What the queries of a block see: its mask and ALiBi slopes (H,).
+
+    window: the keys that a query sees, itself included, where the mask is a sliding window and nothing else. Such a
+    mask knows distances alone, so a store may drop old keys and count the others anew. Any other mask may look at any
+    position, and its store keeps all keys.
+    """
+
+    mask: masks.Mask
+    window: int | None
+    slopes: Tensor | None
+
+    @property
+    def shows_all(self) -> bool:
+        """Whether a query sees every key from its window's first to its own."""
+        return self.window is not None or self.mask.key == masks.CAUSAL.key
+
+
+def sight_of(attn: CausalSelfAttention) -> Sight:
+    window = attn.mask.ints[0] if attn.mask.key == masks.sliding_window(1).key else None
+    return Sight(attn.mask, window, attn.slopes)
+
+
+def group_by_sight(model: GPT) -> tuple[list[Sight], list[int]]:
+    """What is different of what the model's blocks see, and for each block which of these it has."""
+    sights: dict[tuple, Sight] = {}
+    keys = []
+    for block in model.blocks:
+        sight = sight_of(block.attn)
+        slopes = None if sight.slopes is None else tuple(sight.slopes.tolist())
+        keys.append((sight.mask.key, sight.mask.operands, slopes))
+        sights.setdefault(keys[-1], sight)
+    places = list(sights)
+    return list(sights.values()), [places.index(key) for key in keys]
+
+
+def check_masks(model: GPT, length: int) -> None:
+    """UserError unless keys and values of up to `length` tokens can be kept under every block's mask.
+
+    They are computed once, so no token may see a later one; and rows of a decoder come and go, so a mask cannot have a
+    value for each row.
+    """
+    for layer, block in enumerate(model.blocks):
+        mask = block.attn.mask
+        require(isinstance(mask, masks.Mask), f"block {layer}: attn.mask is a Mask of kernels.masks, not {mask!r}")
+        require(
+            not mask.tensors,
+            f"block {layer}: a mask with a value for each row of a batch, as masks.prefix has, cannot generate: "
+            "use a mask of integers",
+        )
+        ahead = _looks_ahead(mask.key, mask.bands, mask.ints, length)
+        if ahead is not None:
+            q, k = ahead
+            raise UserError(
+                f"block {layer}: the mask lets the token at position {q} see the one at {k}, which comes later: "
+                "to generate, use masks.CAUSAL & mask"
+            )
+
+
+@functools.lru_cache(maxsize=64)
+def _looks_ahead(key: str, bands: tuple, ints: tuple[int, ...], length: int) -> tuple[int, int] | None:
+    """Some positions (q, k), k > q, below length where the predicate is True; None if there are none."""
+    if all(band.least >= 0 for band in bands):
+        return None
+    rows = max(1, PIECE // max(1, length))
+    for first in range(0, length, rows):
+        q = torch.arange(first, min(first + rows, length), dtype=torch.int32).unsqueeze(1)
+        k = torch.arange(first, length, dtype=torch.int32)
+        found = (evaluate(key, q, k, ints, ()) & (k > q)).nonzero()
+        if len(found):
+            return first + int(found[0, 0]), first + int(found[0, 1])
+    return None
+
+
 class Blocks(NamedTuple):
     """What attention of all blocks needs besides queries: R rows of the stores, and each block's store and number."""
 
     stored: list[StoredRows]
     places: list[tuple[int, int]]
     n_head: int
-    slopes: Tensor | None
 
 
 class NoAttention:
@@ -55,13 +133,14 @@ class KernelSpan:
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         """Attention of one layer for qkv (R, T, H + 2 H_kv, D), whose keys and values are stored; (R, T, H * D)."""
-        stored, places, n_head, slopes = self._blocks
+        stored, places, n_head = self._blocks
         store, number = places[layer]
+        sight = stored[store].sight
         qkv = qkv[: self._rows]
         q, new = qkv[:, :, :n_head], qkv[:, :, n_head:]
         k_new, v_new = new.chunk(2, dim=2)  # (R, T, H_kv, D) each
         k, v = stored[store].cache[number].transpose(2, 3).unbind(1)  # (R, size, H_kv, D) each
-        options = {"mask": stored[store].mask, "alibi_slopes": slopes, "impl": self._impl}
+        options = {"mask": sight.mask, "alibi_slopes": sight.slopes, "impl": self._impl}
         y = attention_decode(q, k, v, self._filled[store], k_new=k_new, v_new=v_new, **options).flatten(2)
         return F.pad(y, (0, 0, 0, 0, 0, self._padding)) if self._padding else y
 
@@ -89,12 +168,12 @@ class Span:
         ]
         if T == 1:
             for group in (group for groups in self._groups for group in groups):
-                group.bias = group.bias_for(blocks.slopes)
+                group.bias, group.blind = group.bias_of_lone_queries()
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         """As KernelSpan.attend."""
         store, number = self._blocks.places[layer]
-        outputs = [group.attend(number, qkv, self._blocks.n_head, self._blocks.slopes) for group in self._groups[store]]
+        outputs = [group.attend(number, qkv, self._blocks.n_head) for group in self._groups[store]]
         if self._padding:
             outputs.append(outputs[0].new_zeros(self._padding, *outputs[0].shape[1:]))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -111,16 +190,17 @@ def _together(filled: list[int], T: int, one_by_one: bool) -> list[slice]:
 class _Group:
     """Rows that go through attention together: their part of a store, and views of what it is and will be.
 
-    filled: how many tokens the store holds of each row.
+    filled: how many tokens the store holds of each row. bias and blind: see bias_of_lone_queries.
     """
 
     def __init__(self, rows: slice, stored: StoredRows, filled: list[int], T: int):
-        cache, self.window, self.mask = stored.cache[:, rows], stored.window, stored.mask
-        self.rows, self.filled, self.bias = rows, filled, None
+        cache, self.sight = stored.cache[:, rows], stored.sight
+        self.rows, self.filled, self.bias, self.blind = rows, filled, None, None
         self.kv_heads, self.device = cache.shape[3], cache.device
         self.is_even = len(set(filled)) == 1
         # The first key that any of them sees.
-        self.begin = 0 if self.window is None else max(0, min(filled) + 1 - self.window)
+        window = self.sight.window
+        self.begin = 0 if window is None else max(0, min(filled) + 1 - window)
         self.end = max(filled) + T
         if self.is_even:
             self.targets = cache[..., filled[0] : self.end, :].unbind(0)
@@ -130,21 +210,27 @@ class _Group:
             self.where = (torch.arange(len(filled), device=self.device), slice(None), slice(None), at)
         self.k, self.v = (part.unbind(0) for part in cache[..., self.begin : self.end, :].unbind(2))
 
-    def bias_for(self, slopes: Tensor | None) -> Tensor | None:
-        """What a lone query of each row adds to its scores, (R or 1, H_kv or 1, G or 1, Tk): ALiBi and the mask."""
-        if self.is_even and slopes is None:
-            return None
-        at = torch.tensor(self.filled[:1] if self.is_even else self.filled, device=self.device).view(-1, 1, 1, 1)
-        distance = at - torch.arange(self.begin, self.end, device=self.device)  # (R or 1, 1, 1, Tk)
-        bias = torch.zeros(distance.shape, device=self.device)
-        if slopes is not None:
-            bias = -slopes.view(self.kv_heads, -1, 1) * distance
-        if self.is_even:
-            return bias
-        hidden = distance < 0 if self.window is None else (distance < 0) | (distance >= self.window)
-        return bias.masked_fill_(hidden, float("-inf"))
+    def bias_of_lone_queries(self) -> tuple[Tensor | None, Tensor | None]:
+        """What a lone query of each row adds to its scores, (R or 1, H_kv or 1, G or 1, Tk): ALiBi and the mask.
 
-    def attend(self, number: int, qkv: Tensor, n_head: int, slopes: Tensor | None) -> Tensor:
+        Also which rows see no key, (R or 1, 1, 1, 1); None where each sees one.
+        """
+        mask, _, slopes = self.sight
+        if self.is_even and slopes is None and self.sight.shows_all:
+            return None, None
+        at = torch.tensor(self.filled[:1] if self.is_even else self.filled, dtype=torch.int32, device=self.device)
+        at = at.view(-1, 1, 1, 1)
+        keys = torch.arange(self.begin, self.end, dtype=torch.int32, device=self.device)
+        bias = torch.zeros(len(at), 1, 1, len(keys), device=self.device)
+        if slopes is not None:
+            bias = -slopes.view(self.kv_heads, -1, 1) * (at - keys)
+        if self.is_even and self.sight.shows_all:
+            return bias, None
+        seen = mask.visible(at, keys)  # (R or 1, 1, 1, Tk)
+        blind = None if mask.shows_itself else ~seen.any(-1, keepdim=True)
+        return bias.masked_fill_(~seen, float("-inf")), blind
+
+    def attend(self, number: int, qkv: Tensor, n_head: int) -> Tensor:
         """Store the keys and values of qkv's rows, and let the queries see all of theirs: (R, T, H * D)."""
         qkv = qkv[self.rows]
         R, T, _, D = qkv.shape
@@ -155,7 +241,8 @@ class _Group:
             self.targets[number][self.where] = new[:, 0]
         q, k, v = qkv[:, :, :n_head], self.k[number], self.v[number]  # (R, T, H, D), (R, H_kv, Tk, D) twice
         if T > 1:
-            y = attention(q, k.transpose(1, 2), v.transpose(1, 2), mask=self.mask, alibi_slopes=slopes)
+            options = {"mask": self.sight.mask, "alibi_slopes": self.sight.slopes}
+            y = attention(q, k.transpose(1, 2), v.transpose(1, 2), **options)
             return y.reshape(R, T, n_head * D)
         if self.rows.start:
             # To where a first row's queries would stand, in bytes past a multiple of 64: products round by that too.
@@ -163,4 +250,6 @@ class _Group:
         # One query: the heads of a group are queries of one head, and no key is read twice.
         q = q.view(R, k.shape[1], n_head // k.shape[1], D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)  # (R, H_kv, G, D)
+        if self.blind is not None:
+            y = y.masked_fill(self.blind, 0.0)
         return y.reshape(R, 1, n_head * D)

@@ -196,3 +196,36 @@ def loss_deviation(
     dx = own @ weight.square() + lse_variance * (shared @ weight).square() + product_variance(ds, weight)
     dweight = own_of_columns.T @ x.square() + product_variance(ds.T, x)
     return deviations({"loss": (loss * counts)[:, 0], "dx": dx, "dweight": dweight}, unit_of(dtype))
+
+
+@torch.no_grad()
+def model_deviation(model, idx: Tensor, draws: int = 4) -> float:
+    """How far float32's rounding may lead a GPT's log-probabilities of idx (B, T), for a model in float64.
+
+    Each linear layer and each norm, and what attention gives to c_proj, gets a random error of the size of its own
+    rounding; the answer is four times the largest change that these make together.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def disturbed(x: Tensor, variance: Tensor) -> Tensor:
+        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        return x + unit_of(torch.float32) * variance.sqrt() * noise
+
+    def after(module, inputs, output):
+        is_linear = isinstance(module, torch.nn.Linear)
+        own = product_variance(inputs[0], module.weight.T) if is_linear else torch.zeros_like(output)
+        return disturbed(output, own + (FEW * output).square())
+
+    def before(module, inputs):
+        return disturbed(inputs[0], idx.shape[1] * FEW**2 * inputs[0].square().mean(-1, keepdim=True))
+
+    exact = model(idx).log_softmax(-1)
+    kinds = torch.nn.Linear, torch.nn.LayerNorm, torch.nn.RMSNorm
+    hooks = [m.register_forward_hook(after) for m in model.modules() if isinstance(m, kinds)]
+    hooks += [block.attn.c_proj.register_forward_pre_hook(before) for block in model.blocks]
+    try:
+        changes = [float((model(idx).log_softmax(-1) - exact).abs().max()) for _ in range(draws)]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return 4 * max(changes)

@@ -2,17 +2,21 @@
 
 import math
 import random
+import sys
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt.decode import Decoder
 from gpt.errors import UserError
 from gpt.generate import TextStream, generate
 from gpt.sampling import SamplingConfig, sample_seed
 from tests.test_generate import model_of, text_of, tokenizer_of, tokens_of
 
+generate_module = sys.modules["gpt.generate"]
 PROMPTS = ["the ", "dog", "", "the quick brown", "o", "the "]
 
 
@@ -43,7 +47,7 @@ def alone(tokenizer, model) -> dict[tuple[int, int], list[int]]:
 
 @pytest.mark.parametrize("batch_size", [2, 5, 64])
 def test_each_sample_is_what_it_is_alone(tokenizer, model, alone, batch_size):
-    """Rows of other lengths, rows that end early by a stop, rows that join later, forks: none changes a token."""
+    """Rows of other lengths, rows that end early by a stop, rows that join later: none changes a token."""
     config = SamplingConfig(num_samples=3, batch_size=batch_size, **ALONE)
     together = list(generate(model, tokenizer, PROMPTS, config))
     assert {key: tokens_of(together, *key) for key in alone} == alone
@@ -57,25 +61,58 @@ def test_samples_of_a_prompt_differ_and_repeat(tokenizer, model):
     assert len({tuple(tokens_of(first, 0, j)) for j in range(8)}) == 8
 
 
-def test_a_prompt_is_read_once_for_all_its_samples(tokenizer, model, monkeypatch):
-    """Also for those that begin when others have ended, and for an equal prompt."""
-    from gpt.decode import Decoder
-
+@pytest.mark.parametrize("draft", [False, True], ids=["", "draft"])
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ({}, {"max_new_tokens": 3}),
+        ({"window": 4, "seq_len": 150}, {"max_new_tokens": 100}),
+        ({"window": 4, "seq_len": 500}, {"max_new_tokens": 400}),
+        ({"window": 4, "seq_len": 150, "n_layer": 2, "window_pattern": "LS"}, {"max_new_tokens": 100}),
+        ({}, {"max_new_tokens": 40, "rolling": True}),
+        ({"seq_len": 6}, {"max_new_tokens": 3, "rolling": True}),
+    ],
+    ids=["plain", "window", "window-that-slides", "pattern", "rolling", "rolling-longer-than-the-context"],
+)
+def test_a_prompt_is_read_once_for_all_its_samples(tokenizer, monkeypatch, shape, options, draft):
+    """Also for those that begin when others have ended, and for an equal prompt that follows; by a draft too."""
+    model = model_of(tokenizer, **({"n_layer": 1} | shape)).eval()
+    prompt, context = "the quick", model.config.seq_len
     read, prefill = [], Decoder.prefill
 
-    def counting(self, row, tokens):
-        read.append(len(tokens))
+    def noting(self, row, tokens):
+        read.append(tokenizer.decode(tokens))
         return prefill(self, row, tokens)
 
-    monkeypatch.setattr(Decoder, "prefill", counting)
-    config = SamplingConfig(num_samples=5, batch_size=2, max_new_tokens=3)
-    assert len(reasons(generate(model, tokenizer, ["the quick", "the quick"], config))) == 10
-    assert read == [len("the quick") - 1]
+    monkeypatch.setattr(Decoder, "prefill", noting)
+    config = SamplingConfig(num_samples=5, batch_size=2, temperature=1.0, **options)
+    pieces = generate(model, tokenizer, [prompt, prompt, "dog"], config, draft=model if draft else None)
+    assert len(reasons(pieces)) == 15
+    seen = prompt[-context:]
+    expected = [seen[:-1], seen[:-2], "do", "d"] if draft else [seen[:-1], "do"]
+    assert [text for text in read if text in (prompt, *expected)] == expected
+    if not config.rolling and not draft:
+        assert read == expected
+
+
+def test_a_prompt_is_kept_no_longer_than_it_is_needed(tokenizer, model):
+    """Its copy of a row is gone when its last sample begins, and never made for a lone one."""
+    kept = []
+    config = SamplingConfig(num_samples=3, batch_size=1, max_new_tokens=2)
+    drawer_of = generate_module._Drawer
+
+    class Noting(drawer_of):
+        def begin(self, row, jobs):
+            sample = super().begin(row, jobs)
+            kept.append(self.reader._kept is not None)
+            return sample
+
+    with mock.patch.object(generate_module, "_Drawer", Noting):
+        list(generate(model, tokenizer, ["the ", "dog"], config))
+    assert kept == [True, True, False] * 2
 
 
 def test_the_batch_shrinks_as_rows_end_and_never_passes_its_size(tokenizer, model, monkeypatch):
-    from gpt.decode import Decoder
-
     rows = []
     step = Decoder.step
     monkeypatch.setattr(Decoder, "step", lambda self, tokens: (rows.append(len(tokens)), step(self, tokens))[1])

@@ -1,4 +1,4 @@
-"""The decoder against the model itself: every option, ragged rows, forks, cuts, windows, equal bits in any batch."""
+"""The decoder against the model itself: every option, ragged rows, copies, cuts, windows, equal bits in any batch."""
 
 import pytest
 import torch
@@ -92,12 +92,13 @@ def follow_the_model(model: GPT, lengths: tuple[int, ...], invariant: bool, step
 
 
 @pytest.mark.parametrize("invariant", [False, True], ids=["default", "invariant"])
-def test_fork_truncate_and_keep(model, invariant):
+def test_restore_truncate_and_keep(model, invariant):
     decoder = Decoder(model, 4, 48, batch_invariant=invariant)
     first, last = text_of(12, 1), text_of(20, 2)
     decoder.prefill(0, first)
     decoder.prefill(3, last)
-    decoder.fork(0, [0, 1, 3])
+    for row in (0, 1, 3):
+        decoder.restore(row, decoder.snapshot(0))
     decoder.prefill(1, [5, 6])
     decoder.truncate(3, 8)
     decoder.keep([3, 1, 0])
@@ -128,7 +129,7 @@ def test_what_a_broken_row_leaves_behind_reaches_no_other():
     decoder = Decoder(model, 2, 48)
     decoder.prefill(0, [1, 2])
     decoder.prefill(1, [1, 2, 4, 4, 3, 3])
-    decoder.fork(0, [1])
+    decoder.restore(1, decoder.snapshot(0))
     decoder.prefill(0, [5, 6, 7, 8])
     decoder.truncate(1, 1)
     assert_near(decoder.step(torch.tensor([[1], [2]]))[1, 0], uncached(model, [1, 2])[-1])
@@ -168,6 +169,46 @@ def test_a_window_bounds_the_cache_and_can_go_back_by_the_slack(position, patter
     decoder.truncate(0, length - SLACK)
     with pytest.raises(ValueError, match="window has moved past"):
         decoder.truncate(0, 100)
+
+
+@pytest.fixture
+def slid() -> tuple[GPT, Decoder, list[int]]:
+    """A row of 700 tokens under a window of 6, whose buffer has slid to its last few hundred; and an empty row."""
+    model = model_of(seq_len=1000, window=6, n_kv_head=2, window_pattern="SL")
+    decoder, text = Decoder(model, 2, 1000), text_of(700)
+    decoder.prefill(0, text)
+    assert decoder._stores[0].starts[0] > 300
+    return model, decoder, text
+
+
+def test_a_row_that_has_slid_can_be_cut_to_the_last_token_whose_window_it_holds(slid):
+    """Each position from there on is right; one token before is refused, and nothing is cut."""
+    model, decoder, text = slid
+    first = decoder._stores[0].starts[0] + 6 - 1
+    snapshot, expected = decoder.snapshot(0), uncached(model, text)
+    for length in (first, first + 1, 699):
+        decoder.restore(0, snapshot)
+        decoder.truncate(0, length)
+        assert_near(decoder.prefill(0, [text[length]]), expected[length])
+    decoder.restore(0, snapshot)
+    with pytest.raises(ValueError, match=f"row 0 cannot go back to {first - 1} tokens: its window has moved past them"):
+        decoder.truncate(0, first - 1)
+    assert decoder.lengths == [700, 0]
+
+
+def test_a_snapshot_of_a_row_that_has_slid(slid):
+    """Into a row that is empty, that is longer, that has slid further, and after the source has moved on."""
+    model, decoder, text = slid
+    snapshot, expected = decoder.snapshot(0), uncached(model, [*text, 7])[-1]
+    decoder.prefill(0, text_of(250, 1))
+    for before in ([], [5], text_of(320, 2), text_of(900, 3)):
+        decoder.truncate(1, 0)
+        if before:
+            decoder.prefill(1, before)
+        decoder.restore(1, snapshot)
+        assert decoder.lengths == [950, 700]
+        assert_near(decoder.prefill(1, [7]), expected)
+        assert all(not store.cache[:, 1, :, :, 701 - store.starts[1] :].any() for store in decoder._stores)
 
 
 def test_no_more_than_capacity_and_context():
@@ -221,11 +262,11 @@ def test_bfloat16_is_what_autocast_gives(preset):
         expected = uncached(model, text).float()
         decoder = Decoder(model, 2, 40)
         decoder.prefill(0, text[:10])
-        decoder.fork(0, [1])
+        decoder.restore(1, decoder.snapshot(0))
         inside = decoder.step(torch.tensor([text[10:], text[10:]]))
     decoder = Decoder(model, 2, 40, dtype=torch.bfloat16)
     decoder.prefill(0, text[:10])
-    decoder.fork(0, [1])
+    decoder.restore(1, decoder.snapshot(0))
     ours = torch.cat([decoder.step(torch.tensor([[t], [t]])) for t in text[10:]], dim=1)
     allowed = 2 * (expected - exact)[10:].square().mean().sqrt()
     for logits in (ours, inside):

@@ -67,7 +67,7 @@ def tapes(monkeypatch) -> list[Tape]:
 
 @pytest.mark.parametrize("name", ["modern", "window-pattern", "gelu-odd"])
 def test_replayed_steps_are_the_uncached_model(name, tapes):
-    """Ragged rows, steps of two shapes in turn, a cut, a fork, and rows that leave."""
+    """Ragged rows, steps of two shapes in turn, a cut, a copy, and rows that leave."""
     model = model_of(**({"n_layer": 1} | OPTIONS[name]))
     decoder, texts = Decoder(model, 3, 48), [text_of(n, n) for n in (3, 1, 9)]
     for row, text in enumerate(texts):
@@ -84,7 +84,7 @@ def test_replayed_steps_are_the_uncached_model(name, tapes):
         step(T)
     assert [tape.replays for tape in tapes] == [2, 1]  # of T = 1 from the third on, of T = 2 the third
     decoder.truncate(1, 4)
-    decoder.fork(1, [2])
+    decoder.restore(2, decoder.snapshot(1))
     texts[1:] = [texts[1][:4]] * 2
     step(1)
     assert [tape.replays for tape in tapes] == [3, 1]

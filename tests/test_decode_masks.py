@@ -1,0 +1,233 @@
+"""Generation under masks of one's own: each block sees what its own mask shows, on every path, or it is refused."""
+
+import copy
+
+import pytest
+import torch
+
+from gpt import decode, span
+from gpt.decode import Decoder
+from gpt.decode_cache import CHUNK
+from gpt.errors import UserError
+from gpt.generate import generate
+from gpt.model import GPT
+from gpt.quantize import quantize_weight
+from gpt.sampling import SamplingConfig
+from kernels import masks
+from kernels.masks import CAUSAL, Mask
+from tests.rounding import model_deviation
+from tests.test_generate import model_of, tokenizer_of
+
+LAYOUT = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1]])
+
+
+def no_multiple(q, k, n):
+    return (k % n != 1) | (q == k)
+
+
+def long_ago(q, k, n):
+    return q - k >= n
+
+
+def within_window(q, k, window):
+    """The name and the parameter of the window's own predicate, with another meaning."""
+    return (q >= k) & ((q - k < window) | (k % 2 == 0))
+
+
+OWN = CAUSAL & Mask(no_multiple, 4)
+# Of each block: its mask, the model's options.
+CASES = {
+    "own": ([OWN], {}),
+    "own-alibi": ([OWN], {"position": "alibi"}),
+    "own-under-a-window": ([masks.sliding_window(5) & Mask(no_multiple, 4)], {"window": 5}),
+    "own-named-as-the-window": ([Mask(within_window, 5)], {"window": 5}),
+    "different-masks-of-one-window": ([masks.sliding_window(5), masks.sliding_window(5) & OWN], {"window": 5}),
+    "windows-of-different-sizes": ([masks.sliding_window(3), masks.sliding_window(9)], {}),
+    "a-window-made-wider": ([CAUSAL], {"window": 5}),
+    "a-window-made-narrower": ([masks.sliding_window(3)], {"window": 5, "position": "alibi"}),
+    "nothing-to-see-at-first": ([CAUSAL, CAUSAL & Mask(long_ago, 3)], {}),
+    "nothing-to-see-alibi": ([CAUSAL & Mask(long_ago, 3)], {"position": "alibi"}),
+    "window-and-sinks": ([CAUSAL & (masks.sliding_window(5) | masks.sink_tokens(2))], {}),
+    "window-or-sinks": ([masks.sliding_window(5) | CAUSAL & masks.sink_tokens(2)], {"window": 5}),
+    "strided": ([CAUSAL & (masks.sliding_window(4) | masks.strided(4))], {}),
+    "dilated": ([masks.sliding_window(9) & masks.strided(3)], {"window": 9}),
+    "global-tokens": ([CAUSAL & (masks.sliding_window(3) | masks.global_tokens([1, 6, 7, 20]))], {}),
+    "bigbird": ([masks.bigbird(3, 2, 1, seed=0, block=4)], {}),
+    "layout": ([CAUSAL & masks.block_sparse(LAYOUT, 8)], {}),
+    "a-layout-not-combined": ([masks.block_sparse(torch.eye(32), 1) | OWN], {}),
+    "three": ([OWN, masks.sliding_window(4), CAUSAL & masks.strided(2)], {"n_layer": 3, "window": 4}),
+}
+PROMPTS = ["the quick", "t", "the lazy dog: "]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tokenizer_of()
+
+
+def masked(tokenizer, name: str, **options) -> GPT:
+    """A model with the case's masks in turn on its blocks, and ALiBi slopes of each block's own."""
+    each, own = CASES[name]
+    model = model_of(tokenizer, **({"n_head": 4, "n_kv_head": 2} | own | options)).eval()
+    put_on(model, each)
+    for layer, block in enumerate(model.blocks):
+        if block.attn.slopes is not None:
+            block.attn.slopes = block.attn.slopes * (1 + layer)
+    return model
+
+
+def put_on(model: GPT, each: list[Mask]) -> None:
+    for layer, block in enumerate(model.blocks):
+        block.attn.mask = each[layer % len(each)]
+
+
+def assert_follows_the_model(tokenizer, model: GPT, prompts, config: SamplingConfig, draft: GPT | None = None) -> None:
+    """Each log-probability is what the model in float64 gives the text so far; greedy tokens are its likeliest."""
+    exact = copy.deepcopy(model).double()
+    pieces = list(generate(model, tokenizer, prompts, config, draft=draft))
+    for i, prompt in enumerate(prompts):
+        for j in range(config.num_samples):
+            own = [p for p in pieces if (p.prompt, p.sample) == (i, j) and p.token is not None]
+            begin = tokenizer.encode(prompt)
+            text = torch.tensor([begin + [p.token for p in own]])
+            with torch.no_grad():
+                expected = exact(text)[0, len(begin) - 1 : -1].log_softmax(-1)  # (new, V)
+            tolerance = model_deviation(exact, text)
+            assert tolerance < 1e-3
+            found = torch.tensor([p.logprob for p in own], dtype=torch.float64)
+            chosen = expected.gather(1, text[0, len(begin) :, None])[:, 0]
+            assert len(own) == config.max_new_tokens
+            assert (found - chosen).abs().max() <= tolerance
+            if config.temperature == 0:
+                assert (expected.max(-1).values - chosen).max() <= tolerance
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one", "three"])
+@pytest.mark.parametrize("name", CASES)
+def test_log_probabilities_are_the_models(tokenizer, name, prompts):
+    """Alone, with its even rows, and beside rows of other lengths."""
+    config = SamplingConfig(max_new_tokens=16, temperature=0.0)
+    assert_follows_the_model(tokenizer, masked(tokenizer, name), prompts, config)
+
+
+@pytest.mark.parametrize("options", [{"num_samples": 2}, {"batch_invariant": True}, {"speculate": "ngram"}], ids=str)
+@pytest.mark.parametrize("name", ["own-alibi", "different-masks-of-one-window", "nothing-to-see-at-first", "bigbird"])
+def test_log_probabilities_by_every_way_to_sample(tokenizer, name, options):
+    config = SamplingConfig(max_new_tokens=16, temperature=1.0, **options)
+    assert_follows_the_model(tokenizer, masked(tokenizer, name), PROMPTS, config)
+
+
+@pytest.mark.parametrize("name", ["own", "different-masks-of-one-window"])
+def test_a_draft_model_is_under_its_own_masks_too(tokenizer, name):
+    """The draft is the model itself: every greedy proposal is taken, so its masks are honoured."""
+    model, config = masked(tokenizer, name), SamplingConfig(max_new_tokens=16, temperature=0.0, draft_tokens=3)
+    assert_follows_the_model(tokenizer, model, PROMPTS, config, draft=model)
+    pieces = generate(model, tokenizer, PROMPTS[:1], config, draft=model)
+    list(pieces)
+    assert pieces.accepted == pieces.proposed > 8
+
+
+@pytest.mark.parametrize("name", ["own-alibi", "own-named-as-the-window", "nothing-to-see-alibi", "layout"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_log_probabilities_by_attention_decode(tokenizer, name, impl, monkeypatch):
+    """What a GPU does: here by plain PyTorch, and by the kernel in Triton's interpreter."""
+    monkeypatch.setattr(decode, "decode_impl", lambda device: impl)
+    config = SamplingConfig(max_new_tokens=4 if impl == "triton" else 16, temperature=0.0)
+    assert_follows_the_model(tokenizer, masked(tokenizer, name), PROMPTS, config)
+
+
+def test_int8_weights_change_no_mask(tokenizer):
+    """Weights that are multiples of their scale already lose nothing."""
+    model = masked(tokenizer, "own-alibi")
+    for linear in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
+        weight, scale = quantize_weight(linear.weight)
+        linear.weight.data = weight * scale[:, None]
+    config = SamplingConfig(max_new_tokens=16, temperature=0.0, quantize="int8", dtype="float32")
+    assert_follows_the_model(tokenizer, model, PROMPTS, config)
+
+
+@pytest.mark.parametrize("name", ["own", "own-under-a-window", "window-and-sinks"])
+def test_rolling_counts_positions_anew(tokenizer, name):
+    """Past a context of 16, a text is read again from its newer half on, which then begins at position 0."""
+    model = masked(tokenizer, name, seq_len=16)
+    config = SamplingConfig(max_new_tokens=40, temperature=0.0, rolling=True)
+    pieces = list(generate(model, tokenizer, PROMPTS, config))
+    exact = copy.deepcopy(model).double()
+    for i, prompt in enumerate(PROMPTS):
+        text = tokenizer.encode(prompt)
+        for piece in (p for p in pieces if p.prompt == i and p.token is not None):
+            with torch.no_grad():
+                expected = exact(torch.tensor([text]))[0, -1].log_softmax(-1)
+            assert abs(piece.logprob - expected[piece.token]) <= model_deviation(exact, torch.tensor([text]), 1)
+            text = [*text, piece.token] if len(text) < 16 else [*text[-7:], piece.token]
+
+
+def test_a_mask_may_change_between_two_generations(tokenizer):
+    """On one block, on all, and back."""
+    model, config = masked(tokenizer, "own"), SamplingConfig(max_new_tokens=8, temperature=0.0)
+    for each in ([OWN, CAUSAL], CASES["strided"][0], [masks.sliding_window(2), OWN], [CAUSAL]):
+        put_on(model, each)
+        assert_follows_the_model(tokenizer, model, PROMPTS, config)
+
+
+def test_only_a_sliding_window_forgets(tokenizer):
+    """Rows far longer than a window's buffer, in logits; other masks keep all keys, whatever their bands promise."""
+    own = masks.sliding_window(6) & Mask(no_multiple, 4)
+    model = masked(tokenizer, "own", n_layer=4, seq_len=CHUNK + 300)
+    put_on(model, [masks.sliding_window(6), own, masks.sliding_window(6), OWN])
+    text = torch.randint(tokenizer.vocab_size, (1, CHUNK + 280), generator=torch.Generator().manual_seed(0))
+    decoder = Decoder(model, 1, CHUNK + 300)
+    assert [(len(s.cache), s.cache.shape[4] >= CHUNK + 300) for s in decoder._stores] == [
+        (2, False),
+        (1, True),
+        (1, True),
+    ]
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()
+        expected = exact(text)[0].log_softmax(-1)
+    decoder.prefill(0, text[0, : CHUNK + 200].tolist())
+    found = torch.cat([decoder.step(text[:, [n]])[0] for n in range(CHUNK + 200, CHUNK + 280)])
+    assert decoder._stores[0].starts[0] > 0
+    difference = found.double().log_softmax(-1) - expected[CHUNK + 200 :]
+    assert difference.abs().max() <= model_deviation(exact, text)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (masks.FULL, "block 1: the mask lets the token at position 0 see the one at 1,.* masks.CAUSAL & mask"),
+        (CAUSAL | masks.sink_tokens(3), "position 0 see the one at 1"),
+        (masks.sink_tokens(3), "position 0 see the one at 1"),
+        (CAUSAL | Mask(no_multiple, 4), "position 0 see the one at 2"),
+        (masks.block_sparse(torch.ones(8, 8), 4), "position 0 see the one at 1"),
+        (CAUSAL & masks.prefix(torch.tensor([3], dtype=torch.int32)), "value for each row of a batch"),
+        (None, "attn.mask is a Mask of kernels.masks, not None"),
+        ("causal", "attn.mask is a Mask of kernels.masks, not 'causal'"),
+    ],
+    ids=["full", "prefix", "sinks", "own", "layout", "row-tensor", "none", "text"],
+)
+def test_a_mask_that_no_cache_can_serve_is_refused(tokenizer, mask, message):
+    """At once, by the model and by the draft; and by a decoder, as a ValueError."""
+    model, plain = model_of(tokenizer).eval(), model_of(tokenizer).eval()
+    model.blocks[1].attn.mask = mask
+    with pytest.raises(UserError, match=message):
+        generate(model, tokenizer, ["the"])
+    with pytest.raises(UserError, match=message):
+        generate(plain, tokenizer, ["the"], draft=model)
+    with pytest.raises(ValueError, match=message):
+        Decoder(model, 1, 8)
+
+
+def test_masks_are_looked_at_as_far_as_the_text_goes(tokenizer, monkeypatch):
+    """A mask that looks ahead from position 20 on serves a text of 20 tokens; the look is taken in pieces."""
+    monkeypatch.setattr(span, "PIECE", 70)
+    model = model_of(tokenizer, seq_len=64).eval()
+    model.blocks[0].attn.mask = CAUSAL | Mask(late, 20)
+    list(generate(model, tokenizer, ["the"], SamplingConfig(max_new_tokens=18)))
+    for count in (19, 40):
+        with pytest.raises(UserError, match="position 20 see the one at 21"):
+            generate(model, tokenizer, ["the"], SamplingConfig(max_new_tokens=count))
+
+
+def late(q, k, n):
+    return q >= n
