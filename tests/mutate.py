@@ -21,6 +21,7 @@ import time
 import tomllib
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -268,10 +269,26 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 
+def in_processes(trees: list[Tree], work: Callable[[Tree, int], None]) -> None:
+    """work(tree, number) for each tree, in a process of its own."""
+    workers = []
+    for i, tree in enumerate(trees):
+        workers.append(os.fork())
+        if workers[-1] == 0:
+            try:
+                adopt_orphans()
+                work(tree, i)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(0)
+    for pid in workers:
+        os.waitpid(pid, 0)
+
+
 def main(arguments: argparse.Namespace) -> int:
     folder = (arguments.folder or arguments.project / "build" / "mutants").resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    adopt_orphans()
     with tempfile.TemporaryDirectory(prefix="mutate") as place:
         trees = [Tree(Path(place, f"tree{i}"), arguments.project) for i in range(arguments.workers)]
         names = [name.removesuffix(".py").replace(".", "/") for name in arguments.module]
@@ -287,24 +304,23 @@ def main(arguments: argparse.Namespace) -> int:
             return 0
         preload(arguments.preload)
         coverage = Coverage(trees[0], folder / "coverage")
-        log = Path(place, "log")
-        coverage.gather(lambda name, plugin: run_tests(trees[0], [name], plugin, (900, 3600), log), arguments.tests)
+        missing = coverage.missing(arguments.tests)
+
+        def gather(tree: Tree, i: int) -> None:
+            run = lambda name, plugin: run_tests(tree, [name], plugin, (900, 3600), tree.folder.with_suffix(".log"))
+            Coverage(tree, coverage.folder).gather(run, missing[i :: len(trees)])
+
+        in_processes(trees, gather)
+        coverage.load(arguments.tests)
         verdicts = Verdicts(folder / "verdicts.jsonl", arguments.fresh)
         random.Random(arguments.seed).shuffle(order)
-        workers = []
-        for i, tree in enumerate(trees):
-            workers.append(os.fork())
-            if workers[-1] == 0:
-                try:
-                    adopt_orphans()
-                    run_tests(tree, ["tests"], Chosen([], log), (60, 600), log)  # compiles the tree's files
-                    try_all(tree, order[i :: len(trees)], coverage, verdicts, arguments.budget, arguments.slack)
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    os._exit(0)
-        for pid in workers:
-            os.waitpid(pid, 0)
+
+        def try_share(tree: Tree, i: int) -> None:
+            log = tree.folder.with_suffix(".log")
+            run_tests(tree, ["tests"], Chosen([], log), (60, 600), log)  # compiles the tree's files
+            try_all(tree, order[i :: len(trees)], coverage, verdicts, arguments.budget, arguments.slack)
+
+        in_processes(trees, try_share)
     print(*report(chosen, Verdicts(verdicts.path, False)), sep="\n")
     return 0
 

@@ -123,13 +123,23 @@ class Coverage:
         folder.mkdir(parents=True, exist_ok=True)
         self.records: dict[str, dict] = {}
 
-    def gather(self, run, patterns: list[str]) -> None:
-        """Run each file of tests that is new or changed; run(file, plugin) runs it in a process."""
-        for name in self.tree.test_files(patterns):
-            target = self.folder / f"{Path(name).stem}-{self.tree.digest(name)}.json"
-            if not target.exists():
+    def target(self, name: str) -> Path:
+        return self.folder / f"{Path(name).stem}-{self.tree.digest(name)}.json"
+
+    def missing(self, patterns: list[str]) -> list[str]:
+        """The files of tests that are new or changed."""
+        return [name for name in self.tree.test_files(patterns) if not self.target(name).exists()]
+
+    def gather(self, run, names: list[str]) -> None:
+        """Run these files of tests; run(file, plugin) runs one in a process."""
+        for name in names:
+            if not self.target(name).exists():
                 print(f"gathering what {name} runs", flush=True)
-                run(name, Gather(self.tree.folder, target))
+                run(name, Gather(self.tree.folder, self.target(name)))
+
+    def load(self, patterns: list[str]) -> None:
+        for name in self.tree.test_files(patterns):
+            target = self.target(name)
             if target.exists():
                 record = json.loads(target.read_text())
                 for test in record["tests"].values():

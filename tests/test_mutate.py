@@ -175,3 +175,16 @@ def test_a_mutant_that_no_test_tells_apart_survives(toy):
 
 def test_a_mutant_that_hangs_is_ended(toy):
     assert toy[1]["n += 0"]["result"] == "timeout"
+
+
+def test_processes_that_a_mutant_leaves_behind_are_ended():
+    """Also of another session, and those that they started in turn: each would keep the pipe open."""
+    code = """
+        import subprocess
+        from tests.mutate import adopt_orphans, end_children
+
+        adopt_orphans()
+        subprocess.run(["sh", "-c", "setsid sh -c 'sleep 90 & sleep 90' &"], check=True)
+        end_children()
+        """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, check=True, timeout=60)
