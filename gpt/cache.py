@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gpt.errors import UserError
+from gpt.files import flush
 
 try:
     import fcntl
@@ -45,7 +46,10 @@ def publish(place: Path, *, resume: bool = False) -> Iterator[Path]:
         yield work
         try:
             (work / JOURNAL).unlink(missing_ok=True)
+            for path in (*work.rglob("*"), work):  # before it has a name that readers trust
+                flush(path)
             os.rename(work, place)
+            flush(place.parent)
         except OSError:
             if not place.is_dir():
                 raise
