@@ -115,6 +115,8 @@ class _Finder:
             return
         if isinstance(node, ast.Assign) and "__all__" in self.text(node.targets[0]):
             return
+        if isinstance(node, ast.Subscript) and _last_name(node.value) == "Literal":
+            return
         if isinstance(node, ast.stmt) and function is not None:
             lines = _own_lines(node)
         yield from ((kind, span, text, lines) for kind, span, text in self.own(node, parent, function))

@@ -73,6 +73,7 @@ def test_url_is_fetched_once_and_its_hash_recorded(server, make, tmp_path, page)
     assert (f"downloading {url}", size, 0 if page == "endless" else size) in calls
     (record,) = (tmp_path / "cache" / "downloads").glob("*/record.json")
     assert json.loads(record.read_text()) == {"url": url, "sha256": digest, "bytes": size}
+    assert record.parent.name == hashlib.sha256(url.encode()).hexdigest()[:32]  # where an earlier version left it too
     served = Handler.requests
     server.shutdown()
     server.server_close()

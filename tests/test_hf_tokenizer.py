@@ -319,27 +319,31 @@ def test_the_configs_own_changes_are_refused(tmp_path, settings, message):
 
 
 @pytest.mark.parametrize(
-    "edit",
+    ("edit", "message"),
     [
-        {"added": {"<x>": [300, False]}},
-        {"added": {"<x>": [900, 1]}},
-        {"added": {"<x>": 900}},
-        {"added": {"": [900, False]}},
-        {"added": {"a b": [900, False]}},
-        {"added": {DOCUMENT: [900, False]}},
-        {"unreached": {"300": "eg=="}},
-        {"unreached": {"x": "eg=="}},
-        {"unreached": {"900": None}},
-        {"unreached": {"900": ""}},
-        {"unreached": []},
+        ({"added": {"<x>": [300, False]}}, "holds an id that is taken"),
+        ({"added": {"<x>": [900, 1]}}, '"added" does not say when'),
+        ({"added": {"<x>": 900}}, '"added" is no table of pairs'),
+        ({"added": {"<x>": [900, False, True]}}, '"added" is no table of pairs'),
+        ({"added": []}, '"added" is no table$'),
+        ({"added": {"": [900, False]}}, '"special_tokens" is no table'),
+        ({"added": {"a b": [900, False]}}, '"added" holds a word with a space or mark after it'),
+        ({"added": {DOCUMENT: [900, False]}}, '"special_tokens" and "added" share a spelling'),
+        ({"added": {"<x>": [900, False], "<y>": [900, True]}}, "holds an id that is taken"),
+        ({"added": {"<x>": [1 << 24, False]}}, "holds an impossible id"),
+        ({"unreached": {"300": "eg=="}}, "holds an id that is taken"),
+        ({"unreached": {"x": "eg=="}}, '"unreached" is no table of ids'),
+        ({"unreached": {"900": None}}, '"unreached" holds a token without bytes'),
+        ({"unreached": {"900": ""}}, '"unreached" holds a token without bytes'),
+        ({"unreached": []}, '"unreached" is no table of ids'),
     ],
     ids=str,
 )
-def test_a_saved_tokenizer_with_wrong_tokens_is_refused(tmp_path, edit):
+def test_a_saved_tokenizer_with_wrong_tokens_is_refused(tmp_path, edit, message):
     BPE.save(tmp_path / "tokenizer.json")
     form = json.loads((tmp_path / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps(form | edit))
-    with pytest.raises(UserError, match="is no tokenizer of this program"):
+    with pytest.raises(UserError, match=f"is no tokenizer of this program.*{message}"):
         load_tokenizer(tmp_path / "tokenizer.json")
 
 

@@ -40,6 +40,7 @@ def changes(code: str) -> set[str]:
         ("c = 'words for people'", set()),
         ("c = f'{a + 1}'", set()),
         ("c: int | 3 = a", set()),
+        ("c: T = Literal[3]", set()),
         ("a = b", {"pass"}),
         ("a.c = b", {"pass"}),
         ("a += b", {"a -= b", "pass"}),

@@ -83,6 +83,15 @@ def test_muon_step_is_the_written_rule():
     torch.testing.assert_close(p.detach(), weight, atol=1e-5, rtol=1e-5)
 
 
+def test_muon_by_itself_has_the_papers_options_and_no_decay():
+    w = torch.nn.Parameter(torch.eye(3))
+    muon = Muon([w], 0.5)
+    assert muon.defaults == {"lr": 0.5, "momentum": 0.95, "weight_decay": 0.0, "ns_steps": 5, "row_splits": None}
+    w.grad = torch.zeros(3, 3)
+    muon.step()
+    assert w.equal(torch.eye(3))
+
+
 def test_muon_treats_queries_keys_and_values_apart():
     grad = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
     whole, parts = torch.nn.Parameter(torch.zeros(24, 8)), [torch.nn.Parameter(torch.zeros(n, 8)) for n in (16, 4, 4)]

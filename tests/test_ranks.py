@@ -1,5 +1,6 @@
 """Ranks that were started differently say so in one sentence, all of them, and compute nothing."""
 
+import hashlib
 import re
 import subprocess
 from dataclasses import fields, replace
@@ -39,6 +40,17 @@ def test_all_differences_are_in_one_sentence():
     assert "not alike: rank 2 has a 3 where rank 0 has 1, b 4 where rank 0 has 2: start all of" in str(error.value)
     with pytest.raises(UserError, match=r"rank 1 has a 2 where rank 0 has 1; rank 2 has a unknown where rank 0 has 1:"):
         check_alike(Together('{"a": "1"}', '{"a": "2"}', "{}"), {})
+
+
+def test_the_weights_are_told_by_twelve_digits_of_a_hash():
+    """Of the sums of their bits, taken as whole numbers."""
+    model = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, -1.0], [0.0, 0.5]]))
+        model.bias.copy_(torch.tensor([2.0, -0.0]))
+    one, minus_one, half, two, minus_zero = 0x3F800000, 0xBF800000 - 2**32, 0x3F000000, 0x40000000, -(2**31)
+    words = str([one + minus_one + half, two + minus_zero])
+    assert weight_facts(model) == {"initial weights": hashlib.sha256(words.encode()).hexdigest()[:12]}
 
 
 def test_every_option_that_decides_a_training_is_compared():

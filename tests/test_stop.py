@@ -206,6 +206,14 @@ def test_evaluations_have_their_own_precision(folder, capsys, monkeypatch, eval_
     assert seen == [f"torch.{dtype}"]
 
 
+@pytest.mark.parametrize("told", ["", "1 (python) R", "1 (python) R" + " x" * 30])
+def test_a_process_that_cannot_know_its_start_counts_from_the_import(monkeypatch, told):
+    monkeypatch.setattr("gpt.stop.Path.read_text", lambda path: told)
+    monkeypatch.setattr("gpt.stop._IMPORTED", 90.0)
+    monkeypatch.setattr("gpt.stop.time.monotonic", lambda: 100.0)
+    assert process_seconds() == 10.0
+
+
 def test_an_evaluation_says_how_far_it_is():
     said, clock = [], iter([0.0, 0.0, 9.0, 10.0, 10.0, 15.0, 21.0, 21.0])
     ticker = Ticker(said.append, lambda: next(clock))

@@ -50,48 +50,57 @@ def damaged(tokenizer, **changes) -> bytes:
 
 TOKENS = json.loads(BPE._serialized)["tokens"]
 BAD_FILES = {
-    "empty": b"",
-    "truncated": BPE._serialized[:5000],
-    "not-json": b"\x80\x04\x95pickle",
-    "nested": b"[" * 100_000,
-    "a-list": b"[]",
-    "foreign": b'{"version": "1.0", "model": {"type": "BPE"}}',
-    "newer": damaged(BPE, version=2),
-    "other-kind": damaged(BPE, kind="sentencepiece"),
-    "kind-is-a-list": damaged(BPE, kind=["bpe"]),
-    "no-tokens": damaged(BPE, tokens=None),
-    "tokens-are-numbers": damaged(BPE, tokens=[1, 2]),
-    "token-twice": damaged(BPE, tokens=[*TOKENS, TOKENS[300]], special_tokens={}),
-    "token-empty": damaged(BPE, tokens=[*TOKENS, ""], special_tokens={}),
-    "byte-missing": damaged(BPE, tokens=TOKENS[1:]),
-    "bad-base64": damaged(BPE, tokens=[*TOKENS[:-1], "*"]),
-    "bad-pattern": damaged(BPE, pattern="(unclosed"),
-    "empty-pattern": damaged(BPE, pattern=""),
-    "pattern-of-nothing": damaged(BPE, pattern="x*"),
-    "pattern-of-some": damaged(BPE, pattern=r"\w+"),
-    "no-pattern": damaged(BPE, pattern=7),
-    "special-taken": damaged(BPE, special_tokens={DOCUMENT: 5}),
-    "special-negative": damaged(BPE, special_tokens={DOCUMENT: -1}),
-    "special-huge": damaged(BPE, special_tokens={DOCUMENT: 10**12}),
-    "special-true": damaged(BPE, special_tokens={DOCUMENT: True}),
-    "special-twice": damaged(BPE, special_tokens={DOCUMENT: 599, "<|b|>": 599}),
-    "special-empty": damaged(BPE, special_tokens={"": 599}),
-    "special-list": damaged(BPE, special_tokens=[DOCUMENT]),
-    "chars-missing": damaged(CHAR, characters=None),
-    "chars-unsorted": damaged(CHAR, characters="ba"),
-    "chars-double": damaged(CHAR, characters="aab"),
-    "chars-surrogate": damaged(CHAR, characters="a\ud800"),
-    "chars-document": damaged(CHAR, document_token=1),
+    "empty": (b"", "Expecting value"),
+    "truncated": (BPE._serialized[:5000], "Unterminated string"),
+    "not-json": (b"\x80\x04\x95pickle", "'utf-8' codec can't decode"),
+    "nested": (b"[" * 100_000, "recursion depth"),
+    "a-list": (b"[]", '"format" is not "gpt-tokenizer"'),
+    "foreign": (b'{"version": "1.0", "model": {"type": "BPE"}}', '"format" is not "gpt-tokenizer"'),
+    "newer": (damaged(BPE, version=2), '"version" is 2, known is 1'),
+    "other-kind": (damaged(BPE, kind="sentencepiece"), "\"kind\" is 'sentencepiece', known are char, byte and bpe"),
+    "kind-is-a-list": (damaged(BPE, kind=["bpe"]), "\"kind\" is ['bpe'], known are"),
+    "no-tokens": (damaged(BPE, tokens=None), '"tokens" is no list of strings'),
+    "tokens-are-numbers": (damaged(BPE, tokens=[1, 2]), '"tokens" is no list of strings'),
+    "token-twice": (damaged(BPE, tokens=[*TOKENS, TOKENS[300]], special_tokens={}), '"tokens" holds one twice'),
+    "token-empty": (damaged(BPE, tokens=[*TOKENS, ""], special_tokens={}), '"tokens" lacks single bytes'),
+    "byte-missing": (damaged(BPE, tokens=TOKENS[1:]), '"tokens" lacks single bytes'),
+    "bad-base64": (damaged(BPE, tokens=[*TOKENS[:-1], "*"]), '"tokens" holds bad base64 ('),
+    "bad-pattern": (damaged(BPE, pattern="(unclosed"), "Opening parenthesis without closing"),
+    "empty-pattern": (damaged(BPE, pattern=""), "pattern '' cannot split text"),
+    "pattern-of-nothing": (damaged(BPE, pattern="x*"), "pattern 'x*' cannot split text"),
+    "pattern-of-some": (damaged(BPE, pattern=r"\w+"), "leaves out a part of"),
+    "no-pattern": (damaged(BPE, pattern=7), '"name" or "pattern" is no string'),
+    "special-taken": (damaged(BPE, special_tokens={DOCUMENT: 5}), '"special_tokens" holds an id that is taken'),
+    "special-negative": (damaged(BPE, special_tokens={DOCUMENT: -1}), "holds an impossible id"),
+    "special-huge": (damaged(BPE, special_tokens={DOCUMENT: 10**12}), "holds an impossible id"),
+    "special-true": (damaged(BPE, special_tokens={DOCUMENT: True}), "holds an impossible id"),
+    "special-twice": (damaged(BPE, special_tokens={DOCUMENT: 599, "<|b|>": 599}), "holds an id that is taken"),
+    "special-empty": (damaged(BPE, special_tokens={"": 599}), '"special_tokens" is no table'),
+    "special-list": (damaged(BPE, special_tokens=[DOCUMENT]), '"special_tokens" is no table'),
+    "chars-missing": (damaged(CHAR, characters=None), '"characters" or "document_token" is wrong'),
+    "chars-unsorted": (damaged(CHAR, characters="ba"), '"characters" are not sorted and distinct'),
+    "chars-double": (damaged(CHAR, characters="aab"), '"characters" are not sorted and distinct'),
+    "chars-surrogate": (damaged(CHAR, characters="a\ud800"), "surrogates not allowed"),
+    "chars-document": (damaged(CHAR, document_token=1), '"characters" or "document_token" is wrong'),
+    "other-format": (damaged(BYTE, format="other"), '"format" is not "gpt-tokenizer"'),
+    "no-version": (damaged(BYTE, version=None), '"version" is None, known is 1'),
+    "normalization": (damaged(BPE, normalization="NFKC"), '"normalization" or "document" is wrong'),
+    "document": (damaged(BPE, document=3), '"normalization" or "document" is wrong'),
+    "specials-missing": (damaged(BPE, special_tokens=None), '"special_tokens" is no table'),
+    "first-missing": (damaged(CHAR, first="?"), '"first" is not one of "characters"'),
+    "first-number": (damaged(CHAR, first=1), '"first" is not one of "characters"'),
+    "name-number": (damaged(BPE, name=1), '"name" or "pattern" is no string'),
 }
 
 
-@pytest.mark.parametrize("content", BAD_FILES.values(), ids=BAD_FILES)
-def test_bad_file_is_refused_by_name(tmp_path, content):
+@pytest.mark.parametrize(("content", "reason"), BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_file_is_refused_by_name_and_reason(tmp_path, content, reason):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
         load_tokenizer(path)
-    assert str(path) in str(caught.value)
+    assert str(caught.value).startswith(f"{path} is no tokenizer of this program, or is damaged: ")
+    assert reason in str(caught.value)
 
 
 @pytest.mark.parametrize("place", ["missing.json", "."])
