@@ -184,8 +184,9 @@ def test_overwrite_does_not_delete_what_a_run_begins_with(folder, capsys, words)
     assert names_in("run/checkpoints") == before
 
 
-def test_eval_only_prints_the_loss_and_writes_nothing(folder, capsys):
-    run()
+@pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.9}, {"eval_tokens": 20}], ids=["", "average", "tokens"])
+def test_eval_only_prints_the_loss_and_writes_nothing(folder, capsys, changes):
+    run(**changes)
     loss = [r for r in read_metrics(folder / "run/metrics.jsonl") if "val_loss" in r][-1]["val_loss"]
     before = sorted((p, p.stat().st_mtime_ns) for p in (folder / "run").rglob("*"))
     capsys.readouterr()

@@ -54,8 +54,10 @@ def test_a_run_directory_holds_everything(folder, capsys):
         assert str(Path("run") / name) in output
 
 
-def test_validation_loss_is_the_mean_over_the_whole_tail(folder, capsys):
-    run()
+@pytest.mark.parametrize("decay", [0.0, 0.9], ids=["weights", "their-average"])
+def test_validation_loss_is_the_mean_over_the_whole_tail(folder, capsys, decay):
+    """Of the model that gpt.load gives: with the average of the weights, if one is kept."""
+    run(ema_decay=decay)
     record = [r for r in read_metrics(folder / "run/metrics.jsonl") if "val_loss" in r][-1]
     model, tokenizer = gpt.load("run", device="cpu")
     tail = tokenizer.encode(TEXT[int(0.9 * len(TEXT)) :])
