@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import http.server
+import inspect
 import io
 import json
 import sys
@@ -15,7 +16,8 @@ from typing import Any
 import pytest
 
 from gpt import downloads
-from gpt.downloads import download
+from gpt.config import DataConfig
+from gpt.downloads import download, spool_stdin
 from gpt.errors import UserError
 from tests.corpus_checks import POEM, sides, write
 
@@ -286,3 +288,8 @@ def test_a_dataset_that_cannot_be_had(make, hub, tmp_path, rows, options, messag
 def test_no_dataset_is_named(make, spec):
     with pytest.raises(UserError, match="is spelt hf:NAME"):
         make(spec)
+
+
+def test_the_limit_is_the_configs_unless_another_is_given():
+    for fetch in (download, spool_stdin):
+        assert inspect.signature(fetch).parameters["limit"].default == DataConfig().max_download_bytes == 16 * 2**30

@@ -43,6 +43,15 @@ def test_memory_is_that_of_the_real_thing(preset, optimizer):
     assert planned.total == sum((planned.weights, planned.gradients, planned.optimizer, planned.activations))
 
 
+@pytest.mark.parametrize("packing", ["documents", "best_fit"])
+def test_activations_of_documents_that_are_kept_apart(packing):
+    """More than a stream's: positions and segments are kept too, of each row."""
+    config = config_of("modern")
+    config = replace(config, data=replace(config.data, packing=packing))
+    planned, model = memory_of(config, CPU).activations, GPT(config.model)
+    assert planned == saved_bytes(model, 3, "float32", packing) > saved_bytes(model, 3, "float32")
+
+
 @pytest.mark.parametrize(
     "options",
     [{"window": 7, "seq_len": 51}, {"position": "alibi", "seq_len": 52}, {"window": 5, "window_pattern": "SL"}],

@@ -12,6 +12,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt import bpe
 from gpt import tokenizer as module
 from gpt.bpe import merge_order, train_bpe
 from gpt.build_tokenizer import build_tokenizer, check_name
@@ -209,6 +210,16 @@ def test_bpe_training_takes_long_words_in_pieces():
     """Its time grows with the square of a word's length, and a text may be one word."""
     tokens = merge_order(train_bpe(["a" * 5000], 300))
     assert max(map(len, tokens)) == 1000
+
+
+@pytest.mark.parametrize("length", [0, 99_999, 100_000, 250_001])
+def test_bpe_training_hands_long_texts_over_in_parts(length):
+    text = ("0123456789" * (length // 10 + 1))[:length]
+    parts = list(bpe._short([text, "ab"]))
+    assert "".join(parts[:-1]) == text and parts[-1] == "ab"
+    assert [len(part) for part in parts[:-1]] == [100_000] * (length // 100_000) + [length % 100_000] * (
+        length % 100_000 > 0
+    )
 
 
 def test_bpe_training_repeats():

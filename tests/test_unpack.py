@@ -49,6 +49,14 @@ def test_what_follows_the_last_member(tmp_path, monkeypatch, caplog, packing, ch
             documents_of(path)
 
 
+@pytest.mark.parametrize("packing", [p for p in PACK if p])
+def test_parts_are_handed_on_when_they_fill_a_chunk(packing):
+    pack, kind = PACK[packing], packing[1:]
+    packed = lambda *texts: list(unpacked([b"".join(map(pack, texts))], kind, "x", 5))
+    assert packed(b"") == []
+    assert packed(b"abcd", b"e", b"fgh", b"ij", b"k") == [b"abcde", b"fghij", b"k"]
+
+
 @pytest.mark.parametrize("packing", [".gz", ".xz"])
 def test_padding_after_a_member_is_nothing(tmp_path, packing, caplog):
     pack = PACK[packing]
