@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt
 from gpt.command_line import load_config
-from gpt.guard import Guard, LossScale
+from gpt.guard import Guard, LossScale, Reading
 from gpt.model import GPT
 from gpt.monitor import Monitor, read_metrics
 from train import main
@@ -151,6 +151,42 @@ def test_either_number_decides(which, bad):
     assert str(bad) in seen.fault and which.removeprefix("grad_") in seen.fault
     guard.update(fine, fine)
     assert guard.read() == (type(seen))(1.5, 1.5, 0, 0, False)
+
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("reading", "fault", "said", "record"),
+    [
+        (Reading(1.5, 0.5, 0, 0, False), None, None, {"train_loss": 1.5, "grad_norm": 0.5}),
+        (Reading(NAN, 0.5, 2, 1, False), "loss is nan", "loss or gradient was not finite", {"grad_norm": 0.5}),
+        (
+            Reading(1.5, INF, 2, 1, False),
+            "gradient's norm is inf",
+            "loss or gradient was not finite",
+            {"train_loss": 1.5},
+        ),
+        (
+            Reading(9.12345, 0.5, 2, 1, False, spike=True, spikes_skipped=True),
+            "loss is 9.1235, far above the last ones,",
+            "loss or gradient was not finite, or the loss far above those before",
+            {"train_loss": 9.12345, "grad_norm": 0.5},
+        ),
+    ],
+)
+def test_what_a_reading_says(reading, fault, said, record):
+    assert fault is None or reading.fault == fault
+    assert reading.said(7) == (said and f"step 7: skipped 2 of the last steps: {said}")
+    assert reading.record(0) == record
+    assert reading.record(3) == record | {"skipped_steps": 3}
+
+
+@pytest.mark.parametrize(("asked", "stopping"), [(None, False), (0.0, False), (1.0, True), (2.0, True)])
+def test_a_reading_tells_whether_any_rank_was_asked_to_stop(asked, stopping):
+    guard, fine = Guard(torch.device("cpu")), torch.tensor(1.5)
+    guard.update(fine, fine, None if asked is None else torch.tensor(asked))
+    assert guard.read() == Reading(1.5, 1.5, 0, 0, stopping)
 
 
 def test_the_loss_scale_moves_as_torchs_own():

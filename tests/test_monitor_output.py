@@ -171,6 +171,7 @@ def test_the_picture_has_the_runs_name_and_losses(tmp_path, capsys, monkeypatch)
     folder.mkdir()
     monitor = monitor_in(folder)
     monitor.close()
+    assert monitor.file.closed
     assert drawn == [(monitor.losses, folder / "loss.png", "first")]
 
 

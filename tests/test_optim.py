@@ -46,6 +46,14 @@ def test_warmup_stable_decay():
     assert scales[75:] == pytest.approx([1 - 0.75 * i / 25 for i in range(26)])
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_a_decay_shorter_than_a_step_ends_at_the_last(schedule):
+    config = OptimConfig(schedule=schedule, warmup_steps=3, decay_fraction=0.01, learning_rate=1.0, min_lr=0.25)
+    scales = [lr_scale(step, 4, config) for step in range(5)]
+    assert scales == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0, 0.25])
+    assert lr_scale(3, 3, config) == 0.25  # all of it warm-up
+
+
 def test_constant_schedule_ignores_min_lr():
     config = OptimConfig(schedule="constant", warmup_steps=0)
     assert {lr_scale(step, 50, config) for step in range(50)} == {1.0}
@@ -90,6 +98,13 @@ def test_muon_by_itself_has_the_papers_options_and_no_decay():
     w.grad = torch.zeros(3, 3)
     muon.step()
     assert w.equal(torch.eye(3))
+
+
+def test_muon_leaves_weights_without_a_gradient_alone():
+    still, moved = torch.nn.Parameter(torch.eye(3)), torch.nn.Parameter(torch.eye(3))
+    moved.grad = torch.ones(3, 3)
+    Muon([{"params": [still]}, {"params": [moved]}], 0.5, weight_decay=0.1).step()
+    assert still.equal(torch.eye(3)) and not moved.equal(torch.eye(3))
 
 
 def test_muon_treats_queries_keys_and_values_apart():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpt import saver as module
 from gpt.checkpoint import list_checkpoints, training_tensors, verify
@@ -48,6 +49,17 @@ def test_what_is_saved_is_the_state_at_the_save(tmp_path, gate, optimizer):
         saved = load_file(tmp_path / "step_00000001" / file)
         assert saved.keys() == tensors.keys()
         assert all(torch.equal(saved[name], tensors[name]) for name in tensors)
+
+
+def test_a_snapshot_is_in_cpu_memory_whatever_the_device():
+    with FakeTensorMode():
+        tensors = {"a": {"x": torch.empty(4, 3, device="cuda").T, "y": torch.empty(2, dtype=torch.bfloat16)}}
+        copies = module.snapshot(tensors)["a"]
+    assert [(x.device.type, x.shape, x.dtype) for x in copies.values()] == [
+        ("cpu", (3, 4), torch.float32),
+        ("cpu", (2,), torch.bfloat16),
+    ]
+    assert all(x.is_contiguous() for x in copies.values())
 
 
 def test_a_save_waits_for_the_one_before(tmp_path, gate):

@@ -376,6 +376,18 @@ def test_a_time_limit_that_ends_within_a_block_is_raised_there():
             assert stop.reason.startswith("its limit of")
 
 
+def test_an_alarm_is_set_for_what_is_left_and_does_not_outlive_its_block():
+    timers = lambda: {thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)}
+    before = timers()
+    with StopRequest(1000) as stop, stop.at_once():
+        (alarm,) = timers() - before
+        assert alarm.interval == pytest.approx(60_000 - process_seconds(), abs=30)
+        assert alarm.daemon and not alarm.finished.is_set()
+    assert alarm.finished.is_set()
+    with StopRequest() as stop, stop.at_once():
+        assert timers() <= {*before, alarm}
+
+
 def test_a_signal_is_raised_once_and_only_within_a_block():
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest() as stop:
