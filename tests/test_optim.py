@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt.config import ModelConfig, OptimConfig
 from gpt.errors import UserError
@@ -72,6 +73,25 @@ def test_orthogonalize_sends_singular_values_near_one(shape):
     )
     assert x.max() < 1.3
     assert x[S > 0.1 * S.max()].min() > 0.6
+
+
+class Sizes(TorchDispatchMode):
+    """The most numbers in the result of a matrix product."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if "mm" in func.__name__:
+            self.most = max(self.most, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("shape", [(2, 48, 16), (2, 16, 64)], ids=str)
+def test_newton_schulz_multiplies_along_the_short_side(shape):
+    with Sizes() as sizes:
+        orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    assert sizes.most == math.prod(shape)
 
 
 def test_muon_step_is_the_written_rule():
