@@ -26,7 +26,7 @@ class Outlet:
         self._stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
         if hasattr(self._stream, "reconfigure"):
             # The C locale says ASCII where it knows nothing else. A path may hold bytes that are not text.
-            is_ascii = codecs.lookup(self._stream.encoding or "utf-8").name == "ascii"
+            is_ascii = codecs.lookup(self._stream.encoding).name == "ascii"
             encoding = "utf-8" if is_ascii and "PYTHONIOENCODING" not in os.environ else None
             self._stream.reconfigure(encoding=encoding or self._stream.encoding, errors="backslashreplace")
 

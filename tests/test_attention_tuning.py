@@ -1,5 +1,6 @@
 """Tuning by timing: which tables are taken, which candidates are refused, and who wins, by a stub for the clock."""
 
+import hashlib
 import json
 import logging
 from types import SimpleNamespace
@@ -51,6 +52,17 @@ def test_an_entry_goes_before_the_default(table, caplog):
         assert configs.choose("sm_90", torch.float16, 80, 128, "forward") == other
     (record,) = caplog.records
     assert record.name == "kernels" and path in record.message and "bits may differ" in record.message
+
+
+def test_the_default_table_is_the_one_that_was_compiled():
+    """Another tile gives other bits: whoever changes an entry means it, reads the compile reports and says so here."""
+    entries = sorted((*key, [(limit, *config) for limit, config in row]) for key, row in configs.TABLE.items())
+    digest = hashlib.sha256(repr(entries).encode()).hexdigest()
+    assert (len(entries), digest[:16]) == (48, "558588a9bfc7671c")
+    # in KiB: of 164, 100 and 228 CUDA keeps one for itself
+    kib = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+    assert {arch: n / 1024 for arch, n in configs.SHARED_MEMORY.items()} == kib
+    assert Config(64, 64, 4, 1) == configs.INTERPRETER
 
 
 def test_dbias_never_takes_descriptors(table):

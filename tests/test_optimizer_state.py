@@ -15,7 +15,7 @@ from gpt.model import GPT
 from gpt.optim import Muon, gradient_norm, set_learning_rate
 from gpt.optimizer_state import begin_states, optimizer_tensors, restore_optimizers, skips_by_itself, take_step
 from gpt.plan import state_bytes
-from tests.optimizer_checks import MAKERS, use_optimizer
+from tests.optimizer_checks import MAKERS, Counting, use_optimizer
 from tests.test_guard import Waits, WaitsInPython
 from tests.train_checks import lasting, run, weights_of
 
@@ -161,6 +161,29 @@ def test_states_of_another_optimizer_are_refused():
     other["embed.weight.exp_avg"] = torch.zeros(11, 16, dtype=torch.int64)
     with pytest.raises(UserError, match=r"'embed\.weight\.exp_avg' does not fit its weight"):
         restore_optimizers(model, [adam], other)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "groups.0.steps",
+            torch.zeros(2),
+            "the checkpoint's optimizer state 'groups.0.steps' does not fit: go on with",
+        ),
+        ("groups.0.largest", torch.zeros(1), "the checkpoint's optimizer state 'groups.0.largest' does not fit"),
+        ("groups.1.steps", torch.tensor(3), "only the checkpoint's optimizer keeps 'groups.1.steps': go on with"),
+        ("groups.-1.steps", torch.tensor(3), "only the checkpoint's optimizer keeps 'groups.-1.steps'"),
+    ],
+)
+def test_states_of_a_group_that_do_not_fit_are_refused(name, value, message):
+    model = tiny_model()
+    optimizer = Counting(model.parameters())
+    step(model, optimizer, 1)
+    saved = optimizer_tensors(model, [optimizer])
+    restore_optimizers(model, [optimizer], saved)
+    with pytest.raises(UserError, match=message):
+        restore_optimizers(model, [optimizer], saved | {name: value})
 
 
 def test_a_state_that_no_checkpoint_can_hold_is_named():
