@@ -1,0 +1,86 @@
+"""Every option is heard: as a flag and as a key of a TOML file; and every dataclass of options has a table of cases."""
+
+import importlib
+import typing
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from gpt.command_line import TABLES, Arguments, config_from_toml, convert, load_config
+from gpt.config import PRESETS, Config
+from gpt.model_config import ModelConfig
+from tests import test_options_commands, test_options_model, test_options_train
+from tests.option_checks import Case
+from tests.train_observer import BASE, words
+
+ROOT = Path(__file__).parents[1]
+CASES = [*test_options_model.CASES, *test_options_train.CASES]
+
+
+def classes_of(kind: type) -> set[type]:
+    """A dataclass and those that its fields are."""
+    inner = (f.default_factory for f in fields(kind) if is_dataclass(f.default_factory))
+    return {kind}.union(*map(classes_of, inner))
+
+
+def test_each_dataclass_of_options_is_in_a_table():
+    """A command parses its flags by parse_flags; of train.py that is gpt/command_line.py."""
+    sources = [ROOT / "sample.py", *(ROOT / "gpt").glob("**/*.py")]
+    modules = [path for path in sources if "parse_flags(" in path.read_text()]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules]
+    found = set().union(*(classes_of(importlib.import_module(name).Arguments) for name in names))
+    tested = {Arguments, *TABLES.values()}.union(*(kinds for _, _, kinds, _ in test_options_commands.PROGRAMS.values()))
+    assert found == tested
+    assert {*test_options_train.KINDS.values(), ModelConfig} == {*TABLES.values()}
+    own = {f.name for f in fields(Arguments)} - {f.name for f in fields(Config)}
+    assert own == {"config_file", "preset"}, "the flags that are in no table are tested below"
+
+
+def table_of(name: str) -> str:
+    return next(table for table, kind in TABLES.items() if name in {f.name for f in fields(kind)})
+
+
+def base_of(case: Case) -> dict[str, Any]:
+    """The options that a case's base has, but its own."""
+    own = test_options_model.SIZES if case in test_options_model.CASES else BASE
+    given = {**own, **case.others}.items()
+    return {name: value for name, value in given if name != case.name and value is not None}
+
+
+def tables_of(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Options as the tables of a TOML file."""
+    tables: dict[str, dict[str, Any]] = {}
+    for name, value in options.items():
+        tables.setdefault(table_of(name), {})[name] = list(value) if isinstance(value, tuple) else value
+    return tables
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_a_file_sets_an_option(case, tmp_path):
+    """Of the flags, those of the model are tried below, and the others wherever an option is tried out."""
+    path, table = tmp_path / "recipe.toml", table_of(case.name)
+    hint = typing.get_type_hints(TABLES[table])[case.name]
+    for value in case.values:
+        tables = tables_of({**base_of(case), case.name: value})
+        path.write_text(tomli_w.dumps(tables))
+        expected = convert(tables[table][case.name], hint, case.name)
+        assert getattr(getattr(config_from_toml(path), table), case.name) == expected
+
+
+@pytest.mark.parametrize("case", test_options_model.CASES, ids=repr)
+def test_a_flag_sets_an_option_of_the_model(case, tmp_path):
+    for value in case.values[:1]:
+        model = load_config(words({**base_of(case), case.name: value})).model
+        assert getattr(model, case.name) == value
+
+
+def test_the_flags_beside_the_tables(tmp_path):
+    (tmp_path / "recipe.toml").write_text("[model]\nn_layer = 3\n")
+    config = load_config([str(tmp_path / "recipe.toml")])
+    assert (config.model.n_layer, config.train.run_dir) == (3, Path("runs/recipe"))
+    for name, options in PRESETS.items():
+        model = load_config(["--preset", name]).model
+        assert model == ModelConfig(**options), name
