@@ -7,15 +7,16 @@ reference   plain PyTorch, which does everything (attention_reference.py)
 """
 
 import logging
-import math
 
 import torch
 from torch import Tensor
 
+from kernels.arguments import as_floats, autocasts, check_choice
+from kernels.attention_arguments import check_attention, check_dtypes
 from kernels.attention_chunked import attention_chunked
 from kernels.attention_reference import attention_reference
 from kernels.attention_sdpa import attention_sdpa, why_not_sdpa
-from kernels.mask import FAR, Mask
+from kernels.mask import Mask
 from kernels.masks import CAUSAL, FULL
 from kernels.operators import has_tangent, is_transformed
 
@@ -63,10 +64,10 @@ def attention(
 
     mask          from `kernels.masks`, such as masks.CAUSAL & masks.sliding_window(256)
     segment_ids   int32 (B, T), or a pair (B, Tq), (B, Tk): a query sees keys of its own segment only
-    scale         1 / sqrt(D) if None
-    softcap       positive, a bound on |s| (https://arxiv.org/abs/2408.00118)
+    scale         1 / sqrt(D) if None; at most 1e30 in size
+    softcap       1e-30 to 1e30, a bound on |s| (https://arxiv.org/abs/2408.00118)
     alibi_slopes  (H,), constants (https://arxiv.org/abs/2108.12409)
-    bias          broadcasts to (B, H, Tq, Tk)
+    bias          a float tensor that broadcasts to (B, H, Tq, Tk); -inf hides a pair
     sinks         (H,), one logit for each head that joins the denominator (https://arxiv.org/abs/2309.17453)
     dropout_p     the share of weights dropped, 0 <= p < 1; which ones depends on (seed, b, h, i, j) alone
     seed          an int or a one-element int64 tensor; drawn from the device's generator if None
@@ -76,21 +77,22 @@ def attention(
     Raises ValueError or TypeError for arguments that do not fit, NotImplementedError for an `impl` that cannot do the
     call, RuntimeError for one that cannot run here.
     """
-    device_type = q.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    check_dtypes(q, k, v)
+    if autocasts(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    _check(q, k, v)
-    is_plain = segment_ids is None and softcap is None and alibi_slopes is None and bias is None and sinks is None
-    if not (is_plain and dropout_p == 0 and seed is None and not mask.tensors):
-        _check_features(q, k, mask, segment_ids, softcap, alibi_slopes, bias, sinks, dropout_p, seed)
+    check_attention(
+        q, k, v, mask, segment_ids, scale, softcap, alibi_slopes, bias, sinks, dropout_p, seed, return_lse=return_lse
+    )
+    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError("alibi_slopes are constants without a gradient: detach them, or learn a bias")
+    check_choice("impl", impl, IMPLEMENTATIONS)
+    scale, softcap, dropout_p = as_floats(scale, softcap, dropout_p)
 
     if impl == "auto":
         impl = _choose(q, k, v, mask, segment_ids, softcap, alibi_slopes, bias, sinks, dropout_p, return_lse)
     elif impl in ("triton", "sdpa"):
         _require(impl, q, k, v, mask, segment_ids, softcap, sinks, dropout_p, return_lse)
-    elif impl not in ("chunked", "reference"):
-        raise ValueError(f"impl {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
 
     if impl == "sdpa":
         return attention_sdpa(q, k, v, mask, segment_ids, scale, alibi_slopes, bias)
@@ -171,62 +173,3 @@ def _announce(choice: str, reason: str) -> None:
         return
     _announced.add((choice, reason))
     log.info("attention runs on %s%s", choice, f": {reason}" if reason else "")
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise for tensors that do not belong together. It runs at every call, so it is quick: a microsecond."""
-    if not (q.ndim == k.ndim == v.ndim == 4):
-        raise ValueError(f"q, k and v have the axes (B, T, H, D), not {q.ndim}, {k.ndim} and {v.ndim} axes")
-    B, Tq, H, D = q.shape
-    Bk, Tk, H_kv, Dk = k.shape
-    Bv, Tv, Hv, _ = v.shape
-    if not (Bk == B == Bv and Dk == D and Tv == Tk and Hv == H_kv):
-        raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit: they are (B, Tq, H, D), "
-            "(B, Tk, H_kv, D) and (B, Tk, H_kv, Dv)"
-        )
-    if H_kv == 0 or H % H_kv:
-        raise ValueError(f"{H} query heads do not divide into groups for {H_kv} key heads: H is a multiple of H_kv")
-    if not (q.dtype == k.dtype == v.dtype):
-        raise TypeError(f"q, k and v have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
-    if not q.dtype.is_floating_point:
-        raise TypeError(f"attention is for floating point tensors, not {q.dtype}")
-    if not (q.device == k.device == v.device):
-        raise ValueError(f"q, k and v are on one device, not {q.device}, {k.device} and {v.device}")
-    if Tq >= FAR or Tk >= FAR:
-        raise ValueError(f"sequences shorter than {FAR} are supported, not {Tq} and {Tk}")
-
-
-def _check_features(q, k, mask, segment_ids, softcap, alibi_slopes, bias, sinks, dropout_p, seed) -> None:
-    """Raise for optional arguments that do not fit q and k."""
-    B, Tq, H, _ = q.shape
-    Tk = k.shape[1]
-    if segment_ids is not None:
-        is_pair = isinstance(segment_ids, tuple)
-        if not is_pair and Tq != Tk:
-            raise ValueError(f"with Tq {Tq} and Tk {Tk} segment_ids is a pair, for queries and for keys")
-        for ids, T in zip(segment_ids if is_pair else (segment_ids,), (Tq, Tk)):
-            if ids.shape != (B, T) or ids.dtype != torch.int32:
-                raise ValueError(f"segment_ids is int32 of shape {(B, T)}, not {ids.dtype} of {tuple(ids.shape)}")
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-        raise ValueError(f"softcap is a positive number or None, not {softcap}")
-    for name, per_head in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
-        if per_head is not None and per_head.shape != (H,):
-            raise ValueError(f"{name} has one value for each of {H} heads, not shape {tuple(per_head.shape)}")
-    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
-        raise ValueError("alibi_slopes are constants without a gradient: detach them, or learn a bias")
-    if bias is not None:
-        full = (B, H, Tq, Tk)
-        if bias.ndim > 4 or any(n not in (1, m) for n, m in zip(bias.shape[::-1], full[::-1])):
-            raise ValueError(f"bias of shape {tuple(bias.shape)} does not broadcast to {full}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p is at least 0 and below 1, not {dropout_p}")
-    if isinstance(seed, Tensor) and (seed.numel() != 1 or seed.dtype != torch.int64):
-        raise ValueError(f"seed is an int or a one-element int64 tensor, not {seed.dtype} of {tuple(seed.shape)}")
-    for row in mask.tensors:
-        if row.shape != (B,):
-            raise ValueError(f"a tensor in a mask has one value for each of {B} rows, not shape {tuple(row.shape)}")
-    pair = segment_ids if isinstance(segment_ids, tuple) else (segment_ids,)
-    for tensor in (alibi_slopes, sinks, bias, *pair, *mask.tensors):
-        if tensor is not None and tensor.device != q.device:
-            raise ValueError(f"all tensors are on one device, not {q.device} and {tensor.device}")

@@ -7,14 +7,14 @@ torch       append, gather pages, then `attention` for each run of sequences of 
 reference   the same by attention_reference.py, which is the specification
 """
 
-import math
-
 import torch
 from torch import Tensor
 
+from kernels.arguments import as_floats, check_choice
 from kernels.attention import attention, triton_missing
+from kernels.attention_arguments import check_decode, check_lengths
 from kernels.attention_decode_reference import DecodeCall, attention_decode_reference, by_length, rebuilt
-from kernels.mask import FAR, Mask
+from kernels.mask import Mask
 from kernels.masks import CAUSAL
 from kernels.operators import guarded, is_transformed
 
@@ -79,16 +79,19 @@ def attention_decode(
     Raises ValueError or TypeError for arguments that do not fit, NotImplementedError for an `impl` that cannot do the
     call and for tensors that want a derivative, RuntimeError for an `impl` that cannot run here.
     """
-    _check(q, k_cache, v_cache, cache_lens, k_new, v_new, block_table)
-    _check_features(q, k_cache, mask, rotary, softcap, alibi_slopes, sinks)
-    if not q.is_cuda and not torch.compiler.is_compiling():
-        _check_lengths(k_cache, cache_lens, 0 if k_new is None else q.shape[1], block_table, rotary)
+    check_decode(
+        q, k_cache, v_cache, cache_lens, k_new, v_new, rotary, mask, block_table, scale, softcap, alibi_slopes, sinks,
+        return_lse=return_lse,
+    )  # fmt: skip
+    check_choice("impl", impl, IMPLEMENTATIONS)
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_lengths(k_cache, cache_lens, 0 if k_new is None else q.shape[1], block_table, rotary)
     impl = _choose(impl, q, v_cache)
     cos, sin = (None, None) if rotary is None else rotary
     followed = [x for x in (q, k_cache, v_cache, k_new, v_new, cos, sin, alibi_slopes, sinks) if x is not None]
     if is_transformed(*followed) or (torch.is_grad_enabled() and any(x.requires_grad for x in followed)):
         raise NotImplementedError(NO_DERIVATIVES)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scale, softcap = as_floats(q.shape[3] ** -0.5 if scale is None else scale, softcap)
     if impl == "triton" or torch.compiler.is_compiling():
         slopes, sinks = (None if x is None else x.contiguous() for x in (alibi_slopes, sinks))
         call = DecodeCall(
@@ -149,8 +152,6 @@ def _choose(impl: str, q: Tensor, v: Tensor) -> str:
     """The path that `impl` means for this call; raises where an explicit one cannot do it."""
     if impl in ("torch", "reference"):
         return impl
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if triton_missing is not None:
         if impl == "auto":
             return "torch"
@@ -166,91 +167,3 @@ def _choose(impl: str, q: Tensor, v: Tensor) -> str:
     if why_not is not None:
         raise NotImplementedError(f'impl="triton" cannot do this call: {why_not}')
     return "triton"
-
-
-def _check(q, k_cache, v_cache, cache_lens, k_new, v_new, block_table) -> None:
-    """Raise for tensors that do not belong together. It runs at every call, so it is quick."""
-    if not (q.ndim == k_cache.ndim == v_cache.ndim == 4):
-        raise ValueError(f"q and the caches have four axes, not {q.ndim}, {k_cache.ndim} and {v_cache.ndim}")
-    B, Tq, H, D = q.shape
-    n, length, H_kv, Dk = k_cache.shape
-    Dv = v_cache.shape[3]
-    if Dk != D or v_cache.shape[:3] != k_cache.shape[:3] or (block_table is None and n != B):
-        raise ValueError(
-            f"q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} do not fit: they "
-            "are (B, Tq, H, D), (B, capacity, H_kv, D) and (B, capacity, H_kv, Dv), or with a block_table "
-            "(n_pages, page_size, H_kv, D) and (n_pages, page_size, H_kv, Dv)"
-        )
-    if H_kv == 0 or H % H_kv:
-        raise ValueError(f"{H} query heads do not divide into groups for {H_kv} key heads: H is a multiple of H_kv")
-    if not q.dtype.is_floating_point:
-        raise TypeError(f"attention is for floating point tensors, not {q.dtype}")
-    if cache_lens.shape != (B,) or cache_lens.dtype != torch.int32:
-        raise ValueError(f"cache_lens is int32 of shape {(B,)}, not {cache_lens.dtype} of {tuple(cache_lens.shape)}")
-    if (k_new is None) != (v_new is None):
-        raise ValueError("k_new and v_new come together: one of them is None")
-    if k_new is not None and (k_new.shape != (B, Tq, H_kv, D) or v_new.shape != (B, Tq, H_kv, Dv)):
-        raise ValueError(
-            f"k_new is {(B, Tq, H_kv, D)} and v_new {(B, Tq, H_kv, Dv)}, not {tuple(k_new.shape)} and "
-            f"{tuple(v_new.shape)}"
-        )
-    tensors = (q, k_cache, v_cache) if k_new is None else (q, k_cache, v_cache, k_new, v_new)
-    dtypes = {x.dtype for x in tensors}
-    if len(dtypes) > 1:
-        raise TypeError(f"q, caches and new tokens have one dtype, not {', '.join(sorted(map(str, dtypes)))}")
-    capacity = length
-    if block_table is not None:
-        if block_table.ndim != 2 or block_table.shape[0] != B or block_table.dtype != torch.int32:
-            raise ValueError(
-                f"block_table is int32 of shape ({B}, max_pages), not {block_table.dtype} of {tuple(block_table.shape)}"
-            )
-        if length == 0 or length % 16:
-            raise ValueError(f"a page holds a multiple of 16 tokens, not {length}")
-        capacity *= block_table.shape[1]
-    if capacity >= FAR or Tq >= FAR:
-        raise ValueError(f"sequences shorter than {FAR} are supported, not {capacity} and {Tq}")
-    for x in (*tensors, cache_lens, block_table):
-        if x is not None and x.device != q.device:
-            raise ValueError(f"all tensors are on one device, not {q.device} and {x.device}")
-
-
-def _check_features(q, k_cache, mask, rotary, softcap, alibi_slopes, sinks) -> None:
-    """Raise for optional arguments that do not fit q."""
-    B, _, H, D = q.shape
-    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
-        raise ValueError(f"softcap is a positive number or None, not {softcap}")
-    for name, per_head in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
-        if per_head is not None and per_head.shape != (H,):
-            raise ValueError(f"{name} has one value for each of {H} heads, not shape {tuple(per_head.shape)}")
-    tables = () if rotary is None else rotary
-    if rotary is not None:
-        cos, sin = rotary
-        if D % 2 or cos.ndim != 2 or cos.shape != sin.shape or cos.shape[0] == 0 or cos.shape[1] != D:
-            raise ValueError(
-                f"rotary is two tables (positions, {D}), and D is even, not {tuple(cos.shape)} and {tuple(sin.shape)}"
-            )
-    for row in mask.tensors:
-        if row.shape != (B,):
-            raise ValueError(f"a tensor in a mask has one value for each of {B} rows, not shape {tuple(row.shape)}")
-    for x in (alibi_slopes, sinks, *tables, *mask.tensors):
-        if x is not None and x.device != q.device:
-            raise ValueError(f"all tensors are on one device, not {q.device} and {x.device}")
-
-
-def _check_lengths(k_cache, cache_lens, n_new: int, block_table, rotary) -> None:
-    """Raise for lengths and pages that a cache does not have. It reads values, which on a GPU would wait for them."""
-    n_pages, length = k_cache.shape[:2]
-    capacity = length if block_table is None else length * block_table.shape[1]
-    lens = cache_lens.tolist()
-    if not lens:
-        return
-    if min(lens) < 0 or max(lens) + n_new > capacity:
-        raise ValueError(
-            f"cache_lens from {min(lens)} to {max(lens)} and {n_new} new tokens do not fit a capacity of {capacity}"
-        )
-    if rotary is not None and max(lens) + n_new > rotary[0].shape[0]:
-        raise ValueError(f"rotary has {rotary[0].shape[0]} positions, fewer than {max(lens) + n_new} tokens")
-    for b, n in enumerate(lens if block_table is not None else ()):
-        pages = block_table[b, : -(-(n + n_new) // length)].tolist()
-        if any(not 0 <= page < n_pages for page in pages):
-            raise ValueError(f"block_table names pages {pages} for sequence {b}, of which there are {n_pages}")

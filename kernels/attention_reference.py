@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from kernels.arguments import as_floats
+from kernels.attention_arguments import check_attention
 from kernels.masks import CAUSAL, Mask
 
 _WORD = 0xFFFFFFFF
@@ -37,6 +39,11 @@ def attention_reference(
     `kernels.attention` for the arguments. 16-bit inputs are computed in float32; `upcast=False` keeps the matrix
     products in the inputs' own dtype, as plain PyTorch would: the yardstick that the kernels' errors are compared to.
     """
+    check_attention(
+        q, k, v, mask, segment_ids, scale, softcap, alibi_slopes, bias, sinks, dropout_p, seed, return_lse=return_lse,
+        upcast=upcast,
+    )  # fmt: skip
+    scale, softcap, dropout_p = as_floats(scale, softcap, dropout_p)
     B, Tq, H, D = q.shape
     Tk, H_kv = k.shape[1], k.shape[2]
     real = torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -52,6 +52,9 @@ def attention_sdpa(q, k, v, mask=CAUSAL, segment_ids=None, scale=None, alibi_slo
     """The call of `kernels.attention`, for what `why_not_sdpa` lets through."""
     B, Tq, H, D = q.shape
     Tk, H_kv = k.shape[1], k.shape[2]
+    if scale is not None and scale <= 0:
+        # torch multiplies the -inf of what is hidden by it too.
+        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     is_plain = segment_ids is None and alibi_slopes is None and bias is None
     is_square_causal = is_plain and mask is CAUSAL and Tq == Tk
     if is_square_causal and q.dtype == torch.bfloat16 and Tq <= SHORT and q.requires_grad and q.device.type == "cpu":

@@ -14,6 +14,8 @@ from torch import Tensor
 from kernels.arguments import (
     LARGEST,
     SMALLEST,
+    as_floats,
+    autocasts,
     check_choice,
     check_integer,
     check_number,
@@ -82,6 +84,7 @@ def linear_cross_entropy(
     """
     _check(x, weight, targets, softcap, z_loss, label_smoothing, ignore_index, reduction)
     check_choice("impl", impl, IMPLEMENTATIONS)
+    softcap, z_loss, label_smoothing = as_floats(softcap, z_loss, label_smoothing)
     device_type = x.device.type
     if autocasts(device_type) and x.dtype != torch.float64:
         # The weight is cast in the operator, so that its gradient keeps the precision in which it was summed.
@@ -110,11 +113,6 @@ def linear_cross_entropy(
     return total if reduction == "sum" else _mean(total, flat != ignore_index)
 
 
-def autocasts(device_type: str) -> bool:
-    """Whether autocast is on for the device; some, such as meta, have none."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
 def _mean(total: Tensor, counts: Tensor) -> Tensor:
     """total over how many count; 0, as the total is, over none."""
     return total / counts.sum().clamp(min=1)
@@ -133,6 +131,7 @@ def linear_cross_entropy_reference(
 ) -> Tensor:
     """The same in plain PyTorch: the specification. It holds all the logits, in float32 (float64 for float64)."""
     _check(x, weight, targets, softcap, z_loss, label_smoothing, ignore_index, reduction)
+    softcap, z_loss, label_smoothing = as_floats(softcap, z_loss, label_smoothing)
     if x.dtype != weight.dtype and not autocasts(x.device.type):
         raise TypeError(f"x and weight have one dtype, not {x.dtype} and {weight.dtype}")
     logits = F.linear(x, weight).view(-1, weight.shape[0])  # (N, V)

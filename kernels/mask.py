@@ -4,6 +4,7 @@ masks.py has the masks by name, and says how one is written.
 """
 
 import functools
+import inspect
 import itertools
 import linecache
 import types
@@ -11,6 +12,8 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
+
+from kernels.arguments import check_integer, check_switch, check_tensors, kind
 
 try:
     import triton
@@ -22,6 +25,8 @@ except ImportError:  # macOS and Windows have no triton: predicates still run on
 FAR = 1 << 29
 # The kernels unroll over bands; a mask with more of them gets lists of tiles instead.
 MAX_BANDS = 6
+# Python compiles no expression of 200 parentheses in one another.
+MAX_DEPTH = 150
 
 
 class Band(NamedTuple):
@@ -93,6 +98,10 @@ class _Predicate(NamedTuple):
 class Constant(int):
     """An integer that stands in the predicate's text: dividing by it is cheap, but each value compiles anew."""
 
+    def __new__(cls, n: int):
+        check_integer("n", n, -FAR, FAR, f"between -{FAR} and {FAR}")
+        return super().__new__(cls, n)
+
 
 class Table:
     """Integers for a predicate to look up: `lookup(table, i)`.
@@ -102,7 +111,9 @@ class Table:
     """
 
     def __init__(self, values: Iterable[int]):
-        values = tuple(values)
+        values = tuple(values) if isinstance(values, Iterable) and not isinstance(values, torch.Tensor) else (values,)
+        if not all(type(n) is int and -(2**31) <= n < 2**31 for n in values):
+            raise TypeError(f"a Table takes values in a list, each an int of 32 bits, not {kind(values)}")
         self.number = _TABLE_NUMBERS.setdefault(values, len(_TABLE_NUMBERS))
         if self.number == len(_TABLES):
             # Its length comes first, so that both ways to look something up know where it ends.
@@ -168,34 +179,43 @@ class Mask:
     """
 
     def __init__(self, fn: Callable, *params, bands: Iterable[Band] | None = None, indexed: bool = False):
-        for param in params:
-            is_row_tensor = isinstance(param, torch.Tensor) and param.dtype == torch.int32 and param.ndim == 1
-            if not is_row_tensor and (not isinstance(param, int | Table) or isinstance(param, bool)):
-                raise TypeError(f"a mask takes integers and int32 tensors of shape (B,), not {param!r}")
+        check_switch("indexed", indexed)
         indexed = indexed or bands is None
-        bands = (EVERYTHING,) if bands is None else tuple(bands)
-        for n in (*params, *(n for band in bands for n in band)):
-            if isinstance(n, int) and not -FAR <= n <= FAR:
-                raise ValueError(f"a mask's integers lie between -{FAR} and {FAR}, unlike {n}")
+        bands = (EVERYTHING,) if bands is None else _checked_bands(bands)
+        for param in params:
+            _check_param("params", param)
         slots, kept = "", []
         for param in params:
             slots += f", {param:d}" if isinstance(param, Constant) else f", {{{len(kept)}}}"
             kept += [] if isinstance(param, Constant) else [param]
-        self._build(f"{_register_leaf(fn)}(q, k{slots})", tuple(kept), bands, indexed)
+        self._build(f"{_register_leaf(fn)}(q, k{slots})", tuple(kept), bands, indexed, 0)
 
     @classmethod
-    def _combine(cls, left: "Mask", operator: str, right: "Mask", bands: Iterable[Band]) -> "Mask":
+    def _combine(cls, left: "Mask", operator: str, right: "Mask") -> "Mask":
+        if not isinstance(right, Mask):
+            return NotImplemented
+        rows = left.tensors + right.tensors
+        if any((row.shape, row.device) != (rows[0].shape, rows[0].device) for row in rows):
+            raise ValueError("the tensors of two masks that are joined are of one length and on one device")
+        depth = 1 + max(left.depth, right.depth)
+        if depth > MAX_DEPTH:
+            raise ValueError(
+                f"a mask of more than {MAX_DEPTH} parts joined one after another: join them in pairs, or say it as "
+                "masks.global_tokens, masks.block_sparse or one predicate"
+            )
         mask = cls.__new__(cls)
+        bands = [a & b for a in left.bands for b in right.bands] if operator == "&" else left.bands + right.bands
         # The right side's parameters come after the left side's.
         shift = len(left.params)
         moved = right._template.format(*(f"{{{i + shift}}}" for i in range(len(right.params))))
         indexed = left.indexed or right.indexed
-        mask._build(f"({left._template} {operator} {moved})", left.params + right.params, tuple(bands), indexed)
+        template = f"({left._template} {operator} {moved})"
+        mask._build(template, left.params + right.params, tuple(bands), indexed, depth)
         return mask
 
-    def _build(self, template: str, params: tuple, bands: tuple[Band, ...], indexed: bool) -> None:
-        """`template` is the mask's expression with numbered holes where its parameters go."""
-        self._template = template
+    def _build(self, template: str, params: tuple, bands: tuple[Band, ...], indexed: bool, depth: int) -> None:
+        """template: the mask's expression with numbered holes where its parameters go; depth: of its parentheses."""
+        self._template, self.depth = template, depth
         self.params = params
         bands = _simplify(bands)
         # Whether the kernels take lists of tiles, which the predicate gives, and not the bands.
@@ -220,10 +240,10 @@ class Mask:
             _PREDICATES[self.key] = _compile(self.key)
 
     def __and__(self, other: "Mask") -> "Mask":
-        return Mask._combine(self, "&", other, [a & b for a in self.bands for b in other.bands])
+        return Mask._combine(self, "&", other)
 
     def __or__(self, other: "Mask") -> "Mask":
-        return Mask._combine(self, "|", other, self.bands + other.bands)
+        return Mask._combine(self, "|", other)
 
     def __deepcopy__(self, memo) -> "Mask":
         return self  # nothing in it changes
@@ -250,6 +270,33 @@ def evaluate(key: str, q: torch.Tensor, k: torch.Tensor, ints: Iterable[int], ro
     return _PREDICATES[key].python(q, k, params)
 
 
+def _checked_bands(bands: Iterable[Band]) -> tuple[Band, ...]:
+    if isinstance(bands, Iterable) and not isinstance(bands, torch.Tensor):
+        bands = tuple(bands)
+        if all(isinstance(band, Band) for band in bands):
+            for band in bands:
+                check_switch("exact in bands", band.exact)
+                for n in band[:6]:
+                    _check_param("bands", n)
+            return bands
+    raise TypeError(f"bands are Bands in a list, or None, not {kind(bands)}")
+
+
+def _check_param(where: str, n) -> None:
+    """Raise for what cannot be a number of a mask or of its bands."""
+    if isinstance(n, torch.Tensor):
+        check_tensors(**{where: n})
+        if n.dtype != torch.int32 or n.ndim != 1:
+            raise TypeError(
+                f"a mask takes integers and int32 tensors of shape (B,) in its {where}, not {n.dtype} of "
+                f"{tuple(n.shape)}"
+            )
+    elif isinstance(n, bool) or not isinstance(n, int | Table):
+        raise TypeError(f"a mask takes integers and int32 tensors of shape (B,) in its {where}, not {kind(n)}")
+    elif isinstance(n, int) and not -FAR <= n <= FAR:
+        check_integer(where, n, -FAR, FAR, f"between -{FAR} and {FAR}")
+
+
 def _is_row(x) -> bool:
     return isinstance(x, torch.Tensor)
 
@@ -265,9 +312,11 @@ def _place_among(rows: list[torch.Tensor], row: torch.Tensor) -> int:
 
 def _register_leaf(fn: Callable) -> str:
     """The name under which a predicate is known: its own, with a number after it where another one has that name."""
-    name = getattr(fn, "__name__", "")
+    if not inspect.isfunction(getattr(fn, "fn", fn)):
+        raise TypeError(f"a mask's predicate fn is a function written in Python, not {kind(fn)}")
+    name = fn.__name__
     if not name.isidentifier():
-        raise ValueError("a mask's predicate is a named function: Triton reads its source, so a lambda will not do")
+        raise ValueError("a mask's predicate fn is a named function: Triton reads its source, so a lambda will not do")
     n = 1
     unique = name
     while unique in _RESERVED or _LEAVES.setdefault(unique, fn) is not fn:

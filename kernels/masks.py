@@ -20,15 +20,42 @@ gives lists of tiles: see tile_lists.py.
 """
 
 import functools
+import inspect
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
+from kernels.arguments import check_integer, check_tensors, kind
 from kernels.mask import FAR, MAX_BANDS, Band, Constant, Mask, Table, lookup
 
 # A table is kept as long as the process lives.
 MAX_TABLE = 1 << 24
+# A predicate holds each share's text.
+MAX_RANDOM = 100
+
+
+def _of_integers(**least: int | None) -> Callable:
+    """Check the integers of a function that builds a mask, from `least` (None: any) to FAR, and keep what it builds."""
+
+    def decorate(build: Callable[..., Mask]) -> Callable[..., Mask]:
+        signature = inspect.signature(build)
+        kept = functools.lru_cache(maxsize=256)(build)
+
+        @functools.wraps(build)
+        def checked(*args, **options) -> Mask:
+            bound = signature.bind(*args, **options)
+            bound.apply_defaults()
+            for name, value in bound.arguments.items():
+                if least[name] is None:
+                    check_integer(name, value)
+                else:
+                    check_integer(name, value, least[name], FAR, f"{least[name]} or more, and {FAR} at most")
+            return kept(*map(int, bound.args))
+
+        return checked
+
+    return decorate
 
 
 def everything(q, k):
@@ -54,22 +81,18 @@ CAUSAL = Mask(causal, bands=[Band(least=0, exact=True)])
 """A query attends to its own position and those before it."""
 
 
-@functools.lru_cache(maxsize=256)
+@_of_integers(window=1)
 def sliding_window(window: int) -> Mask:
     """The last `window` keys, the query's own position included (Longformer, https://arxiv.org/abs/2004.05150)."""
-    if window < 1:
-        raise ValueError(f"window {window} shows a query nothing: 1 (the query itself) is the least")
     return Mask(within_window, window, bands=[Band(least=0, most=window - 1, exact=True)])
 
 
-@functools.lru_cache(maxsize=256)
+@_of_integers(n=0)
 def sink_tokens(n: int) -> Mask:
     """The first `n` keys, for every query, even one before them (StreamingLLM, https://arxiv.org/abs/2309.17453).
 
     Meant for composition: `CAUSAL & (sliding_window(256) | sink_tokens(4))`.
     """
-    if n < 0:
-        raise ValueError(f"sink_tokens takes 0 or more, not {n}")
     return Mask(is_sink_token, n, bands=[Band(k_end=n, exact=True)])
 
 
@@ -82,6 +105,9 @@ def prefix(lengths: torch.Tensor) -> Mask:
 
     `CAUSAL | prefix(lengths)` is the mask of a prefix language model (https://arxiv.org/abs/1910.10683).
     """
+    check_tensors(lengths=lengths)
+    if lengths.dtype != torch.int32 or lengths.ndim != 1:
+        raise TypeError(f"lengths is int32 of shape (B,), not {lengths.dtype} of {tuple(lengths.shape)}")
     return Mask(is_prefix, lengths, bands=[Band(k_end=lengths, exact=True)])
 
 
@@ -94,11 +120,7 @@ def global_tokens(positions: Iterable[int]) -> Mask:
 
     Meant for composition: `CAUSAL & (sliding_window(256) | global_tokens([0, 77]))`.
     """
-    positions = sorted({int(n) for n in positions})
-    if positions and not 0 <= positions[0] <= positions[-1] < MAX_TABLE:
-        raise ValueError(
-            f"global_tokens takes positions from 0 to {MAX_TABLE - 1}, not {positions[0]}..{positions[-1]}"
-        )
+    positions = _positions(positions)
     bands: list[Band] | None = []
     for _, run in itertools.groupby(enumerate(positions), lambda pair: pair[1] - pair[0]):
         run = [position for _, position in run]
@@ -110,19 +132,40 @@ def global_tokens(positions: Iterable[int]) -> Mask:
     return Mask(is_global, Table(marks), bands=bands if len(bands) <= MAX_BANDS else None)
 
 
+def _positions(positions: Iterable[int]) -> list[int]:
+    """The positions in order, each once."""
+    if isinstance(positions, str | bytes | dict) or not isinstance(positions, Iterable):
+        raise TypeError(f"positions are integers in a list, a set or a tensor, not {kind(positions)}")
+    if isinstance(positions, torch.Tensor):
+        positions = _values("positions", positions, 1)
+    found = set()
+    for n in positions:
+        check_integer("each of positions", n, 0, MAX_TABLE - 1, f"from 0 to {MAX_TABLE - 1}")
+        found.add(int(n))
+    return sorted(found)
+
+
+def _values(name: str, x: torch.Tensor, ndim: int) -> list:
+    """What a tensor of `ndim` axes holds; it may have to come from a GPU."""
+    check_tensors(**{name: x})
+    if x.ndim != ndim:
+        raise ValueError(f"{name} has {ndim} axes, not shape {tuple(x.shape)}")
+    if x.is_meta:
+        raise ValueError(f"{name} is a tensor with values, not one on the device meta")
+    return x.tolist()
+
+
 def is_strided(q, k, stride):
     return (q - k) % stride == 0
 
 
-@functools.lru_cache(maxsize=256)
+@_of_integers(stride=1)
 def strided(stride: int) -> Mask:
     """Keys a multiple of `stride` away, before and after (Sparse Transformers, https://arxiv.org/abs/1904.10509).
 
     Meant for composition: `sliding_window(512) & strided(4)` is a dilated window, `CAUSAL & (sliding_window(128) |
     strided(128))` the strided pattern of that paper.
     """
-    if stride < 1:
-        raise ValueError(f"strided takes 1 or more, not {stride}")
     return Mask(is_strided, stride, bands=[Band(exact=True)] if stride == 1 else None)
 
 
@@ -140,14 +183,14 @@ def is_random_block(q, k, block, random, share, seed):
     return k // block == drawn
 
 
-@functools.lru_cache(maxsize=256)
+@_of_integers(random=0, seed=None, block=1)
 def random_blocks(random: int, seed: int, block: int = 64) -> Mask:
     """For each block of queries `random` of the blocks of keys up to it, drawn by `seed`; all, while there are fewer.
 
     Which ones depends on (seed, the block of queries) alone, so that a longer sequence does not change them.
     """
-    if random < 0 or block < 1:
-        raise ValueError(f"random_blocks takes 0 or more blocks of 1 or more keys, not {random} of {block}")
+    if random > MAX_RANDOM:
+        raise ValueError(f"random is {MAX_RANDOM} blocks at most, not {random}: block_sparse takes a layout of any")
     bands = [Band(least=1 - block, q_begin=0)]
     mask = sink_tokens(0)
     for share in range(random):
@@ -159,7 +202,7 @@ def random_blocks(random: int, seed: int, block: int = 64) -> Mask:
     return mask
 
 
-@functools.lru_cache(maxsize=256)
+@_of_integers(window=1, global_=0, random=0, seed=None, block=1)
 def bigbird(window: int, global_: int, random: int, seed: int, block: int = 64) -> Mask:
     """BigBird for a decoder: window, global tokens and random blocks, all causal (https://arxiv.org/abs/2007.14062).
 
@@ -179,13 +222,13 @@ def block_sparse(layout: torch.Tensor, block: int) -> Mask:
     """Blocks of `block` queries by `block` keys: layout (rows, columns), not 0 where the queries of a row of blocks, by
     their positions, see the keys of a column. What lies outside the layout is not seen.
     """
-    if layout.ndim != 2 or layout.numel() > MAX_TABLE or block < 1:
-        raise ValueError(
-            f"layout is a matrix of {MAX_TABLE} blocks at most, not {tuple(layout.shape)}, of {block} keys"
-        )
-    n_rows, n_columns = layout.shape
-    table = Table((layout != 0).flatten().int().tolist())
-    return Mask(is_in_layout, block, n_rows, n_columns, table)
+    check_tensors(layout=layout)
+    if layout.numel() > MAX_TABLE:
+        raise ValueError(f"layout is a matrix of {MAX_TABLE} blocks at most, not {tuple(layout.shape)}")
+    check_integer("block", block, 1, FAR, f"1 or more, and {FAR} at most")
+    rows = _values("layout", layout != 0, 2)
+    table = Table(int(shows) for row in rows for shows in row)
+    return Mask(is_in_layout, int(block), *layout.shape, table)
 
 
 def segment_ids(cu_seqlens: torch.Tensor, T: int) -> torch.Tensor:
@@ -194,6 +237,16 @@ def segment_ids(cu_seqlens: torch.Tensor, T: int) -> torch.Tensor:
     cu_seqlens (n + 1,): where each document begins and the last one ends, as in [0, 30, 31, 70]. What lies behind the
     last document, the padding, is a segment of its own.
     """
+    check_tensors(cu_seqlens=cu_seqlens)
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens is int32 or int64, not {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
+        raise ValueError(f"cu_seqlens is of shape (n + 1,), not {tuple(cu_seqlens.shape)}")
+    check_integer("T", T, 0, FAR, f"0 or more, and {FAR} at most")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
+        starts = cu_seqlens.tolist()
+        if starts[0] != 0 or starts != sorted(starts):
+            raise ValueError("cu_seqlens begins with 0 and does not fall")
     positions = torch.arange(T, device=cu_seqlens.device)
     ends = cu_seqlens[1:].to(torch.int64)
     return torch.searchsorted(ends, positions, right=True).to(torch.int32)[None]

@@ -206,8 +206,8 @@ def call_of(q, k, v, *, mask: Mask, segment_ids, scale, softcap, alibi_slopes, b
         seed = None
     elif seed is None:
         seed = torch.randint(2**63 - 1, (1,), device=q.device)
-    elif isinstance(seed, int):
-        seed = torch.full((1,), seed, dtype=torch.int64, device=q.device)
+    elif not isinstance(seed, Tensor):
+        seed = torch.full((1,), int(seed), dtype=torch.int64, device=q.device)
     return Call(
         q,
         k,

@@ -9,6 +9,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import configs, mask
+from kernels.arguments import in_float32
 from kernels.attention_reference import dropout_threshold
 from kernels.mask import STANDS_FOR
 from kernels.operators import Call
@@ -139,9 +140,8 @@ class Problem:
             bias = self.call.bias.expand(B, H, Tq, self.sizes.Tk)
             strides = bias.stride()
         if self.call.softcap:
-            return Scoring(
-                self.call.scale / self.call.softcap, self.call.softcap * LOG2E, self.call.alibi_slopes, bias, strides
-            )
+            ratio = in_float32(self.call.scale / self.call.softcap)
+            return Scoring(ratio, self.call.softcap * LOG2E, self.call.alibi_slopes, bias, strides)
         return Scoring(self.call.scale * LOG2E, None, self.call.alibi_slopes, bias, strides)
 
     def dropout(self) -> Dropout:

@@ -1,10 +1,22 @@
 """kernels/arguments.py: the bounds, and the sentences."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 
-from kernels.arguments import check_choice, check_integer, check_number, check_real, check_tensors
+from kernels.arguments import (
+    LARGEST,
+    SMALLEST,
+    as_floats,
+    check_choice,
+    check_integer,
+    check_number,
+    check_real,
+    check_switch,
+    check_tensors,
+)
 
 
 def refused(error, check, *args, **options) -> str:
@@ -40,6 +52,19 @@ def test_integers():
         assert refused(ValueError, check_integer, "a", value) == f"a is an int of 64 bits, not {value}"
     for value, kind in ((True, "bool True"), (1.0, "float"), (None, "None"), (torch.ones(()), "Tensor")):
         assert refused(TypeError, check_integer, "a", value) == f"a is an int, not {kind}"
+
+
+def test_switches():
+    for value in (True, False):
+        check_switch("a", value)
+    for value, kind in ((None, "None"), (1, "int"), ("x", "str 'x'")):
+        assert refused(TypeError, check_switch, "a", value) == f"a is True or False, not {kind}"
+
+
+def test_floats():
+    found = as_floats(None, 2, np.float32(0.5), Fraction(1, 4), 1e-320, -1e-39, 1e300)
+    assert found == (None, 2.0, 0.5, 0.25, 0.0, 0.0, LARGEST) and all(type(x) is float for x in found[1:])
+    assert as_floats(SMALLEST, -LARGEST) == (SMALLEST, -LARGEST)
 
 
 def test_choices():

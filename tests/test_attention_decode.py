@@ -161,7 +161,7 @@ def test_lengths_beyond_the_cache(device):
     cache[:] = 1.0
     new = torch.ones(1, 4, 1, 16, device=device)
     lens = torch.tensor([62], dtype=torch.int32, device=device)
-    with mock.patch("kernels.attention_decode._check_lengths"):
+    with mock.patch("kernels.attention_decode.check_lengths"):
         for n in (62, 1000, -7):
             attention_decode(new, cache, cache, lens.fill_(n), k_new=new, v_new=new, impl="triton")
     assert memory[0].isnan().all() and memory[2].isnan().all() and cache.isfinite().all()

@@ -96,6 +96,21 @@ def test_auto_on_a_cpu_is_right(mask, Tq, Tk, H, H_kv):
 
 
 @on_cpu
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("scale", [0, -0.6, 1e-320])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_scale_that_is_not_positive(dtype, scale, mask):
+    inputs = qkv(dtype=dtype)
+    results = []
+    for fn in (attention, attention_reference):
+        out = fn(*inputs, mask=mask, scale=scale)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), inputs)))
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    for ours, expected in zip(*results):
+        torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+
+
+@on_cpu
 def test_segments_on_a_cpu():
     ids = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [5, 5, 1, 1, 1, 1, 1]], dtype=torch.int32)
     inputs = qkv(dtype=torch.float64)
@@ -134,7 +149,11 @@ REFUSED = [
     ({"inputs": [torch.zeros(1, 7, 2, 8), *[torch.zeros(2, 7, 2, 8)] * 2]}, ValueError, "do not fit"),
     ({"inputs": [torch.zeros(1, 7, 2, 8), torch.zeros(1, 7, 2, 9), torch.zeros(1, 7, 2, 8)]}, ValueError, "do not fit"),
     ({"inputs": [torch.zeros(1, 7, 2, 8), *[torch.zeros(1, 7, 2, 8).double()] * 2]}, TypeError, "one dtype"),
-    ({"inputs": [torch.zeros(1, 7, 2, 8, dtype=torch.int32)] * 3}, TypeError, "floating point"),
+    (
+        {"inputs": [torch.zeros(1, 7, 2, 8, dtype=torch.int32)] * 3},
+        TypeError,
+        "q is float64, float32, float16 or bfloat16",
+    ),
     ({"impl": "flash"}, ValueError, "auto, triton, sdpa, chunked, reference"),
     ({"segment_ids": torch.zeros(2, 7)}, ValueError, "int32"),
     ({"segment_ids": torch.zeros(2, 6, dtype=torch.int32)}, ValueError, "int32"),

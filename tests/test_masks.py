@@ -165,13 +165,33 @@ def test_what_a_mask_refuses():
         Mask(later_keys, 0.5)
     with pytest.raises(TypeError, match="integers and int32 tensors"):
         Mask(later_keys, torch.zeros(2))
-    with pytest.raises(ValueError, match="unlike"):
+    with pytest.raises(ValueError, match="params is between"):
         Mask(later_keys, 2**30)
-    with pytest.raises(ValueError, match="unlike"):
+    with pytest.raises(ValueError, match="bands is between"):
         Mask(later_keys, 1, bands=[Band(most=2**30)])
     with pytest.raises(ValueError, match="lambda"):
         Mask(lambda q, k: q > k)
-    with pytest.raises(ValueError, match="window 0"):
+    with pytest.raises(ValueError, match=r"window is 1 or more, and .* at most, not 0"):
         sliding_window(0)
-    with pytest.raises(ValueError, match="sink_tokens"):
+    with pytest.raises(ValueError, match=r"n is 0 or more, and .* at most, not -1"):
         sink_tokens(-1)
+    lengths = [torch.zeros(n, dtype=torch.int32) for n in (2, 3)]
+    with pytest.raises(ValueError, match="one length and on one device"):
+        prefix(lengths[0]) & prefix(lengths[1])
+    with pytest.raises(TypeError, match="'Mask' and 'int'"):
+        CAUSAL | 3
+    with pytest.raises(ValueError, match="does not fall"):
+        masks.segment_ids(torch.tensor([0, 3, 2]), 5)
+
+
+def test_masks_of_many_parts():
+    """150 of them join one after another, and any number in pairs."""
+    union = CAUSAL
+    for n in range(150):
+        union = union | sink_tokens(n)
+    assert union.dense(3, 3).all()
+    with pytest.raises(ValueError, match="150 parts"):
+        union | CAUSAL
+    with pytest.raises(ValueError, match="random is 100 blocks at most"):
+        random_blocks(101, 0)
+    assert random_blocks(100, 0, 1).dense(100, 100).sum() == 5050

@@ -1,0 +1,226 @@
+"""Checks of the arguments of `attention`, `attention_reference` and `attention_decode`.
+
+They run at every call, so they are quick: some microseconds. None reads a tensor's values, which on a GPU would wait
+for them, but for `check_lengths`, which is for a CPU.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels.arguments import check_integer, check_number, check_real, check_switch, check_tensors, kind
+from kernels.mask import FAR, Mask
+
+# The kernels multiply these by log2(e), and divide them by one another, in float32.
+LEAST, MOST = 1e-30, 1e30
+BELOW_ONE = math.nextafter(1, 0)
+
+
+def check_attention(
+    q, k, v, mask, segment_ids, scale, softcap, alibi_slopes, bias, sinks, dropout_p, seed, **switches
+) -> None:
+    """Raise TypeError or ValueError for what is not a call of `attention`. switches: arguments that are bools."""
+    _check_qkv(q, k, v)
+    B, Tq, H, _ = q.shape
+    _check_common(q, mask, scale, softcap, alibi_slopes, sinks)
+    if segment_ids is not None:
+        _check_segments(segment_ids, q, k)
+    if bias is not None:
+        _check_bias(bias, q, (B, H, Tq, k.shape[1]))
+    check_number("dropout_p", dropout_p, 0, BELOW_ONE, "a number of at least 0 and below 1")
+    if isinstance(seed, Tensor):
+        check_tensors(seed=seed)
+        if seed.numel() != 1 or seed.dtype != torch.int64:
+            raise ValueError(f"seed is an int or a one-element int64 tensor, not {seed.dtype} of {tuple(seed.shape)}")
+        _check_devices(q, seed=seed)
+    elif seed is not None:
+        check_integer("seed", seed)
+    for name, value in switches.items():
+        check_switch(name, value)
+
+
+def check_dtypes(q, k, v) -> None:
+    """Raise TypeError unless q, k and v are tensors for attention, which autocast may still cast to one dtype."""
+    check_tensors(q=q, k=k, v=v)
+    check_real(q=q, k=k, v=v)
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    check_dtypes(q, k, v)
+    if not (q.ndim == k.ndim == v.ndim == 4):
+        raise ValueError(f"q, k and v have the axes (B, T, H, D), not {q.ndim}, {k.ndim} and {v.ndim} axes")
+    B, Tq, H, D = q.shape
+    Bk, Tk, H_kv, Dk = k.shape
+    Bv, Tv, Hv, _ = v.shape
+    if not (Bk == B == Bv and Dk == D and Tv == Tk and Hv == H_kv):
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit: they are (B, Tq, H, D), "
+            "(B, Tk, H_kv, D) and (B, Tk, H_kv, Dv)"
+        )
+    _check_heads("q and k", H, H_kv, D)
+    if not (q.dtype == k.dtype == v.dtype):
+        raise TypeError(f"q, k and v have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
+    _check_devices(q, k=k, v=v)
+    if Tq >= FAR or Tk >= FAR:
+        raise ValueError(f"sequences of q and k shorter than {FAR} are supported, not {Tq} and {Tk}")
+
+
+def _check_heads(names: str, H: int, H_kv: int, D: int) -> None:
+    if H_kv == 0 or H % H_kv:
+        raise ValueError(
+            f"{names}: {H} query heads do not divide into groups for {H_kv} key heads: H is a multiple of H_kv"
+        )
+    if D == 0:
+        raise ValueError(f"{names} have a last axis of 0: a head dim is at least 1")
+
+
+def _check_devices(q: Tensor, **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None and x.device != q.device:
+            raise ValueError(f"all tensors are on one device, not q on {q.device} and {name} on {x.device}")
+
+
+def _check_common(q: Tensor, mask, scale, softcap, alibi_slopes, sinks) -> None:
+    """What all three functions take alike."""
+    B, _, H, _ = q.shape
+    if not isinstance(mask, Mask):
+        raise TypeError(
+            f"mask is one of kernels.masks, such as masks.CAUSAL, or masks.FULL to hide nothing, not {kind(mask)}; a "
+            "tensor that hides keys is given as a bias of 0 and -inf"
+        )
+    for row in mask.tensors:
+        if row.shape != (B,):
+            raise ValueError(f"a tensor in a mask has one value for each of {B} rows, not shape {tuple(row.shape)}")
+        _check_devices(q, mask=row)
+    if scale is not None:
+        check_number("scale", scale, -MOST, MOST, f"a number from -{MOST:g} to {MOST:g}, or None")
+    if softcap is not None:
+        check_number("softcap", softcap, LEAST, MOST, f"a positive number, {LEAST:g} to {MOST:g}, or None")
+    for name, per_head in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+        if per_head is not None:
+            check_tensors(**{name: per_head})
+            check_real(**{name: per_head})
+            if per_head.shape != (H,):
+                raise ValueError(f"{name} has one value for each of {H} heads, not shape {tuple(per_head.shape)}")
+            _check_devices(q, **{name: per_head})
+
+
+def _check_segments(segment_ids, q: Tensor, k: Tensor) -> None:
+    B, Tq, Tk = q.shape[0], q.shape[1], k.shape[1]
+    is_pair = isinstance(segment_ids, tuple)
+    if is_pair and len(segment_ids) != 2:
+        raise ValueError(f"segment_ids is a tensor, or a pair for queries and keys, not a tuple of {len(segment_ids)}")
+    if not is_pair and Tq != Tk:
+        raise ValueError(f"with Tq {Tq} and Tk {Tk} segment_ids is a pair, for queries and for keys")
+    for ids, T in zip(segment_ids if is_pair else (segment_ids,), (Tq, Tk)):
+        check_tensors(segment_ids=ids)
+        if ids.shape != (B, T) or ids.dtype != torch.int32:
+            raise ValueError(f"segment_ids is int32 of shape {(B, T)}, not {ids.dtype} of {tuple(ids.shape)}")
+        _check_devices(q, segment_ids=ids)
+
+
+def _check_bias(bias, q: Tensor, full: tuple[int, int, int, int]) -> None:
+    check_tensors(bias=bias)
+    if bias.dtype == torch.bool:
+        raise TypeError(
+            "bias is added to the scores, so it is a float tensor, not torch.bool: for what a query may see, pass a "
+            "mask (kernels.masks), or a bias of 0 and -inf: torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)"
+        )
+    check_real(bias=bias)
+    if bias.ndim > 4 or any(n not in (1, m) for n, m in zip(bias.shape[::-1], full[::-1])):
+        raise ValueError(f"bias of shape {tuple(bias.shape)} does not broadcast to {full}")
+    _check_devices(q, bias=bias)
+
+
+def check_decode(
+    q, k_cache, v_cache, cache_lens, k_new, v_new, rotary, mask, block_table, scale, softcap, alibi_slopes, sinks,
+    **switches,
+) -> None:  # fmt: skip
+    """Raise TypeError or ValueError for what is not a call of `attention_decode`, but for `check_lengths`."""
+    new = {} if k_new is None else {"k_new": k_new, "v_new": v_new}
+    if (k_new is None) != (v_new is None):
+        raise ValueError("k_new and v_new come together: one of them is None")
+    check_tensors(q=q, k_cache=k_cache, v_cache=v_cache, cache_lens=cache_lens, **new)
+    check_real(q=q, k_cache=k_cache, v_cache=v_cache, **new)
+    _check_cache(q, k_cache, v_cache, block_table)
+    B, Tq, _, D = q.shape
+    H_kv, Dv = v_cache.shape[2:]
+    if cache_lens.shape != (B,) or cache_lens.dtype != torch.int32:
+        raise ValueError(f"cache_lens is int32 of shape {(B,)}, not {cache_lens.dtype} of {tuple(cache_lens.shape)}")
+    if new and (k_new.shape != (B, Tq, H_kv, D) or v_new.shape != (B, Tq, H_kv, Dv)):
+        raise ValueError(
+            f"k_new is {(B, Tq, H_kv, D)} and v_new {(B, Tq, H_kv, Dv)} for this q and cache, not "
+            f"{tuple(k_new.shape)} and {tuple(v_new.shape)}"
+        )
+    dtypes = {x.dtype for x in (q, k_cache, v_cache, *new.values())}
+    if len(dtypes) > 1:
+        names = ", ".join(["q", "k_cache", "v_cache", *new])
+        raise TypeError(f"{names} have one dtype, not {', '.join(sorted(map(str, dtypes)))}")
+    if rotary is not None:
+        _check_rotary(rotary, q)
+    _check_devices(q, k_cache=k_cache, v_cache=v_cache, cache_lens=cache_lens, block_table=block_table, **new)
+    _check_common(q, mask, scale, softcap, alibi_slopes, sinks)
+    for name, value in switches.items():
+        check_switch(name, value)
+
+
+def _check_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table) -> None:
+    if not (q.ndim == k_cache.ndim == v_cache.ndim == 4):
+        raise ValueError(f"q, k_cache and v_cache have four axes, not {q.ndim}, {k_cache.ndim} and {v_cache.ndim}")
+    B, Tq, H, D = q.shape
+    n, capacity, H_kv, Dk = k_cache.shape
+    if Dk != D or v_cache.shape[:3] != k_cache.shape[:3] or (block_table is None and n != B):
+        raise ValueError(
+            f"q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} do not fit: they "
+            "are (B, Tq, H, D), (B, capacity, H_kv, D) and (B, capacity, H_kv, Dv), or with a block_table "
+            "(n_pages, page_size, H_kv, D) and (n_pages, page_size, H_kv, Dv)"
+        )
+    _check_heads("q and k_cache", H, H_kv, D)
+    if block_table is not None:
+        check_tensors(block_table=block_table)
+        if block_table.ndim != 2 or block_table.shape[0] != B or block_table.dtype != torch.int32:
+            raise ValueError(
+                f"block_table is int32 of shape ({B}, max_pages), not {block_table.dtype} of {tuple(block_table.shape)}"
+            )
+        if capacity == 0 or capacity % 16:
+            raise ValueError(f"a page of k_cache and v_cache holds a multiple of 16 tokens, not {capacity}")
+        capacity *= block_table.shape[1]
+    if capacity >= FAR or Tq >= FAR:
+        raise ValueError(f"sequences of q and k_cache shorter than {FAR} are supported, not {Tq} and {capacity}")
+
+
+def _check_rotary(rotary, q: Tensor) -> None:
+    if not isinstance(rotary, tuple):
+        raise TypeError(f"rotary is a tuple (cos, sin) of two tables, not {kind(rotary)}")
+    if len(rotary) != 2:
+        raise ValueError(f"rotary is two tables (cos, sin), not a tuple of {len(rotary)}")
+    D = q.shape[3]
+    for table in rotary:
+        check_tensors(rotary=table)
+        check_real(rotary=table)
+        _check_devices(q, rotary=table)
+    cos, sin = rotary
+    if D % 2 or cos.ndim != 2 or cos.shape != sin.shape or cos.shape[0] == 0 or cos.shape[1] != D:
+        raise ValueError(
+            f"rotary is two tables (positions, {D}), and D is even, not {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
+
+
+def check_lengths(k_cache, cache_lens, n_new: int, block_table, rotary) -> None:
+    """Raise ValueError for lengths and pages that a cache does not have."""
+    n_pages, length = k_cache.shape[:2]
+    capacity = length if block_table is None else length * block_table.shape[1]
+    lens = cache_lens.tolist()
+    if not lens:
+        return
+    if min(lens) < 0 or max(lens) + n_new > capacity:
+        raise ValueError(
+            f"cache_lens from {min(lens)} to {max(lens)} and {n_new} new tokens do not fit a capacity of {capacity}"
+        )
+    if rotary is not None and max(lens) + n_new > rotary[0].shape[0]:
+        raise ValueError(f"rotary has {rotary[0].shape[0]} positions, fewer than {max(lens) + n_new} tokens")
+    for b, n in enumerate(lens if block_table is not None else ()):
+        pages = block_table[b, : -(-(n + n_new) // length)].tolist()
+        if any(not 0 <= page < n_pages for page in pages):
+            raise ValueError(f"block_table names pages {pages} for sequence {b}, of which there are {n_pages}")
