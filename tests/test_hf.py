@@ -76,6 +76,11 @@ def test_a_learned_table_does_not_grow(checkpoints):
         ("llama", {"model_type": "mixtral"}, "model_type 'mixtral' is not supported: gpt2, llama"),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0}}, "rope_type 'llama3'"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+        (
+            "llama",
+            {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}},
+            "rope_parameters of their own for some",
+        ),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ("llama", {"hidden_act": "gelu"}, "activation 'gelu' .known are silu, swish, relu"),
         ("llama", {"hidden_act": "relu"}, "only a gate equal to it"),

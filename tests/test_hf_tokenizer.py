@@ -266,6 +266,20 @@ def test_what_changes_no_id_or_is_known_is_read(tmp_path, case):
     agree(read(tmp_path, content), content)
 
 
+def test_bytes_in_another_order_and_no_pattern(tmp_path):
+    """Where no token has two bytes, any pattern splits alike; with longer tokens it would not."""
+    content = file_of()
+    content["model"]["vocab"] = {character: 255 - i for character, i in BYTES.items()}
+    content["pre_tokenizer"] = BYTE_LEVEL | {"use_regex": False}
+    ours = read(tmp_path, content)
+    assert ours.encode("é a") == [255 - byte for byte in "é a".encode()]
+    agree(ours, content)
+    content["model"]["vocab"]["th"] = 256
+    content["model"]["merges"] = ["t h"]
+    with pytest.raises(UserError, match="it splits text by no pattern"):
+        read(tmp_path, content)
+
+
 # --- added tokens -----------------------------------------------------------------------------------------------------
 
 TOKENS = [added("<think>", 600), added("  ", 601), added("<t", 602), added(DOCUMENT, 603, special=True)]

@@ -112,6 +112,16 @@ def test_tiles_cover_the_mask(name, over_keys):
     assert counts[0] == counts[1] or name not in EXACT
 
 
+@in_the_interpreter
+def test_full_tiles_of_two_bands():
+    """Of keys up to 69 and the last 90, in tiles of 16, for the queries 240 to 255."""
+    mask = sink_tokens(70) | sliding_window(90)
+    full, partial = visited_tiles(mask, range(240, 256), 256, 256, 16, 16, True)
+    assert (full, sorted(partial)) == ([0, 1, 2, 3, 11, 12, 13, 14], [4, 9, 10, 15])
+    counts = [prove_tiles(mask, 256, 256, 16, 16, over_keys) for over_keys in (True, False)]
+    assert counts[0] == counts[1] and counts[0][0] == counts[0][1]
+
+
 def random_mask(rng: random.Random, depth: int) -> Mask:
     if depth == 0:
         leaf = rng.choice(["causal", "window", "sinks", "rectangle", "full"])
@@ -199,6 +209,27 @@ def test_other_documents_are_not_visited(kind, monkeypatch):
             assert together <= visited <= sum(tiles.sum().item() for tiles in apart), kernel
             if kind == "packed":
                 assert visited <= (1 if mask is CAUSAL else 1.15) * together, kernel
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_many_documents_one_after_another_need_no_tile_in_vain(length):
+    """Also where the ids of two documents fall into one class."""
+    ids = torch.arange(600)[None] // length
+    pattern = problem_of(FULL, 600, 600, segment_ids=ids.int()).call.pattern()
+    found = tile_lists.tile_map(pattern, 600, 600, 8, 8, "cpu")
+    tiles = (ids[0, :, None] == ids[0, None]).view(75, 8, 75, 8)
+    assert torch.equal(found.needed[0], tiles.any(3).any(1)) and torch.equal(found.full[0], tiles.all(3).all(1))
+
+
+def test_numbers_of_bands_that_differ_from_row_to_row_are_read_from_their_tensors():
+    mask = prefix(first := lengths(3, 5)) | prefix(second := lengths(7, 2))
+    masking = problem_of(mask, 32, 32, 2).masking(16, 16, True)
+    numbers = [(band, list(zip(Band._fields, range(7 * band, 7 * band + 7)))) for band in range(2)]
+    rows = {(band, name): masking.band_rows[i] for band, fields in numbers for name, i in fields}
+    ends = {band: row.tolist() for (band, name), row in rows.items() if name == "k_end"}
+    assert sorted(ends.values()) == sorted([first.tolist(), second.tolist()])
+    assert all(row is None for (_, name), row in rows.items() if name != "k_end")
+    assert [masking.bands[7 * band + 3] for band in range(2)] == [0, 0]
 
 
 @in_the_interpreter

@@ -108,6 +108,9 @@ def test_random_blocks():
     assert not drawn.triu(1).any()
     assert torch.equal(seen[:100, :100], random_blocks(3, 1, 8).dense(100, 100)[0, 0])
     assert not torch.equal(seen, random_blocks(3, 2, 8).dense(160, 160)[0, 0])
+    blocks = random_blocks(2, 5, 2).dense(24, 24)[0, 0, ::2, ::2]  # as in earlier versions, whose models learned so
+    drawn = [[0], [0, 1], [1, 2], [0, 3], [3, 4], [0, 3], [1, 6], [0, 7], [0, 7], [1, 6], [1, 2], [3, 10]]
+    assert [row.nonzero().flatten().tolist() for row in blocks] == drawn
     # Of many queries each key block within a share is drawn about as often.
     many = torch.stack([random_blocks(1, seed, 1).dense(64, 64)[0, 0, -1] for seed in range(3000)]).float().mean(0)
     assert (many * 64 - 1).abs().max() < 5 * (63 / 3000) ** 0.5

@@ -125,6 +125,22 @@ def test_states_are_made_without_moving_a_weight():
                 p.grad = None
 
 
+def test_states_of_a_group_are_as_they_were_when_those_of_weights_are_made():
+    model = tiny_model()
+    optimizer = Counting(model.parameters(), quiet=False)
+    for number in (1, 2, 3):
+        step(model, optimizer, number)
+    before = everything(model, optimizer)
+    assert before["groups.0.k"].item() == 3.5
+    optimizer.state.clear()
+    begin_states(optimizer)
+    after = everything(model, optimizer)
+    assert after.keys() == before.keys()
+    for name in before:
+        expected = torch.zeros_like(before[name]) if name.endswith(".sum") else before[name]
+        assert torch.equal(after[name], expected), name
+
+
 def test_the_plan_asks_an_optimizer_for_its_memory():
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -228,6 +228,18 @@ def test_a_read_only_entry_is_found_before_anything_is_deleted(run, capsys, monk
     assert f"cannot delete {run}/checkpoints" in refused(capsys, run, "--overwrite")
 
 
+def test_a_link_into_a_read_only_folder_is_found_before_anything_is_deleted(run, capsys, monkeypatch):
+    disk = run.parent / "disk"
+    disk.mkdir()
+    (run / "loss.png").rename(disk / "loss.png")
+    (run / "loss.png").symlink_to(disk / "loss.png")
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != disk and real(place, mode))
+    assert f"cannot delete {disk}/loss.png: its folder is read-only; nothing was deleted" in (
+        refused(capsys, run, "--overwrite")
+    )
+
+
 def test_other_names_of_a_runs_files_keep_their_content(run):
     """A backup by hard links, through a resume that cuts the metrics, and an overwriting."""
     with (run / "metrics.jsonl").open("a") as file:
