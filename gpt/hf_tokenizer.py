@@ -7,8 +7,6 @@ special token in the text is the special token, unless transformers is called wi
 import base64
 import binascii
 import json
-import re
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -17,14 +15,18 @@ from typing import Any
 from gpt.bpe import byte_characters
 from gpt.errors import UserError
 from gpt.hf_merges import UNUSED, byte_tokens, check_order, unreached
+from gpt.hf_pattern import EACH_CHARACTER, GPT2_PATTERN, for_oniguruma, unlike
 from gpt.sample_texts import sample_texts
-from gpt.tokenizer import CUT, DOCUMENT, MAX_VOCAB, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, check_tokens
-
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-EACH_CHARACTER = r"[\s\S]"
-# What means one thing to tiktoken and another to tokenizers, or may: bounds with a plus, ends of lines, classes of
-# words, modes, intersections.
-_DIALECT = re.compile(r"\{\d+(?:,\d*)?\}\+|(?<!\\)\$|&&|(?<![\[\\])\^|\\[wWbBhHRXGKZAN]|\(\?[a-z]*[msx]|\[\[:")
+from gpt.tokenizer import (
+    DOCUMENT,
+    MAX_VOCAB,
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    check_tokens,
+    composed,
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -54,7 +56,8 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         model, decoder = _byte_level_model(tokenizer), _byte_level()
         split = _byte_level()
         if isinstance(tokenizer, BPETokenizer):
-            pattern = _for_oniguruma(tokenizer.pattern)
+            if (pattern := for_oniguruma(tokenizer.pattern)) is None:
+                raise UserError(f"the tokenizer's pattern cannot be said in tokenizer.json: {tokenizer.pattern}")
             split = {"type": "Sequence", "pretokenizers": [_split(pattern), _byte_level()]}
     form = getattr(tokenizer, "normalization", None)
     return {
@@ -128,17 +131,6 @@ def _split(pattern: str) -> dict[str, Any]:
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
-def _for_oniguruma(pattern: str) -> str:
-    """A pattern of tiktoken's in the dialect of tokenizers, where `{1,3}+` is no possessive {1,3} but a repetition of
-    it, and `$` is the end of any line."""
-    # At the end of an alternative there is nothing to give back for: possessive or not is the same.
-    pattern = re.sub(r"(\{\d+(?:,\d*)?\})\+(?=\||$)", r"\1", pattern)
-    pattern = re.sub(r"(?<!\\)\$(?=\||\)|$)", r"\\z", pattern)
-    if _DIALECT.search(pattern):
-        raise UserError(f"the tokenizer's pattern cannot be said in tokenizer.json: {pattern}")
-    return pattern
-
-
 def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, seq_len: int) -> None:
     """Write tokenizer.json and tokenizer_config.json, for AutoTokenizer.
 
@@ -210,9 +202,12 @@ def read_hf_tokenizer(folder: Path) -> Tokenizer:
     """
     path = folder / "tokenizer.json"
     content = read_json(path)
-    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+    config, legacy = folder / "tokenizer_config.json", folder / "added_tokens.json"
+    settings = read_json(config) if config.exists() else {}
+    if "added_tokens_decoder" not in settings and legacy.exists():
+        settings["added_tokens_decoder"] = {i: {"content": spelling} for spelling, i in read_json(legacy).items()}
     try:
-        return _from_tokenizer_json(content, settings, lambda: _library(path.read_text(encoding="utf-8")))
+        return _from_tokenizer_json(content, settings, path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be used: {error}") from None
     except (KeyError, TypeError, AttributeError) as error:
@@ -231,9 +226,13 @@ def _library(text: str) -> Any:
     return theirs
 
 
-def _from_tokenizer_json(content: dict[str, Any], settings: dict[str, Any], library: Callable[[], Any]) -> Tokenizer:
-    library = cache(library)  # asked for once what it would refuse has been named better
-    model, added = content["model"], content.get("added_tokens") or []
+def _from_tokenizer_json(content: dict[str, Any], settings: dict[str, Any], text: str) -> Tokenizer:
+    model, given = content["model"], content.get("added_tokens") or []
+    added = _with_settings(given, settings)
+    if added != given:
+        content = content | {"added_tokens": added}
+        text = json.dumps(content)
+    library = cache(lambda: _library(text))  # asked for once what it would refuse has been named better
     form = _check_settings(content, settings)
     specials = {entry["content"]: entry["id"] for entry in added if entry.get("special")}
     plain = {e["content"]: (e["id"], bool(e.get("normalized"))) for e in added if not e.get("special")}
@@ -256,19 +255,14 @@ def _compare(ours: Tokenizer, theirs: Any) -> None:
         found = theirs.encode(text, add_special_tokens=False).ids
         if found != ids:
             raise ValueError(f"it encodes {text!r} as {found[:20]}, and this program would as {ids[:20]}")
-        cut = next((match.start() for match in CUT.finditer(text) if match.start()), 0)
-        if ours.encode(text[:cut]) + ours.encode(text[cut:]) != ids:
-            raise ValueError(f"it splits text in a way that is not supported: over the place {cut} of {text!r}")
 
 
 def _check_settings(content: dict[str, Any], settings: dict[str, Any]) -> str | None:
     """The normalization, NFC or none; ValueError for whatever else changes ids and is not supported."""
-    model, normalizer = content["model"], content.get("normalizer") or {}
-    while normalizer.get("type") == "Sequence" and len(normalizer["normalizers"]) < 2:
-        normalizer = (normalizer["normalizers"] or [{}])[0]
-    form = normalizer.get("type")
-    if form not in (None, "NFC"):
-        raise ValueError(f"it has the normalizer {form}, and only NFC is supported")
+    model, forms = content["model"], [step["type"] for step in _steps(content.get("normalizer"), "normalizers")]
+    if other := next((form for form in forms if form != "NFC"), None):
+        raise ValueError(f"it has the normalizer {other}, and only NFC is supported")
+    form = forms[0] if forms else None
     if content.get("truncation"):
         raise ValueError('it cuts text short ("truncation"): set that to null')
     padding = content.get("padding")
@@ -277,9 +271,9 @@ def _check_settings(content: dict[str, Any], settings: dict[str, Any]) -> str | 
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise ValueError(f"its model has {key} {model[key]!r}, which is not supported")
-    decoder = content.get("decoder") or {}
-    if decoder.get("type") not in (None, "ByteLevel", "Fuse"):
-        raise ValueError(f"it has the decoder {decoder.get('type')}, and only ByteLevel is supported")
+    decoders = [step["type"] for step in _steps(content.get("decoder"), "decoders")]
+    if other := next((decoder for decoder in decoders if decoder not in ("ByteLevel", "Fuse")), None):
+        raise ValueError(f"it has the decoder {other}, and only ByteLevel is supported")
     if settings.get("add_prefix_space"):
         raise ValueError("tokenizer_config.json puts a space before the text (add_prefix_space)")
     added = {entry["content"]: entry for entry in content.get("added_tokens") or []}
@@ -289,16 +283,32 @@ def _check_settings(content: dict[str, Any], settings: dict[str, Any]) -> str | 
         for key in ("lstrip", "rstrip", "single_word"):
             if entry.get(key):
                 raise ValueError(f"its added token {spelling!r} has {key}, which is not supported")
-        if (
-            form
-            and entry.get("normalized")
-            and (entry.get("special") or unicodedata.normalize(form, spelling) != spelling)
-        ):
+        if form and entry.get("normalized") and (entry.get("special") or composed(spelling) != spelling):
             raise ValueError(f"its added token {spelling!r} is found in normalized text, which is not supported")
-    for i, entry in (settings.get("added_tokens_decoder") or {}).items():
-        if added.get(entry["content"], {}).get("id") != int(i):
-            raise ValueError(f"tokenizer_config.json adds the token {entry['content']!r} with id {i}, and it does not")
     return form
+
+
+def _steps(step: dict[str, Any] | None, name: str) -> Iterator[dict[str, Any]]:
+    """The steps of a normalizer, pre-tokenizer or decoder, in order, out of the sequences that they may stand in."""
+    if not step:
+        return
+    if step["type"] != "Sequence":
+        yield step
+    else:
+        for part in step[name]:
+            yield from _steps(part, name)
+
+
+def _with_settings(added: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The added tokens with the flags that the files beside tokenizer.json set; ValueError where they add more."""
+    ids = {entry["content"]: entry["id"] for entry in added}
+    flags: dict[str, dict[str, Any]] = {}
+    for i, entry in (settings.get("added_tokens_decoder") or {}).items():
+        spelling = entry["content"]
+        if ids.get(spelling) != int(i):
+            raise ValueError(f"its configuration adds the token {spelling!r} with id {i}, and it does not")
+        flags[spelling] = {key: value for key, value in entry.items() if value or key == "normalized"}
+    return [entry | flags.get(entry["content"], {}) for entry in added]
 
 
 def _byte_level_bpe(
@@ -345,7 +355,7 @@ def _characters(content: dict[str, Any], specials: dict[str, int]) -> CharTokeni
 
 def _pattern(step: dict[str, Any]) -> str | None:
     """The pre-tokenizer's pattern; None where it is ByteLevel alone, without one."""
-    steps = step["pretokenizers"] if step.get("type") == "Sequence" else [step]
+    steps = list(_steps(step, "pretokenizers"))
     last = steps[-1] if steps else {}
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space") or len(steps) > 2:
         raise ValueError("it is not byte-level, or puts a blank before the text")
@@ -353,10 +363,12 @@ def _pattern(step: dict[str, Any]) -> str | None:
     if len(steps) == 2:
         split = steps[0]
         regex = (split.get("pattern") or {}).get("Regex")
-        if split.get("behavior") != "Isolated" or split.get("invert") or regex is None or pattern is not None:
+        # tiktoken's way is the second of these: what the pattern does not match is left out.
+        known = (split.get("behavior"), bool(split.get("invert"))) in (("Isolated", False), ("Removed", True))
+        if not known or regex is None or pattern is not None:
             raise ValueError("it splits text in a way that is not supported")
-        if _DIALECT.search(regex.replace(r"\z", "")):
-            raise ValueError(f"its pattern is not supported: {regex}")
+        if part := unlike(regex):
+            raise ValueError(f"its pattern is not supported from {part!r} on: {regex}")
         pattern = regex
     return pattern
 

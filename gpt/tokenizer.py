@@ -12,7 +12,6 @@ import base64
 import binascii
 import json
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -37,11 +36,12 @@ __all__ = [
 
 MAX_VOCAB = 1 << 24
 
-# Where text may be cut without changing its ids: a letter or digit, then a blank or one of these marks. No pre-split
-# pattern that we know (GPT-2, cl100k, o200k, ours) has a piece that runs over such a place or looks across it.
+# Where text may be cut without changing its ids: a letter or digit, then a space or one of these marks. No pre-split
+# pattern of GPT-2, cl100k, o200k or ours has a piece that runs over such a place or looks across it; others may.
 CUT = re.compile(r"(?<=[^\W_])[ \n.,;:!?。，、；：！？]")
 _PROBE = "It's 12 pm,\n\n\t日本 (é) \r\n  x"  # what a pattern must take all of; composed, so that it is its own NFC
 _SEGMENT = 100_000  # characters; tiktoken's regex overflows its stack on a run of about a million blanks
+_NEAR = 100  # characters on each side of a cut, or more, that show whether it changes ids
 
 
 class CharTokenizer(Tokenizer):
@@ -95,8 +95,8 @@ class BPETokenizer(Tokenizer):
     """Byte-level BPE, encoded by tiktoken.
 
     tokens: the bytes of each id in merge order, every single byte among them; None for an id that is no such token.
-    Text is encoded in segments of at most 100,000 characters, cut where no piece can run over; only text without any
-    such place (100,000 characters and no letter followed by a blank or a mark) is cut inside a piece.
+    Text is encoded in segments of at most 100,000 characters, cut between a letter and a space or mark where that does
+    not change the ids of the text around it; only text without any such place is cut inside a piece.
     normalization: NFC where the text is composed first (as Qwen's is). document: the document token's spelling.
     added: spellings that always become one id, before the pattern splits the text: found in the text as it is given,
     or (True) once it is normalized. unreached: ids that text never becomes, and the bytes that they decode to.
@@ -125,6 +125,7 @@ class BPETokenizer(Tokenizer):
             pieces[i] = piece
         super().__init__(pieces, specials)
         self.document_token = self.specials.get(document)
+        self._near = max(_NEAR, *map(len, self.added), 0)
         ranks = {token: i for i, token in enumerate(tokens) if token is not None}
         self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.specials)
 
@@ -137,15 +138,36 @@ class BPETokenizer(Tokenizer):
         rest = ""
         for chunk in chunks:
             text, start = rest + chunk, 0
-            while len(text) - start > _SEGMENT:
-                end = _cut(text, start, start + _SEGMENT)
+            while len(text) - start > _SEGMENT + self._near:
+                end = self._cut(text, start)
                 yield text[start:end]
                 start = end
             rest = text[start:]
+        while len(rest) > _SEGMENT:
+            end = self._cut(rest, 0)
+            yield rest[:end]
+            rest = rest[end:]
         if rest:
             yield rest
 
-    def _encode(self, text: str, specials: Mapping[str, int] = MappingProxyType({})) -> np.ndarray:
+    def _cut(self, text: str, start: int) -> int:
+        """The last place where a segment that begins at `start` may end, else where it must."""
+        end = start + _SEGMENT
+        for first in (max(start + 1, end - 1000), start + 1):
+            places = [match.start() for match in CUT.finditer(text, first, end + 1)]
+            for at in places[:-_NEAR:-1]:
+                if self._may_cut(text[max(start, at - self._near) : at], text[at : at + self._near]):
+                    return at
+        return end
+
+    def _may_cut(self, left: str, right: str) -> bool:
+        try:
+            apart = [*self._encode(left, cut=False), *self._encode(right, cut=False)]
+            return apart == self._encode(left + right, cut=False).tolist()
+        except (UserError, UnicodeEncodeError):  # which will be told of the segment
+            return True
+
+    def _encode(self, text: str, specials: Mapping[str, int] = MappingProxyType({}), *, cut: bool = True) -> np.ndarray:
         given = dict(specials) | {spelling: i for spelling, (i, late) in self.added.items() if not late}
         late = {spelling: i for spelling, (i, late) in self.added.items() if late}
         parts = [np.empty(0, self.dtype)]
@@ -154,10 +176,10 @@ class BPETokenizer(Tokenizer):
                 parts.append(np.array([found], self.dtype))
                 continue
             if self.normalization:
-                whole = unicodedata.normalize(self.normalization, whole)
+                whole = composed(whole)
             for part, i in spelled(whole, late):
                 if i is None:
-                    parts += [self._encode_part(segment) for segment in self.segments([part])]
+                    parts += [self._encode_part(segment) for segment in (self.segments([part]) if cut else [part])]
                 else:
                     parts.append(np.array([i], self.dtype))
         return parts[1] if len(parts) == 2 else np.concatenate(parts)
@@ -265,10 +287,6 @@ def check_tokens(
     _check(all(type(i) is int and 0 <= i < MAX_VOCAB for i in ids), '"special_tokens" holds an impossible id')
     free = all(i >= len(tokens) or tokens[i] is None for i in ids)
     _check(free and len(set(ids)) == len(ids), '"special_tokens" holds an id that is taken')
-    _check(
-        not any(match.start() for spelling in added for match in CUT.finditer(spelling)),
-        '"added" holds a word with a space or mark after it, where long text may be cut',
-    )
     return tokens
 
 
@@ -277,13 +295,11 @@ def _check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _cut(text: str, start: int, end: int) -> int:
-    """The last place in text[start + 1 : end + 1] where it may be cut, else end."""
-    for first in (max(start + 1, end - 1000), start + 1):
-        places = [match.start() for match in CUT.finditer(text, first, end + 1)]
-        if places:
-            return places[-1]
-    return end
+def composed(text: str) -> str:
+    """The text in NFC, by the tokenizers library's tables: each version of Python has its own."""
+    from tokenizers import normalizers
+
+    return normalizers.NFC().normalize_str(text)
 
 
 def code_points(text: str) -> np.ndarray:

@@ -86,8 +86,9 @@ class Tokenizer(ABC):
         try:
             return encode(text)
         except UnicodeEncodeError as error:
+            at = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), error.start)
             raise UserError(
-                f"the text holds the lone surrogate U+{ord(text[error.start]):04X} at position {error.start}, "
+                f"the text holds the lone surrogate U+{ord(text[at]):04X} at position {at}, "
                 "which is no character: give text that is valid UTF-8"
             ) from None
 
