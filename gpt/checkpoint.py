@@ -294,8 +294,8 @@ def _is_place(value: Any) -> bool:
         return False
     own = {key: part for key, part in value.items() if key not in ("packing", "corpora")}
     corpora = value.get("corpora", [])
-    of_one = all("corpora" not in part for part in corpora if isinstance(part, dict))
-    parts = isinstance(corpora, list) and of_one and all(map(_is_place, corpora))
+    of_one = lambda part: isinstance(part, dict) and "corpora" not in part and _is_place(part)
+    parts = isinstance(corpora, list) and all(map(of_one, corpora))
     return parts and isinstance(value.get("packing", ""), str) and all(map(_is_count, own.values()))
 
 

@@ -65,6 +65,21 @@ def test_the_default_table_is_the_one_that_was_compiled():
     assert Config(64, 64, 4, 1) == configs.INTERPRETER
 
 
+@pytest.mark.parametrize(
+    ("capability", "arch"),
+    [
+        ((8, 0), "sm_80"), ((8, 7), "sm_80"), ((8, 6), "sm_89"), ((8, 9), "sm_89"), ((9, 0), "sm_90"),
+        ((10, 0), "sm_100"), ((10, 3), "sm_100"), ((11, 0), "sm_120"), ((12, 0), "sm_120"), ((12, 1), "sm_120"),
+    ],
+)  # fmt: skip
+def test_a_device_has_the_tiles_of_its_architecture(monkeypatch, capability, arch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert configs.architecture(torch.device("cuda", 1)) == arch
+    assert configs.architecture(torch.device("cpu")) == "interpreter"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert configs.architecture(torch.device("cuda", 1)) == "gfx942"
+
+
 def test_dbias_never_takes_descriptors(table):
     table({"entries": [ENTRY | {"kernel": "dq"}]})
     assert configs.choose(*CHOICE[:4], "dbias") == Config(128, 32, 8, 1, False)

@@ -128,3 +128,70 @@ def test_the_files_are_safetensors_and_json(tmp_path):
     assert sorted(p.name for p in path.iterdir()) == sorted([*ck.FILES, ck.MANIFEST])
     for name in ("state.json", ck.MANIFEST):
         json.loads((path / name).read_text())
+
+
+PLACE = {"epoch": 0, "index": 3, "seed": 1}
+ODD_STATES = {
+    "step": [None, -1, 1.0, True, "1", 1 << 53],
+    "tokens": [None, -1, 2.5],
+    "metrics_bytes": [None, -1, "5"],
+    "loader": [
+        None, [], 3, {"epoch": -1}, {"epoch": "0"}, {"packing": None}, {"corpora": {}}, {"corpora": 5},
+        {"corpora": [3]}, {"corpora": [PLACE, {"epoch": -1}]}, {"corpora": [{"corpora": []}]},
+        {**PLACE, "other": PLACE},
+    ],
+    "scaler": [None, [], {"scale": "1"}, {"scale": float("nan")}, {"scale": True}],
+    "evaluations_since_best": [None, -1],
+    "skipped": [None, -1],
+    "evaluation_due": [None, 0, 1, "yes"],
+    "guard": [
+        None, [], {}, {"in_a_row": 0}, {"in_a_row": -1, "losses": []}, {"in_a_row": 0, "losses": 3},
+        {"in_a_row": 0, "losses": ["1"]}, {"in_a_row": 0, "losses": [float("inf")]}, {"losses": []},
+    ],
+    "recipe": [None, [], "x"],
+    "best": [[], 3, {}, {"val_loss": None}, {"val_loss": float("nan")}],
+    "wandb_id": [3, []],
+}  # fmt: skip
+SOUND = {
+    "step": 7,
+    "tokens": 0,
+    "metrics_bytes": (1 << 53) - 1,
+    "loader": {"packing": "documents", "corpora": [PLACE, PLACE | {"packing": "stream"}], "epoch": 2},
+    "scaler": {"scale": 0.5, "_growth_tracker": 3},
+    "evaluations_since_best": 0,
+    "skipped": 2,
+    "evaluation_due": False,
+    "guard": {"in_a_row": 0, "losses": [1.5, -2]},
+    "recipe": {},
+    "best": {"step": 1, "val_loss": 2},
+    "wandb_id": "x",
+}
+
+
+@pytest.mark.parametrize("key", ODD_STATES)
+def test_each_value_of_a_state_is_of_its_kind(tmp_path, key):
+    path = tmp_path / "state.json"
+    for state in (SOUND, {"step": 7}, SOUND | {"best": None, "wandb_id": None, "new in a later version": 3}):
+        path.write_text(json.dumps(state))
+        assert ck.read_state(tmp_path) == state
+    for value in ODD_STATES[key]:
+        path.write_text(json.dumps(SOUND | {key: value}))
+        with pytest.raises(UserError, match=f'state.json is not a training state: "{key}" is '):
+            ck.read_state(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "3", '{"tokens": 3}'])
+def test_a_state_has_a_step(tmp_path, text):
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(UserError, match='is not a training state: it has no "step"'):
+        ck.read_state(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", '{"step": 3', "[" * 100_000])
+def test_a_state_is_json(tmp_path, text):
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(UserError, match="is not a training state: it is no JSON"):
+        ck.read_state(tmp_path)
+    (tmp_path / "state.json").unlink()
+    with pytest.raises(UserError, match=r"cannot read .*state.json: No such file"):
+        ck.read_state(tmp_path)

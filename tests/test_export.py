@@ -16,6 +16,7 @@ from gpt.config import PRESETS, ModelConfig
 from gpt.errors import UserError, run_command
 from gpt.export import CLASSES, Arguments, export, main
 from gpt.hf_tokenizer import read_hf_tokenizer, read_tiktoken, to_tokenizer_json, write_hf_tokenizer, write_tiktoken
+from gpt.hf_weights import fits_nanochat
 from gpt.model import GPT
 from gpt.tokenizer import DOCUMENT, BPETokenizer, CharTokenizer, load_tokenizer
 from tests.tokenizer_checks import BPE, BYTE, CHAR, LINES, PATTERNS, TEXT, anything, calm, nasty
@@ -121,6 +122,18 @@ def test_options_of_no_family_are_refused(tmp_path, options, message):
 def test_learned_norms_do_not_go_into_nanochat(tmp_path):
     with pytest.raises(UserError, match="norms with weights other than 1"):
         export(make_model(activation="relu2", logit_softcap=2.0), BYTE, tmp_path / "out")
+
+
+@torch.no_grad()
+def test_what_fits_nanochat_has_norms_of_one_and_embeddings_within_the_sphere():
+    """After the norm that nanochat has behind its table, no row is longer than sqrt(width)."""
+    model = make_model("nanochat", activation="relu2", logit_softcap=2.0)
+    model.embed.weight.fill_(1.0)
+    assert fits_nanochat(model) == []
+    model.embed.weight[3] *= 1.001
+    assert fits_nanochat(model) == ["embeddings whose root mean square is above 1"]
+    model.norm.weight[0] = 1.5
+    assert len(fits_nanochat(model)) == 2
 
 
 # Tokenizers.

@@ -198,3 +198,8 @@ def test_masks_of_many_parts():
     with pytest.raises(ValueError, match="random is 100 blocks at most"):
         random_blocks(101, 0)
     assert random_blocks(100, 0, 1).dense(100, 100).sum() == 5050
+
+
+def test_a_layout_has_at_most_two_to_the_24_blocks():
+    with pytest.raises(ValueError, match=rf"a matrix of {2**24} blocks at most, not \(4096, 4097\)"):
+        block_sparse(torch.ones(1).expand(4096, 4097), 64)
