@@ -203,3 +203,9 @@ def test_masks_of_many_parts():
 def test_a_layout_has_at_most_two_to_the_24_blocks():
     with pytest.raises(ValueError, match=rf"a matrix of {2**24} blocks at most, not \(4096, 4097\)"):
         block_sparse(torch.ones(1).expand(4096, 4097), 64)
+
+
+def test_segment_ids_are_where_the_lengths_are():
+    assert masks.segment_ids(torch.tensor([0, 2, 3]), 5).tolist() == [[0, 0, 1, 2, 2]]
+    ids = masks.segment_ids(torch.empty(4, dtype=torch.int32, device="meta"), 5)
+    assert (ids.device.type, ids.dtype, ids.shape) == ("meta", torch.int32, (1, 5))
