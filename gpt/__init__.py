@@ -3,6 +3,9 @@
 model, tokenizer = gpt.load("runs/x")
 for piece in gpt.generate(model, tokenizer, ["ROMEO:"], gpt.SamplingConfig(max_new_tokens=200)):
     print(piece.text, end="")
+
+Functions and options raise UserError, a ValueError, for a wrong argument; models, caches and tokenizers TypeError or
+ValueError. The message names the argument.
 """
 
 import os

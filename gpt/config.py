@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from gpt.errors import require, require_sizes
+from gpt.arguments import check_fields
+from gpt.errors import require
 from gpt.model_config import PRESETS, ModelConfig
 
 __all__ = [
@@ -21,7 +22,6 @@ __all__ = [
     "TokenizerConfig",
     "TrainConfig",
     "require",
-    "require_sizes",
 ]
 
 
@@ -54,7 +54,7 @@ class DataConfig:
     or apart likewise, and as few of them cut as can be (best-fit packing)."""
 
     def __post_init__(self) -> None:
-        require_sizes(self)
+        check_fields(self)
         require(all(entry.strip() for entry in self.corpus), "corpus has an empty entry: give a path or a name")
         weights = self.corpus_weights
         require(all(0 < w < math.inf for w in weights), f"corpus_weights must be positive, not {weights}")
@@ -77,7 +77,7 @@ class TokenizerConfig:
     """Size of the trained BPE vocabulary, the 256 bytes and the document token included."""
 
     def __post_init__(self) -> None:
-        require_sizes(self)
+        check_fields(self)
         require(self.bpe_vocab_size >= 257, f"bpe_vocab_size must be at least 257, not {self.bpe_vocab_size}")
 
 
@@ -124,7 +124,7 @@ class OptimConfig:
     """In training, the share of each target that is spread over the whole vocabulary."""
 
     def __post_init__(self) -> None:
-        require_sizes(self)
+        check_fields(self)
         for name in ("learning_rate", "embedding_lr", "head_lr"):
             require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
         require(
@@ -211,7 +211,7 @@ class TrainConfig:
     """Trace this many of the first steps into trace.json.gz and profile.txt; 0 traces none."""
 
     def __post_init__(self) -> None:
-        require_sizes(self)
+        check_fields(self)
         steps = "max_steps", "eval_interval", "checkpoint_interval", "max_skipped_steps"
         for name in ("batch_size", "grad_accum_steps", "keep_checkpoints", *steps):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
@@ -243,7 +243,7 @@ class LogConfig:
     """Its project."""
 
     def __post_init__(self) -> None:
-        require_sizes(self)
+        check_fields(self)
         require(self.log_interval >= 1, f"log_interval must be at least 1, not {self.log_interval}")
         require(self.sample_tokens >= 0, f"sample_tokens must be at least 0, not {self.sample_tokens}")
 
@@ -258,3 +258,6 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        check_fields(self)

@@ -8,7 +8,10 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from gpt.arguments import shown
 from gpt.errors import UserError
+
+Device = str | torch.device
 
 
 @functools.cache
@@ -19,7 +22,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: Device) -> torch.device:
     """The device that a name asks for; auto takes a GPU where there is one. UserError for one that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -27,7 +30,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise UserError(f"device {shown(name)} cannot be used here: {str(error).splitlines()[0]:.160}") from error
     return device
 
 

@@ -1,11 +1,8 @@
 """The one exception for what the user can put right, and how the commands end on it."""
 
 import errno
-import math
 import sys
 from collections.abc import Callable
-from dataclasses import fields
-from typing import Any
 
 from gpt.streams import LostOutput, outlets
 
@@ -29,17 +26,6 @@ def require(condition: bool, message: str) -> None:
     """Raise UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
-
-
-_LARGE = ("seed", "split_seed", "max_corpus_bytes", "max_download_bytes", "eval_tokens")
-
-
-def require_sizes(options: Any) -> None:
-    """Raise UserError for a number that no machine could mean: a whole one too large, or one that is not finite."""
-    for f in fields(options):
-        value, limit = getattr(options, f.name), 1 << (63 if f.name in _LARGE else 31)
-        require(type(value) is not int or abs(value) < limit, f"{f.name} must be below {limit}, not {value}")
-        require(type(value) is not float or math.isfinite(value), f"{f.name} must be a finite number, not {value}")
 
 
 class LostProcess(RuntimeError):

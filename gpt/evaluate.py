@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 import tyro
 
+from gpt.arguments import check_fields
 from gpt.cache import cache_folder
 from gpt.command_line import parse_flags
-from gpt.config import DataConfig, require, require_sizes
+from gpt.config import DataConfig, require
 from gpt.device import autocast
 from gpt.documents import read_documents
 from gpt.errors import EXIT_DONE, UserError, run_command
@@ -69,7 +70,7 @@ class Arguments:
     """Print one JSON object instead of lines for a reader."""
 
     def __post_init__(self) -> None:
-        require_sizes(self)
+        check_fields(self)
         require(bool(self.corpus) != (self.multiple_choice is not None), "give either corpus or multiple_choice")
         require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
         require(self.few_shot >= 0, f"few_shot must be at least 0, not {self.few_shot}")
@@ -90,15 +91,11 @@ def read_questions(path: Path) -> list[Question]:
             continue
         try:
             row = json.loads(line)
-            question = Question(row["ctx"], tuple(row["endings"]), _label(row["label"]))
-            strings = isinstance(row["endings"], list) and all(
-                isinstance(x, str) for x in (row["ctx"], *row["endings"])
-            )
+            questions.append(Question(row["ctx"], row["endings"], _label(row["label"])))
+        except UserError as error:
+            raise UserError(f"{path}: line {number} is no question: {error}") from None
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}: line {number} is no question with ctx, endings and label ({error!r})") from None
-        if not strings or len(question.endings) < 2 or not 0 <= question.label < len(question.endings):
-            raise UserError(f"{path}: line {number} needs ctx, two or more endings, and a label that is one's number")
-        questions.append(question)
     if not questions:
         raise UserError(f"{path} holds no question")
     return questions

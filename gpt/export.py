@@ -15,6 +15,7 @@ import tyro
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from gpt.arguments import checked
 from gpt.command_line import parse_flags
 from gpt.config import ModelConfig
 from gpt.errors import EXIT_DONE, UserError, run_command
@@ -34,6 +35,7 @@ CLASSES = {
 }
 WRITTEN = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 WRITTEN += ("ranks.tiktoken",)
+Dtype = Literal["float32", "bfloat16", "float16"]
 _NONE, _ANY = (None,), None
 _LLAMA = {
     "position": ("rotary",),
@@ -73,7 +75,7 @@ class Arguments:
     """The run directory."""
     directory: tyro.conf.Positional[Path]
     """Where to write."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     """Precision of the weights written."""
     overwrite: bool = False
     """Delete what an earlier export left in the directory; a directory with anything else is refused."""
@@ -168,7 +170,8 @@ def _extras(family: str, config: ModelConfig) -> dict[str, Any]:
     return window | {"max_window_layers": 0, "layer_types": kinds}
 
 
-def export(model: GPT, tokenizer: Tokenizer, directory: str | Path, *, dtype: str = "float32") -> str:
+@checked
+def export(model: GPT, tokenizer: Tokenizer, directory: str | Path, *, dtype: Dtype = "float32") -> str:
     """Write the checkpoint into a directory, made if need be; returns the family's name.
 
     Raises UserError for a model that no family fits, before anything is written, and where the disk refuses.

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from gpt.arguments import shown
 from gpt.errors import UserError
 from gpt.formats import not_text
 from gpt.json_documents import like_utf16
@@ -86,6 +87,14 @@ def _unescaped(piece: str) -> tuple[int, str]:
     if not re.match("[89a-f][0-9a-f]", piece):
         raise ValueError("a path cannot hold a NUL")
     return int(piece[:2], 16), piece[2:]
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path leads to a directory. UserError where the system refuses to say."""
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise UserError(f"cannot use {shown(path)}: {error.strerror}") from None
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from math import isnan
 import torch
 from torch import Tensor
 
+from gpt.arguments import checked
 from gpt.config import require
 from gpt.decode import Decoder, Snapshot
 from gpt.errors import UserError
@@ -70,6 +71,7 @@ class _State:
     accepted: int = 0
 
 
+@checked
 def generate(
     model: GPT,
     tokenizer: Tokenizer,
@@ -88,7 +90,6 @@ def generate(
     that does not exist, options that contradict each other, and a model whose masks look ahead.
     """
     config = config or SamplingConfig()
-    require(not isinstance(prompts, str), "prompts are a list of texts: for a lone one write [prompt]")
     for kind, each in (("model", model), ("draft", draft or model)):
         V = each.config.vocab_size
         require(V >= tokenizer.vocab_size, f"the {kind} has {V} tokens and the tokenizer {tokenizer.vocab_size}")
@@ -101,6 +102,7 @@ def generate(
     if tokenizer.document_token is not None:
         ends.setdefault(tokenizer.document_token, "end")
     jobs: deque[_Sample] = deque()
+    done = set(done)
     for i, prompt in enumerate(prompts):
         try:
             tokens = tokenizer.encode(prompt) or [tokenizer.start_token]

@@ -10,9 +10,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from gpt.arguments import checked
 from gpt.config import ModelConfig
-from gpt.device import pick_device
+from gpt.device import Device, pick_device
 from gpt.errors import UserError
+from gpt.files import is_folder
 from gpt.hf_folders import adapter, instead
 from gpt.hf_tokenizer import read_hf_tokenizer, read_json
 from gpt.hf_weights import copy_from, has_other_head
@@ -98,7 +100,8 @@ NEEDED = ("n_layer", "n_head", "n_embd", "seq_len", "vocab_size")
 SIZES = (*NEEDED, "n_kv_head", "head_dim", "mlp_dim", "window")
 
 
-def from_hf(source: str | Path, *, seq_len: int | None = None, device: str = "auto") -> GPT:
+@checked
+def from_hf(source: str | Path, *, seq_len: int | None = None, device: Device = "auto") -> GPT:
     """The model of a Hugging Face checkpoint (in eval mode, fp32): a directory, or a name on the Hub.
 
     seq_len: a context shorter than the checkpoint's; a learned position table is cut to it.
@@ -115,6 +118,7 @@ def from_hf(source: str | Path, *, seq_len: int | None = None, device: str = "au
     return model.eval().to(place)
 
 
+@checked
 def tokenizer_from_hf(source: str | Path) -> Tokenizer:
     """The tokenizer of a Hugging Face checkpoint; UserError where there is none or it is not byte-level."""
     return read_hf_tokenizer(fetch(source))
@@ -130,7 +134,7 @@ def crop(config: ModelConfig, seq_len: int, source: str) -> ModelConfig:
 def fetch(source: str | Path) -> Path:
     """The checkpoint's directory: the one named, or a download of its JSON and safetensors files."""
     folder = Path(source)
-    if folder.is_dir():
+    if is_folder(folder):
         return folder
     if folder.exists():
         hint = instead(folder) or "a Hugging Face checkpoint is a directory, or a name on the Hub"

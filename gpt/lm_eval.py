@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from gpt.arguments import checked, shown
 from gpt.decode import Decoder
-from gpt.errors import UserError
+from gpt.errors import UserError, require
 from gpt.generate import TextStream
 from gpt.model import GPT
 from gpt.sampling import SamplingConfig, pick, uniforms
@@ -17,12 +18,14 @@ from gpt.scoring import Row, continuation, score, windows
 from gpt.tokenizer import Tokenizer
 
 
+@checked
 def harness_model(model: GPT, tokenizer: Tokenizer, *, batch_size: int = 8) -> Any:
     """An lm_eval.api.model.LM over the model (in eval mode). UserError where lm_eval is not installed.
 
     Long contexts lose their beginning; rolling likelihoods are over windows of the whole context, one after the other,
     as the harness's own models have them.
     """
+    require(batch_size >= 1, f"batch_size must be at least 1, not {shown(batch_size)}")
     try:
         from lm_eval.api.model import LM
     except ImportError:

@@ -11,34 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gpt.arguments import checked, shown
 from gpt.config import ModelConfig
 from gpt.eager import ReLUSquaredFunction, RMSNormFunction, RotateFunction, by_hand
+from gpt.errors import require
+from gpt.model_inputs import KVCache, check_call, check_hidden, check_targets
 from kernels import attention, linear_cross_entropy, masks
 
 IGNORE_INDEX = -100  # targets with this value do not count in the loss
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, in one fixed buffer per layer.
-
-    k, v: (n_layer, B, capacity, H_kv, D). `length` tokens of it are filled; GPT.forward appends and advances it.
-    """
-
-    def __init__(self, config: ModelConfig, batch_size: int, capacity: int, *, device: Any = None, dtype: Any = None):
-        shape = (config.n_layer, batch_size, capacity, config.kv_heads, config.head_width)
-        self.k = torch.empty(shape, device=device, dtype=dtype)
-        self.v = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0
-        self.capacity = capacity
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, T, H_kv, D) of one layer behind what is there; all of that layer's keys and values so far."""
-        end = self.length + k.shape[1]
-        if end > self.capacity:
-            raise ValueError(f"the KV cache holds {self.capacity} tokens; {end} are too many")
-        self.k[layer, :, self.length : end] = k
-        self.v[layer, :, self.length : end] = v
-        return self.k[layer, :, :end], self.v[layer, :, :end]
 
 
 def sinusoidal_table(seq_len: int, width: int) -> Tensor:
@@ -203,9 +183,11 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Tokens in, next-token logits out.
 
-    Raises ValueError where the config has no vocab_size, or a call has more tokens than seq_len.
+    Raises ValueError where the config has no vocab_size, or a call has more tokens than seq_len or one outside the
+    vocabulary (on a CPU; elsewhere nothing waits to see it), TypeError for arguments of another kind.
     """
 
+    @checked
     def __init__(self, config: ModelConfig):
         super().__init__()
         if config.vocab_size is None:
@@ -272,16 +254,16 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """The last block's normalised output (B, T, C): what `logits` reads. Arguments as for forward."""
+        if not torch.compiler.is_compiling():
+            check_call(self, idx, positions, segment_ids, cache)
         _, T = idx.shape
-        if cache is not None and segment_ids is not None:
-            raise ValueError("segment_ids and a cache do not go together: the cached tokens' segments are not kept")
         start = cache.length if cache is not None else 0
         if start + T > self.config.seq_len:
             raise ValueError(f"{start + T} tokens are more than the context of {self.config.seq_len}")
         # A slice, not an index, where positions simply count: no gather on the common road.
         at = slice(start, start + T) if positions is None else positions
 
-        x = self.embed(idx) * self.embed_scale if self.embed_scale != 1.0 else self.embed(idx)  # (B, T, C)
+        x = self._embedded(idx)  # (B, T, C)
         rotary = None
         if self.config.position == "learned":
             x = x + self.position_embed.weight[at]
@@ -297,6 +279,15 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length += T
         return self.norm(x)
+
+    def _embedded(self, idx: Tensor) -> Tensor:
+        """Rows of the embedding table, scaled (B, T, C)."""
+        try:
+            x = self.embed(idx)
+        except IndexError:
+            last = self.config.vocab_size - 1
+            raise ValueError(f"idx holds a token id outside the vocabulary, 0 to {last}") from None
+        return x * self.embed_scale if self.embed_scale != 1.0 else x
 
     def forward(
         self,
@@ -317,6 +308,8 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: logits (..., V) of hidden (..., C), after the softcap where there is one."""
+        if not torch.compiler.is_compiling():
+            check_hidden(self, hidden)
         logits, cap = self.head(hidden), self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits.float() / cap)
 
@@ -336,22 +329,29 @@ class GPT(nn.Module):
         It is that of forward's logits, but they are never all in memory: see kernels.linear_cross_entropy, which also
         explains z_loss and label_smoothing.
         """
-        return linear_cross_entropy(
-            self.hidden(idx, positions=positions, segment_ids=segment_ids),  # (B, T, C)
-            self.head.weight,
-            targets,
-            softcap=self.config.logit_softcap,
-            z_loss=z_loss,
-            label_smoothing=label_smoothing,
-            ignore_index=IGNORE_INDEX,
-            reduction=reduction,
-        )
+        hidden = self.hidden(idx, positions=positions, segment_ids=segment_ids)  # (B, T, C)
+        check_targets(targets, hidden)
+        try:
+            return linear_cross_entropy(
+                hidden,
+                self.head.weight,
+                targets,
+                softcap=self.config.logit_softcap,
+                z_loss=z_loss,
+                label_smoothing=label_smoothing,
+                ignore_index=IGNORE_INDEX,
+                reduction=reduction,
+            )
+        except IndexError as error:
+            raise ValueError(f"targets: {error}") from None
 
+    @checked
     def checkpoint_activations(self, on: bool = True) -> None:
         """Whether each block keeps only its input for the backward and computes the rest again."""
         for block in self.blocks:
             block.checkpointing = on
 
+    @checked
     def num_parameters(self, *, embeddings: bool = True) -> int:
         """Weights, shared ones once; embeddings=False leaves out all tables (but not an untied head)."""
         count = sum(p.numel() for p in self.parameters())
@@ -359,6 +359,7 @@ class GPT(nn.Module):
             count -= sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding))
         return count
 
+    @checked
     def flops_per_token(self, seq_len: int | None = None, *, training: bool = True) -> float:
         """Floating-point operations of the matrix products for one token, the mean over rows of seq_len tokens.
 
@@ -366,7 +367,8 @@ class GPT(nn.Module):
         average when causal, fewer under a window. (Counts that take all T keys, as Chowdhery et al. 2022 do in
         appendix B, are higher.) Training is three times forward. Norms, activations and look-ups are not counted.
         """
-        T = seq_len or self.config.seq_len
+        T = self.config.seq_len if seq_len is None else seq_len
+        require(1 <= T < 1 << 31, f"seq_len must be at least 1 and below {1 << 31}, not {shown(T)}")
         windows = [min(self.config.window_of(layer) or T, T) for layer in range(self.config.n_layer)]
         visible_keys = sum(window * (window + 1) / 2 + (T - window) * window for window in windows) / T
         linear = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))

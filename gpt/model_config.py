@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gpt.errors import require, require_sizes
+from gpt.arguments import check_fields, shown
+from gpt.errors import require
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class ModelConfig:
     """Initial weights: GPT-2's N(0, 0.02); Xavier's uniform; or N(0, 1/sqrt(fan_in)) with zeroed output projections."""
 
     def __post_init__(self) -> None:
-        require_sizes(self)
+        check_fields(self)
         sizes = "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_dim", "seq_len", "vocab_size", "window"
         for name in sizes:
             value = getattr(self, name)
@@ -71,7 +72,8 @@ class ModelConfig:
         )
         grouped = self.n_head % self.kv_heads == 0
         require(grouped, f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
-        require(8 <= self.head_width <= 256, f"the head width must be 8 to 256, not {self.head_width}")
+        width = self.head_width
+        require(8 <= width <= 256, f"the head width must be 8 to 256, not {width}: it is head_dim, or n_embd / n_head")
         require(
             self.position != "rotary" or self.head_width % 2 == 0,
             f"rotary positions need an even head width, not {self.head_width}",
@@ -79,7 +81,7 @@ class ModelConfig:
         pattern = self.window_pattern
         require(
             pattern is None or (pattern and set(pattern) <= {"S", "L"}),
-            f"window_pattern is letters S and L, as in SSSL, not {pattern!r}",
+            f"window_pattern is letters S and L, as in SSSL, not {shown(pattern)}",
         )
         require(pattern is None or self.window is not None, "window_pattern needs a window for its letters S")
         require(

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from gpt.arguments import checked
 from gpt.cache import cache_folder
 from gpt.checkpoint import best_checkpoint, load_weights, newest_checkpoint, verify
 from gpt.command_line import config_from_toml, with_changes, write_toml
 from gpt.config import Config, TrainConfig
-from gpt.device import pick_device
+from gpt.device import Device, pick_device
 from gpt.distributed import World
 from gpt.errors import UserError
-from gpt.files import write_whole
+from gpt.files import is_folder, write_whole
 from gpt.generate import generate
 from gpt.hf_folders import adapter, instead
 from gpt.lock import RunLock
@@ -229,7 +230,7 @@ def read_run(
 
     Raises UserError where one is missing or damaged.
     """
-    if not run_dir.is_dir():
+    if not is_folder(run_dir):
         hint = instead(run_dir) if run_dir.exists() else "there is no such directory"
         raise UserError(f"{run_dir} is not a run directory: {hint or 'it is a file'}")
     if not (run_dir / "config.toml").exists():
@@ -262,14 +263,16 @@ def run_tokenizer(run_dir: Path) -> Tokenizer:
     return tokenizer
 
 
-def load(run_dir: str | Path, device: str = "auto", *, which: str | Path = "newest") -> tuple[GPT, Tokenizer]:
+@checked
+def load(run_dir: str | Path, device: Device = "auto", *, which: str | Path = "newest") -> tuple[GPT, Tokenizer]:
     """The model (in eval mode, fp32) and tokenizer of a run: the averaged weights, if kept.
 
     which: "newest", its newest sound checkpoint; "best", that of the lowest validation loss; or a checkpoint's path.
-    Raises UserError where the directory holds no run, no checkpoint, or a damaged one.
+    Raises UserError where the directory holds no run, no checkpoint, or a damaged one, and for a device that cannot be
+    used.
     """
-    config, tokenizer, checkpoint = read_run(Path(run_dir), which)
     place = pick_device(device)
+    config, tokenizer, checkpoint = read_run(Path(run_dir), which)
     model = GPT(config.model)
     load_weights(checkpoint, model, averaged=True)
     return model.eval().to(place), tokenizer

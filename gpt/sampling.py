@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt.config import require, require_sizes
+from gpt.arguments import check_fields, checked, shown
+from gpt.config import require
 from gpt.errors import UserError
 from gpt.tokenizer import Tokenizer
 
@@ -23,7 +24,6 @@ TOKEN, ACCEPT, PROPOSE = 0, 1, 2
 
 _GOLDEN, _FIRST, _SECOND = map(np.uint64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 _LIKELIEST = 1024  # tokens among which a nucleus is looked for first
-_CHOICES = {"dtype": ("float32", "bfloat16", "float16"), "quantize": ("int8",), "speculate": ("ngram",)}
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,11 @@ class SamplingConfig:
     """Tokens proposed at a time by a draft model or by ngram. None: 4."""
 
     def __post_init__(self) -> None:
-        require_sizes(self)
+        # Strings are sequences of strings: a lone one would be taken letter by letter.
+        for name in ("stop", "stop_tokens", "logit_bias"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else value)
+        check_fields(self, SamplingConfig)  # the command line's own class knows no mapping
         require(self.max_new_tokens is None or self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
         require(self.temperature >= 0, f"temperature must be at least 0, not {self.temperature}")
         require(self.top_k is None or self.top_k >= 1, f"top_k must be at least 1, not {self.top_k}")
@@ -84,21 +88,13 @@ class SamplingConfig:
         require(self.seed >= 0, f"seed must be at least 0, not {self.seed}")
         require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
         require(self.draft_tokens is None or 1 <= self.draft_tokens <= 64, "draft_tokens must be 1 to 64")
-        for name, known in _CHOICES.items():
-            value = getattr(self, name)
-            require(value is None or value in known, f"{name} must be one of {', '.join(known)}, not {value!r}")
-        # Strings are sequences of strings: a lone one would be taken letter by letter.
-        for name in ("stop", "stop_tokens", "logit_bias"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else value)
         require(all(self.stop), "stop must not be an empty string")
         for text in self.stop:
-            require(isinstance(text, str), f"stop is a string or a list of them, not {text!r}")
             require(not re.search("[\ud800-\udfff]", text), f"stop {text!a} is not text: no sample can hold it")
         if not isinstance(self.logit_bias, Mapping):
             object.__setattr__(self, "logit_bias", dict(map(_parse_bias, self.logit_bias)))
         for token, number in self.logit_bias.items():
-            require(math.isfinite(number), f"logit_bias of {token!r} must be a finite number, not {number}")
+            require(math.isfinite(number), f"logit_bias of {shown(token)} must be a finite number, not {number}")
 
 
 def _parse_bias(word: str) -> tuple[int | str, float]:
@@ -108,7 +104,7 @@ def _parse_bias(word: str) -> tuple[int | str, float]:
         value = float(number)
     except ValueError:
         value = math.nan
-    require(bool(equals and token) and math.isfinite(value), f"logit_bias must be TOKEN=NUMBER, not {word!r}")
+    require(bool(equals and token) and math.isfinite(value), f"logit_bias must be TOKEN=NUMBER, not {shown(word)}")
     return int(token) if token.isdecimal() else token, value
 
 
@@ -123,7 +119,7 @@ def token_id(tokenizer: Tokenizer, token: int | str, what: str) -> int:
         ids = tokenizer.encode(token, allow_special=True)
     except UserError as error:
         raise UserError(f"{what}: {error}") from error
-    require(len(ids) == 1, f"{what}: {token!r} is {len(ids)} tokens, not one")
+    require(len(ids) == 1, f"{what}: {shown(token)} is {len(ids)} tokens, not one")
     return ids[0]
 
 
@@ -224,12 +220,16 @@ def uniforms(seeds: Tensor, positions: Tensor, stream: int = TOKEN) -> Tensor:
     return torch.from_numpy((bits >> np.uint64(12)) * 2.0**-52)
 
 
+@checked
 def sample_seed(seed: int, prompt: int, sample: int) -> int:
     """The seed of sample number `sample` of prompt number `prompt`.
 
     That is `seed` itself for the first of both, and else 53 bits of a hash of the three; so that any sample can be had
-    alone, as the only one of its prompt, with the seed that is reported for it.
+    alone, as the only one of its prompt, with the seed that is reported for it. UserError for a negative number, or one
+    that has more than 63 bits.
     """
+    for name, number in (("seed", seed), ("prompt", prompt), ("sample", sample)):
+        require(0 <= number < 1 << 63, f"{name} must be at least 0 and below {1 << 63}, not {shown(number)}")
     if prompt == sample == 0:
         return seed
     key = np.zeros(1, np.uint64)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpt.errors import UserError
+from gpt.arguments import check_fields, checked, shown
+from gpt.errors import UserError, require
 from gpt.model import GPT
 from gpt.tokenizer import Tokenizer
 
@@ -67,6 +68,7 @@ def windows(tokens: Sequence[int], context: int, stride: int) -> Iterator[Row]:
         yield Row(tokens[end - context : end + 1], end - done)
 
 
+@checked
 def score_texts(
     model: GPT, tokenizer: Tokenizer, texts: Iterable[str], *, stride: int | None = None, batch_size: int = 8
 ) -> dict[str, Any]:
@@ -76,10 +78,11 @@ def score_texts(
     loss (nats per token), perplexity, bits_per_byte. stride: seq_len / 2 if None. Raises UserError for no text.
     """
     context = model.config.seq_len
-    stride = stride or max(1, context // 2)
+    stride = max(1, context // 2) if stride is None else stride
+    require(batch_size >= 1, f"batch_size must be at least 1, not {shown(batch_size)}")
     tokenizer.check_table(model.config.vocab_size, "this model")
     if not 1 <= stride <= context:
-        raise UserError(f"stride must lie between 1 and the model's context of {context}, not {stride}")
+        raise UserError(f"stride must lie between 1 and the model's context of {context}, not {shown(stride)}")
     documents = nats = count = size = 0
 
     def rows() -> Iterator[Row]:
@@ -110,23 +113,31 @@ def score_texts(
 
 @dataclass(frozen=True)
 class Question:
-    """A context, its possible endings, and the number of the right one."""
+    """A context, its possible endings, and the number of the right one. UserError for anything else."""
 
     context: str
     endings: tuple[str, ...]
     label: int
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(len(self.endings) >= 2, f"endings must be two or more, not {len(self.endings)}")
+        require(0 <= self.label < len(self.endings), f"label must be the number of an ending, not {self.label}")
 
     @property
     def answered(self) -> str:
         return f"{self.context} {self.endings[self.label]}"
 
 
+@checked
 def with_shots(questions: Sequence[Question], shots: Sequence[Question], k: int, seed: int) -> list[str]:
     """Each question's context, behind k of the shots with their right endings; a question is no shot of its own.
 
     Nor is a copy of it, as where the shots are read from the same file. The draw depends on seed and the question's
     number alone.
     """
+    require(k >= 0, f"k must be at least 0, not {shown(k)}")
+    require(abs(seed) < 1 << 63, f"seed must be a number of 64 bits, not {shown(seed)}")
     contexts, places = [], defaultdict(set)
     for i, shot in enumerate(shots):
         places[shot].add(i)
@@ -134,7 +145,7 @@ def with_shots(questions: Sequence[Question], shots: Sequence[Question], k: int,
         own = places.get(question, ())
         others = len(shots) - len(own)
         if others < k:
-            raise UserError(f"{k} shots are wanted and there are {others} other rows to draw from")
+            raise UserError(f"k is {shown(k)} shots, and there are {others} others to draw from")
         drawn = random.Random(f"{seed} {number}").sample(range(len(shots)), k + len(own))
         answered = [shots[i].answered for i in drawn if i not in own][:k]
         contexts.append("\n\n".join([*answered, question.context]))
@@ -156,6 +167,7 @@ def continuation(tokenizer: Tokenizer, context: str, text: str, seq_len: int) ->
     return Row(tokens[-(seq_len + 1) :], len(ids)), len(tokens) > seq_len + 1
 
 
+@checked
 def multiple_choice(
     model: GPT, tokenizer: Tokenizer, questions: Sequence[Question], contexts: Sequence[str], batch_size: int = 8
 ) -> dict[str, Any]:
@@ -165,6 +177,10 @@ def multiple_choice(
     the questions whose context was too long and lost its beginning.
     """
     tokenizer.check_table(model.config.vocab_size, "this model")
+    n = len(questions)
+    require(len(contexts) == n, f"contexts must be as many as the questions, {n}, not {len(contexts)}")
+    require(n > 0, "questions must be one or more")
+    require(batch_size >= 1, f"batch_size must be at least 1, not {shown(batch_size)}")
     rows, cut = [], 0
     for question, context in zip(questions, contexts, strict=True):
         made = [continuation(tokenizer, context, f" {ending}", model.config.seq_len) for ending in question.endings]
@@ -177,5 +193,4 @@ def multiple_choice(
         sizes = np.array([len(f" {ending}".encode()) for ending in question.endings])
         right += int(sums.argmax() == question.label)
         right_normalised += int((sums / sizes).argmax() == question.label)
-    n = len(questions)
     return {"questions": n, "accuracy": right / n, "accuracy_normalised": right_normalised / n, "cut": cut}

@@ -19,8 +19,18 @@ from typing import Any
 
 import numpy as np
 
+from gpt.arguments import checked
 from gpt.errors import UserError
-from gpt.tokenizer_base import DOCUMENT, FORMAT, VERSION, StreamDecoder, Tokenizer, UnknownCharacter, spelled
+from gpt.tokenizer_base import (
+    DOCUMENT,
+    FORMAT,
+    VERSION,
+    StreamDecoder,
+    Tokenizer,
+    UnknownCharacter,
+    check_encode,
+    spelled,
+)
 
 __all__ = [
     "DOCUMENT",
@@ -130,6 +140,7 @@ class BPETokenizer(Tokenizer):
         self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.specials)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        check_encode(text, allow_special)
         if not (allow_special and self.specials):
             return self.encode_to_array(text).tolist()
         return self._guarded(text, lambda text: self._encode(text, self.specials)).tolist()
@@ -214,7 +225,8 @@ class BPETokenizer(Tokenizer):
         }
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+@checked
+def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read what Tokenizer.save wrote. UserError, naming the file, for anything else."""
     path = Path(path)
     try:

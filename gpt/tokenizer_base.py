@@ -3,6 +3,7 @@
 import codecs
 import hashlib
 import json
+import operator
 import re
 import unicodedata
 from abc import ABC, abstractmethod
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from gpt.arguments import checked, shown
 from gpt.errors import UserError
 from gpt.files import write_whole
 
@@ -69,8 +71,10 @@ class Tokenizer(ABC):
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of the text. Special tokens' spellings are plain text unless allow_special.
 
-        Raises UserError on a lone surrogate, and on a character that a character tokenizer lacks.
+        Raises UserError on a lone surrogate, and on a character that a character tokenizer lacks; TypeError for what
+        is not text.
         """
+        check_encode(text, allow_special)
         if not (allow_special and self.specials):
             return self.encode_to_array(text).tolist()
         ids: list[int] = []
@@ -83,6 +87,7 @@ class Tokenizer(ABC):
         return self._guarded(text, self._encode)
 
     def _guarded(self, text: str, encode: Callable[[str], np.ndarray]) -> np.ndarray:
+        check_encode(text)
         try:
             return encode(text)
         except UnicodeEncodeError as error:
@@ -106,18 +111,19 @@ class Tokenizer(ABC):
         return iter(chunks)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes behind ids; ValueError for an id outside the vocabulary."""
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        """The bytes behind ids; ValueError for an id outside the vocabulary, TypeError for anything but ids."""
+        ids = _integers(ids)
         if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
             wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
-            raise ValueError(f"token id {wrong} is outside the vocabulary, 0 to {self.vocab_size - 1}")
+            raise ValueError(f"ids: {shown(wrong)} is outside the vocabulary, 0 to {self.vocab_size - 1}")
         return b"".join([self._pieces[i] for i in ids])
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text behind ids. Bytes that form no character become U+FFFD; special tokens become nothing."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
-    def save(self, path: Path) -> None:
+    @checked
+    def save(self, path: str | Path) -> None:
         """Write the tokenizer as JSON; the file is there whole or not at all."""
         write_whole(Path(path), self._serialized)
 
@@ -135,6 +141,28 @@ class Tokenizer(ABC):
         """What the file says of this kind of tokenizer."""
 
 
+def check_encode(text: Any, allow_special: Any = False) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"text must be text, not {shown(text)}")
+    if not isinstance(allow_special, bool):
+        raise TypeError(f"allow_special must be True or False, not {shown(allow_special)}")
+
+
+def _integers(ids: Any) -> list[int]:
+    """Token ids as a list; TypeError for anything but a list, a tensor or an array of integers."""
+    try:
+        if isinstance(ids, str | bytes | Mapping):
+            raise TypeError
+        found = list(ids.tolist() if hasattr(ids, "tolist") else ids)
+        if set(map(type, found)) <= {int}:
+            return found
+        if any(isinstance(i, bool | np.bool_) for i in found):
+            raise TypeError
+        return list(map(operator.index, found))
+    except (TypeError, RuntimeError):  # torch's, for a sparse tensor
+        raise TypeError(f"ids must be a list of whole numbers, not {shown(ids)}") from None
+
+
 class StreamDecoder:
     """Text from tokens as they come, never half a character: what push and flush return joins to decode(ids)."""
 
@@ -144,7 +172,7 @@ class StreamDecoder:
 
     def push(self, token: int) -> str:
         """The characters that this token completes; often "" inside a character of several tokens."""
-        return self._decoder.decode(self._tokenizer.decode_bytes([int(token)]))
+        return self._decoder.decode(self._tokenizer.decode_bytes([token]))
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for an unfinished character. The decoder is then as new."""

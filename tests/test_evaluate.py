@@ -156,7 +156,9 @@ def test_accuracy_raw_and_per_byte(model):
 def test_length_matters_to_one_rule_only():
     """A model that knows nothing finds the shorter ending likelier; per byte the two are equal and the first counts."""
     model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=32, seq_len=16, vocab_size=257)).eval()  # a head of zeros
-    found = multiple_choice(model, BYTE, [Question("a", ("longer", "b"), 1), Question("a", ("longer", "b"), 0)], "aa")
+    found = multiple_choice(
+        model, BYTE, [Question("a", ("longer", "b"), 1), Question("a", ("longer", "b"), 0)], ["a", "a"]
+    )
     assert found == {"questions": 2, "accuracy": 0.5, "accuracy_normalised": 0.5, "cut": 0}
     one = multiple_choice(model, BYTE, [Question("a", ("longer", "b"), 1)], ["a"])
     assert (one["accuracy"], one["accuracy_normalised"]) == (1.0, 0.0)
@@ -174,7 +176,7 @@ def test_shots_come_from_the_other_rows():
     assert with_shots(QUESTIONS, QUESTIONS, 0, seed=0) == [q.context for q in QUESTIONS]
     # Of the same rows, read again.
     assert with_shots([replace(q) for q in QUESTIONS], QUESTIONS, 2, seed=0) == contexts
-    with pytest.raises(UserError, match="4 shots are wanted and there are 3 other rows"):
+    with pytest.raises(UserError, match="k is 4 shots, and there are 3 others"):
         with_shots(QUESTIONS, QUESTIONS, 4, seed=0)
 
 
@@ -336,10 +338,13 @@ def test_questions_by_command(tiny_run, questions, capsys):
         ('{"ctx": "a", "endings": ["b", "c"], "label": 1.5}', "line 2 is no question"),
         ('{"ctx": "a", "endings": ["b", "c"], "label": true}', "line 2 is no question"),
         ('{"ctx": "a", "endings": ["b", "c"], "label": 1e999}', "line 2 is no question"),
-        ('{"ctx": "a", "endings": ["b", "c"], "label": 2}', "line 2 needs"),
-        ('{"ctx": "a", "endings": ["b"], "label": 0}', "line 2 needs"),
-        ('{"ctx": "a", "endings": "bc", "label": 0}', "line 2 needs"),
-        ('{"ctx": 1, "endings": ["b", "c"], "label": 0}', "line 2 needs"),
+        (
+            '{"ctx": "a", "endings": ["b", "c"], "label": 2}',
+            "line 2 is no question: label must be .*, not 2",
+        ),
+        ('{"ctx": "a", "endings": ["b"], "label": 0}', "line 2 is no question: endings must be two or more, not 1"),
+        ('{"ctx": "a", "endings": "bc", "label": 0}', "line 2 is no question: endings must be a list of texts"),
+        ('{"ctx": 1, "endings": ["b", "c"], "label": 0}', "line 2 is no question: context must be text, not 1"),
         ("[1]", "line 2 is no question"),
         ("{", "line 2 is no question"),
     ],

@@ -86,7 +86,7 @@ def test_a_lone_string_and_models_with_too_few_tokens_are_refused():
     """A string would be taken letter by letter."""
     tokenizer = tokenizer_of()
     model, small = model_of(tokenizer), model_of(tokenizer, vocab_size=tokenizer.vocab_size - 1)
-    with pytest.raises(UserError, match=r"for a lone one write \[prompt\]"):
+    with pytest.raises(UserError, match=r"prompts must be a list of texts, not .the.: for a lone text write \[text\]"):
         generate(model, tokenizer, "the")
     with pytest.raises(UserError, match=f"the model has {tokenizer.vocab_size - 1} tokens and the tokenizer"):
         generate(small, tokenizer, ["the"])

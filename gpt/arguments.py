@@ -1,0 +1,166 @@
+"""Check what a user gives from Python, options and arguments, by the annotations of fields and parameters."""
+
+import functools
+import inspect
+import math
+import os
+import types
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from gpt.errors import UserError, require
+
+NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+MANY = {int: "whole numbers", float: "numbers", str: "texts"}
+MAX_PATH = 4096  # bytes, of every system's limits the highest
+_LARGE = ("seed", "split_seed", "max_corpus_bytes", "max_download_bytes", "eval_tokens")
+
+
+class _Misfit(Exception):
+    """A value that an annotation does not allow."""
+
+
+def check_fields(options: Any, kind: type | None = None) -> None:
+    """UserError unless each field of a dataclass is what its annotation says, and a number that a machine could mean.
+
+    A path may be given as text, and a list for a tuple; the field then is what the annotation says. kind: the class
+    whose annotations count, if it is another one.
+    """
+    hints = _hints(kind or type(options))
+    for f in fields(options):
+        value = _fit_argument(f.name, getattr(options, f.name), hints[f.name])
+        object.__setattr__(options, f.name, value)
+        limit = 1 << (63 if f.name in _LARGE else 31)
+        require(type(value) is not int or abs(value) < limit, f"{f.name} must be below {limit}, not {shown(value)}")
+        require(type(value) is not float or math.isfinite(value), f"{f.name} must be a finite number, not {value}")
+
+
+def checked(function: Callable) -> Callable:
+    """Raise UserError for an argument that is not what the function's annotation of it says, before it is called."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        given, hints = signature.bind(*args, **kwargs), _hints(function)
+        for name, value in given.arguments.items():
+            given.arguments[name] = _fit_argument(name, value, hints.get(name, Any))
+        return function(*given.args, **given.kwargs)
+
+    return wrapped
+
+
+def shown(value: Any) -> str:
+    """A value in a sentence: short, and never more than a line."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
+        return "a much longer number"  # which Python refuses to write
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes | Path):
+        text = repr(value)
+        return text if len(text) <= 60 else f"{text[:57]}..."
+    kind, text = type(value).__name__, repr(value)
+    is_short = len(text) <= 40 and text.isprintable() and " at 0x" not in text
+    return f"the {kind} {text}" if is_short else f"a value of type {kind}"
+
+
+_hints = functools.cache(get_type_hints)
+
+
+def _fit_argument(name: str, value: Any, hint: Any) -> Any:
+    if isinstance(value, str | Path) and Path in (hint, *get_args(hint)):
+        _check_path(name, str(value))
+    try:
+        return _fit(value, hint)
+    except _Misfit:
+        rule = _rule(hint)
+        lone = ": for a lone text write [text]" if isinstance(value, str) and "a list of" in rule else ""
+        raise UserError(f"{name} must be {rule}, not {shown(value)}{lone}") from None
+
+
+def _check_path(name: str, path: str) -> None:
+    require(bool(path), f"{name} is empty: give a path")  # Path("") would be the working directory
+    require("\0" not in path, f"{name} {shown(path)} holds a NUL, which no path can")
+    require(len(os.fsencode(path)) < MAX_PATH, f"{name} {shown(path)} is longer than any path can be")
+
+
+def _fit(value: Any, hint: Any) -> Any:
+    """The value as the annotation has it. Raises _Misfit for one that it does not allow."""
+    origin = get_origin(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        for one in get_args(hint):
+            try:
+                return _fit(value, one)
+            except _Misfit:
+                continue
+        raise _Misfit
+    if origin is Literal:
+        return _if(isinstance(value, str) and value in get_args(hint), value)
+    if hint is bool:
+        return _if(isinstance(value, bool), value)
+    if hint is str:
+        return str(_if(isinstance(value, str), value))  # numpy has its own
+    if hint in (int, float):
+        kinds = (int, np.integer) if hint is int else (int, float, np.integer, np.floating)
+        _if(isinstance(value, kinds) and not isinstance(value, bool), value)
+        return value.item() if isinstance(value, np.generic) else value
+    if hint is Path:
+        return Path(_if(isinstance(value, str | Path), value))
+    if origin is not None and issubclass(origin, Mapping):
+        _if(isinstance(value, Mapping), value)
+        key, item = get_args(hint)
+        return {_fit(k, key): _fit(v, item) for k, v in value.items()}
+    if origin is tuple and get_args(hint)[-1] is not ...:
+        _if(isinstance(value, list | tuple) and len(value) == len(get_args(hint)), value)
+        return tuple(map(_fit, value, get_args(hint)))
+    if origin is not None and issubclass(origin, Iterable):
+        return _fit_items(value, origin, get_args(hint)[0])
+    return _if(isinstance(getattr(value, "_orig_mod", value), hint), value)  # a compiled model is one, too
+
+
+def _fit_items(value: Any, origin: type, item: Any) -> Any:
+    """A tuple of the items; what can be read once only stays as it is where any Iterable will do."""
+    _if(not isinstance(value, str | bytes | bytearray | Mapping), value)
+    try:
+        items = iter(value)
+    except TypeError:
+        raise _Misfit from None
+    if origin is Iterable and not isinstance(value, Collection):
+        return value
+    return tuple(_fit(each, item) for each in items)
+
+
+def _if(condition: bool, value: Any) -> Any:
+    if not condition:
+        raise _Misfit
+    return value
+
+
+def _rule(hint: Any) -> str:
+    """What an annotation allows, in words."""
+    origin, parts = get_origin(hint), [part for part in get_args(hint) if part is not ...]
+    if hint in NAMES:
+        return NAMES[hint]
+    if hint is type(None):
+        return "None"
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(map(_rule, parts)))
+    if origin is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if origin is not None and issubclass(origin, Mapping):
+        return "a mapping from {} to {}".format(*map(_rule, parts))
+    if origin is tuple and get_args(hint)[-1] is not ...:
+        return f"a tuple ({', '.join(map(_rule, parts))})"
+    if origin is not None and issubclass(origin, Iterable):
+        return f"a list of {_several(parts[0])}"
+    return f"a {hint.__name__}"
+
+
+def _several(hint: Any) -> str:
+    """_rule for more than one."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(map(_several, get_args(hint)))
+    return MANY.get(hint) or f"{_rule(hint).removeprefix('a ').replace('tuple ', 'tuples ')}"
