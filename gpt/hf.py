@@ -17,7 +17,7 @@ from gpt.errors import UserError
 from gpt.files import is_folder
 from gpt.hf_folders import adapter, instead
 from gpt.hf_tokenizer import read_hf_tokenizer, read_json
-from gpt.hf_weights import copy_from, has_other_head
+from gpt.hf_weights import biased, copy_from, has_other_head
 from gpt.model import GPT
 from gpt.tokenizer import Tokenizer
 
@@ -47,6 +47,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": _QWEN | {"head_dim": 128},
     "nanochat": _LLAMA | {"hidden_act": "relu2", "final_logit_softcapping": 15.0},
 }
+# GPT-2's options have a second name each.
+ALIASES = {"hidden_size": "n_embd", "max_position_embeddings": "n_positions"}
+ALIASES |= {"num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
 # Keys that change what a model computes, with the only values that we compute too (the first one is the usual one).
 # Other families have them; here they would be asked for in vain.
 NEUTRAL: dict[str, tuple] = {
@@ -95,7 +98,8 @@ UNGATED = GELUS | {"relu": "relu", "relu2": "relu2"}
 GATED = {"silu": "swiglu", "swish": "swiglu", "relu": "relu2"}
 
 
-# What config_from_hf must find as whole numbers, the first ones in every checkpoint.
+# What config_from_hf must find as true or false, and as whole numbers, the first ones in every checkpoint.
+SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 NEEDED = ("n_layer", "n_head", "n_embd", "seq_len", "vocab_size")
 SIZES = (*NEEDED, "n_kv_head", "head_dim", "mlp_dim", "window")
 
@@ -109,12 +113,13 @@ def from_hf(source: str | Path, *, seq_len: int | None = None, device: Device = 
     """
     place, folder = pick_device(device), fetch(source)
     family, config = config_from_hf(folder)
+    given, positions = DEFAULTS[family] | read_json(folder / "config.json"), config.seq_len
     if seq_len is not None:
         config = crop(config, seq_len, str(source))
-    if read_json(folder / "config.json").get("tie_word_embeddings") and not config.tied_embeddings:
+    if given["tie_word_embeddings"] and not config.tied_embeddings:
         log.warning("%s: its head differs from its embedding table, so they are not tied", source)
     model = GPT(config)
-    copy_from(folder, family, model)
+    copy_from(folder, family, model, biased(family, given), positions)
     return model.eval().to(place)
 
 
@@ -167,7 +172,7 @@ def config_from_hf(folder: Path) -> tuple[str, ModelConfig]:
     family = content.get("model_type")
     if not isinstance(family, str) or family not in DEFAULTS:
         raise UserError(f"{path}: model_type {family!r} is not supported: {', '.join(DEFAULTS)} are")
-    given = DEFAULTS[family] | content
+    given = DEFAULTS[family] | _renamed(family, content, path)
     misfits = [
         f"{key} {given[key]!r} (not {allowed[0]!r})"
         for key, allowed in FIXED.get(family, {}).items()
@@ -181,6 +186,8 @@ def config_from_hf(folder: Path) -> tuple[str, ModelConfig]:
         raise UserError(f"{path} lacks the key {error}") from None
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} holds a value of the wrong kind: {error}") from None
+    if odd := [key for key in SWITCHES if not isinstance(given.get(key), bool | None)]:
+        raise UserError(f"{path} holds a value of the wrong kind: {odd[0]} {given[odd[0]]!r} is not true or false")
     wrong = [
         key for key in SIZES if type(options.get(key)) is not int and (key in NEEDED or options.get(key) is not None)
     ]
@@ -197,6 +204,15 @@ def config_from_hf(folder: Path) -> tuple[str, ModelConfig]:
         raise UserError(f"{path}: {error}") from None
     except TypeError as error:
         raise UserError(f"{path} holds a value of the wrong kind: {error}") from None
+
+
+def _renamed(family: str, content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The options under the names that we ask for; UserError where one has two values."""
+    others = ALIASES if family == "gpt2" else {}
+    for other, name in others.items():
+        if other in content and content.get(name, content[other]) != content[other]:
+            raise UserError(f"{path} has {name} {content[name]!r} and {other} {content[other]!r}: they are one option")
+    return content | {name: content[other] for other, name in others.items() if other in content}
 
 
 def _activation(name: str, known: dict[str, str], misfits: list[str]) -> str:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -108,8 +109,8 @@ class Tensors:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.unread = folder, {}
-        self._files = {}
-        for name in self._names():
+        self._files, listed = {}, self._listed()
+        for name in sorted(set(listed.values())) or ["model.safetensors"]:
             path = folder / name
             try:
                 with utf8_path(path) as readable:
@@ -119,23 +120,26 @@ class Tensors:
                         raise UserError(f"{folder} holds {tensor} in two files, {other} and {name}: delete one of them")
             except (OSError, SafetensorError) as error:
                 raise UserError(f"cannot read {path}: {error}") from None
+        if lost := [tensor for tensor, name in listed.items() if self.unread.get(tensor) != name]:
+            raise UserError(f"{folder / INDEX} says that {lost[0]} is in {listed[lost[0]]}, and it is not")
 
-    def _names(self) -> list[str]:
+    def _listed(self) -> dict[str, str]:
+        """The file of each tensor by the index; none where there is one file only."""
         single = (self.folder / "model.safetensors").exists()
         if (self.folder / INDEX).exists():
             if single:
                 raise UserError(f"{self.folder} holds model.safetensors and {INDEX}: delete the one that is not meant")
             try:
-                names = sorted(
-                    set(json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-                )
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                listed = dict(json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(f"{self.folder / INDEX} is no index of safetensors files: {error!r}") from None
-            if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            if not all(isinstance(name, str) and Path(name).name == name for name in listed.values()):
                 raise UserError(f"{self.folder / INDEX} names files outside of its directory")
-            return names
+            if not listed:
+                raise UserError(f"{self.folder / INDEX} names no weights")
+            return listed
         if single:
-            return ["model.safetensors"]
+            return {}
         hint = instead(self.folder)
         raise UserError(f"{self.folder} has no weights: there is no model.safetensors" + (f"; {hint}" if hint else ""))
 
@@ -150,6 +154,8 @@ class Tensors:
             raise UserError(
                 f"{self.folder}: {found} has the type {tensor.dtype}: only full weights (16 bits or more) fit"
             )
+        if not tensor.isfinite().all():
+            raise UserError(f"{self.folder}: {found} holds NaN or infinity: give a checkpoint from before that")
         return tensor
 
     def find(self, name: str, prefix: str) -> str | None:
@@ -176,7 +182,8 @@ def has_other_head(folder: Path, family: str) -> bool:
     if name is None or "lm_head.weight" not in tensors.unread:
         return False
     head, rows = tensors.read("lm_head.weight"), tensors.read(name)
-    return head.shape != rows.shape or not torch.equal(head.to(rows.dtype), rows)
+    wider = torch.promote_types(head.dtype, rows.dtype)
+    return head.shape != rows.shape or not torch.equal(head.to(wider), rows.to(wider))
 
 
 def _swap_halves(rows: Tensor, heads: int, width: int) -> Tensor:
@@ -186,10 +193,21 @@ def _swap_halves(rows: Tensor, heads: int, width: int) -> Tensor:
     return torch.cat((turned, rest))
 
 
+def biased(family: str, given: dict[str, Any]) -> set[str]:
+    """The modules of a family that have a bias, by their names, where config.json says `given`."""
+    if family == "gpt2":
+        return {"c_attn", "c_proj", "c_fc", "ln_1", "ln_2", "ln_f"}
+    if family == "qwen2":
+        return {"q_proj", "k_proj", "v_proj"}
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"} if given["attention_bias"] else set()
+    return attention | ({"gate_proj", "up_proj", "down_proj"} if family == "llama" and given["mlp_bias"] else set())
+
+
 @torch.no_grad()
-def copy_from(folder: Path, family: str, model: GPT) -> None:
+def copy_from(folder: Path, family: str, model: GPT, biases: set[str], positions: int) -> None:
     """Copy a checkpoint's weights into a model made of config_from_hf; a position table is cut to the model's context.
 
+    biases: the modules that have one there; the others' are zeros. positions: rows of its position table.
     Raises UserError for a weight that is missing, of another shape, or has no place in the model.
     """
     config, tensors, weights = model.config, Tensors(folder), dict(model.named_parameters())
@@ -199,21 +217,19 @@ def copy_from(folder: Path, family: str, model: GPT) -> None:
         if not place.theirs:
             weight.fill_(1.0)
             continue
-        parts = [tensors.take(name, prefix) for name in place.theirs]
-        sizes = place.sizes or (len(weight),) * len(parts)
-        for i, (part, name) in enumerate(zip(parts, place.theirs, strict=True)):
-            if part is None and not name.endswith(".bias"):
+        parts, sizes = [], place.sizes or (len(weight),) * len(place.theirs)
+        for size, name in zip(sizes, place.theirs, strict=True):
+            if name.endswith(".bias") and name.split(".")[-2] not in biases:
+                parts.append(torch.zeros(size))
+                continue
+            if (part := tensors.take(name, prefix)) is None:
                 raise UserError(f"{folder} lacks the weight {name}")
-            if part is None:
-                parts[i] = torch.zeros(sizes[i])
-            elif place.transposed:
-                parts[i] = part.T
-            if place.ours == "position_embed.weight":
-                parts[i] = parts[i][: len(weight)]
-            if parts[i].shape != (sizes[i], *weight.shape[1:]):
-                wanted = (sizes[i], *weight.shape[1:])
-                wanted = wanted[::-1] if place.transposed else wanted
+            table = place.ours == "position_embed.weight"
+            wanted = (positions if table else size, *weight.shape[1:])
+            wanted = wanted[::-1] if place.transposed else wanted
+            if part.shape != wanted:
                 raise UserError(f"{folder}: {name} has shape {tuple(part.shape)}, not {wanted}")
+            parts.append(part.T if place.transposed else part[:size])
         if place.equal and not torch.equal(parts[0], parts[1]):
             raise UserError(f"{folder} has a ReLU that gates another projection: only a gate equal to it, ReLU^2, fits")
         rows = parts[0] if len(parts) == 1 or place.equal else torch.cat(parts)

@@ -51,6 +51,63 @@ def test_a_head_equal_to_the_tied_table_stays_tied(checkpoint, case, dtype, capl
     assert ours.embed.weight.equal(rows.float())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_head_that_is_the_table_unrounded_is_kept(checkpoint, dtype):
+    folder = checkpoint("llama-bias-tied")
+    rows = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    with_weights(folder, **{"model.embed_tokens.weight": rows.to(dtype), "lm_head.weight": rows.clone()})
+    ours = gpt.from_hf(folder, device="cpu")
+    assert not ours.config.tied_embeddings and ours.head.weight.equal(rows)
+    torch.testing.assert_close(ours(random_tokens()), theirs_of(folder), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "size"),
+    [
+        ("llama-attention-bias", "model.layers.1.mlp.gate_proj.bias", 72),
+        ("llama-attention-bias", "model.layers.0.mlp.down_proj.bias", 32),
+        ("qwen2", "model.layers.0.self_attn.o_proj.bias", 32),
+        ("qwen2", "model.layers.0.mlp.up_proj.bias", 72),
+        ("qwen3", "model.layers.0.self_attn.q_proj.bias", 48),
+        ("mistral", "model.layers.0.self_attn.q_proj.bias", 32),
+        ("llama", "model.norm.bias", 32),
+    ],
+)
+def test_a_bias_that_the_options_do_not_have_is_refused(checkpoint, case, name, size):
+    """transformers leaves it out, though some of the linear layers have one."""
+    folder = checkpoint(case)
+    with_weights(folder, **{name: torch.ones(size)})
+    with pytest.raises(UserError, match=f"no place for: {name}"):
+        gpt.from_hf(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        ("gpt2", "transformer.h.1.attn.c_attn.bias"),
+        ("gpt2", "transformer.ln_f.bias"),
+        ("qwen2", "model.layers.0.self_attn.k_proj.bias"),
+        ("llama-bias-tied", "model.layers.1.mlp.down_proj.bias"),
+        ("llama", "model.layers.1.mlp.down_proj.weight"),
+    ],
+)
+def test_a_weight_that_is_missing_is_refused_and_not_taken_for_zeros(checkpoint, case, name):
+    folder = checkpoint(case)
+    weights = load_file(folder / "model.safetensors")
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"lacks the weight {name}"):
+        gpt.from_hf(folder, device="cpu")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_weights_that_are_not_finite_are_refused(checkpoint, value):
+    folder = checkpoint("llama")
+    with_weights(folder, **{"model.norm.weight": torch.ones(32).index_fill_(0, torch.tensor(7), float(value))})
+    with pytest.raises(UserError, match=r"model.norm.weight holds NaN or infinity"):
+        gpt.from_hf(folder, device="cpu")
+
+
 @pytest.mark.parametrize(
     ("case", "name", "usual", "odd"),
     [
@@ -95,6 +152,17 @@ def test_a_tensor_in_two_files_is_refused(checkpoint):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"holds model.norm.weight in two files, a.safetensors and b.safetensors"):
         gpt.from_hf(folder, device="cpu")
+    (folder / "b.safetensors").unlink()
+    for weight_map, message in (
+        ({"lm_head.weight": "a.safetensors", "x": "a.safetensors"}, "says that x is in a.safetensors, and it is not"),
+        ({}, "names no weights"),
+        ({"x": "../a.safetensors"}, "names files outside"),
+        ([], "names no weights"),
+        (None, "is no index of safetensors files"),
+    ):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(UserError, match=message):
+            gpt.from_hf(folder, device="cpu")
     (folder / "a.safetensors").rename(folder / "model.safetensors")
     with pytest.raises(UserError, match=r"holds model.safetensors and model.safetensors.index.json"):
         gpt.from_hf(folder, device="cpu")
@@ -144,6 +212,35 @@ def test_an_option_of_another_family_is_refused(checkpoint, case, changes):
 def test_an_option_that_changes_nothing_is_taken(checkpoint, case, changes):
     folder = checkpoint(case)
     edit(folder, **changes)
+    torch.testing.assert_close(
+        gpt.from_hf(folder, device="cpu")(random_tokens()), theirs_of(folder), atol=1e-4, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 1}, "has n_layer 2 and num_hidden_layers 1: they are one option"),
+        ({"num_attention_heads": 2}, "has n_head 4 and num_attention_heads 2"),
+        ({"n_positions": 8}, r"wpe.weight has shape \(24, 32\), not \(8, 32\)"),
+        ({"n_positions": 30}, r"wpe.weight has shape \(24, 32\), not \(30, 32\)"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings 'false' is not true or false"),
+    ],
+    ids=str,
+)
+def test_options_that_contradict_each_other_or_the_weights_are_refused(checkpoint, changes, message):
+    folder = checkpoint("gpt2")
+    edit(folder, **changes)
+    with pytest.raises(UserError, match=message):
+        gpt.from_hf(folder, device="cpu")
+
+
+def test_gpt2s_options_by_their_second_names(checkpoint):
+    folder = checkpoint("gpt2")
+    names = {"n_embd": "hidden_size", "n_positions": "max_position_embeddings"}
+    names |= {"n_head": "num_attention_heads", "n_layer": "num_hidden_layers"}
+    options = json.loads((folder / "config.json").read_text())
+    edit(folder, **dict.fromkeys(names, "delete"), **{names[key]: options[key] for key in names})
     torch.testing.assert_close(
         gpt.from_hf(folder, device="cpu")(random_tokens()), theirs_of(folder), atol=1e-4, rtol=1e-5
     )
