@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gpt.errors import UserError
-from gpt.files import flush
+from gpt.files import flush, make_folder
 
 try:
     import fcntl
@@ -84,7 +84,7 @@ def unfinished(folder: Path, resume: str | None = None) -> Iterator[Path]:
 def writing(folder: Path) -> Iterator[None]:
     """Makes a folder of the cache; a write that fails in the block is a UserError that names it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         yield
     except BrokenPipeError:  # of the terminal, not of the cache
         raise
@@ -99,7 +99,7 @@ def _resumed(work: Path) -> tuple[Path | None, int | None]:
     """The folder, new or old, and the lock on it; None, None where another process has it."""
     if fcntl is None:
         return None, None
-    work.mkdir(exist_ok=True)
+    make_folder(work)
     lock = os.open(work, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

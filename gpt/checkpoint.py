@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from gpt.distributed import World, gathered, like, local
 from gpt.errors import UserError
-from gpt.files import flush, utf8_path
+from gpt.files import flush, make_folder, utf8_path
 from gpt.optim import Average
 from gpt.optimizer_state import optimizer_tensors, restore_optimizers
 
@@ -98,9 +98,7 @@ def _write(final: Path, tensors: Tensors, state: dict[str, Any]) -> None:
     directory = final.parent
     temporary = directory / f".{final.name}.{os.getpid()}.tmp"
     try:
-        if not directory.exists():
-            directory.mkdir(parents=True)
-            flush(directory.parent)
+        make_folder(directory)
         for stale in unfinished(directory):
             discard(stale)
         temporary.mkdir()

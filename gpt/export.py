@@ -19,6 +19,7 @@ from gpt.arguments import checked
 from gpt.command_line import parse_flags
 from gpt.config import ModelConfig
 from gpt.errors import EXIT_DONE, UserError, run_command
+from gpt.files import flush, make_folder
 from gpt.hf_tokenizer import write_hf_tokenizer, write_tiktoken
 from gpt.hf_weights import fits_nanochat, tensors_for
 from gpt.model import GPT
@@ -185,7 +186,7 @@ def export(model: GPT, tokenizer: Tokenizer, directory: str | Path, *, dtype: Dt
     settings = hf_config(family, model.config, tokenizer, dtype)
     ends = {"bos_token_id": tokenizer.document_token, "eos_token_id": tokenizer.document_token}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         # config.json first: by it an export that was killed is known as one.
         for name, content in (("config.json", settings), ("generation_config.json", ends)):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -193,6 +194,8 @@ def export(model: GPT, tokenizer: Tokenizer, directory: str | Path, *, dtype: Dt
         write_hf_tokenizer(tokenizer, folder, seq_len=model.config.seq_len)
         if not isinstance(tokenizer, CharTokenizer):
             write_tiktoken(tokenizer, folder / "ranks.tiktoken")
+        for path in (*filter(Path.exists, (folder / name for name in WRITTEN)), folder):
+            flush(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {folder}: {error}") from error
     return family

@@ -23,6 +23,20 @@ def flush(path: Path) -> None:
         os.close(fd)
 
 
+def flush_names(folder: Path) -> None:
+    """Bring a directory's names to the disk, if it may be read: to write in it that is not needed."""
+    with contextlib.suppress(PermissionError):
+        flush(folder)
+
+
+def make_folder(path: Path) -> None:
+    """Make a directory, and those above it that do not exist, and bring their names to the disk."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(made):
+        flush_names(folder.parent)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that a reader, and whoever comes after a crash, sees the old content or the new one.
 

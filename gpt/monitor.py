@@ -16,7 +16,7 @@ from typing import Any
 from gpt.checkpoint import list_checkpoints
 from gpt.config import Config
 from gpt.errors import UserError
-from gpt.files import write_whole
+from gpt.files import flush, write_whole
 from gpt.loss_plot import Losses, plot_losses
 from gpt.stop import process_seconds
 
@@ -233,6 +233,10 @@ class Monitor:
         self.progress.stop()
         for name in ("kernels", "gpt"):
             logging.getLogger(name).removeHandler(self.handler)
+        try:
+            flush(self.path)
+        except OSError as error:
+            self.say(f"{self.path} is not on the disk yet: {error.strerror}")
         self.file.close()
         try:
             plot_losses(self.losses, self.run_dir / "loss.png", title_of(self.run_dir))

@@ -19,7 +19,7 @@ from gpt.config import Config, TrainConfig
 from gpt.device import Device, pick_device
 from gpt.distributed import World
 from gpt.errors import UserError
-from gpt.files import is_folder, write_whole
+from gpt.files import is_folder, make_folder, write_whole
 from gpt.generate import generate
 from gpt.hf_folders import adapter, instead
 from gpt.lock import RunLock
@@ -114,7 +114,7 @@ def run_files(train: TrainConfig) -> RunFiles:
 def claim_run_dir(train: TrainConfig, lock: RunLock) -> Path:
     """Make the run directory, take its lock and record the run's files; overwrite then deletes an earlier run's."""
     try:
-        train.run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(train.run_dir)
         free, files = lock.take(), run_files(train)
         if free and files.holds_run and not train.overwrite:
             raise UserError(f"another training has begun in {train.run_dir}: give another --run-dir")

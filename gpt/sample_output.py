@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from gpt.errors import UserError, require
+from gpt.files import flush_names
 from gpt.generate import Piece
 from gpt.sampling import SamplingConfig, sample_seed
 
@@ -173,6 +174,7 @@ class SampleFile:
                 yield file
                 if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     os.fsync(file.fileno())
+                    flush_names(Path(os.path.realpath(self.path)).parent)
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
 
@@ -192,3 +194,4 @@ class SampleFile:
             new.flush()
             os.fsync(new.fileno())
         os.replace(temporary, real)
+        flush_names(real.parent)

@@ -76,6 +76,7 @@ class Saver:
         try:
             if self.metrics is not None:
                 flush(self.metrics)
+                flush(self.metrics.parent)
             store(self.directory, tensors, state, keep=self.keep, kinds=kinds)
         except OSError as error:
             self._error = UserError(f"cannot write {self.metrics}: {error.strerror}; the checkpoints are untouched")

@@ -13,9 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt.cache import publish
+import sample
+from gpt.cache import JOURNAL, publish, unfinished
 from gpt.checkpoint import store, verify
-from gpt.files import write_whole
+from gpt.command_line import parse_flags
+from gpt.config import Config, TrainConfig
+from gpt.export import Arguments, main
+from gpt.files import make_folder, write_whole
+from gpt.monitor import Monitor
 from gpt.shards import HEADER_BYTES, ShardWriter
 from gpt.tokenizer import ByteTokenizer
 from tests.train_checks import run
@@ -38,10 +43,10 @@ class Disk:
             monkeypatch.setattr(os, name, self._renaming(getattr(os, name)))
 
     def _flush(self, fd: int) -> None:
-        self._fsync(fd)
         path = Path(f"/proc/self/fd/{fd}").resolve()
-        self.flushed[path.stat().st_ino] = content(path)
-        self.sizes[path.stat().st_ino] = path.stat().st_size
+        held, size = content(path), path.stat().st_size  # what another thread adds meanwhile may not be flushed
+        self._fsync(fd)
+        self.flushed[path.stat().st_ino], self.sizes[path.stat().st_ino] = held, size
         self.events.append(("flush", str(path)))
 
     def _renaming(self, real: Callable) -> Callable:
@@ -150,22 +155,32 @@ def test_the_metrics_that_a_checkpoint_counts_on_are_on_the_disk_before_it(disk,
     metrics, seen = folder / "run" / "metrics.jsonl", []
 
     def before_rename(target: str) -> None:
-        if "step_" in target and "checkpoints" in target:
+        if Path(target).name.startswith("step_"):
             state = next(Path(target).parent.glob(f".{Path(target).name}.*.tmp/state.json"))
             size = json.loads(state.read_text())["metrics_bytes"]
-            seen.append(0 < size <= disk.sizes.get(metrics.stat().st_ino, 0))
+            seen.append(0 < size <= disk.sizes.get(metrics.stat().st_ino, 0) and disk.holds(metrics.parent))
 
     disk.before_rename = before_rename
     assert run(max_steps=20, n_layer=1) == 0
-    assert seen == [True] * 2
+    assert run("--resume", max_steps=25, n_layer=1) == 0
+    metrics.unlink()  # the name is new again, in a directory whose other names are on the disk
+    assert run("--resume", max_steps=30, n_layer=1) == 0
+    assert seen == [True] * 4
 
 
 def test_a_run_directory_is_on_the_disk_when_the_command_ends(disk, folder):
     assert run(max_steps=10, n_layer=1) == 0
     assert not disk.unsafe
-    names = ["config.toml", "tokenizer.json", "corpus.json", "run.json", "loss.png", "checkpoints"]
+    names = ["config.toml", "tokenizer.json", "corpus.json", "run.json", "metrics.jsonl", "loss.png", "checkpoints"]
     missing = [name for name in names if not disk.holds(folder / "run" / name)]
-    assert not missing and disk.holds(folder / "run")
+    assert not missing and disk.holds(folder / "run") and disk.holds(folder)
+
+
+def test_records_after_the_last_checkpoint_are_on_the_disk_when_the_command_ends(disk, tmp_path):
+    monitor = Monitor(Config(train=TrainConfig(run_dir=tmp_path)))
+    monitor.log({"step": 1, "val_loss": 1.0, "bits_per_byte": 1.0})
+    monitor.close()
+    assert disk.holds(tmp_path / "metrics.jsonl") and disk.holds(tmp_path)
 
 
 def test_a_cached_corpus_is_on_the_disk_before_it_has_its_name(disk, folder):
@@ -192,3 +207,69 @@ def test_a_state_to_resume_a_token_file_from_is_on_the_disk(disk, tmp_path):
         writer.state()
         inode = (tmp_path / "train.tokens").stat().st_ino
         assert disk.sizes[inode] == HEADER_BYTES + 200 * tokenizer.dtype.itemsize
+
+
+def test_a_journal_is_written_after_the_tokens_that_it_counts(disk, folder, monkeypatch):
+    """It says how far an interrupted call's token files are good."""
+    monkeypatch.setattr("gpt.tokenize_corpus.PART", 500)
+    monkeypatch.setattr("gpt.tokenize_corpus.GROUP", 200)
+    (folder / "docs").mkdir()
+    for i in range(30):
+        (folder / f"docs/{i}.txt").write_text(f"all work and no play, {i}\n" * 10)
+    seen = []
+
+    def before_rename(target: str) -> None:
+        if target.endswith(JOURNAL):
+            work = Path(target).parent
+            tokens = json.loads((work / f".{JOURNAL}.tmp").read_text())["shards"]["train"]["tokens"]
+            flushed = disk.sizes.get((work / "train.tokens").stat().st_ino, 0)
+            seen.append(0 < HEADER_BYTES + 2 * tokens <= flushed)
+
+    disk.before_rename = before_rename
+    assert run(corpus="docs", max_steps=1, n_layer=1) == 0
+    assert len(seen) > 3 and all(seen)
+
+
+@pytest.mark.parametrize("path", ["new", "a/b/new"])
+def test_a_folder_is_made_with_its_name_on_the_disk(disk, tmp_path, path):
+    make_folder(tmp_path / path)
+    assert all(disk.holds(folder) for folder in (tmp_path / path).parents if tmp_path in (folder, *folder.parents))
+    before = len(disk.events)
+    make_folder(tmp_path / path)
+    assert len(disk.events) == before
+
+
+def test_a_folder_to_resume_in_has_its_name_on_the_disk(disk, tmp_path):
+    with unfinished(tmp_path, "corpus") as work:
+        assert work.name == ".resume-corpus" and disk.holds(tmp_path)
+
+
+def test_folders_of_runs_caches_and_exports_are_on_the_disk(disk, folder):
+    options = {"n_layer": 1, "max_steps": 1, "checkpoint_interval": 1, "tokenizer": "byte"}
+    assert run(run_dir="runs/x/run", cache_dir="far/cache", **options) == 0
+    assert main(Arguments(folder / "runs/x/run", folder / "out/export")) == 0
+    for name in ("runs", "runs/x", "far", "far/cache/corpora", "out", "out/export"):
+        assert disk.holds((folder / name).parent), name
+
+
+def test_an_export_is_on_the_disk_when_the_command_ends(disk, tiny_run, tmp_path):
+    assert main(Arguments(tiny_run, tmp_path / "export")) == 0
+    names = sorted((tmp_path / "export").iterdir())
+    assert len(names) == 6 and all(map(disk.holds, [*names, tmp_path / "export"]))
+
+
+def test_samples_are_on_the_disk_when_the_command_ends(disk, tiny_run, tmp_path):
+    """And those that a resumed command keeps, before they take the old file's place."""
+    out = tmp_path / "out.jsonl"
+
+    def sampled(*more: str) -> None:
+        words = [str(tiny_run), "--output", str(out), "--num-samples", "2", "--max-new-tokens", "3", "--device", "cpu"]
+        assert sample.main(parse_flags(sample.Arguments, [*words, *more], prog="sample.py")) == 0
+        assert not disk.unsafe and disk.holds(out) and disk.holds(tmp_path)
+
+    sampled()
+    first, second = out.read_text().splitlines(keepends=True)
+    out.write_text(json.dumps(json.loads(first) | {"finish_reason": "interrupted"}) + "\n" + second)
+    sampled("--resume")
+    assert disk.times("rename", out)[-1] < disk.times("flush", tmp_path)[-2]
+    assert sorted(json.loads(line)["sample_index"] for line in out.read_text().splitlines()) == [0, 1]

@@ -249,7 +249,7 @@ def test_samples_are_synced_when_the_command_ends(place, monkeypatch):
     real = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd)))
     assert status_of("--output", "out.jsonl") == 0
-    assert synced == [str(place / "out.jsonl")]
+    assert synced == [str(place / "out.jsonl"), str(place)]
 
 
 # Line ends and byte order marks.

@@ -130,7 +130,7 @@ def test_metrics_are_on_the_disk_before_the_checkpoint_that_counts_on_them(tmp_p
     saver = Saver(tmp_path, keep=1, metrics=tmp_path / "metrics.jsonl")
     saver.save({}, {"step": 7})
     saver.wait()
-    assert done == ["metrics.jsonl", 7]
+    assert done == ["metrics.jsonl", tmp_path.name, 7]
 
 
 def test_metrics_that_cannot_be_flushed_are_named(tmp_path):
