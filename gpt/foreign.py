@@ -22,8 +22,10 @@ from gpt.config import DataConfig
 from gpt.downloads import Progress
 from gpt.errors import UserError
 from gpt.files import write_whole
+from gpt.formats import is_plain, not_text
 from gpt.readers import OnRead, Source
 from gpt.tokenizer import Tokenizer
+from gpt.unpack import packing_of
 
 INDEX = b'{"format": "gpt-token-files", '  # how a file begins that leads to others
 HEADER_BYTES = 1024
@@ -110,11 +112,31 @@ def look_at(path: Path) -> TokenFile:
                 f"its {tokens} tokens of {width} bytes"
             )
         return replace(found, offset=HEADER_BYTES, width=width, tokens=tokens)
+    if what := _not_ids(header):
+        raise UserError(f"{path} is no token file of uint16 ids: it holds {what}")
     if status.st_size == 0 or status.st_size % 2:
         raise UserError(
             f"{path} is no token file: its {status.st_size} bytes are no uint16 ids and have no known header"
         )
     return found
+
+
+def _not_ids(head: bytes) -> str | None:
+    """What a file that begins so holds instead of uint16 ids, where that is known; small files may hold anything."""
+    if packing := packing_of(head):
+        return f"compressed data (.{packing}): unpack it first"
+    known = not_text(head)
+    if known and not known[0].startswith(("binary", "a pickle")):  # ids may begin as a pickle does
+        return known[0]
+    ids = np.frombuffer(head[: len(head) // 8 * 8], "<u2")
+    if len(ids) < 64:
+        return None
+    if known is None and is_plain(head):
+        return "text: give it another name, such as .txt"
+    for width in (8, 4):  # vocabularies of up to a million
+        if ids.reshape(-1, width // 2)[:, 1:].max() < 16 and ids.max() >= 16:
+            return f"ids of {width} bytes, it seems: write them as uint16, or with llm.c's header as uint32"
+    return None
 
 
 def hashed(files: list[Path], cache: Path, progress: Progress | None = None) -> list[Source]:

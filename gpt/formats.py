@@ -4,19 +4,21 @@ import codecs
 import logging
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gpt.errors import UserError
 from gpt.json_documents import json_form
+from gpt.tables import columns
 from gpt.unpack import MAGIC, packing_of, unpacked, unpacker
 
 log = logging.getLogger(__name__)
 
 _HEAD = 8192  # bytes that tell text from binary
 _LONG_HEAD = 1 << 16  # bytes that tell JSON from text
+_LONGEST_HEAD = 1 << 26  # bytes, where the first object is longer than that
 _BLOCK = 1 << 14
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")  # bytes that no text of any common encoding holds
-_JSON_NAMES = {"jsonl": "jsonl", "ndjson": "jsonl", "json": "json"}
+_NAMES = {"jsonl": "jsonl", "ndjson": "jsonl", "json": "json", "parquet": "parquet", "csv": "csv", "tsv": "csv"}
 _ARCHIVE = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz|zip|7z|rar)$")
 _UNPACK = "unpack it, and name the folder"
 _KINDS = (  # how files begin that are not text, what they are, what to do
@@ -24,28 +26,36 @@ _KINDS = (  # how files begin that are not text, what they are, what to do
     (b"PK\x05\x06", "an empty ZIP archive", _UNPACK),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
     (b"Rar!\x1a\x07", "a RAR archive", _UNPACK),
-    (b"%PDF-", "a PDF file", "take its text out first"),
-    (b"{\\rtf", "an RTF file", "save it as plain text first"),
+    (b"{\\rtf1", "an RTF file", "save it as plain text first"),
+    (b"!<arch>\n", "an ar archive", _UNPACK),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office file", "save it as plain text first"),
     (b"\x93NUMPY", "a NumPy array", "give text, or token files (.bin)"),
     (b"SQLite format 3\0", "an SQLite database", "write its text to JSON lines first"),
     (b"ARROW1\0\0", "an Arrow file", "write it as Parquet first"),
     (b"Obj\x01", "an Avro file", "write it as Parquet first"),
-    (b"ORC", "an ORC file", "write it as Parquet first"),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file", "write its text to JSON lines first"),
     (b"\x04\x22\x4d\x18", "an lz4 file", "unpack it first"),
     (b"\x89PNG\r\n\x1a\n", "an image", "give text"),
     (b"\xff\xd8\xff", "an image", "give text"),
-    (b"GIF8", "an image", "give text"),
     (b"\x7fELF", "a program", "give text"),
+)
+# These begin as a text may.
+_LIKE_TEXT = (
+    (b"ORC", "an ORC file", "write it as Parquet first"),
+    (b"GIF8", "an image", "give text"),
     (b"GGUF", "a model in GGUF", "give text"),
+)
+_PATTERNS = (
+    (re.compile(rb"%PDF-\d"), "a PDF file", "take its text out first"),
+    (re.compile(rb"07070[127][0-7A-Fa-f]{70}"), "a cpio archive", _UNPACK),
+    (re.compile(rb"\([ld]p[01]\n"), "a pickle, which can run any code when it is read", "write JSON lines instead"),
 )
 _PARQUET = b"PAR1"
 _PICKLE = re.compile(rb"\x80[\x02-\x05][\x00-\x1f}\]\x80-\x95KXcq(]")
 
 
 class Form(NamedTuple):
-    """kind: text, jsonl, json or parquet. packing: how it is compressed, "" if it is not."""
+    """kind: text, jsonl, json, parquet or csv. packing: how it is compressed, "" if it is not."""
 
     kind: str
     packing: str
@@ -56,8 +66,7 @@ def form_by_name(name: str) -> Form:
     name = name.lower()
     packing = next((ending for ending in MAGIC if name.endswith("." + ending)), "")
     ending = name.removesuffix("." + packing).rpartition(".")[2] if packing else name.rpartition(".")[2]
-    kind = "parquet" if ending == "parquet" else _JSON_NAMES.get(ending, "text")
-    return Form(kind, packing)
+    return Form(_NAMES.get(ending, "text"), packing)
 
 
 def not_text(head: bytes) -> tuple[str, str] | None:
@@ -65,15 +74,27 @@ def not_text(head: bytes) -> tuple[str, str] | None:
     for magic, what, todo in _KINDS:
         if head.startswith(magic):
             return what, todo
+    for pattern, what, todo in _PATTERNS:
+        if pattern.match(head):
+            return what, todo
     if head[257:262] == b"ustar":
         return "a tar archive", _UNPACK
+    if not is_plain(head) and (found := next((kind for kind in _LIKE_TEXT if head.startswith(kind[0])), None)):
+        return found[1:]
     if _PICKLE.match(head):
         return "a pickle, which can run any code when it is read", "write its text to JSON lines first"
     if b"\0\0" in head or 10 * head.count(b"\0") >= len(head) > 0:
         return "binary (it holds NUL bytes)", "give text, in UTF-8"
-    if not _utf8(head) and 50 * len(_CONTROL.findall(head)) >= len(head):
+    # Backspaces, of which old manuals are full, aside.
+    controls = len(_CONTROL.findall(head.replace(b"\b", b"")))
+    if controls * (5 if _utf8(head) else 50) >= len(head) >= (64 if _utf8(head) else 1):
         return "binary (it holds control characters)", "give text, in UTF-8"
     return None
+
+
+def is_plain(head: bytes) -> bool:
+    """Whether what begins so is text without any control character."""
+    return _utf8(head) and not _CONTROL.search(head)
 
 
 def _utf8(head: bytes) -> bool:
@@ -130,10 +151,11 @@ def form_of(path: Path, called: str, field: str, errors: str, *, shown: str, sea
         if searched and not named.packing:
             return None
         raise
-    if packing and (packing_of(head) or head.startswith(_PARQUET)):
+    parquet = head.startswith(_PARQUET) and not is_plain(head)
+    if packing and (packing_of(head) or parquet):
         what = "compressed twice" if packing_of(head) else "a compressed Parquet file"
         raise UserError(f"{shown} is {what}: unpack it first")
-    if head.startswith(_PARQUET) or (named.kind == "parquet" and not packing):
+    if parquet or (named.kind == "parquet" and not packing):
         return Form("parquet", "")
     if searched and is_binary(head) and not (packing and named.kind != "text"):
         return None
@@ -150,22 +172,42 @@ def _kind_of_text(path: Path, name: str, field: str, head: bytes, form: Form, er
         raise UserError(f"{name} is {found[0]}, not text: {found[1]}")
     named = form.kind
     if head.lstrip(codecs.BOM_UTF8 + b" \t\r\n")[:1] not in (b"{", b"["):
+        if named == "csv" and field not in columns(head.decode("utf-8", "replace")):
+            if not searched:
+                log.warning("%s: its first line names no column %r, and it is read as plain text", name, field)
+            return "text"
         return "text" if named == "json" and searched else named
-    if len(head) >= _HEAD:
-        head = _head(path, form.packing, name, _LONG_HEAD)
-    text = head.decode("utf-8", "replace")
-    found = json_form(text, whole=len(head) < _LONG_HEAD)
+    named = "text" if named == "csv" else named
+    found, content = _json(path, form.packing, name, head)
     if found is None:
         return "text" if named == "json" and searched else named
     kind, first, several = found
     if named == "jsonl":
         return kind
-    has = isinstance(first.get(field), str) if first is not None else re.search(rf'"{re.escape(field)}"\s*:\s*"', text)
+    key = rf'"{re.escape(field)}"\s*:\s*"'
+    has = isinstance(first.get(field), str) if first is not None else re.search(key, content)
     if named == "json" and (has or not searched):
         return kind
+    if not has and kind == "jsonl" and several:  # rows, whose reader says what they have instead
+        return kind
     if not has and (searched or not several):
-        if not searched:
+        if several or not searched:
             log.warning("%s: it is JSON without the field %r, and is read as plain text", name, field)
         return "text"
     log.warning("%s: it is JSON, and the field %r of each object is a document", name, field)
     return kind
+
+
+def _json(
+    path: Path, packing: str, name: str, head: bytes
+) -> tuple[tuple[str, dict[str, Any] | None, bool] | None, str]:
+    """What json_form says of a file, with its first object if that is not too long, and the text that it looked at."""
+    size = _LONG_HEAD
+    while True:
+        if len(head) >= _HEAD:
+            head = _head(path, packing, name, size)
+        content, whole = head.decode("utf-8", "replace"), len(head) < size
+        found = json_form(content, whole)
+        if found is None or found[1] is not None or whole or size >= _LONGEST_HEAD:
+            return found, content
+        size *= 8

@@ -28,17 +28,14 @@ def json_form(head: str, whole: bool) -> tuple[str, dict[str, Any] | None, bool]
         return ("json", found, more) if end else None
     if not _OBJECT.match(head):
         return None
-    line, newline, rest = head.partition("\n")
     found, end = _first(head, 0, whole)
     if not end:
         return None
-    if end > len(line.rstrip()) or (found is None and newline):  # over several lines
-        after = head[end:].lstrip()
-        return ("json", found, bool(after)) if after[:1] in ("", "{") else None
-    following = [other.strip() for other in (rest if whole else rest.rpartition("\n")[0]).split("\n") if other.strip()]
-    if line[end:].strip() or (following and _first(following[0], 0, True)[1] == 0):
+    after = head[end:].lstrip()
+    if after and not (after[0] == "{" and _first(after, 0, whole)[1]):
         return None
-    return "jsonl", found, bool(rest.strip())
+    in_lines = "\n" not in head[:end] and (not after or "\n" in head[end : -len(after)])
+    return ("jsonl" if in_lines else "json"), found, bool(after)
 
 
 def _first(text: str, start: int, whole: bool) -> tuple[dict[str, Any] | None, int]:

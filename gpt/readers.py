@@ -1,4 +1,4 @@
-"""Documents out of files: text, JSON and Parquet, plain or compressed, in bounded memory.
+"""Documents out of files: text, JSON, tables and Parquet, plain or compressed, in bounded memory.
 
 Text is kept as it is: spaces and line ends (CRLF too); only a byte order mark at a file's start is left out. A text
 file, compressed or not, is one document; JSON lines, other JSON and Parquet hold one in each line, object or row, in a
@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from gpt.errors import UserError
 from gpt.json_documents import from_lines, from_values, instead, like_utf16
+from gpt.tables import from_table
 from gpt.unpack import need, unpacked
 
 _CHUNK = 1 << 20  # bytes read at a time
@@ -50,7 +51,7 @@ class Source:
     coding: str = "utf-8"
     limit: int | None = None
     sha256: str = ""
-    kind: Literal["text", "jsonl", "json", "parquet"] = "text"
+    kind: Literal["text", "jsonl", "json", "parquet", "csv"] = "text"
     packing: Literal["", "gz", "zst", "bz2", "xz"] = ""
     field: str = "text"
 
@@ -83,7 +84,7 @@ class Source:
         if self.kind == "text":
             yield Document(self.name, self.sha256, self.chunks(errors, on_read))
             return
-        rows = self._parquet(errors, on_read) if self.kind == "parquet" else self._json(errors, on_read)
+        rows = self._rows(errors, on_read)
         read = 0
         for name, text in rows:
             try:
@@ -106,14 +107,17 @@ class Source:
                 yield Document(name, hashlib.sha256(raw).hexdigest(), (text,))
 
     def chunks(self, errors: str, on_read: OnRead | None = None) -> Iterator[str]:
-        """A text file's text, about a million characters at a time."""
-        position = 0
+        """A text file's text, about a million characters at a time. Raises UserError for several NUL bytes in a row."""
+        position, last = 0, b""
         decoder = codecs.getincrementaldecoder(self._encoding(errors))(errors)
         for block in self._blocks(on_read):
             mark = len(codecs.BOM_UTF8) if position == 0 and block.startswith(codecs.BOM_UTF8) else 0
-            yield self._decode(decoder, block[mark:], position + mark)
-            position += len(block)
-        if self.limit is None:  # the limit may fall inside a character, which is then left out
+            text = self._decode(decoder, block[mark:], position + mark)
+            if (at := (last + block).find(b"\0\0")) >= 0:
+                raise UserError(f"{self.name} is not text: it holds NUL bytes from byte {position + at - len(last)} on")
+            yield text
+            position, last = position + len(block), block[-1:]
+        if self.limit is None or self.kind != "text":  # the limit may fall inside a character, which is then left out
             yield self._decode(decoder, b"", position, final=True)
 
     def text_bytes(self, most: int) -> int:
@@ -186,7 +190,7 @@ class Source:
             return decoder.decode(block, final)
         except UnicodeDecodeError as error:
             offset = position - pending + error.start
-            before = replace(self, limit=offset, sha256="")
+            before = replace(self, kind="text", limit=offset, sha256="")
             line = 1 + sum(block.count(b"\n") for block in before._blocks()) if offset else 1
             start = next(replace(self, sha256="")._blocks(), b"")
             found = f"byte {offset} (0x{error.object[error.start]:02x}, in line {line}) begins no character"
@@ -195,8 +199,12 @@ class Source:
                 "convert the file, or give --encoding-errors replace"
             ) from None
 
-    def _json(self, errors: str, on_read: OnRead | None) -> Iterator[tuple[str, str]]:
-        """Name and text of each line or object."""
+    def _rows(self, errors: str, on_read: OnRead | None) -> Iterator[tuple[str, str]]:
+        """Name and text of each line, object or row."""
+        if self.kind == "parquet":
+            return self._parquet(errors, on_read)
+        if self.kind == "csv":
+            return from_table(self.chunks(errors, on_read), self.name, self.field)
         read = from_lines if self.kind == "jsonl" else from_values
         return read(self._blocks(on_read), self.name, self.field, errors, _LONGEST_LINE)
 

@@ -4,6 +4,7 @@ import bz2
 import importlib
 import logging
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -19,9 +20,16 @@ _FED = 1 << 10  # bytes given to an unpacker at a time: what they unpack to is i
 _IGNORES_WHAT_FOLLOWS = ("gz", "bz2")  # so do gzip and bzip2, with a warning
 
 
+# A .zst file may begin with a frame to be skipped, as pzstd's do; text may begin with "BZh", token ids as .gz does.
+_BEGINS = {packing: re.escape(magic) for packing, magic in MAGIC.items()}
+_BEGINS["gz"] += rb"(?:\x08|\Z)"
+_BEGINS["zst"] += rb"|[\x50-\x5f]\x2a\x4d\x18"
+_BEGINS["bz2"] = rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90|.{0,5}\Z)"
+
+
 def packing_of(head: bytes) -> str:
     """How a file that begins so is compressed: gz, zst, bz2, xz; "" if it is not."""
-    return next((packing for packing, magic in MAGIC.items() if head.startswith(magic)), "")
+    return next((packing for packing, magic in _BEGINS.items() if re.match(magic, head, re.DOTALL)), "")
 
 
 def need(module: str, what: str) -> ModuleType:

@@ -1,6 +1,7 @@
 """What the README and docs/corpora.md claim: each line of their tables of corpora is run, up to the tokens."""
 
 import bz2
+import csv
 import gzip
 import io
 import json
@@ -46,6 +47,10 @@ def folder(tmp_path, monkeypatch, named):
     write(Path("rows.json"), json.dumps(rows))
     write(Path("pretty.json.gz"), gzip.compress("\n".join(json.dumps(row, indent=2) for row in rows).encode()))
     write(Path("rows_body.jsonl"), lines(TEXTS, "body"))
+    for name, mark in (("rows.csv", ","), ("more.tsv", "\t")):
+        table = io.StringIO()
+        csv.writer(table, delimiter=mark).writerows([["id", "text"], *enumerate(TEXTS)])
+        write(Path(name), table.getvalue())
     Path("shards").mkdir()
     parquet(Path("shards/0.parquet"), TEXTS)
     nanogpt(Path("data/openwebtext/train.bin"), named.encode(POEM))
@@ -72,4 +77,4 @@ def test_line(folder, command, monkeypatch):
 
 
 def test_the_tables_were_found():
-    assert len(COMMANDS) == 16
+    assert len(COMMANDS) == 17

@@ -1,6 +1,8 @@
 """Other programs' token files: nanoGPT's and llm.c's, read as they are, and every one that is not whole."""
 
+import gzip
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
 from gpt import foreign
 from gpt.corpus import check_length
@@ -186,6 +189,39 @@ def test_bad_files_say_what_is_wrong(tmp_path, make, case):
         make(tmp_path / "x.bin", "byte")
     assert str(tmp_path / "x.bin") in str(caught.value)
     assert list((tmp_path / "cache").glob("corpora/*")) == []
+
+
+def npy_of(ids) -> bytes:
+    box = io.BytesIO()
+    np.save(box, np.asarray(ids, "<u2"))
+    return box.getvalue()
+
+
+MANY = np.random.default_rng(0).integers(0, 50257, 600)
+OTHERS = {
+    "text": (POEM.encode(), "text: give it another name, such as .txt"),
+    "odd text": (b"plain words\n" * 20 + b"x", "text: give it another name"),
+    "gzip": (gzip.compress(POEM.encode()), r"compressed data \(.gz\): unpack it first"),
+    "zstd": (zstandard.compress(POEM.encode()), r"compressed data \(.zst\)"),
+    "npy": (npy_of(MANY), "a NumPy array"),
+    "zip": (b"PK\x03\x04" + bytes(400), "a ZIP archive"),
+    "uint32": (MANY.astype("<u4").tobytes(), "ids of 4 bytes, it seems: write them as uint16"),
+    "uint32 of a large vocabulary": ((MANY * 3).astype("<u4").tobytes(), "ids of 4 bytes"),
+    "int64": (MANY.astype("<i8").tobytes(), "ids of 8 bytes"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_only_has_the_name_of_token_ids_is_refused(tmp_path, kind):
+    """Two letters are an id of gpt2's, and so are the halves of a wider id."""
+    content, message = OTHERS[kind]
+    with pytest.raises(UserError, match=rf"x.bin is no token file of uint16 ids: it holds {message}"):
+        foreign.look_at(write(tmp_path / "x.bin", content))
+
+
+@pytest.mark.parametrize("ids", [MANY, MANY % 65, MANY % 300, MANY % 7, [640, *MANY], [0x8B1F, *MANY]], ids=range(6))
+def test_ids_of_any_vocabulary_are_taken(tmp_path, ids):
+    assert foreign.look_at(nanogpt(tmp_path / "x.bin", ids)).tokens == len(ids)
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])

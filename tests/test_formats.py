@@ -35,6 +35,8 @@ FORMS = {
     "array, a row in a line": "[\n" + ",\n".join(map(json.dumps, ROWS)) + "\n]\n",
     "pretty objects": "\n".join(json.dumps(row, indent=4, ensure_ascii=False) for row in ROWS),
     "pretty objects after each other": "".join(json.dumps(row, indent=4) for row in ROWS),
+    "objects in one line": " ".join(map(json.dumps, ROWS)),
+    "lines with CR": LINES.replace("\n", "\r"),
 }
 
 
@@ -64,6 +66,20 @@ def test_objects_longer_than_what_is_looked_at(tmp_path, form):
     text = FORMS[form].replace("one\\n", long, 1)
     for name in ("x.json", "x.txt"):
         assert documents_of(write(tmp_path / name, text)) == [long, *TEXTS[1:]]
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.txt", "x.json.gz"])
+def test_a_field_far_behind_others(tmp_path, name, monkeypatch):
+    """The first object is read to its end, however long it is: in a folder too, where the field decides."""
+    rows = [{"meta": "m" * 3 * formats._LONG_HEAD, "text": "one"}, {"text": "two"}]
+    pack = gzip.compress if name.endswith("gz") else bytes
+    for form in ("\n".join(map(json.dumps, rows)), json.dumps(rows), json.dumps(rows[0], indent=1)):
+        path = write(tmp_path / "in" / name, pack(form.encode()))
+        expected = ["one", "two"] if "two" in form else ["one"]
+        assert documents_of(path) == documents_of(path.parent) == expected
+    monkeypatch.setattr(formats, "_LONGEST_HEAD", 1 << 17)  # where it is given up
+    path = write(tmp_path / "in" / name, pack("\n".join(map(json.dumps, rows)).encode()))
+    assert documents_of(path) == (["one", "two"] if "json" in name else documents_of(path.parent))
 
 
 def test_one_object_and_none(tmp_path, make):
@@ -150,6 +166,16 @@ CODE = {
     "bracket": "[ {",
     "template": "{{ title }}\n" * 20,
     "cut": '{"text": "a',
+    "GIF": "GIF89a is what such files begin with.\n" * 20,
+    "ORC": "ORCs are creatures of myth.\n" * 20,
+    "GGUF": "GGUF is a format.\n" * 20,
+    "PAR1": "PAR1 begins a Parquet file.\n" * 20,
+    "BZh": "BZh9 is how bzip2 begins.\n" * 20,
+    "PDF": "%PDF- is how they begin.\n" * 20,
+    "RTF": "{\\rtfm is no command of TeX}\n" * 20,
+    "digits": "070701 is a number.\n" * 20,
+    "manual": "N\bNA\bAM\bME\bE\n" * 20,
+    "colors": "\x1b[31mred\x1b[0m\n" * 20,
 }
 
 
@@ -172,6 +198,22 @@ def test_json_without_the_field(tmp_path, make, caplog):
     assert documents_of(write(tmp_path / "x.txt", plain), text_field="body") == TEXTS
     caplog.clear()
     assert documents_of(write(tmp_path / "x.txt", OBJECT)) == [OBJECT]
+    assert "it is JSON without the field 'text', and is read as plain text" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.txt", "rows"])
+def test_lines_of_json_without_the_field_are_refused_in_a_folder_too(tmp_path, make, name, caplog):
+    for lines in (
+        LINES.replace('"text": "', '"body": "'),
+        '{"text": null}\n' + LINES,
+        '{"text": {"en": "x"}}\n' + LINES,
+    ):
+        path = write(tmp_path / "in" / name, lines)
+        with pytest.raises(UserError, match=rf"{name}, line 1.*'text'"):
+            make(path.parent, "byte")
+    write(path, json.dumps([{"body": "a"}, {"body": "b"}]))
+    caplog.clear()
+    assert make(path.parent, "byte").documents == 1
     assert "it is JSON without the field 'text', and is read as plain text" in caplog.text
 
 
@@ -214,6 +256,11 @@ def test_a_folder_of_source_code_keeps_its_json(tmp_path, make):
         ("[]", True, None),
         ("", True, None),
         ('{"a" 1, "b": 2, "c": 3}', False, None),
+        ('{"a": 1} {"b": 2}', True, ("json", {"a": 1}, True)),
+        ('{"a": 1}\r{"b": 2}', True, ("json", {"a": 1}, True)),
+        ('{"a": 1}, {"b": 2}', True, None),
+        ('{"a": 1} {"b" 2}', True, None),
+        ('{"a": 1}\n', True, ("jsonl", {"a": 1}, False)),
     ],
     ids=str,
 )
@@ -268,6 +315,13 @@ BINARY = {
     "uint16": (np.arange(40, 400, dtype="<u2").tobytes(), "binary .it holds NUL bytes."),
     "utf16 without a mark": ("plain words".encode("utf-16-le"), "binary .it holds NUL bytes."),
     "random": (np.random.default_rng(0).bytes(9000), "binary|not valid UTF-8"),
+    "ar": (b"!<arch>\nfoo.o/          0           0   ", "an ar archive"),
+    "cpio": (b"070701" + b"0" * 104 + b"a.txt\0" + POEM.encode(), "a cpio archive"),
+    "pickle-0": (pickle.dumps({"text": "plain"}, 0), "a pickle"),
+    "gif": (b"GIF89a\x10\0\x10\0\xf0\x01\0", "an image"),
+    "gguf": (b"GGUF\x03\0\0\0\x10", "a model in GGUF"),
+    "orc": (b"ORC\n\x0b\n\x03\0\0\0\x12\x04\b\x02P\0" * 9, "an ORC file"),
+    "uint8": (bytes([1 + i * 7 % 60 for i in range(900)]), "binary .it holds control characters."),
     "twice": (gzip.compress(bz2.compress(POEM.encode())), "is compressed twice: unpack it first"),
     "parquet.gz": (gzip.compress(parquet_of()), "is a compressed Parquet file: unpack it first"),
 }
@@ -294,6 +348,21 @@ def test_binary_is_left_out_of_a_folder(tmp_path, make, kind, caplog):
 def test_parquet_by_its_content(tmp_path):
     assert documents_of(write(tmp_path / "x.txt", parquet_of())) == TEXTS
     assert documents_of(write(tmp_path / "folder/x", parquet_of()).parent) == TEXTS
+
+
+@pytest.mark.parametrize("errors", ["strict", "replace"])
+@pytest.mark.parametrize("packing", ["", ".gz"])
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+def test_nuls_that_come_late_are_not_text(tmp_path, monkeypatch, errors, packing, chunk):
+    """As in a file that was not written to its end."""
+    monkeypatch.setattr(readers, "_CHUNK", chunk)
+    text = "plain words\n" * 1000
+    where = "" if packing else "from byte 12000 on"
+    path = write(tmp_path / f"x.txt{packing}", PACK[packing](text.encode() + bytes(5000)))
+    with pytest.raises(UserError, match=f"holds NUL bytes.*{where}"):
+        documents_of(path, errors)
+    if not packing:
+        assert documents_of(path, errors, max_corpus_bytes=12001) == [text + "\0"]
 
 
 def test_a_single_nul_is_text(tmp_path):

@@ -20,6 +20,14 @@ def test_compression_is_known_by_content(tmp_path, packing, name):
     assert documents_of(write(tmp_path / "folder" / name, PACK[packing](POEM.encode())).parent) == [POEM]
 
 
+def test_zstandard_that_begins_with_a_frame_to_skip(tmp_path):
+    """As pzstd writes it."""
+    frame = b"\x50\x2a\x4d\x18\x04\0\0\0abcd" + PACK[".zst"](POEM.encode())
+    for name in ("x", "x.txt.zst", "folder/x"):
+        path = write(tmp_path / name, frame + frame)
+        assert documents_of(path if name != "folder/x" else path.parent) == [POEM * 2]
+
+
 def test_a_name_of_compression_on_plain_text(tmp_path, caplog):
     assert documents_of(write(tmp_path / "x.txt.gz", POEM)) == [POEM]
     assert documents_of(write(tmp_path / "x.jsonl.xz", LINES)) == TEXTS
