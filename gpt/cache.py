@@ -1,7 +1,6 @@
 """Folders of the cache: written beside their place, and there whole or not at all."""
 
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,6 +16,10 @@ except ImportError:  # Windows
     fcntl = None
 
 JOURNAL = "progress.json"  # in an unfinished folder: what of it is finished
+MARK = ".made-by-gpt"  # in an unfinished folder: this program made it
+# Every file that this program writes in a folder of the cache. Nothing else in one is ever deleted.
+_CORPUS = ("tokenizer.json", "corpus.json", "train.tokens", "val.tokens")
+WRITTEN = {MARK, JOURNAL, "content", "record.json", *_CORPUS, f".{JOURNAL}.tmp", ".tokenizer.json.tmp"}
 _DAY = 86400
 
 
@@ -49,6 +52,7 @@ def publish(place: Path, *, resume: bool = False) -> Iterator[Path]:
             for path in (*work.rglob("*"), work):  # before it has a name that readers trust
                 flush(path)
             os.rename(work, place)
+            (place / MARK).unlink()
             flush(place.parent)
         except OSError:
             if not place.is_dir():
@@ -67,6 +71,7 @@ def unfinished(folder: Path, resume: str | None = None) -> Iterator[Path]:
             _sweep(folder)
             work, lock = _resumed(folder / f".resume-{resume}") if resume else (None, None)
             work = work or Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
+            (work / MARK).touch()
             work.chmod(0o755)
             yield work
     except (KeyboardInterrupt, UserError) as error:
@@ -75,7 +80,7 @@ def unfinished(folder: Path, resume: str | None = None) -> Iterator[Path]:
         raise
     finally:
         if work is not None and not (keep and (work / JOURNAL).exists()):
-            shutil.rmtree(work, ignore_errors=True)
+            discard(work)
         if lock is not None:
             os.close(lock)
 
@@ -96,8 +101,8 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def _resumed(work: Path) -> tuple[Path | None, int | None]:
-    """The folder, new or old, and the lock on it; None, None where another process has it."""
-    if fcntl is None:
+    """The folder, new or old, and the lock on it; None, None where another process or the user has it."""
+    if fcntl is None or (work.exists() and not is_own(work)):
         return None, None
     make_folder(work)
     lock = os.open(work, os.O_RDONLY | os.O_CLOEXEC)
@@ -116,5 +121,37 @@ def _sweep(folder: Path) -> None:
     for pattern, age in ((".writing-*", _DAY), (".resume-*", 30 * _DAY)):
         for old in folder.glob(pattern):
             with suppress(FileNotFoundError):  # another process sweeps too
-                if time.time() - old.stat().st_mtime > age:
-                    shutil.rmtree(old, ignore_errors=True)
+                if time.time() - old.stat().st_mtime > age and is_own(old):
+                    discard(old)
+
+
+def is_own(work: Path) -> bool:
+    """Whether this program made an unfinished folder, which then holds its mark, and all that is in it."""
+    if work.is_symlink() or not work.is_dir():
+        return False
+    names = os.listdir(work)
+    return (not names or MARK in names) and strange_in(work) is None
+
+
+def strange_in(folder: Path) -> Path | None:
+    """Something in a folder of the cache that this program did not write; None if all is its own."""
+    others = (path for path in folder.iterdir() if path.name not in WRITTEN or path.is_dir())
+    return next(others, None)
+
+
+def discard(folder: Path) -> None:
+    """Delete what this program wrote in a folder of the cache, and the folder unless it holds something else."""
+    with suppress(OSError):  # it goes the next time
+        for name in (*sorted(WRITTEN - {MARK}), MARK):  # which is the last to go
+            if not (folder / name).is_dir():
+                (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def make_way(place: Path) -> None:
+    """Delete a damaged folder of the cache, to make it anew. UserError where it holds what is not the cache's."""
+    if strange := strange_in(place):
+        raise UserError(
+            f"{place} is damaged and holds {strange.name}, which the cache did not write: move that elsewhere"
+        )
+    discard(place)

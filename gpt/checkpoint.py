@@ -15,12 +15,12 @@ renames first, too, and takes only the files above: whatever else a folder holds
 writes them beside the training.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,8 @@ def _write(final: Path, tensors: Tensors, state: dict[str, Any]) -> None:
             temporary.rename(final)
         flush(directory)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the first error is the one to report
+            discard(temporary)
         raise UserError(f"cannot write the checkpoint {final}: {error}; the earlier ones are untouched") from error
 
 

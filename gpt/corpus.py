@@ -17,14 +17,13 @@ refused.
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gpt.build_tokenizer import build_tokenizer, check_name
-from gpt.cache import cache_folder, publish
+from gpt.cache import cache_folder, make_way, publish
 from gpt.config import DataConfig, TokenizerConfig
 from gpt.documents import Side, Split, find_split, read_documents
 from gpt.downloads import Progress
@@ -88,7 +87,7 @@ def prepare(
             return _open(place, sources, digest, saved, verify=True)
         except UserError as error:
             log.warning("%s: tokenizing again", error)
-            shutil.rmtree(place, ignore_errors=True)
+            make_way(place)
     with publish(place, resume=True) as work:
         made = _write(work, sources, data, tokenizer, fixed_tokenizer, progress)
     return _open(place, sources, digest, made, verify=False)
@@ -123,7 +122,7 @@ def _prepare_tokens(
             return _open(place, sources, digest, tokenizer, verify=True)
         except UserError as error:  # moved, or touched
             log.warning("%s: checking again", error)
-            shutil.rmtree(place, ignore_errors=True)
+            make_way(place)
     with publish(place) as work:
         tokenizer.save(work / "tokenizer.json")
         write_index(work, files, tokenizer, data.val_fraction, _meter("checking tokens", sources, progress))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gpt import cache
-from gpt.cache import JOURNAL, cache_folder, publish, unfinished, writing
+from gpt.cache import JOURNAL, MARK, WRITTEN, cache_folder, publish, unfinished, writing
 from gpt.errors import UserError
 
 
@@ -26,7 +26,7 @@ def stopped_by(block, error: BaseException, journal: bool = False) -> list[str]:
         nonlocal folder
         with block as work:
             folder = work.parent
-            (work / "half").touch()
+            (work / "content").touch()
             if journal:
                 (work / JOURNAL).write_text("half")
             raise error
@@ -68,7 +68,7 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
 
 def test_a_folder_that_another_process_published_first_stays(tmp_path):
     with publish(tmp_path / "made") as work:
-        (work / "second").touch()
+        (work / "content").touch()
         (tmp_path / "made").mkdir()
         (tmp_path / "made" / "first").touch()
     assert names(tmp_path) == ["made"]
@@ -156,11 +156,62 @@ def test_locks_of_the_cache_are_freed(tmp_path):
 def test_what_is_left_goes_after_a_day_or_a_month(tmp_path, monkeypatch, name, days):
     left = tmp_path / name
     left.mkdir()
+    for file in WRITTEN:
+        (left / file).touch()
     left_at = left.stat().st_mtime
     for age, stays in ((days * 86_400, True), (days * 86_400 + 1, False)):
         monkeypatch.setattr(time, "time", lambda age=age: left_at + age)
         with unfinished(tmp_path):
             assert left.exists() == stays
+
+
+# What the cache did not write.
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder: a file's bytes, None for a folder or a link that leads nowhere."""
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*")}
+    return {name: path.read_bytes() if path.is_file() else None for name, path in found.items()}
+
+
+@pytest.mark.parametrize("name", [".writing-notes", ".resume-corpus"])
+@pytest.mark.parametrize(
+    "files",
+    [["notes.txt"], ["content"], [MARK, "content", "notes.txt"], [MARK, "train.tokens/1.txt"]],
+    ids=["a-note", "no-mark", "a-note-beside-the-mark", "a-folder"],
+)
+def test_an_old_folder_with_something_of_the_users_stays(tmp_path, monkeypatch, name, files):
+    """Whoever names a folder of theirs as the cache must not lose what has a leftover's name."""
+    for file in files:
+        (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / file).write_text("mine")
+    before = contents(tmp_path)
+    monkeypatch.setattr(time, "time", lambda: (tmp_path / name).stat().st_mtime + 1e9)
+    with unfinished(tmp_path, "corpus") as work:
+        (work / "content").write_text("the cache's")
+        assert work != tmp_path / name
+    assert contents(tmp_path) == before
+
+
+def test_a_link_with_a_leftovers_name_is_not_followed(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    for file in WRITTEN:
+        (tmp_path / "mine" / file).write_text("mine")
+    (tmp_path / "cache").mkdir()
+    for name in (".writing-x", ".resume-corpus"):
+        (tmp_path / "cache" / name).symlink_to(tmp_path / "mine")
+    before = contents(tmp_path)
+    monkeypatch.setattr(time, "time", lambda: (tmp_path / "mine").stat().st_mtime + 1e9)
+    with unfinished(tmp_path / "cache", "corpus"):
+        pass
+    assert contents(tmp_path) == before
+
+
+def test_what_is_put_into_a_folder_while_it_is_written_stays(tmp_path):
+    with unfinished(tmp_path, "corpus") as work:
+        for name in (*WRITTEN, "notes.txt"):
+            (work / name).write_text("some")
+    assert contents(tmp_path) == {".resume-corpus": None, ".resume-corpus/notes.txt": b"some"}
 
 
 def test_a_leftover_that_cannot_be_removed_is_no_error(tmp_path, monkeypatch):

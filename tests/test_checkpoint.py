@@ -1,6 +1,7 @@
 """Checkpoints: complete or absent, verified before use, and nothing in them that could run."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -195,3 +196,14 @@ def test_a_state_is_json(tmp_path, text):
     (tmp_path / "state.json").unlink()
     with pytest.raises(UserError, match=r"cannot read .*state.json: No such file"):
         ck.read_state(tmp_path)
+
+
+def test_a_save_that_finds_a_file_of_the_users_in_its_way_leaves_it(tmp_path):
+    """A folder with the temporary name, and in it something that no checkpoint has."""
+    model, optimizers = trained()
+    mine = tmp_path / f".step_00000005.{os.getpid()}.tmp" / "notes.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(UserError, match=r"cannot write the checkpoint .*File exists"):
+        save_checkpoint(tmp_path, model, optimizers, {"step": 5}, keep=2)
+    assert mine.read_text() == "mine"

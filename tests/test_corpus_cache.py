@@ -14,13 +14,14 @@ import pytest
 from gpt import corpus as corpus_module
 from gpt import readers, tokenize_corpus
 from gpt import tokenizer as tokenizer_module
-from gpt.cache import cache_folder
+from gpt.cache import MARK, cache_folder
 from gpt.config import DataConfig, TokenizerConfig
 from gpt.corpus import prepare
 from gpt.errors import UserError
 from gpt.shards import ShardWriter
 from gpt.tokenizer import ByteTokenizer
 from tests.corpus_checks import POEM, folder_of, sides, write
+from tests.test_foreign import llm_c
 
 
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
@@ -102,7 +103,8 @@ def test_killed_process_leaves_no_half_cache_and_is_cleared_away(tmp_path, make)
 @pytest.mark.parametrize(("name", "days"), [(".writing-x", 1), (".resume-x", 30)])
 def test_what_killed_processes_left_is_cleared_away(tmp_path, make, name, days):
     left = tmp_path / "cache" / "corpora" / name
-    write(left / "train.tokens", "half of it")
+    for file in (MARK, "train.tokens"):
+        write(left / file, "half of it")
     path = write(tmp_path / "poem.txt", POEM)
     make(path)
     assert left.exists()  # it might be another process at work, or gone on with
@@ -306,6 +308,21 @@ def test_damaged_cache_is_made_again(tmp_path, make, caplog, name, damage):
     assert "tokenizing again" in caplog.text
     assert "".join(sides(again)) == POEM
     assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("kind", ["text", "tokens"])
+def test_a_damaged_folder_with_a_file_of_the_users_is_refused(tmp_path, make, kind):
+    path = write(tmp_path / "poem.txt", POEM) if kind == "text" else llm_c(tmp_path / "train.bin")
+    folder = make(path, "byte").directory
+    write(folder / "notes.txt", "mine")
+    write(folder / "corpus.json", "damaged")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(UserError, match=r"is damaged and holds notes.txt, which the cache did not write: move"):
+        make(path, "byte")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    (folder / "notes.txt").unlink()
+    make(path, "byte")
+    assert json.loads((folder / "corpus.json").read_text())
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])
