@@ -290,6 +290,21 @@ def test_no_dataset_is_named(make, spec):
         make(spec)
 
 
-def test_the_limit_is_the_configs_unless_another_is_given():
+def test_the_limit_is_the_configs_unless_another_is_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    for fetch, source in ((download, ["http://["]), (spool_stdin, [])):
+        with pytest.raises(UserError):
+            fetch(*source, tmp_path)
     for fetch in (download, spool_stdin):
         assert inspect.signature(fetch).parameters["limit"].default == DataConfig().max_download_bytes == 16 * 2**30
+
+
+def test_a_pipe_that_breaks_is_one_sentence(tmp_path, monkeypatch):
+    class Broken:
+        def read(self, size):
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=Broken(), isatty=lambda: False))
+    with pytest.raises(UserError, match="cannot read stdin: Input/output error"):
+        spool_stdin(tmp_path)
+    assert list(tmp_path.iterdir()) == []

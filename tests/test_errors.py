@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpt.errors import UserError, run_command
+from gpt.errors import UserError, out_of_memory, run_command
 
 
 def ended(capsys, main) -> tuple[int, str]:
@@ -22,6 +22,25 @@ def test_memory_that_runs_out_is_one_sentence(capsys, allocate):
     status, errors = ended(capsys, lambda: allocate() and 0)
     assert status == 2
     assert errors == "error: out of memory: lower --batch-size, --seq-len or the model's size\n"
+
+
+class OutOfMemoryError(Exception):
+    """As torch's of a GPU is called."""
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (MemoryError(), True),
+        (OutOfMemoryError("CUDA"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True),
+        (RuntimeError("a bug"), False),
+        (OSError(28, "No space left on device"), False),
+    ],
+    ids=repr,
+)
+def test_who_refuses_memory(error, is_one):
+    assert out_of_memory(error) is is_one
 
 
 def test_a_message_with_line_breaks_is_one_line(capsys):

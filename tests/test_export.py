@@ -124,6 +124,12 @@ def test_learned_norms_do_not_go_into_nanochat(tmp_path):
         export(make_model(activation="relu2", logit_softcap=2.0), BYTE, tmp_path / "out")
 
 
+def test_the_end_of_a_text_is_the_document_token_in_a_folder_that_is_made(tmp_path):
+    export(make_model(), BYTE, tmp_path / "new/folder")
+    ends = json.loads((tmp_path / "new/folder/generation_config.json").read_text())
+    assert ends == {"bos_token_id": 256, "eos_token_id": 256}
+
+
 @torch.no_grad()
 def test_what_fits_nanochat_has_norms_of_one_and_embeddings_within_the_sphere():
     """After the norm that nanochat has behind its table, no row is longer than sqrt(width)."""

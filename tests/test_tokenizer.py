@@ -20,6 +20,7 @@ from gpt.config import TokenizerConfig
 from gpt.errors import UserError
 from gpt.tokenizer import (
     DOCUMENT,
+    BPETokenizer,
     CharTokenizer,
     StreamDecoder,
     UnknownCharacter,
@@ -210,6 +211,16 @@ def test_bpe_training_takes_long_words_in_pieces():
     """Its time grows with the square of a word's length, and a text may be one word."""
     tokens = merge_order(train_bpe(["a" * 5000], 300))
     assert max(map(len, tokens)) == 1000
+
+
+def test_a_table_has_a_row_for_each_id_that_text_becomes():
+    """And for the document token; other special tokens need none."""
+    more = BPETokenizer("x", BPE.pattern, BPE.tokens, BPE.specials | {"<|other|>": BPE.vocab_size})
+    for tokenizer, rows in ((BYTE, 257), (BPE, BPE.vocab_size), (more, BPE.vocab_size)):
+        tokenizer.check_table(rows, "m")
+        message = f"the tokenizer of m has the token {rows - 1} and its embedding table {rows - 1} rows: train it on"
+        with pytest.raises(UserError, match=message):
+            tokenizer.check_table(rows - 1, "m")
 
 
 @pytest.mark.parametrize("length", [0, 99_999, 100_000, 250_001])
