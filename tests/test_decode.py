@@ -1,9 +1,12 @@
 """The decoder against the model itself: every option, ragged rows, copies, cuts, windows, equal bits in any batch."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from gpt import decode
+from gpt import decode, span
 from gpt.config import PRESETS, ModelConfig
 from gpt.decode import Decoder
 from gpt.decode_cache import CHUNK, SLACK
@@ -171,13 +174,17 @@ def test_a_window_bounds_the_cache_and_can_go_back_by_the_slack(position, patter
         decoder.truncate(0, 100)
 
 
-@pytest.fixture
-def slid() -> tuple[GPT, Decoder, list[int]]:
-    """A row of 700 tokens under a window of 6, whose buffer has slid to its last few hundred; and an empty row."""
+@pytest.fixture(params=[None, "torch"], ids=["span", "attention_decode"])
+def slid(request, monkeypatch) -> tuple[GPT, Decoder, list[int]]:
+    """A row of 700 tokens under a window of 6, whose buffer has slid to its last few hundred; and an empty row.
+
+    Of prompts it takes 256, 256 and 188 tokens at a time: 336 fit, and the third part moves all but the last 69.
+    """
+    monkeypatch.setattr(decode, "decode_impl", lambda device: request.param)
     model = model_of(seq_len=1000, window=6, n_kv_head=2, window_pattern="SL")
     decoder, text = Decoder(model, 2, 1000), text_of(700)
     decoder.prefill(0, text)
-    assert decoder._stores[0].starts[0] > 300
+    assert decoder._stores[0].size == 336 and decoder._stores[0].starts == [2 * CHUNK - (6 - 1 + SLACK), 0]
     return model, decoder, text
 
 
@@ -209,6 +216,38 @@ def test_a_snapshot_of_a_row_that_has_slid(slid):
         assert decoder.lengths == [950, 700]
         assert_near(decoder.prefill(1, [7]), expected)
         assert all(not store.cache[:, 1, :, :, 701 - store.starts[1] :].any() for store in decoder._stores)
+
+
+@pytest.mark.parametrize("name", ["modern", "window", "alibi-grouped"])
+def test_even_rows_go_through_attention_at_once(name, monkeypatch):
+    """One call a layer, without a mask where each query sees all that it is given; rows of other lengths with one."""
+    calls = []
+
+    def noting(q, k, v, attn_mask):
+        calls.append((len(q), attn_mask is not None))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+
+    monkeypatch.setattr(span, "F", SimpleNamespace(scaled_dot_product_attention=noting))
+    decoder = Decoder(model_of(**OPTIONS[name]), 3, 48)
+    for row in range(3):
+        decoder.prefill(row, text_of(12, row))
+    decoder.step(torch.zeros(3, 1, dtype=torch.int64))
+    assert calls == [(3, name == "alibi-grouped")] * 2
+    calls.clear()
+    decoder.truncate(1, 10)
+    decoder.step(torch.zeros(3, 1, dtype=torch.int64))
+    assert calls == [(3, True)] * 2
+
+
+def test_rows_that_fill_up_a_tile_change_nothing(monkeypatch):
+    """Where a processor gives a tile's rows equal bits, which is not known of this one."""
+    monkeypatch.setattr(Decoder, "_same_in_every_place", lambda self, tile: tile == 4)
+    follow_the_model(model_of(window=7), (5, 1, 9, 5, 2), True)
+
+
+def test_which_attention_is_for_which_device():
+    assert span.decode_impl(torch.device("cpu")) is None and span.decode_impl(torch.device("mps")) is None
+    assert span.decode_impl(torch.device("cuda")) == "auto"
 
 
 def test_no_more_than_capacity_and_context():

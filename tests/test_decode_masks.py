@@ -1,6 +1,7 @@
 """Generation under masks of one's own: each block sees what its own mask shows, on every path, or it is refused."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -218,15 +219,36 @@ def test_a_mask_that_no_cache_can_serve_is_refused(tokenizer, mask, message):
         Decoder(model, 1, 8)
 
 
-def test_masks_are_looked_at_as_far_as_the_text_goes(tokenizer, monkeypatch):
+@pytest.mark.parametrize("piece", [10, 70])
+def test_masks_are_looked_at_as_far_as_the_text_goes(tokenizer, monkeypatch, piece):
     """A mask that looks ahead from position 20 on serves a text of 20 tokens; the look is taken in pieces."""
-    monkeypatch.setattr(span, "PIECE", 70)
+    monkeypatch.setattr(span, "PIECE", piece)
     model = model_of(tokenizer, seq_len=64).eval()
     model.blocks[0].attn.mask = CAUSAL | Mask(late, 20)
     list(generate(model, tokenizer, ["the"], SamplingConfig(max_new_tokens=18)))
     for count in (19, 40):
         with pytest.raises(UserError, match="position 20 see the one at 21"):
             generate(model, tokenizer, ["the"], SamplingConfig(max_new_tokens=count))
+
+
+def test_a_mask_whose_bands_are_causal_is_not_looked_at(tokenizer):
+    """At a length that would take days."""
+    model = model_of(tokenizer).eval()
+    put_on(model, [CAUSAL, masks.sliding_window(5) | CAUSAL & masks.strided(3)])
+    span.check_masks(model, 1 << 28)
+
+
+def test_a_query_that_sees_no_key_gets_zeros_from_any_attention(tokenizer, monkeypatch):
+    """torch promises nothing there: here it gives NaN, as a plain softmax does."""
+
+    def plain(q, k, v, attn_mask):
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        return (scores if attn_mask is None else scores + attn_mask).softmax(-1) @ v
+
+    monkeypatch.setattr(span, "F", SimpleNamespace(scaled_dot_product_attention=plain))
+    config = SamplingConfig(max_new_tokens=16, temperature=0.0)
+    for name in ("nothing-to-see-at-first", "nothing-to-see-alibi"):
+        assert_follows_the_model(tokenizer, masked(tokenizer, name), PROMPTS, config)
 
 
 def late(q, k, n):
