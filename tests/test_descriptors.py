@@ -1,5 +1,6 @@
 """Standard input, output and error that are closed, full, or a pipe that nobody reads: every command."""
 
+import io
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpt.errors import run_command
-from gpt.streams import Outlet
+from gpt.streams import LostOutput, Outlet, do_without_output
 from tests.descriptors import CASES, pairs
 
 ROOT = Path(__file__).parents[1]
@@ -107,3 +108,17 @@ def test_an_outlet_keeps_the_first_failure():
     assert isinstance(outlet.error, BrokenPipeError)
     assert outlet.write("abc") == 3
     stream.close()
+
+
+def test_a_command_whose_result_is_in_files_goes_on_when_its_output_fails(monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sys.stdout", Outlet(Full(), is_needed=True))
+    do_without_output()
+    print("a line")
+    assert sys.stdout.error.errno == 28
+    monkeypatch.setattr("sys.stdout", Outlet(Full(), is_needed=True))
+    with pytest.raises(LostOutput, match="No space left on device"):
+        print("a line")
