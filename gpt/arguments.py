@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from gpt.errors import UserError, require
+from gpt.errors import UserError
 
 NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 MANY = {int: "whole numbers", float: "numbers", str: "texts"}
@@ -35,8 +35,10 @@ def check_fields(options: Any, kind: type | None = None) -> None:
         value = _fit_argument(f.name, getattr(options, f.name), hints[f.name])
         object.__setattr__(options, f.name, value)
         limit = 1 << (63 if f.name in _LARGE else 31)
-        require(type(value) is not int or abs(value) < limit, f"{f.name} must be below {limit}, not {shown(value)}")
-        require(type(value) is not float or math.isfinite(value), f"{f.name} must be a finite number, not {value}")
+        if type(value) is int and abs(value) >= limit:
+            raise UserError(f"{f.name} must be below {limit}, not {shown(value)}")
+        if type(value) is float and not math.isfinite(value):
+            raise UserError(f"{f.name} must be a finite number, not {value}")
 
 
 def checked(function: Callable) -> Callable:
@@ -45,7 +47,11 @@ def checked(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
-        given, hints = signature.bind(*args, **kwargs), _hints(function)
+        try:
+            given = signature.bind(*args, **kwargs)
+        except TypeError:
+            return function(*args, **kwargs)  # for Python's own message, which names the function
+        hints = _hints(function)
         for name, value in given.arguments.items():
             given.arguments[name] = _fit_argument(name, value, hints.get(name, Any))
         return function(*given.args, **given.kwargs)
@@ -60,7 +66,11 @@ def shown(value: Any) -> str:
     if value is None or isinstance(value, bool | int | float | complex | str | bytes | Path):
         text = repr(value)
         return text if len(text) <= 60 else f"{text[:57]}..."
-    kind, text = type(value).__name__, repr(value)
+    kind = type(value).__name__
+    try:
+        text = repr(value)
+    except Exception:  # of a list with such a number, say
+        return f"a value of type {kind}"
     is_short = len(text) <= 40 and text.isprintable() and " at 0x" not in text
     return f"the {kind} {text}" if is_short else f"a value of type {kind}"
 
@@ -80,9 +90,16 @@ def _fit_argument(name: str, value: Any, hint: Any) -> Any:
 
 
 def _check_path(name: str, path: str) -> None:
-    require(bool(path), f"{name} is empty: give a path")  # Path("") would be the working directory
-    require("\0" not in path, f"{name} {shown(path)} holds a NUL, which no path can")
-    require(len(os.fsencode(path)) < MAX_PATH, f"{name} {shown(path)} is longer than any path can be")
+    if not path:
+        raise UserError(f"{name} is empty: give a path")  # Path("") would be the working directory
+    if "\0" in path:
+        raise UserError(f"{name} {shown(path)} holds a NUL, which no path can")
+    try:
+        size = len(os.fsencode(path))
+    except UnicodeEncodeError:
+        raise UserError(f"{name} {shown(path)} holds a character that no path can") from None
+    if size >= MAX_PATH:
+        raise UserError(f"{name} {shown(path)} is longer than any path can be")
 
 
 def _fit(value: Any, hint: Any) -> Any:

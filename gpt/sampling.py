@@ -94,7 +94,7 @@ class SamplingConfig:
         if not isinstance(self.logit_bias, Mapping):
             object.__setattr__(self, "logit_bias", dict(map(_parse_bias, self.logit_bias)))
         for token, number in self.logit_bias.items():
-            require(math.isfinite(number), f"logit_bias of {shown(token)} must be a finite number, not {number}")
+            require(abs(number) < 1e300, f"logit_bias of {shown(token)} must be below 1e300, not {shown(number)}")
 
 
 def _parse_bias(word: str) -> tuple[int | str, float]:
@@ -105,14 +105,15 @@ def _parse_bias(word: str) -> tuple[int | str, float]:
     except ValueError:
         value = math.nan
     require(bool(equals and token) and math.isfinite(value), f"logit_bias must be TOKEN=NUMBER, not {shown(word)}")
-    return int(token) if token.isdecimal() else token, value
+    return int(token) if token.isdecimal() and len(token) < 20 else token, value
 
 
 def token_id(tokenizer: Tokenizer, token: int | str, what: str) -> int:
     """The id that an option means. UserError, naming the option `what`, for none or for several."""
     if isinstance(token, int):
         require(
-            0 <= token < tokenizer.vocab_size, f"{what}: {token} is no token id, 0 to {tokenizer.vocab_size - 1} are"
+            0 <= token < tokenizer.vocab_size,
+            f"{what}: {shown(token)} is no token id, 0 to {tokenizer.vocab_size - 1} are",
         )
         return token
     try:

@@ -45,6 +45,7 @@ VALUES: dict[str, Callable[[], Any]] = {
     "no text": lambda: "",
     "NUL": lambda: "a\0b",
     "surrogate": lambda: "a\udcff",
+    "half a character": lambda: "a\ud800",
     "long text": lambda: "x" * 5000,
     "bytes": lambda: b"x",
     "path": lambda: Path("banana"),
@@ -200,7 +201,7 @@ def calls(tiny_run, tmp_path_factory) -> dict[str, Call]:
         "Question": Call(
             scoring.Question,
             {"context": "a", "endings": ("b", "c"), "label": 0},
-            {"context": "text, no text, NUL, surrogate, long text", "endings": "", "label": "zero"},
+            {"context": "text, no text, NUL, surrogate, half a character, long text", "endings": "", "label": "zero"},
         ),
         "export": Call(
             export,
@@ -319,3 +320,35 @@ def test_options_take_what_is_as_good(kind):
             assert type(found) is type(value) and found == pytest.approx(value, rel=1e-6)
     assert config.TrainConfig(run_dir="runs/x").run_dir == Path("runs/x")
     assert config.DataConfig(corpus=["a", "b"]).corpus == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stop_tokens": [10**5000]},
+        {"stop_tokens": [-1, 2**63]},
+        {"stop_tokens": [10**5000, 0.5]},
+        {"stop_tokens": ["x" * 5000]},
+        {"logit_bias": {10**5000: 1.0}},
+        {"logit_bias": {"a": 10**400}},
+        {"logit_bias": {"a": -(10**5000)}},
+        {"logit_bias": {"a": math.nan}},
+        {"logit_bias": ["1" * 5000 + "=1"]},
+        {"logit_bias": ["a=1e999"]},
+        {"stop": ["\udcff"]},
+        {"stop": ["a", ""]},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_is_in_an_option_is_refused_where_it_is_wrong(calls, options):
+    """By the option, or by generate, which knows the tokens; at once."""
+    call, (name,) = calls["generate"], options
+    with pytest.raises(gpt.UserError) as info:
+        call.run(config=gpt.SamplingConfig(**options))
+    assert why_unclear(info.value, (name,)) is None
+
+
+def test_a_call_with_too_few_or_too_many_arguments_has_pythons_own_message():
+    for arguments, message in (({}, r"load\(\) missing 1 required"), ({"run_dir": "x", "what": 1}, r"load\(\) got an")):
+        with pytest.raises(TypeError, match=message):
+            gpt.load(**arguments)
