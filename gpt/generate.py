@@ -91,13 +91,14 @@ def generate(
     """
     config = config or SamplingConfig()
     for kind, each in (("model", model), ("draft", draft or model)):
-        V = each.config.vocab_size
-        require(V >= tokenizer.vocab_size, f"the {kind} has {V} tokens and the tokenizer {tokenizer.vocab_size}")
+        tokenizer.check_table(each.config.vocab_size, f"this {kind}")
+    # Special tokens that text does not begin with may be without rows.
+    vocab_size = min(tokenizer.vocab_size, model.config.vocab_size, (draft or model).config.vocab_size)
     require(draft is None or config.speculate is None, "a draft model and speculate contradict each other: give one")
     speculative = draft is not None or config.speculate is not None
     require(draft is None or draft.config.seq_len >= 2, "a draft model with a context of 1 cannot propose")
     require(speculative or config.draft_tokens is None, "draft_tokens needs a draft model or speculate")
-    bias = bias_vector(tokenizer, config, _sampling_device(model))
+    bias = bias_vector(tokenizer, config, _sampling_device(model), vocab_size)
     ends = {token_id(tokenizer, token, "stop_tokens"): "stop" for token in config.stop_tokens}
     if tokenizer.document_token is not None:
         ends.setdefault(tokenizer.document_token, "end")
@@ -115,7 +116,7 @@ def generate(
     for each in (model, draft or model):
         check_masks(each, min(each.config.seq_len, _longest(jobs)))
     state = _State()
-    return Generation(_generate(state, model, draft, jobs, config, ends, bias, tokenizer.vocab_size), state)
+    return Generation(_generate(state, model, draft, jobs, config, ends, bias, vocab_size), state)
 
 
 def room_for(prompt: Sequence[int], config: SamplingConfig, context: int) -> int:

@@ -132,10 +132,10 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
 
     A table that comes with its tokenizer, by init_from, may grow to fit it.
     """
-    from gpt.initial import has_tokenizer
+    from gpt.initial import has_tokenizer, initial_config
 
     size, source = config.model.vocab_size or tokenizer.vocab_size, config.train.init_from
-    if source is not None and size < tokenizer.vocab_size:
+    if source is not None and size < tokenizer.vocab_size and size == initial_config(source).vocab_size:
         if not has_tokenizer(source):
             raise UserError(
                 f"the table of {source} has {size} rows and the tokenizer {config.tokenizer.tokenizer} "
@@ -235,6 +235,8 @@ def read_run(
         raise UserError(f"{run_dir} is not a run directory: {hint or 'it is a file'}")
     if not (run_dir / "config.toml").exists():
         hint = adapter(run_dir) if (run_dir / "config.json").exists() else instead(run_dir)
+        if not hint and (run_dir / "config.json").exists():
+            hint = "it is a Hugging Face checkpoint: train it on with --init-from, or load it with gpt.from_hf"
         raise UserError(f"{run_dir} is not a run directory: {hint or 'it has no config.toml'}")
     if which in ("newest", "best"):
         checkpoint = {"newest": newest_checkpoint, "best": best_checkpoint}[which](checkpoints_of(run_dir), say)

@@ -124,14 +124,16 @@ def token_id(tokenizer: Tokenizer, token: int | str, what: str) -> int:
     return ids[0]
 
 
-def bias_vector(tokenizer: Tokenizer, config: SamplingConfig, device: torch.device) -> Tensor | None:
-    """(V,) float64 that logit_bias adds to the logits; None where it adds nothing."""
+def bias_vector(
+    tokenizer: Tokenizer, config: SamplingConfig, device: torch.device, vocab_size: int | None = None
+) -> Tensor | None:
+    """(V,) float64 that logit_bias adds to the logits of vocab_size tokens (None: all); None where it adds nothing."""
     if not config.logit_bias:
         return None
     bias = torch.zeros(tokenizer.vocab_size, dtype=torch.float64)
     for token, number in config.logit_bias.items():
         bias[token_id(tokenizer, token, "logit_bias")] += number
-    return bias.to(device)
+    return bias[:vocab_size].to(device)
 
 
 def distribution(

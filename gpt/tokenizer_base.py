@@ -99,8 +99,8 @@ class Tokenizer(ABC):
 
     def check_table(self, rows: int, model: str) -> None:
         """UserError unless a model's embedding table has a row for each id that a text becomes or begins with."""
-        never = set(self.specials.values()) - {self.document_token}
-        if missing := [i for i in range(rows, self.vocab_size) if i not in never]:
+        missing = [i for i in range(rows, self.vocab_size) if self.token_bytes[i] or i == self.document_token]
+        if missing:
             raise UserError(
                 f"the tokenizer of {model} has the token {missing[0]} and its embedding table {rows} rows: "
                 "train it on with --init-from, which adds the rows"

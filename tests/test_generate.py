@@ -88,9 +88,9 @@ def test_a_lone_string_and_models_with_too_few_tokens_are_refused():
     model, small = model_of(tokenizer), model_of(tokenizer, vocab_size=tokenizer.vocab_size - 1)
     with pytest.raises(UserError, match=r"prompts must be a list of texts, not .the.: for a lone text write \[text\]"):
         generate(model, tokenizer, "the")
-    with pytest.raises(UserError, match=f"the model has {tokenizer.vocab_size - 1} tokens and the tokenizer"):
+    with pytest.raises(UserError, match=f"the tokenizer of this model has the token {small.config.vocab_size}"):
         generate(small, tokenizer, ["the"])
-    with pytest.raises(UserError, match=f"the draft has {tokenizer.vocab_size - 1} tokens and the tokenizer"):
+    with pytest.raises(UserError, match=f"the tokenizer of this draft has the token {small.config.vocab_size}"):
         generate(model, tokenizer, ["the"], draft=small)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -150,8 +151,43 @@ def test_a_text_is_scored_only_if_each_of_its_tokens_has_a_row(tmp_path):
     with pytest.raises(UserError, match="table has 257 rows and the tokenizer 259 tokens"):
         export(model, WITH_WORD, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="has 257 tokens and the tokenizer 259"):
-        list(gpt.generate(model, WITH_WORD, ["a"], gpt.SamplingConfig(max_new_tokens=1)))
+    for pair in ({"model": model}, {"model": GPT(replace(model.config, vocab_size=300)), "draft": model}):
+        with pytest.raises(UserError, match=asked):
+            list(gpt.generate(tokenizer=WITH_WORD, prompts=["a"], config=gpt.SamplingConfig(max_new_tokens=1), **pair))
+
+
+# Special tokens at the end of a vocabulary, with ids between them that are no tokens.
+WITH_GAPS = BPETokenizer("x", r"[\s\S]", BYTES, {DOCUMENT: 256, "<pad>": 260, "<x>": 300})
+
+
+@pytest.mark.parametrize("tokenizer", [WITH_PAD, WITH_GAPS], ids=["pad", "gaps"])
+def test_special_tokens_without_rows_change_no_text(tmp_path, tokenizer):
+    model = checkpoint_of(tmp_path / "hf", tokenizer)
+    scored = score_texts(*load_source(tmp_path / "hf", "cpu"), [TEXT])
+    assert scored["loss"] == score_texts(model, ByteTokenizer(), [TEXT])["loss"]
+    draft = GPT(replace(model.config, n_layer=1, vocab_size=320)).eval()
+    for options in ({}, {"temperature": 0.0}, {"logit_bias": {"a": 3.0}}, {"repetition_penalty": 1.2}):
+        config = gpt.SamplingConfig(max_new_tokens=12, seed=3, **options)
+        for more in ({}, {"draft": draft}):
+            written = [
+                [piece.token for piece in gpt.generate(model, each, [TEXT[:9]], config, **more)]
+                for each in (tokenizer, ByteTokenizer())
+            ]
+            assert written[0] == written[1]
+
+
+def test_a_vocabulary_size_that_is_asked_for_is_kept_or_refused(tmp_path):
+    checkpoint_of(tmp_path / "hf", WITH_WORD)
+    with pytest.raises(UserError, match="vocab_size 258 is smaller than the tokenizer's 259: raise it, or leave"):
+        start(tmp_path, "--init-from", tmp_path / "hf", "--vocab-size", 258)
+    assert not (tmp_path / "run").exists()
+    assert start(tmp_path, "--init-from", tmp_path / "hf", "--vocab-size", 259) == 0
+
+
+def test_a_checkpoint_of_hugging_face_is_not_a_run(tmp_path):
+    checkpoint_of(tmp_path / "hf", ByteTokenizer())
+    with pytest.raises(UserError, match=r"it is a Hugging Face checkpoint: train it on with --init-from, or load it"):
+        gpt.load(tmp_path / "hf", "cpu")
 
 
 def test_a_run_whose_tokenizer_was_exchanged_is_refused(tiny_run, tmp_path):
