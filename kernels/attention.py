@@ -67,7 +67,7 @@ def attention(
     scale         1 / sqrt(D) if None; at most 1e30 in size
     softcap       1e-30 to 1e30, a bound on |s| (https://arxiv.org/abs/2408.00118)
     alibi_slopes  (H,), constants (https://arxiv.org/abs/2108.12409)
-    bias          a float tensor that broadcasts to (B, H, Tq, Tk); -inf hides a pair
+    bias          a float tensor of any size of numbers that broadcasts to (B, H, Tq, Tk); -inf hides a pair
     sinks         (H,), one logit for each head that joins the denominator (https://arxiv.org/abs/2309.17453)
     dropout_p     the share of weights dropped, 0 <= p < 1; which ones depends on (seed, b, h, i, j) alone
     seed          an int or a one-element int64 tensor; drawn from the device's generator if None
@@ -92,7 +92,7 @@ def attention(
     if impl == "auto":
         impl = _choose(q, k, v, mask, segment_ids, softcap, alibi_slopes, bias, sinks, dropout_p, return_lse)
     elif impl in ("triton", "sdpa"):
-        _require(impl, q, k, v, mask, segment_ids, softcap, sinks, dropout_p, return_lse)
+        _require(impl, q, k, v, mask, segment_ids, softcap, bias, sinks, dropout_p, return_lse)
 
     if impl == "sdpa":
         return attention_sdpa(q, k, v, mask, segment_ids, scale, alibi_slopes, bias)
@@ -135,7 +135,7 @@ def _choose(q, k, v, mask, segment_ids, softcap, alibi_slopes, bias, sinks, drop
     elif has_tangent(*followed):
         why_not_torch = "torch's scaled_dot_product_attention has no forward-mode derivatives"
     else:
-        why_not_torch = why_not_sdpa(q, k, mask, segment_ids, softcap, sinks, dropout_p, return_lse)
+        why_not_torch = why_not_sdpa(q, k, mask, segment_ids, softcap, bias, sinks, dropout_p, return_lse)
     if why_not_torch is None:
         choice = "sdpa"
     else:
@@ -144,7 +144,7 @@ def _choose(q, k, v, mask, segment_ids, softcap, alibi_slopes, bias, sinks, drop
     return choice
 
 
-def _require(impl, q, k, v, mask, segment_ids, softcap, sinks, dropout_p, return_lse) -> None:
+def _require(impl, q, k, v, mask, segment_ids, softcap, bias, sinks, dropout_p, return_lse) -> None:
     """Raise where an explicit choice cannot do the call."""
     if impl == "triton":
         if triton_missing is not None:
@@ -156,7 +156,7 @@ def _require(impl, q, k, v, mask, segment_ids, softcap, sinks, dropout_p, return
             )
         why_not = _why_not_triton(q, v)
     else:
-        why_not = why_not_sdpa(q, k, mask, segment_ids, softcap, sinks, dropout_p, return_lse)
+        why_not = why_not_sdpa(q, k, mask, segment_ids, softcap, bias, sinks, dropout_p, return_lse)
     if why_not is not None:
         raise NotImplementedError(f'impl="{impl}" cannot do this call: {why_not}')
 

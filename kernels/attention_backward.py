@@ -21,6 +21,7 @@ from kernels.configs import block_dim
 from kernels.problem import Launch, Problem, within_reach
 from kernels.tiles import (
     LOG2E,
+    biased_logits,
     count_full,
     count_partial,
     dot,
@@ -28,7 +29,6 @@ from kernels.tiles import (
     full_tile,
     head,
     load_tile,
-    logits,
     narrow,
     partial_tile,
     store_tile,
@@ -85,7 +85,7 @@ def _dkdv_tile(dk, dv, k, v, q_base, do_base, lse2_base, delta_base, m, b, h, k_
     if FOLD:
         p = tl.exp2(s * scoring.scale - lse2[None, :])
     else:
-        s, slope = logits(s, scoring, b, h, q_position, k_index, q_index, k_index, sizes)
+        s, slope = biased_logits(s, scoring, b, h, q_position, k_index, q_index, k_index, sizes)
         p = tl.exp2(s - lse2[None, :])
     if MASKED:
         seen = visible(masking, b, q_position, k_index, q_index, k_index, sizes, PREDICATE)
@@ -170,7 +170,7 @@ def _dq_tile(dq, q, do, lse2, delta, k_base, v_base, n, b, h, q_index, k_strides
     if FOLD:
         p = tl.exp2(s * scoring.scale - lse2)
     else:
-        s, slope = logits(s, scoring, b, h, q_position, k_index, q_index, k_index, sizes)
+        s, slope = biased_logits(s, scoring, b, h, q_position, k_index, q_index, k_index, sizes)
         p = tl.exp2(s - lse2)
     if MASKED:
         seen = visible(masking, b, q_position, k_index, q_index, k_index, sizes, PREDICATE)
@@ -230,8 +230,9 @@ def dq_kernel(q, k, v, dout, lse2, delta, dq, visited, q_strides, k_strides, v_s
     store_tile(dq_base, dq_strides, acc * scale, q_first, sizes.Tq, sizes.D, BLOCK_M, BLOCK_D)
 
 
-def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, wants_dbias: bool):
-    """dq, dk, dv in q's dtype, dsinks and dbias in float32 or None, from the forward pass's out and lse."""
+def backward(problem: Problem, out: Tensor, lse: Tensor, shift: Tensor | None, dout, dlse, wants_dbias: bool):
+    """dq, dk, dv in q's dtype, dsinks and dbias in float32 or None, from the forward pass's out, lse and shift."""
+    problem.shift = shift
     B, (Tq, Tk, H, _, D, Dv) = problem.B, problem.sizes
     dout = within_reach(dout)
     lse2, delta = (problem.empty(B, H, Tq, dtype=torch.float32) for _ in range(2))
@@ -243,7 +244,8 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
     dsinks, sinks = None, problem.call.sinks
     if sinks is not None:
         # The sink is a key whose value is zero, so that its dp is 0: ds = p * (0 - delta).
-        p_sink = torch.exp2(sinks.float().view(1, H, 1) / math.log(2) - lse2)
+        sinks = sinks.float().view(1, H, 1) - (0.0 if shift is None else shift)
+        p_sink = torch.exp(sinks - lse.masked_fill(lse == -math.inf, math.inf))
         dsinks = -(p_sink * delta).sum(dim=(0, 2))
     return dq, dk, dv, dsinks, bias_gradient(problem, dout, lse2, delta) if wants_dbias else None
 

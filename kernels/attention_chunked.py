@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention_reference import dropout_survivors
+from kernels.bias import SMALL, add_bias, largest, row_shift
 from kernels.mask import evaluate
 from kernels.operators import Call, accumulated, call_of, define
 from kernels.tile_lists import tile_map
@@ -84,8 +85,13 @@ def _from_group(x: Tensor, rows: int) -> Tensor:
     return x.view(heads * n // rows, rows, D).transpose(0, 1)
 
 
-def _logits(call: Call, chunk: Chunk, qg: Tensor, kg: Tensor) -> tuple[Tensor, Tensor | float]:
-    """(H, rows, keys), -inf where nothing is seen, and the derivative of softcap. qg, kg (H_kv, ..., D)."""
+def _logits(
+    call: Call, chunk: Chunk, qg: Tensor, kg: Tensor, is_small: bool
+) -> tuple[Tensor, Tensor | float, Tensor | float]:
+    """(H, rows, keys), -inf where nothing is seen, the derivative of softcap, and what a row's bias was taken off.
+
+    qg, kg (H_kv, ..., D); is_small: the bias may be added as it is. The last is (H, rows, 1), or 0 without a bias.
+    """
     (_, Tq, H, _), Tk = call.q.shape, call.k.shape[1]
     rows, device = chunk.end - chunk.begin, call.q.device
     s = (qg @ kg.mT).view(H, rows, kg.shape[1]).mul_(call.scale)
@@ -97,14 +103,27 @@ def _logits(call: Call, chunk: Chunk, qg: Tensor, kg: Tensor) -> tuple[Tensor, T
     q = torch.arange(chunk.begin + Tk - Tq, chunk.end + Tk - Tq, device=device, dtype=torch.int32)[:, None]
     if call.alibi_slopes is not None:
         s -= call.alibi_slopes.to(s.dtype)[:, None, None] * (q - k).abs()
-    if call.bias is not None:
-        s += call.bias.expand(*call.q.shape[:1], H, Tq, Tk)[chunk.b, :, chunk.begin : chunk.end][..., chunk.keys]
     one_row = [tensor[chunk.b : chunk.b + 1] for tensor in call.mask_rows]
     seen = evaluate(call.mask, q, k, call.pattern().params, one_row).expand(1, 1, rows, k.shape[1])[0, 0]
     if call.segments_q is not None:
         own = call.segments_q[chunk.b, chunk.begin : chunk.end]
         seen = seen & (own[:, None] == call.segments_k[chunk.b, chunk.keys])
-    return s.masked_fill_(~seen, -math.inf), slope
+    if call.bias is None:
+        return s.masked_fill_(~seen, -math.inf), slope, 0.0
+    bias = _bias_of(call, chunk).to(s.dtype)
+    if is_small:
+        return s.add_(bias).masked_fill_(~seen, -math.inf), slope, s.new_zeros(H, rows, 1)
+    sinks = None if call.sinks is None else call.sinks.to(s.dtype).view(H, 1, 1)
+    shift = row_shift(bias, seen, sinks).expand(H, rows, 1)
+    return add_bias(s, bias, shift).masked_fill_(~seen, -math.inf), slope, shift
+
+
+def _bias_of(call: Call, chunk: Chunk) -> Tensor:
+    """A chunk's part of the bias, (H or 1, rows, keys)."""
+    (_, Tq, _, _), Tk = call.q.shape, call.k.shape[1]
+    bias = call.bias.view((1,) * (4 - call.bias.ndim) + tuple(call.bias.shape))
+    bias = bias[chunk.b if bias.shape[0] > 1 else 0]
+    return bias.expand(-1, Tq, Tk)[:, chunk.begin : chunk.end][..., chunk.keys]
 
 
 def _survivors(call: Call, chunk: Chunk) -> Tensor:
@@ -116,15 +135,17 @@ def _survivors(call: Call, chunk: Chunk) -> Tensor:
     return dropout_survivors(call.dropout_p, call.seed, torch.tensor(chunk.b, device=device), h, i, j)
 
 
-def chunked_forward(call: Call) -> tuple[Tensor, Tensor]:
+def chunked_forward(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     (B, Tq, H, _), (_, _, H_kv, Dv) = call.q.shape, call.v.shape
     real = accumulated(call.q.dtype)
     out, lse = call.q.new_empty(B, Tq, H, Dv), call.q.new_empty(B, H, Tq, dtype=real)
-    sinks = None if call.sinks is None else call.sinks.to(real).view(H, 1, 1)
+    shifts = None if call.bias is None else torch.empty_like(lse)
+    is_small = call.bias is None or largest(call.bias) <= SMALL
     for chunk in _chunks(call):
         b, begin, end, keys = chunk
         kg, vg = call.k[b, keys].to(real).transpose(0, 1), call.v[b, keys].to(real).transpose(0, 1)
-        s, _ = _logits(call, chunk, _by_group(call.q[b, begin:end], H_kv, real), kg)
+        s, _, shift = _logits(call, chunk, _by_group(call.q[b, begin:end], H_kv, real), kg, is_small)
+        sinks = None if call.sinks is None else call.sinks.to(real).view(H, 1, 1) - shift
         pivot = s.amax(2, keepdim=True) if s.shape[2] else s.new_full((H, end - begin, 1), -math.inf)
         if sinks is not None:
             pivot = torch.maximum(pivot, sinks)
@@ -135,14 +156,18 @@ def chunked_forward(call: Call) -> tuple[Tensor, Tensor]:
             total = total + torch.exp(sinks - pivot)
         # A query that sees nothing: log(0) is the -inf of its lse, and its zeros are divided by 1.
         lse[b, :, begin:end] = (pivot + torch.log(total))[..., 0]
+        if shifts is not None:
+            shifts[b, :, begin:end] = shift[..., 0]
         p = p.div_(total.masked_fill(total == 0, 1.0))
         if call.seed is not None:
             p = p.mul_(_survivors(call, chunk)).div_(1 - call.dropout_p)
         out[b, begin:end] = _from_group(_grouped(p, H_kv) @ vg, end - begin)
-    return out, lse
+    return out, lse, shifts
 
 
-def chunked_backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, wants_dbias: bool):
+def chunked_backward(
+    call: Call, out: Tensor, lse: Tensor, shift: Tensor | None, dout: Tensor, dlse: Tensor | None, wants_dbias: bool
+):
     """dq, dk, dv, and dsinks and dbias or None."""
     H, H_kv = call.q.shape[2], call.k.shape[2]
     real = accumulated(call.q.dtype)
@@ -150,6 +175,7 @@ def chunked_backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: T
     dk, dv = (torch.zeros(x.shape, dtype=real, device=x.device) for x in (call.k, call.v))
     dsinks = None if call.sinks is None else torch.zeros(H, dtype=real, device=dq.device)
     dbias = torch.zeros(call.bias.shape, dtype=real, device=dq.device) if wants_dbias else None
+    is_small = call.bias is None or largest(call.bias) <= SMALL
     for chunk in _chunks(call):
         b, begin, end, keys = chunk
         rows = end - begin
@@ -160,7 +186,7 @@ def chunked_backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: T
             delta = delta - dlse[b, :, begin:end, None]
         lse_rows = lse[b, :, begin:end, None]
         lse_rows = lse_rows.masked_fill(lse_rows == -math.inf, math.inf)
-        s, slope = _logits(call, chunk, qg, kg)
+        s, slope, shift = _logits(call, chunk, qg, kg, is_small)
         p = s.sub_(lse_rows).exp_()  # (H, rows, keys)
         dp = (dog @ vg.mT).view(p.shape)
         if call.seed is not None:
@@ -172,7 +198,7 @@ def chunked_backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, dlse: T
         _add(dv[b], keys, _grouped(weights, H_kv).mT @ dog)
         ds = dp.sub_(delta).mul_(p)
         if dsinks is not None:
-            dsinks -= (torch.exp(call.sinks.to(real)[:, None, None] - lse_rows) * delta).sum((1, 2))
+            dsinks -= (torch.exp(call.sinks.to(real)[:, None, None] - shift - lse_rows) * delta).sum((1, 2))
         if dbias is not None:
             _add_to_bias(dbias, chunk, ds)
         ds = _grouped(ds.mul_(slope), H_kv)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.problem import Launch, Problem
 from kernels.tile_lists import tile_map
-from kernels.tiles import dot, dropout_keep, load_tile, logits, visible
+from kernels.tiles import biased_logits, dot, dropout_keep, load_tile, visible
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _tile(acc, q_base, k_base, v_base, do_base, lse2_base, delta_base, m, n, b, 
     q = load_tile(q_base, q_strides, m * BLOCK_M, sizes.Tq, sizes.D, BLOCK_M, BLOCK_D, True, CHECK_D)
     k = load_tile(k_base, k_strides, n * BLOCK_N, sizes.Tk, sizes.D, BLOCK_N, BLOCK_D, True, CHECK_D)
     s = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-    s, _ = logits(s, scoring, b, h, q_position, k_index, q_index, k_index, sizes)
+    s, _ = biased_logits(s, scoring, b, h, q_position, k_index, q_index, k_index, sizes)
     lse2 = tl.load(lse2_base + rows, mask=rows < sizes.Tq, other=float("inf"))
     p = tl.exp2(s - lse2[:, None])
     p = tl.where(visible(masking, b, q_position, k_index, q_index, k_index, sizes, PREDICATE), p, 0.0)

@@ -22,14 +22,15 @@ from kernels.mask import STANDS_FOR
 from kernels.problem import Launch, Problem, within_reach
 from kernels.tiles import (
     FLOOR,
-    LOG2E,
     Masking,
     Sizes,
     count_full,
     count_partial,
     dot,
     full_tile,
+    in_base_2,
     narrow,
+    natural_lse,
     partial_tile,
     visits,
 )
@@ -55,8 +56,8 @@ def _tile(acc, l_i, m_i, q, n, b, h_kv, h, q_position, cached, cache, new, rotar
         # They may not have reached the cache yet.
         fresh = new_keys(new, rotary, b, h_kv, keys - cached, is_new, keys, sizes.D, CHECK_D, BLOCK_D)
         k = tl.where(is_new[:, None], fresh, k)
-    p, alpha, l_i, m_i = softmax_step(q, k, l_i, m_i, b, h, q_position, keys[None, :], q_position, sizes, masking,
-                                      scoring, PREDICATE, MASKED, FOLD)  # fmt: skip
+    p, alpha, l_i, m_i, _ = softmax_step(q, k, l_i, m_i, 0.0, b, h, q_position, keys[None, :], q_position, sizes,
+                                         masking, scoring, PREDICATE, MASKED, FOLD)  # fmt: skip
     rows = cache_rows(cache.v, cache.v_strides, cache, b, h_kv, keys, in_cache, PAGE)
     v = load_rows(rows, cache.v_strides[3], in_cache, sizes.Dv, BLOCK_DV, MASKED, CHECK_DV)
     if MASKED and HAS_NEW:
@@ -217,11 +218,12 @@ def combine_kernel(counts, partial, maxima, sums, sinks, out, lse, sizes, n_slot
     acc = tl.zeros((BLOCK_DV,), tl.float32)
     l_i = 0.0
     m_i = FLOOR
+    sink = None
     if sinks is not None:
         # The sink is a key that has been seen already, with a value of zero.
-        sink = tl.load(sinks + h).to(tl.float32) * LOG2E
-        m_i = tl.maximum(m_i, sink)
-        l_i = tl.exp2(sink - m_i)
+        sink = tl.load(sinks + h).to(tl.float32)
+        m_i = tl.maximum(m_i, in_base_2(sink))
+        l_i = tl.exp2(in_base_2(sink) - m_i)
     for start in range(0, n, BLOCK_S):
         slots = start + tl.arange(0, BLOCK_S)
         inside = slots < n
@@ -242,7 +244,7 @@ def combine_kernel(counts, partial, maxima, sums, sinks, out, lse, sizes, n_slot
     l_i = tl.where(is_empty, 1.0, l_i)
     out_row = out + ((b * sizes.Tq + t) * sizes.H + h) * sizes.Dv
     tl.store(out_row + cols, narrow(acc / l_i, out.dtype.element_ty), mask=cols < sizes.Dv)
-    natural = tl.where(is_empty, float("-inf"), (m_i + tl.log2(l_i)) / LOG2E)
+    natural = tl.where(is_empty, float("-inf"), natural_lse(m_i, l_i, sink))
     tl.store(lse + (b * sizes.H + h) * sizes.Tq + t, natural)
 
 

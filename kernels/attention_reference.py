@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.arguments import as_floats
 from kernels.attention_arguments import check_attention
+from kernels.bias import add_bias, row_shift
 from kernels.masks import CAUSAL, Mask
 
 _WORD = 0xFFFFFFFF
@@ -59,11 +60,15 @@ def attention_reference(
             s = softcap * torch.tanh(s / softcap)
         if alibi_slopes is not None:
             s = s + alibi_term(alibi_slopes.to(real), Tq, Tk)
-        if bias is not None:
-            s = s + bias.to(real)
-        s = s.masked_fill(~visible_pairs(mask, segment_ids, Tq, Tk, q.device), -math.inf)
-
-        p, lse = _softmax(s, None if sinks is None else sinks.to(real))
+        visible = visible_pairs(mask, segment_ids, Tq, Tk, q.device)
+        sinks = None if sinks is None else sinks.to(real).view(1, H, 1, 1)
+        if bias is None:
+            p, lse = _softmax(s.masked_fill(~visible, -math.inf), sinks)
+        else:
+            shift = row_shift(bias.to(real), visible, sinks)  # (1 or B, 1 or H, 1 or Tq, 1)
+            s = add_bias(s, bias.to(real), shift).masked_fill(~visible, -math.inf)
+            p, lse = _softmax(s, None if sinks is None else sinks - shift)
+            lse = lse + shift[..., 0]
         if dropout_p > 0:
             keep = dropout_keep(dropout_p, seed, (B, H, Tq, Tk), q.device)
             p = p * keep / (1 - dropout_p)
@@ -74,12 +79,12 @@ def attention_reference(
 def _softmax(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     """Softmax over the last axis of s (B, H, Tq, Tk) and its log-sum-exp (B, H, Tq).
 
-    `sinks` (H,): one more logit for each head, which joins the denominator and nothing else. A row of -inf gives
-    zeros and -inf, with gradients of zero, where torch.softmax would give NaN.
+    `sinks` broadcasts to (B, H, Tq, 1): one more logit, which joins the denominator and nothing else. A row of -inf
+    gives zeros and -inf, with gradients of zero, where torch.softmax would give NaN.
     """
     B, H, Tq, Tk = s.shape
     if sinks is not None:
-        s = torch.cat([s, sinks.view(1, H, 1, 1).expand(B, H, Tq, 1)], dim=-1)
+        s = torch.cat([s, sinks.expand(B, H, Tq, 1)], dim=-1)
     if s.shape[-1] == 0:
         return s, s.new_full((B, H, Tq), -math.inf)
     # The pivot cancels, so it carries no gradient; it is kept finite so that -inf - -inf never arises.

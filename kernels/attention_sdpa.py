@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from kernels.attention_reference import alibi_term, visible_pairs
+from kernels.bias import COARSE, SMALL, largest, row_shift
 from kernels.masks import CAUSAL, FULL, Mask
 
 # Up to this length torch's fused CPU kernel for 16-bit training is slower than three plain products: 24 ms against 6 at
@@ -24,7 +25,7 @@ PACKED = 64
 MAX_DENSE = 16
 
 
-def why_not_sdpa(q, k, mask, segment_ids, softcap, sinks, dropout_p, return_lse) -> str | None:
+def why_not_sdpa(q, k, mask, segment_ids, softcap, bias, sinks, dropout_p, return_lse) -> str | None:
     """Why torch's function cannot do this call; None if it can."""
     if softcap is not None or sinks is not None or dropout_p or return_lse:
         return "torch's scaled_dot_product_attention has no softcap, no sinks, no lse and not our dropout"
@@ -36,6 +37,8 @@ def why_not_sdpa(q, k, mask, segment_ids, softcap, sinks, dropout_p, return_lse)
     is_safe = Tq <= Tk and mask.shows_itself and not isinstance(segment_ids, tuple)
     if not is_safe and may_be_blind(mask, segment_ids, Tq, Tk, q.device):
         return "under this mask a query may see no key, where torch's scaled_dot_product_attention promises nothing"
+    if bias is not None and COARSE <= largest(bias) < torch.inf:
+        return f"torch's scaled_dot_product_attention loses a bias of {COARSE:.0f} or more"
     return None
 
 
@@ -120,6 +123,10 @@ def _attn_mask(q: Tensor, Tk: int, mask: Mask, segment_ids, alibi_slopes, bias) 
     if alibi_slopes is not None:
         added = added + alibi_term(alibi_slopes.to(real), Tq, Tk)
     if bias is not None:
+        bias = bias.to(real)
+        if not largest(bias) <= SMALL:
+            # Relative to each row's largest, it loses nothing of the scores that it is added to.
+            bias = bias - row_shift(bias, visible)
         added = added + bias
     return added.masked_fill(~visible, float("-inf")).to(q.dtype)
 

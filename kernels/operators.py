@@ -59,9 +59,9 @@ _CALL = (
     "Tensor? segments_q, Tensor? segments_k, float scale, float softcap, Tensor? alibi_slopes, Tensor? bias, "
     "Tensor? sinks, float dropout_p, Tensor? seed"
 )
-_FORWARD = f"({_CALL}) -> (Tensor, Tensor)"
+_FORWARD = f"({_CALL}) -> (Tensor, Tensor, Tensor)"
 _BACKWARD = (
-    f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, bool wants_dbias, {_CALL})"
+    f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor shift, bool wants_dbias, {_CALL})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -124,31 +124,36 @@ _libraries: list[torch.library.Library] = []  # an operator lives as long as the
 
 
 def define(name: str, forward: Callable, backward: Callable) -> Callable:
-    """The operators `name`::forward and ::backward, differentiable once; returns the first, guarded.
+    """The operators `name`::forward and ::backward, differentiable once; returns a function (*call) -> out, lse.
 
-    forward(call) -> out (B, Tq, H, Dv), lse (B, H, Tq)
-    backward(call, out, lse, dout, dlse, wants_dbias) -> dq, dk, dv, dsinks, dbias; dlse may be None, as may the last
-    two of its results.
+    forward(call) -> out (B, Tq, H, Dv), lse (B, H, Tq), shift
+    backward(call, out, lse, shift, dout, dlse, wants_dbias) -> dq, dk, dv, dsinks, dbias; dlse may be None, as may the
+    last two of its results.
+
+    With a bias, shift (B, H, Tq) is what is taken off each row of it (kernels/bias.py) and lse lacks; None without.
     """
 
     def forward_op(*args):
-        return forward(Call(*args))
+        out, lse, shift = forward(Call(*args))
+        return out, lse, out.new_empty(0) if shift is None else shift
 
-    def backward_op(dout, dlse, out, lse, wants_dbias, *args):
-        *grads, dsinks, dbias = backward(Call(*args), out, lse, dout, dlse, wants_dbias)
+    def backward_op(dout, dlse, out, lse, shift, wants_dbias, *args):
+        call = Call(*args)
+        shift = None if call.bias is None else shift
+        *grads, dsinks, dbias = backward(call, out, lse, shift, dout, dlse, wants_dbias)
         # An operator returns tensors: empty ones where there is nothing to return.
         nothing = out.new_empty(0)
         return *grads, nothing if dsinks is None else dsinks, out.new_empty(0) if dbias is None else dbias
 
-    def gradients(ctx, dout: Tensor | None, dlse: Tensor | None) -> tuple:
-        out, lse, *tensors = ctx.saved_tensors
+    def gradients(ctx, dout: Tensor | None, dlse: Tensor | None, _) -> tuple:
+        out, lse, shift, *tensors = ctx.saved_tensors
         n_rows, constants = ctx.constants
         tensors, rows = tensors[: len(tensors) - n_rows], tensors[len(tensors) - n_rows :]
         call = Call(**dict(zip(_TENSORS, tensors)), **constants, mask_rows=rows)
         if dout is None:
             dout = torch.zeros_like(out)
         wants_dbias = ctx.needs_input_grad[Call._fields.index("bias")]
-        dq, dk, dv, dsinks, dbias = guarded_backward(dout, dlse, out, lse, wants_dbias, *call)
+        dq, dk, dv, dsinks, dbias = guarded_backward(dout, dlse, out, lse, shift, wants_dbias, *call)
         grads = {"q": dq, "k": dk, "v": dv, "mask_rows": [None] * n_rows}
         if call.sinks is not None:
             grads["sinks"] = dsinks.to(call.sinks.dtype)
@@ -163,7 +168,13 @@ def define(name: str, forward: Callable, backward: Callable) -> Callable:
     forward_op.register_autograd(gradients, setup_context=_save)
     backward_op.register_autograd(_no_second_gradient)
     guarded_backward = guarded(backward_op, NO_TRANSFORMS)
-    return guarded(forward_op, NO_TRANSFORMS)
+    guarded_forward = guarded(forward_op, NO_TRANSFORMS)
+
+    def attend(*call) -> tuple[Tensor, Tensor]:
+        out, lse, shift = guarded_forward(*call)
+        return out, lse if Call(*call).bias is None else lse + shift
+
+    return attend
 
 
 _TENSORS = ("q", "k", "v", "segments_q", "segments_k", "alibi_slopes", "bias", "sinks", "seed")
@@ -174,6 +185,7 @@ def _save(ctx, inputs, output) -> None:
     rows = call.pop("mask_rows")
     tensors = [call.pop(name) for name in _TENSORS]
     ctx.save_for_backward(*output, *tensors, *rows)
+    ctx.mark_non_differentiable(output[2])
     ctx.constants = len(rows), call
     # An output that nobody differentiates brings None, not a tensor of zeros.
     ctx.set_materialize_grads(False)
@@ -183,12 +195,15 @@ def _no_second_gradient(ctx, *grads):
     raise NotImplementedError('attention has no second derivative in the kernels: impl="reference" has one')
 
 
-def _fake_forward(q, k, v, *args):
-    B, Tq, H, _ = q.shape
-    return q.new_empty(B, Tq, H, v.shape[3]), q.new_empty(B, H, Tq, dtype=accumulated(q.dtype))
+def _fake_forward(*args):
+    call = Call(*args)
+    B, Tq, H, _ = call.q.shape
+    lse = call.q.new_empty(B, H, Tq, dtype=accumulated(call.q.dtype))
+    shift = call.q.new_empty(0) if call.bias is None else torch.empty_like(lse)
+    return call.q.new_empty(B, Tq, H, call.v.shape[3]), lse, shift
 
 
-def _fake_backward(dout, dlse, out, lse, wants_dbias, *args):
+def _fake_backward(dout, dlse, out, lse, shift, wants_dbias, *args):
     call = Call(*args)
     q, k, v = call[:3]
     real = accumulated(q.dtype)

@@ -66,6 +66,9 @@ def descriptors(args: dict) -> dict:
 class Problem:
     """A call, for one architecture: that of its tensors if None."""
 
+    # With a bias (B, H, Tq), float32, which the forward pass writes and the backward pass reads.
+    shift: Tensor | None = None
+
     def __init__(self, call: Call, arch: str | None = None):
         q, k, v = (within_reach(x) for x in call[:3])
         self.call = call._replace(q=q, k=k, v=v)
@@ -74,6 +77,7 @@ class Problem:
         self.B, self.H_kv = B, H_kv
         self.sizes = Sizes(Tq, Tk, H, H // H_kv, D, Dv)
         self.arch = arch or configs.architecture(q.device)
+        self.shift = None if call.bias is None else self.empty(B, H, Tq, dtype=torch.float32)
 
     def launch(self, kernel: Callable, name: str, n_rows: int, heads: int, rows_are_queries: bool, **args) -> Launch:
         """`kernel` with one program for each tile of n_rows rows of each head, and what all kernels take."""
@@ -139,10 +143,11 @@ class Problem:
         if self.call.bias is not None:
             bias = self.call.bias.expand(B, H, Tq, self.sizes.Tk)
             strides = bias.stride()
+        unit = LOG2E if bias is None else 1.0
+        scale, softcap = self.call.scale * unit, None
         if self.call.softcap:
-            ratio = in_float32(self.call.scale / self.call.softcap)
-            return Scoring(ratio, self.call.softcap * LOG2E, self.call.alibi_slopes, bias, strides)
-        return Scoring(self.call.scale * LOG2E, None, self.call.alibi_slopes, bias, strides)
+            scale, softcap = in_float32(self.call.scale / self.call.softcap), self.call.softcap * unit
+        return Scoring(scale, softcap, self.call.alibi_slopes, bias, strides, self.shift)
 
     def dropout(self) -> Dropout:
         if self.call.dropout_p == 0:

@@ -13,6 +13,8 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
 # The running maximum starts here, not at -inf, so that differences of maxima are never NaN.
 FLOOR = tl.constexpr(-3.0e38)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the least finite bias
+COARSE = tl.constexpr(2.0**29)  # as in kernels/bias.py
 
 
 class Sizes(NamedTuple):
@@ -45,10 +47,11 @@ class Masking(NamedTuple):
 
 
 class Scoring(NamedTuple):
-    """How dot products become logits in base 2. What is None is compiled away.
+    """How dot products become logits. What is None is compiled away.
 
-    logit = dot * scale, or softcap * tanh(dot * scale), then alibi_slopes (H,) and bias, which lies bias_strides
-    (b, h, q, k) elements apart. The factor log2(e) is in scale, or in softcap where there is one.
+    logit = dot * scale, or softcap * tanh(dot * scale), then alibi_slopes (H,), in base 2: the factor log2(e) is in
+    scale, or in softcap where there is one. With a bias, which lies bias_strides (b, h, q, k) elements apart, that
+    factor comes last. shift (B, H, Tq): what the forward pass takes off each row of the bias.
     """
 
     scale: float
@@ -56,6 +59,7 @@ class Scoring(NamedTuple):
     alibi_slopes: object
     bias: object
     bias_strides: tuple
+    shift: object
 
 
 class Dropout(NamedTuple):
@@ -313,8 +317,8 @@ def tanh(x):
 
 
 @triton.jit
-def logits(s, scoring, b, h, q, k, q_index, k_index, sizes):
-    """From dot products s to logits in base 2; also the derivative of softcap (1.0 without it)."""
+def logits(s, scoring, h, q, k):
+    """From dot products s to logits in base 2, or natural ones that wait for a bias; the derivative of softcap."""
     slope = 1.0
     s = s * scoring.scale
     if scoring.softcap is not None:
@@ -322,14 +326,54 @@ def logits(s, scoring, b, h, q, k, q_index, k_index, sizes):
         slope = 1.0 - t * t
         s = t * scoring.softcap
     if scoring.alibi_slopes is not None:
-        s -= tl.load(scoring.alibi_slopes + h).to(tl.float32) * LOG2E * tl.abs(q - k).to(tl.float32)
-    if scoring.bias is not None:
-        stride_b, stride_h, stride_q, stride_k = scoring.bias_strides
-        base = scoring.bias + tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h
-        pointers = base + tl.cast(q_index, tl.int64) * stride_q + tl.cast(k_index, tl.int64) * stride_k
-        bias = tl.load(pointers, mask=(q_index < sizes.Tq) & (k_index < sizes.Tk), other=0.0)
-        s += bias.to(tl.float32) * LOG2E
+        per_position = tl.load(scoring.alibi_slopes + h).to(tl.float32)
+        if scoring.bias is None:
+            per_position *= LOG2E
+        s -= per_position * tl.abs(q - k).to(tl.float32)
     return s, slope
+
+
+@triton.jit
+def load_bias(scoring, b, h, q_index, k_index, sizes):
+    """A tile of the bias in float32."""
+    stride_b, stride_h, stride_q, stride_k = scoring.bias_strides
+    base = scoring.bias + tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h
+    pointers = base + tl.cast(q_index, tl.int64) * stride_q + tl.cast(k_index, tl.int64) * stride_k
+    return tl.load(pointers, mask=(q_index < sizes.Tq) & (k_index < sizes.Tk), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def add_bias(s, bias, shift):
+    """s + bias - shift in base 2, s rounded to what float64 would keep of s + bias: see kernels/bias.py."""
+    power = (shift.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # of two, at most |shift|
+    rounder = tl.where(power < COARSE, 0.0, power * (1.5 / COARSE))
+    return (s + rounder - rounder + (bias - shift)) * LOG2E
+
+
+@triton.jit
+def biased_logits(s, scoring, b, h, q, k, q_index, k_index, sizes):
+    """From dot products s to logits in base 2, less each row's shift, for the backward pass; softcap's derivative."""
+    s, slope = logits(s, scoring, h, q, k)
+    if scoring.bias is not None:
+        row = (tl.cast(b, tl.int64) * sizes.H + h) * sizes.Tq + q_index
+        shift = tl.load(scoring.shift + row, mask=q_index < sizes.Tq, other=0.0)
+        s = add_bias(s, load_bias(scoring, b, h, q_index, k_index, sizes), shift)
+    return s, slope
+
+
+@triton.jit
+def in_base_2(sink):
+    """A sink's logit in base 2, finite unless it is -inf."""
+    return tl.where(sink == float("-inf"), sink, tl.minimum(tl.maximum(sink * LOG2E, FLOOR), -FLOOR))
+
+
+@triton.jit
+def natural_lse(m_i, l_i, sink):
+    """lse from the maximum and the sum in base 2. A sink (None without) that is the maximum itself is not rounded."""
+    lse = (m_i + tl.log2(l_i)) / LOG2E
+    if sink is not None:
+        lse = tl.where(m_i == in_base_2(sink), sink + tl.log2(l_i) / LOG2E, lse)
+    return lse
 
 
 @triton.jit

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention_reference import alibi_term, dropout_keep, visible_pairs
+from kernels.bias import SMALL, add_bias, row_shift
 
 FEW = 3.0  # rounding steps of exp, tanh, log or a conversion between bases
 
@@ -58,7 +59,7 @@ class Weights:
     """Attention's weights in float64, heads before positions, with their variances in units of u^2.
 
     p (B, H, Tq, Tk), of which s_variance is the relative variance of each by itself; lse_variance (B, H, Tq, 1) is that
-    of lse, and of all p of a row together.
+    of lse, and of all p of a row together; with a bias, lse lacks shift (B, H, Tq, 1).
     """
 
     def __init__(self, q, k, v, *, mask, segment_ids, scale, softcap, alibi_slopes, bias, sinks, dropout_p, seed):
@@ -70,14 +71,22 @@ class Weights:
         s = self.scale * (self.q @ self.k.mT)
         variance = self.scale**2 * product_variance(self.q, self.k.mT) + s.square()
         s, variance, self.slope = capped(s, variance, softcap)
-        for term in (None if alibi_slopes is None else alibi_term(alibi_slopes, Tq, Tk), bias):
-            if term is not None:
-                s = s + term
-                variance = variance + s.square() + term.square()
-        s = s.masked_fill(~visible_pairs(mask, segment_ids, Tq, Tk, q.device), -math.inf)
+        if alibi_slopes is not None:
+            term = alibi_term(alibi_slopes, Tq, Tk)
+            s = s + term
+            variance = variance + s.square() + term.square()
+        visible = visible_pairs(mask, segment_ids, Tq, Tk, q.device)
         # The sink: one more logit, without a value.
         sinks = torch.full((H,), -math.inf, dtype=s.dtype, device=s.device) if sinks is None else sinks
         sinks = sinks.view(1, H, 1, 1).expand(B, H, Tq, 1)
+        self.shift = torch.zeros_like(sinks)
+        if bias is not None:
+            # Each row's largest bias is taken off; a small bias may also be added as it is.
+            self.shift = row_shift(bias, visible, sinks)
+            s = add_bias(s, bias, self.shift)
+            variance = variance + s.square() + (bias - self.shift).square() + bias.clamp(-SMALL, SMALL).square()
+            sinks = sinks - self.shift
+        s = s.masked_fill(~visible, -math.inf)
         self.lse = torch.cat([s, sinks], dim=3).logsumexp(3, keepdim=True)
         lse = self.lse.masked_fill(self.lse == -math.inf, 0.0)
         self.p, self.p_sink = (s - lse).exp(), (sinks - lse).exp()
@@ -99,6 +108,11 @@ class Weights:
         variance = (weights.square() * self.s_variance) @ self.v.square() + product_variance(weights, self.v)
         return out, variance + out.square() * (self.lse_variance + FEW**2)
 
+    def whole_lse_variance(self) -> Tensor:
+        """(B, H, Tq): once shift is added."""
+        whole = (self.lse.masked_fill(self.lse == -math.inf, 0.0) + self.shift).square() * (self.shift != 0)
+        return (self.lse_variance + whole)[..., 0]
+
 
 def attention_deviation(inputs, dtype: torch.dtype) -> dict[str, Tensor]:
     """The deviations of what attention_checks.run gives: out, lse and each gradient."""
@@ -119,7 +133,7 @@ def attention_deviation(inputs, dtype: torch.dtype) -> dict[str, Tensor]:
     ds_variance = product_variance(dout, w.v.mT) * w.kept.square() + dp.square() + inner.square()
     ds_variance = w.p.square() * ds_variance + ds.square() * (w.s_variance + FEW**2)
 
-    variances = {"out": out_variance.transpose(1, 2), "lse": w.lse_variance[..., 0]}
+    variances = {"out": out_variance.transpose(1, 2), "lse": w.whole_lse_variance()}
     own = ds_variance * w.slope.square() + (FEW * ds).square()  # of ds * slope
     ds0 = ds * w.slope
     dq = own @ w.k.square() + product_variance(ds0, w.k)
@@ -163,7 +177,7 @@ def attend_deviation(q, k, v, *, return_lse=True, **features) -> tuple[Tensor, T
     """The deviations of out (B, Tq, H, Dv) and lse (B, H, Tq) for a call in float32; its arguments come in float64."""
     given = dict.fromkeys(("segment_ids", "bias", "seed")) | {"dropout_p": 0.0} | features
     w = Weights(q, k, v, **{name: in_double(x) for name, x in given.items()})
-    variances = {"out": w.outputs()[1].transpose(1, 2), "lse": w.lse_variance[..., 0]}
+    variances = {"out": w.outputs()[1].transpose(1, 2), "lse": w.whole_lse_variance()}
     return tuple(deviations(variances, unit_of(torch.float32)).values())
 
 

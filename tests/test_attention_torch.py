@@ -34,9 +34,10 @@ def test_opcheck(features, name, device):
     args = tuple(call_of(*qkv(device), **arguments))
     operators = getattr(torch.ops, name)
     torch.library.opcheck(operators.forward.default, args)
-    out, lse = operators.forward(*args)
+    out, lse, shift = operators.forward(*args)
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
-    backward_args = (torch.randn_like(out), torch.randn_like(lse), out.detach(), lse.detach(), features, *detached)
+    results = [x.detach() for x in (out, lse, shift)]
+    backward_args = (torch.randn_like(out), torch.randn_like(lse), *results, features, *detached)
     torch.library.opcheck(operators.backward.default, backward_args)
 
 
