@@ -1,0 +1,68 @@
+"""--help of every command: paragraphs are wrapped at the terminal's width alone, at any width."""
+
+import functools
+import io
+import itertools
+import re
+
+import pytest
+
+from gpt.command_line import load_config, parse_flags
+from tests.test_options_commands import PROGRAMS
+
+COMMANDS = {"train": load_config} | {
+    name: functools.partial(parse_flags, kinds[0], prog=name) for name, (_, _, kinds, _) in PROGRAMS.items()
+}
+
+
+def shown(command: str, width: int, monkeypatch) -> list[str]:
+    """The lines after the usage."""
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr("sys.stdout", out)
+    with pytest.raises(SystemExit) as stop:
+        COMMANDS[command](["--help"])
+    out.flush()
+    text = re.sub("\x1b\\[[0-9;]*m", "", out.buffer.getvalue().decode())
+    assert stop.value.code == 0
+    return text.splitlines()[1:]
+
+
+def boxes(lines: list[str]) -> list[list[str]]:
+    """What is in the boxes, column by column; an empty line for each edge."""
+    top = next(line for line in lines if line.startswith("╭"))
+    spans = [found.span() for found in re.finditer("╭.*?╮", top)]
+    return [[line[start + 2 : end - 2] * line[start:].startswith("│") for line in lines] for start, end in spans]
+
+
+def broken(lines: list[str]) -> list[str]:
+    """Lines that have room for the first word of the next one, which is of the same paragraph."""
+    found = []
+    for line, after in itertools.pairwise(lines):
+        text = after.strip()
+        indent = len(after) - len(after.lstrip())
+        is_paragraph = indent > 0 or not (text.startswith(("-", "─")) or "  " in text)  # else an option or a rule
+        begins = line[:indent].strip() == "" or line[:indent].endswith("  ")
+        if text and is_paragraph and begins and line[indent : indent + 1].strip("─ "):
+            word = text.split()[0]
+            if len(line.rstrip()) + 1 + len(word) <= len(line):
+                found.append(f"{line.strip()} | {word}")
+    return found
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_wrapped_at_the_terminals_width_alone(command, width, monkeypatch):
+    about, *lines = [line for line in shown(command, width, monkeypatch) if line]
+    assert lines[0].startswith("╭"), "what the command is for is one line, which the terminal wraps"
+    assert about[0].isupper() and about.endswith(".") and max(map(len, lines)) <= width
+    columns = boxes(lines)
+    assert sum(line.startswith("-") for column in columns for line in column) > 2
+    assert not [line for column in columns for line in broken(column)]
+
+
+def test_a_line_that_the_source_broke_is_seen():
+    assert broken(["-x  one two   ", "    three     "]) == []
+    assert broken(["-x  one       ", "    two three "]) == ["-x  one | two"]
+    assert broken(["    one       ", "    two three "]) == ["one | two"]
+    assert broken(["--long-flag X ", "    one two   "]) == []
