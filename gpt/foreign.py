@@ -21,7 +21,7 @@ from gpt.cache import writing
 from gpt.config import DataConfig
 from gpt.downloads import Progress
 from gpt.errors import UserError
-from gpt.files import write_whole
+from gpt.files import path_from_text, path_to_text, write_whole
 from gpt.formats import is_plain, not_text
 from gpt.readers import OnRead, Source
 from gpt.tokenizer import Tokenizer
@@ -144,7 +144,8 @@ def hashed(files: list[Path], cache: Path, progress: Progress | None = None) -> 
     sources = [Source(str(path), path, os.path.getsize(path)) for path in files]
     total, done, made = sum(source.size for source in sources), 0, []
     for source in sources:
-        record = cache / "hashes" / f"{hashlib.sha256(os.path.realpath(source.path).encode()).hexdigest()[:32]}.json"
+        name = hashlib.sha256(os.fsencode(os.path.realpath(source.path))).hexdigest()[:32]
+        record = cache / "hashes" / f"{name}.json"
         status = os.stat(source.path)
         state = [status.st_size, status.st_mtime_ns, status.st_ino]
         try:
@@ -186,7 +187,8 @@ def write_index(
             counts[f"{side}_bytes"] += int(uses @ tokenizer.token_bytes)
             if tokenizer.document_token is not None:
                 counts["documents"] += int(uses[tokenizer.document_token])
-        index = {"format": "gpt-token-files", "fingerprint": tokenizer.fingerprint, "files": list(map(asdict, parts))}
+        listed = [asdict(part) | {"path": path_to_text(part.path)} for part in parts]
+        index = {"format": "gpt-token-files", "fingerprint": tokenizer.fingerprint, "files": listed}
         (folder / f"{side}.tokens").write_bytes(json.dumps(index).encode())
     counts["documents"] = max(1, counts["documents"])
     (folder / "corpus.json").write_text(json.dumps(counts, indent=0))
@@ -231,16 +233,13 @@ def read_index(path: Path, tokenizer: Tokenizer) -> "np.memmap | TokenParts":
     """The ids that an index leads to. UserError where it is damaged, or a file is not what it was."""
     try:
         index: dict[str, Any] = json.loads(path.read_bytes())
-        files = [TokenFile(**file) for file in index["files"]]
+        files = [TokenFile(**file | {"path": path_from_text(file["path"])}) for file in index["files"]]
         fingerprint = index["fingerprint"]
         sound = all(
-            isinstance(f.path, str)
-            and f.width in (2, 4)
-            and min(f.offset, f.tokens - 1) >= 0
-            and f.offset + f.tokens * f.width <= f.size
+            f.width in (2, 4) and min(f.offset, f.tokens - 1) >= 0 and f.offset + f.tokens * f.width <= f.size
             for f in files
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         sound = False
     if not sound or not files:
         raise UserError(f"the token file {path} is damaged")

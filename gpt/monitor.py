@@ -16,7 +16,7 @@ from typing import Any
 from gpt.checkpoint import list_checkpoints
 from gpt.config import Config
 from gpt.errors import UserError
-from gpt.files import flush, write_whole
+from gpt.files import flush, path_to_text, write_whole
 from gpt.loss_plot import Losses, plot_losses
 from gpt.stop import process_seconds
 
@@ -277,6 +277,8 @@ class SilentMonitor:
 def start_wandb(config: Config, run_id: str | None) -> Any:
     """A wandb run whose files stand in the run directory; with the id of an earlier one it goes on with that."""
     run_dir, mode = config.train.run_dir, config.log.wandb
+    if path_to_text(run_dir) != str(run_dir):
+        raise UserError(f"wandb cannot use {run_dir}, which is not UTF-8 here: give another --run-dir, or --wandb off")
     try:
         import wandb
 
@@ -287,7 +289,7 @@ def start_wandb(config: Config, run_id: str | None) -> Any:
             mode=mode,
             id=run_id,
             resume="allow" if run_id and mode == "online" else None,  # offline it has nothing to ask
-            config=json.loads(json.dumps(asdict(config), default=str)),
+            config=json.loads(json.dumps(asdict(config), default=str, ensure_ascii=False).encode("utf-8", "replace")),
             settings=wandb.Settings(silent=True, console="off"),
         )
     except ImportError as error:

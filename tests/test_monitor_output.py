@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import math
+import os
 import types
 
 import pytest
@@ -258,6 +259,15 @@ def test_wandb_that_does_not_start_says_what_to_do(tmp_path, monkeypatch, wandb)
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match="wandb is not installed: pip install wandb, or leave --wandb off"):
         start_wandb(config, None)
+
+
+def test_wandb_refuses_a_folder_and_takes_a_corpus_that_is_not_utf8(tmp_path, wandb):
+    odd = os.fsdecode(b"a\xffb")
+    with pytest.raises(UserError, match=r"wandb cannot use .*, which is not UTF-8 here: give another --run-dir"):
+        start_wandb(load_config(["--run-dir", str(tmp_path / odd), "--wandb", "offline"]), None)
+    assert not wandb.started
+    start_wandb(load_config(["--run-dir", str(tmp_path), "--corpus", odd, "--wandb", "offline"]), None)
+    assert wandb.started[0]["config"]["data"]["corpus"] == ["a?b"]
 
 
 @pytest.mark.parametrize("terminal", [False, True])
