@@ -166,8 +166,6 @@ def convert(value: Any, kind: Any, where: str) -> Any:
             return tuple(values)
         raise UserError(f"{where} must be a string or a list of strings, not {value!r}")
     if kind is Path and isinstance(value, str):
-        if not value.strip():
-            raise UserError(f"{where} is empty: give a path, or leave it out")
         return Path(value)
     if kind is float and type(value) in (int, float):
         return float(value)
@@ -205,6 +203,8 @@ def _paths_in(value: Any, where: str) -> Any:
     """A path, or a list of them, as write_toml has written it."""
     if isinstance(value, list):
         return [_paths_in(each, where) for each in value]
+    if isinstance(value, str) and not value.strip():
+        raise UserError(f"{where} is empty: give a path, or leave it out")
     try:
         return path_from_text(value) if isinstance(value, str) else value
     except ValueError as error:

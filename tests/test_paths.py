@@ -1,4 +1,4 @@
-"""Paths of any bytes, in any locale, in every option that takes one; links, dangling links, and folders in the way."""
+"""Paths of any bytes in every option that takes one, in any locale; links, folders in the way, and empty values."""
 
 import json
 import os
@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from gpt.command_line import MAY_BE_EMPTY, PATHS, TABLES, Arguments, load_config, option_kinds
+from gpt.errors import UserError
+from tests.test_options_commands import PROGRAMS, argv_of
 
 ROOT = Path(__file__).parents[1]
 # A space, a byte that is no UTF-8, a letter that is, a line end, what globs, URLs and formats read, and a dash.
@@ -35,3 +39,47 @@ def test_a_path_is_used_or_refused_in_one_sentence(tmp_path, first, second):
             *_, last = said = record["said"].splitlines()
             assert [line for line in said if line.startswith("error: ")] == [last], record
     assert os.listdir(os.fsencode(tmp_path)) == [ODD], "nothing goes to a path of another spelling"
+
+
+# Empty values: pathlib takes "" for the working directory.
+
+TRAIN = option_kinds(Arguments)
+# Of each program: its options that take a value, the words before one, and what reads the words.
+READERS = {"train": (TRAIN, ["--corpus", "text.txt"], (), load_config)}
+READERS |= {
+    name: (option_kinds(kinds[0]), argv_of(name, {}), positional, main)
+    for name, (positional, _, kinds, main) in PROGRAMS.items()
+}
+
+
+def taking_values(kinds: dict, positional: tuple) -> list[str]:
+    skipped = {*MAY_BE_EMPTY, *positional, "config_file"}
+    return [name for name, kind in kinds.items() if kind is not bool and name not in skipped]
+
+
+@pytest.mark.parametrize("program", READERS)
+def test_an_empty_value_is_refused_for_every_option_that_takes_one(program, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kinds, words, positional, main = READERS[program]
+    names = taking_values(kinds, positional)
+    assert len(names) > (40 if program == "train" else 0)
+    for name in names:
+        flag = "--" + name.replace("_", "-")
+        for given in ([flag, ""], [flag, " \t\n"], [f"{flag}="], [f"{flag}= "], [f"--{name}="]):
+            with pytest.raises(UserError, match=f"{given[0].rstrip('= ')} is empty: give it a value, or leave it out"):
+                main([*words, *given])
+    for place in range(max(1, len(positional))):
+        for empty in ("", " "):
+            with pytest.raises(UserError, match="an argument is empty: give it a value, or leave it out"):
+                main([*words[:place], empty, *words[place + 1 :]])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("empty", ["", " ", "\t"], ids=repr)
+def test_an_empty_path_in_a_file_is_refused(name, empty, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = next(table for table, kind in TABLES.items() if name in kind.__dataclass_fields__)
+    Path("recipe.toml").write_text(f"[{table}]\n{name} = {json.dumps(empty)}\n")
+    with pytest.raises(UserError, match=f"recipe.toml: {name} is empty: give a path, or leave it out"):
+        load_config(["recipe.toml"])
