@@ -190,7 +190,7 @@ def _is_leftover(path: Path) -> bool:
 def verify(checkpoint: Path) -> str | None:
     """None where every file stands as the manifest says; else one clause that names the file and its fault."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
         for name in {*FILES, *manifest}:
             path, entry = checkpoint / name, manifest[name]
             if path.parent != checkpoint:
@@ -302,7 +302,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint's state.json, each of its values of the kind it must be; UserError names the file and the key."""
     path = checkpoint / FILES[2]
     try:
-        state = json.loads(path.read_text())
+        state = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError):

@@ -159,7 +159,7 @@ def _digest(sources: list[Source], data: DataConfig, config: TokenizerConfig, fi
 def _open(place: Path, sources: list[Source], digest: str, tokenizer: Tokenizer, *, verify: bool) -> Corpus:
     """The corpus in a cache folder; UserError if anything in it is damaged."""
     try:
-        counts = json.loads((place / "corpus.json").read_text())
+        counts = json.loads((place / "corpus.json").read_bytes())
         counts = {name: int(counts[name]) for name in ("train_bytes", "val_bytes", "documents")}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"the tokenized corpus in {place} is damaged") from None

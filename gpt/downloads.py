@@ -47,7 +47,7 @@ def _record(folder: Path, name: str, sha256: str, size: int) -> None:
 def _kept(place: Path, name: str, **form: Any) -> Source:
     """What an earlier fetch left in a folder."""
     try:
-        record = json.loads((place / "record.json").read_text())
+        record = json.loads((place / "record.json").read_bytes())
         return Source(name, place / "content", int(record["bytes"]), sha256=str(record["sha256"]), **form)
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"the download in {place} is damaged: delete that folder to fetch {name} again") from None

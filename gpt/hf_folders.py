@@ -28,7 +28,7 @@ _SIGNS = (
 def adapter(folder: Path) -> str | None:
     """The clause for a PEFT adapter, which holds no model but a change to one."""
     try:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        settings = json.loads((folder / "adapter_config.json").read_bytes())
         kind, base = settings.get("peft_type", "PEFT"), settings.get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError, RecursionError):
         if not (folder / "adapter_config.json").exists():

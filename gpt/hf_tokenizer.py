@@ -32,7 +32,7 @@ from gpt.tokenizer import (
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; UserError, naming the file, for anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
@@ -207,7 +207,7 @@ def read_hf_tokenizer(folder: Path) -> Tokenizer:
     if "added_tokens_decoder" not in settings and legacy.exists():
         settings["added_tokens_decoder"] = {i: {"content": spelling} for spelling, i in read_json(legacy).items()}
     try:
-        return _from_tokenizer_json(content, settings, path.read_text(encoding="utf-8"))
+        return _from_tokenizer_json(content, settings, path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be used: {error}") from None
     except (KeyError, TypeError, AttributeError) as error:

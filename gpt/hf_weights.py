@@ -130,7 +130,7 @@ class Tensors:
             if single:
                 raise UserError(f"{self.folder} holds model.safetensors and {INDEX}: delete the one that is not meant")
             try:
-                listed = dict(json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+                listed = dict(json.loads((self.folder / INDEX).read_bytes())["weight_map"])
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(f"{self.folder / INDEX} is no index of safetensors files: {error!r}") from None
             if not all(isinstance(name, str) and Path(name).name == name for name in listed.values()):

@@ -216,7 +216,7 @@ def tokenized_folders(run_dir: Path) -> list[Path]:
 
     Raises OSError, ValueError, KeyError or TypeError where its config.toml or corpus.json is no such file.
     """
-    record = json.loads((run_dir / "corpus.json").read_text())
+    record = json.loads((run_dir / "corpus.json").read_bytes())
     cache = cache_folder(config_from_toml(run_dir / "config.toml").data.cache_dir)
     return [
         cache / "corpora" / digest[:32] for digest in (record["parts"] if "parts" in record else [record["digest"]])

@@ -5,6 +5,7 @@ A run from before there was a record is known by its config.toml, its tokenizer.
 checkpoint, all in this program's own form. wandb's folder always stays: it may hold what is not uploaded yet.
 """
 
+import codecs
 import json
 import os
 from collections.abc import Iterator
@@ -136,7 +137,8 @@ def looks_own(path: Path) -> bool:
             return {"digest", "sources"} <= json.loads(path.read_bytes()).keys()
         with path.open("rb") as file:
             if path.name == "metrics.jsonl":
-                return b'{"step": '.startswith(file.read(9))  # a line may be cut short
+                begins = file.read(12).removeprefix(codecs.BOM_UTF8)
+                return b'{"step": '.startswith(begins[:9])  # a line may be cut short
             start = {"loss.png": b"\x89PNG", "trace.json.gz": b"\x1f\x8b"}.get(path.name, b"")
             return file.read(len(start)) == start
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # UserError is a ValueError
