@@ -86,11 +86,11 @@ def _from_group(x: Tensor, rows: int) -> Tensor:
 
 
 def _logits(
-    call: Call, chunk: Chunk, qg: Tensor, kg: Tensor, is_small: bool
+    call: Call, chunk: Chunk, qg: Tensor, kg: Tensor, shift: Tensor | float | None
 ) -> tuple[Tensor, Tensor | float, Tensor | float]:
-    """(H, rows, keys), -inf where nothing is seen, the derivative of softcap, and what a row's bias was taken off.
+    """(H, rows, keys), -inf where nothing is seen, the derivative of softcap, and each row's shift.
 
-    qg, kg (H_kv, ..., D); is_small: the bias may be added as it is. The last is (H, rows, 1), or 0 without a bias.
+    qg, kg (H_kv, ..., D). shift: what is taken off the bias, (H, rows, 1) or 0.0; None: find it (kernels/bias.py).
     """
     (_, Tq, H, _), Tk = call.q.shape, call.k.shape[1]
     rows, device = chunk.end - chunk.begin, call.q.device
@@ -108,14 +108,13 @@ def _logits(
     if call.segments_q is not None:
         own = call.segments_q[chunk.b, chunk.begin : chunk.end]
         seen = seen & (own[:, None] == call.segments_k[chunk.b, chunk.keys])
-    if call.bias is None:
-        return s.masked_fill_(~seen, -math.inf), slope, 0.0
-    bias = _bias_of(call, chunk).to(s.dtype)
-    if is_small:
-        return s.add_(bias).masked_fill_(~seen, -math.inf), slope, s.new_zeros(H, rows, 1)
-    sinks = None if call.sinks is None else call.sinks.to(s.dtype).view(H, 1, 1)
-    shift = row_shift(bias, seen, sinks).expand(H, rows, 1)
-    return add_bias(s, bias, shift).masked_fill_(~seen, -math.inf), slope, shift
+    if call.bias is not None:
+        bias = _bias_of(call, chunk).to(s.dtype)
+        if shift is None:
+            sinks = None if call.sinks is None else call.sinks.to(s.dtype).view(H, 1, 1)
+            shift = row_shift(bias, seen, sinks).expand(H, rows, 1)
+        s = add_bias(s, bias, shift) if isinstance(shift, Tensor) else s.add_(bias)
+    return s.masked_fill_(~seen, -math.inf), slope, shift
 
 
 def _bias_of(call: Call, chunk: Chunk) -> Tensor:
@@ -140,11 +139,11 @@ def chunked_forward(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     real = accumulated(call.q.dtype)
     out, lse = call.q.new_empty(B, Tq, H, Dv), call.q.new_empty(B, H, Tq, dtype=real)
     shifts = None if call.bias is None else torch.empty_like(lse)
-    is_small = call.bias is None or largest(call.bias) <= SMALL
+    given = 0.0 if call.bias is None or largest(call.bias) <= SMALL else None
     for chunk in _chunks(call):
         b, begin, end, keys = chunk
         kg, vg = call.k[b, keys].to(real).transpose(0, 1), call.v[b, keys].to(real).transpose(0, 1)
-        s, _, shift = _logits(call, chunk, _by_group(call.q[b, begin:end], H_kv, real), kg, is_small)
+        s, _, shift = _logits(call, chunk, _by_group(call.q[b, begin:end], H_kv, real), kg, given)
         sinks = None if call.sinks is None else call.sinks.to(real).view(H, 1, 1) - shift
         pivot = s.amax(2, keepdim=True) if s.shape[2] else s.new_full((H, end - begin, 1), -math.inf)
         if sinks is not None:
@@ -157,7 +156,7 @@ def chunked_forward(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
         # A query that sees nothing: log(0) is the -inf of its lse, and its zeros are divided by 1.
         lse[b, :, begin:end] = (pivot + torch.log(total))[..., 0]
         if shifts is not None:
-            shifts[b, :, begin:end] = shift[..., 0]
+            shifts[b, :, begin:end, None] = shift
         p = p.div_(total.masked_fill(total == 0, 1.0))
         if call.seed is not None:
             p = p.mul_(_survivors(call, chunk)).div_(1 - call.dropout_p)
@@ -175,7 +174,7 @@ def chunked_backward(
     dk, dv = (torch.zeros(x.shape, dtype=real, device=x.device) for x in (call.k, call.v))
     dsinks = None if call.sinks is None else torch.zeros(H, dtype=real, device=dq.device)
     dbias = torch.zeros(call.bias.shape, dtype=real, device=dq.device) if wants_dbias else None
-    is_small = call.bias is None or largest(call.bias) <= SMALL
+    is_plain = shift is None or (shift.device.type == "cpu" and not shift.any())  # a GPU would have to be waited for
     for chunk in _chunks(call):
         b, begin, end, keys = chunk
         rows = end - begin
@@ -186,7 +185,8 @@ def chunked_backward(
             delta = delta - dlse[b, :, begin:end, None]
         lse_rows = lse[b, :, begin:end, None]
         lse_rows = lse_rows.masked_fill(lse_rows == -math.inf, math.inf)
-        s, slope, shift = _logits(call, chunk, qg, kg, is_small)
+        taken = 0.0 if is_plain else shift[b, :, begin:end, None]
+        s, slope, _ = _logits(call, chunk, qg, kg, taken)
         p = s.sub_(lse_rows).exp_()  # (H, rows, keys)
         dp = (dog @ vg.mT).view(p.shape)
         if call.seed is not None:
@@ -198,7 +198,7 @@ def chunked_backward(
         _add(dv[b], keys, _grouped(weights, H_kv).mT @ dog)
         ds = dp.sub_(delta).mul_(p)
         if dsinks is not None:
-            dsinks -= (torch.exp(call.sinks.to(real)[:, None, None] - shift - lse_rows) * delta).sum((1, 2))
+            dsinks -= (torch.exp(call.sinks.to(real)[:, None, None] - taken - lse_rows) * delta).sum((1, 2))
         if dbias is not None:
             _add_to_bias(dbias, chunk, ds)
         ds = _grouped(ds.mul_(slope), H_kv)

@@ -147,7 +147,7 @@ class Problem:
         scale, softcap = self.call.scale * unit, None
         if self.call.softcap:
             scale, softcap = in_float32(self.call.scale / self.call.softcap), self.call.softcap * unit
-        return Scoring(scale, softcap, self.call.alibi_slopes, bias, strides, self.shift)
+        return Scoring(scale, softcap, self.call.alibi_slopes, bias, self.shift, strides)
 
     def dropout(self) -> Dropout:
         if self.call.dropout_p == 0:

@@ -58,8 +58,8 @@ class Scoring(NamedTuple):
     softcap: float | None
     alibi_slopes: object
     bias: object
-    bias_strides: tuple
     shift: object
+    bias_strides: tuple  # last: triton 3.6 misreads a tuple in a tuple that a tensor follows
 
 
 class Dropout(NamedTuple):
