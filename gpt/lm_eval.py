@@ -11,10 +11,10 @@ import torch
 from gpt.arguments import checked, shown
 from gpt.decode import Decoder
 from gpt.errors import UserError, require
-from gpt.generate import TextStream
 from gpt.model import GPT
 from gpt.sampling import SamplingConfig, pick, uniforms
 from gpt.scoring import Row, continuation, score, windows
+from gpt.text_stream import TextStream
 from gpt.tokenizer import Tokenizer
 
 

@@ -1,18 +1,15 @@
 """Many samples at once: what each is, whoever its neighbours are, and what is said about it."""
 
 import math
-import random
 import sys
 from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from gpt.decode import Decoder
 from gpt.errors import UserError
-from gpt.generate import TextStream, generate
+from gpt.generate import generate
 from gpt.sampling import SamplingConfig, sample_seed
 from tests.test_generate import model_of, text_of, tokenizer_of, tokens_of
 
@@ -191,34 +188,6 @@ def test_a_stop_string_is_cut_out_wherever_tokens_end(tokenizer, model):
         assert text_of(pieces) == whole[: whole.index(stop)]
         assert reasons(pieces) == {(0, 0): "stop"}
         assert len(pieces) - 1 == whole.index(stop) + len(stop)
-
-
-class Letters:
-    """A tokenizer of characters for TextStream, of several bytes each."""
-
-    def decode_bytes(self, ids):
-        return bytes(ids)
-
-
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(st.text("ab", max_size=20), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.integers(0, 99))
-def test_stop_strings_are_found_whatever_the_pieces(text, stops, seed):
-    """Against looking at every prefix of the text; and what is held back could really begin a stop string."""
-    end = next((n for n in range(len(text) + 1) if any(text[:n].endswith(stop) for stop in stops)), None)
-    expected = text
-    if end is not None:
-        expected = text[: end - max(len(stop) for stop in stops if text[:end].endswith(stop))]
-    stream, shown, at, rng = TextStream(Letters(), stops), "", 0, random.Random(seed)
-    stream._decoder.push = lambda part: part  # pieces of several characters, as BPE gives them
-    while at < len(text) and not stream.ended:
-        size = rng.randint(1, 3)
-        shown += stream.push(text[at : at + size])
-        at += size
-        held = text[len(shown) : at]
-        assert stream.ended or not held or any(stop.startswith(held) for stop in stops)
-        assert expected.startswith(shown)
-    assert shown + stream.flush() == expected
-    assert stream.ended == (end is not None)
 
 
 def test_what_looked_like_a_stop_string_is_shown_in_the_end(tokenizer, model):
