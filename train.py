@@ -31,7 +31,7 @@ from gpt.loader import IGNORED, PLACES, Batches
 from gpt.lock import RunLock
 from gpt.mixture import check_lengths, make_mixture, prepare_all, together
 from gpt.model import GPT
-from gpt.monitor import CorpusProgress, Monitor, SilentMonitor, Ticker
+from gpt.monitor import CorpusProgress, Monitor, SilentMonitor
 from gpt.optim import Average, build_optimizers, gradient_norm, lr_scale, scale_gradients, set_learning_rate
 from gpt.optimizer_state import take_step
 from gpt.packing import check_packing
@@ -53,7 +53,7 @@ from gpt.saver import Saver
 from gpt.shards import read_tokens
 from gpt.stop import Stopped, StopRequest
 from gpt.streams import check_output, do_without_output
-from gpt.validation import bound_said, evaluate, evaluations, sample_text, settle
+from gpt.validation import bound_said, evaluate, evaluate_only, evaluations, sample_text, settle
 
 
 def main(config: Config) -> int:
@@ -120,10 +120,6 @@ def _train(config: Config, world: World, lock: RunLock, stop: StopRequest) -> in
     weights = [p for p in model.parameters() if p.requires_grad]
     loss_scale = LossScale(device, enabled=options.dtype == "float16")
     average = Average(model, config.optim.ema_decay) if config.optim.ema_decay else None
-    directory = checkpoints_of(options.run_dir) if world.main else None
-    on_cpu = device.type == "cpu"  # where a save's copy would take memory from the training
-    metrics = options.run_dir / "metrics.jsonl"
-    saver = Saver(directory, keep=options.keep_checkpoints, metrics=metrics, in_place=on_cpu)
     tokens_per_step = options.batch_size * options.grad_accum_steps * world.size * config.model.seq_len
     batches, guard, at, state = Batches(loader, device), Guard(device, options.spike_threshold), Progress(), {}
     extra = {"z_loss": config.optim.z_loss, "label_smoothing": config.optim.label_smoothing}
@@ -153,15 +149,7 @@ def _train(config: Config, world: World, lock: RunLock, stop: StopRequest) -> in
             state = restore(checkpoint)
     start = at.step
     if options.eval_only:
-        ticker = Ticker(print if world.main else lambda text: None)
-        with averaged():
-            watch = lambda done, total: ticker(done, total) or heard()
-            result = evaluate(model, parallel, world, val_tokens, tokenizer, config, options.eval_tokens, watch)
-        if result is None:
-            raise Stopped(stop.reason or "what another process was told")
-        if world.main:
-            print(f"step {start}: validation loss {result['val_loss']:.4f} nats per token, ", end="")
-            print(f"{result['bits_per_byte']:.4f} bits per byte")
+        evaluate_only(model, average, parallel, world, val_tokens, tokenizer, config, start, stop)
         return EXIT_DONE
 
     # The run directory: from here on things are written, by rank 0.
@@ -171,6 +159,9 @@ def _train(config: Config, world: World, lock: RunLock, stop: StopRequest) -> in
         write_run(config, tokenizer, corpus)
         lasting = {key: state.get(key) for key in ("metrics_bytes", "wandb_id")}
         monitor = Monitor(config, start_step=start, **lasting)
+    directory = checkpoints_of(run_dir) if world.main else None
+    on_cpu = device.type == "cpu"  # where a save's copy would take memory from the training
+    saver = Saver(directory, keep=options.keep_checkpoints, metrics=monitor.path, in_place=on_cpu)
     monitor.say(summary(corpus, parameters, tokens_per_step, world, parallel.mode))
     monitor.say(bound_said(config, val_tokens))
     if start >= options.max_steps:
@@ -242,11 +233,10 @@ def _train(config: Config, world: World, lock: RunLock, stop: StopRequest) -> in
 
     def validate() -> bool:
         """Evaluate this step and write it down, and show a sample; False where a stop was heard first."""
-        results = evaluated()
-        for result in results or ():
-            monitor.log({"step": at.step, "tokens": at.tokens} | result)
-        if results is None:
+        if (results := evaluated()) is None:
             return False
+        for result in results:
+            monitor.log({"step": at.step, "tokens": at.tokens} | result)
         at.evaluated(results[0]["val_loss"])
         at.evaluation_due = False
         with averaged():
@@ -345,8 +335,7 @@ def _train(config: Config, world: World, lock: RunLock, stop: StopRequest) -> in
             broken = (last or ((save_now or evaluate_now) and not doubtful)) and not all_finite(weights, world)
             failed = broken or (looked_at and seen.in_a_row >= options.max_skipped_steps)
             if doubtful and last and not failed:
-                results = evaluated()
-                if results is None:  # the last checkpoint leads here again
+                if (results := evaluated()) is None:  # the last checkpoint leads here again
                     stopping = True
                     break
                 failed = not math.isfinite(results[0]["val_loss"])

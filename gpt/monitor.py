@@ -258,6 +258,8 @@ class Monitor:
 class SilentMonitor:
     """What the ranks other than 0 have in a Monitor's place."""
 
+    path = None
+
     def say(self, text: str | None) -> None: ...
 
     def advance(self, step: int) -> None: ...

@@ -1,5 +1,6 @@
 """What training looks at now and then: the validation loss, and what the model writes."""
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +16,12 @@ from gpt.distributed import Parallel, World, whole_model
 from gpt.generate import generate
 from gpt.loader import PLACES, target_bytes, targets_in
 from gpt.model import GPT
+from gpt.monitor import Ticker
+from gpt.optim import Average
 from gpt.packing import packed_validation
 from gpt.progress import Progress
 from gpt.sampling import SamplingConfig
+from gpt.stop import Stopped, StopRequest
 from gpt.tokenizer import Tokenizer
 
 DEFAULT_TOKENS = 1 << 18  # that an evaluation reads of each corpus unless --eval-tokens says otherwise
@@ -80,6 +84,32 @@ def _batches(
                 return float(parallel.eval_loss(x, y, **dict(zip(PLACES, places))))
 
         yield nats, int((batch[1] >= 0).sum())
+
+
+def evaluate_only(
+    model: GPT,
+    average: Average | None,
+    parallel: Parallel,
+    world: World,
+    tokens: Sequence[Any],
+    tokenizer: Tokenizer,
+    config: Config,
+    step: int,
+    stop: StopRequest,
+) -> None:
+    """Print the validation loss of a checkpoint, that of this step: of its averaged weights if it has them.
+
+    All ranks must call this together. Raises Stopped, on all of them, where one was told to stop.
+    """
+    ticker = Ticker(print if world.main else lambda text: None)
+    watch = lambda done, total: ticker(done, total) or world.any(stop.reason is not None)
+    with contextlib.nullcontext() if average is None else average.swapped_in():
+        result = evaluate(model, parallel, world, tokens, tokenizer, config, config.train.eval_tokens, watch)
+    if result is None:
+        raise Stopped(stop.reason or "what another process was told")
+    if world.main:
+        loss, bits = result["val_loss"], result["bits_per_byte"]
+        print(f"step {step}: validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte")
 
 
 def limits(config: Config, tokens: Sequence[Any], *, ends: bool) -> list[int | None]:
