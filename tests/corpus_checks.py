@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import json
 import lzma
 import os
 from pathlib import Path
@@ -26,6 +27,11 @@ PACK = {
 }
 
 POEM = "The quick brown fox — naïve, 日本語 — jumps over\nthe lazy dog 🙂.\n" * 40
+
+# Documents; as objects; as lines of JSON.
+TEXTS = ["one\n", "zwei — naïve", "日本語 🙂", 'four "quoted" \\ \t', "five" * 50]
+ROWS = [{"id": i, "text": text, "more": {"text": ["x"]}} for i, text in enumerate(TEXTS)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 
 
 def write(path: Path, content: str | bytes) -> Path:

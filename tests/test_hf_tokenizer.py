@@ -1,53 +1,16 @@
 """A tokenizer.json is encoded as the tokenizers library encodes it, or refused with the reason."""
 
 import copy
-import json
 import random
-import re
 
 import pytest
-import tokenizers
 
 from gpt import hf_tokenizer, tokenizer
-from gpt.bpe import byte_characters, train_bpe
 from gpt.errors import UserError
 from gpt.hf_tokenizer import read_hf_tokenizer, to_tokenizer_json, write_hf_tokenizer
-from gpt.tokenizer import DOCUMENT, BPETokenizer, load_tokenizer
-from tests.tokenizer_checks import BPE, LINES, TEXT
-
-BYTES = {character: i for i, character in enumerate(byte_characters())}
-NFC = {"type": "NFC"}
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-
-
-def file_of(vocab=None, merges=(), added=(), **model) -> dict:
-    """A tokenizer.json with GPT-2's pattern: the 256 bytes, more tokens, merges written "a b", added tokens."""
-    model = {"type": "BPE", "vocab": BYTES | (vocab or {}), "merges": list(merges)} | model
-    return {"version": "1.0", "added_tokens": list(added), "pre_tokenizer": BYTE_LEVEL, "model": model}
-
-
-def added(spelling: str, i: int, **flags) -> dict:
-    off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
-    return {"id": i, "content": spelling} | off | flags
-
-
-def read(folder, content, **settings):
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return read_hf_tokenizer(folder)
-
-
-def library(content) -> tokenizers.Tokenizer:
-    theirs = tokenizers.Tokenizer.from_str(json.dumps(content))
-    theirs.encode_special_tokens = True
-    return theirs
-
-
-def agree(ours, content, texts=(TEXT[:2000], LINES, "the then", "")) -> None:
-    theirs = library(content)
-    for text in texts:
-        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text
-
+from gpt.tokenizer import BPETokenizer, load_tokenizer
+from tests.hf_tokenizer_checks import BYTE_LEVEL, BYTES, NFC, TRAINED, added, agree, file_of, read, split
+from tests.tokenizer_checks import BPE, TEXT
 
 # --- merges -----------------------------------------------------------------------------------------------------------
 
@@ -117,16 +80,6 @@ def test_a_whole_piece_is_a_token_only_if_the_file_says_so(tmp_path):
     agree(ours, content)
 
 
-def trained() -> dict:
-    content = json.loads(train_bpe([TEXT], 600).to_str())
-    content["pre_tokenizer"] = BYTE_LEVEL
-    content["model"]["merges"] = [list(pair) for pair in content["model"]["merges"]]
-    return content
-
-
-TRAINED = trained()
-
-
 def drop(content, at):
     del content["model"]["merges"][at]
 
@@ -182,14 +135,6 @@ REFUSED = {
 
 def token_at(content, i):
     return next(text for text, at in content["model"]["vocab"].items() if at == i)
-
-
-def split(pattern, behavior="Isolated", invert=False):
-    steps = [
-        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert},
-        BYTE_LEVEL | {"use_regex": False},
-    ]
-    return lambda c: c.update(pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
 
 
 REFUSED |= {
@@ -294,106 +239,7 @@ def test_bytes_in_another_order_and_no_pattern(tmp_path):
         read(tmp_path, content)
 
 
-# --- added tokens -----------------------------------------------------------------------------------------------------
-
-TOKENS = [added("<think>", 600), added("  ", 601), added("<t", 602), added(DOCUMENT, 603, special=True)]
-SPELT = [
-    "a<think>b",
-    "<think><t <thin k>",
-    "a  b   c    d",
-    f"<t{DOCUMENT}<think>",
-    "<think>\u0338 e\u0301<t",
-    "<t\u0338",
-]
-
-
-@pytest.mark.parametrize("normalizer", [None, {"type": "NFC"}], ids=str)
-@pytest.mark.parametrize("late", [False, True])
-def test_added_tokens_that_are_not_special_are_found_in_any_text(tmp_path, normalizer, late):
-    content = copy.deepcopy(TRAINED) | {"normalizer": normalizer, "added_tokens": copy.deepcopy(TOKENS)}
-    content["added_tokens"][0]["normalized"] = late
-    ours = read(tmp_path, content)
-    agree(ours, content, [*SPELT, TEXT[:500]])
-    assert ours.encode("<think>") == ([602, *ours.encode("hink>")] if late else [600])  # the shorter one comes first
-    assert ours.decode([600, 601, 603]) == "<think>  " and ours.token_bytes[600:].tolist() == [7, 2, 2, 0]
-    assert DOCUMENT in ours.decode(ours.encode(DOCUMENT))  # which is text
-    assert ours.encode(f"<t{DOCUMENT}<t", allow_special=True) == [602, 603, 602]
-    if normalizer is None or not late:
-        whole = tokenizers.Tokenizer.from_str(json.dumps(content))
-        assert [ours.encode(t, allow_special=True) for t in SPELT] == [whole.encode(t).ids for t in SPELT]
-    ours.save(tmp_path / "ours.json")
-    write_hf_tokenizer(ours, tmp_path, seq_len=8)
-    for again in (load_tokenizer(tmp_path / "ours.json"), read_hf_tokenizer(tmp_path)):
-        assert [again.encode(text) for text in SPELT] == [ours.encode(text) for text in SPELT]
-        assert again.vocab_size == ours.vocab_size == 604
-        assert (again.token_bytes == ours.token_bytes).all()
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"add_prefix_space": True}, "puts a space before the text"),
-        ({"added_tokens_decoder": {"600": {"content": "<x>"}}}, "adds the token '<x>' with id 600"),
-        ({"added_tokens_decoder": {"5": {"content": DOCUMENT}}}, "with id 5, and it does not"),
-        *(
-            ({"added_tokens_decoder": {"600": {"content": DOCUMENT, flag: True}}}, f"{DOCUMENT!r} has {flag}")
-            for flag in ("lstrip", "rstrip", "single_word")
-        ),
-    ],
-    ids=str,
-)
-def test_the_configs_own_changes_are_refused(tmp_path, settings, message):
-    content = copy.deepcopy(TRAINED) | {"added_tokens": [added(DOCUMENT, 600, special=True)]}
-    with pytest.raises(UserError, match=re.escape(message)):
-        read(tmp_path, content, **settings)
-    same = {"600": {"content": DOCUMENT}}
-    assert read(tmp_path, content, add_prefix_space=False, added_tokens_decoder=same).document_token == 600
-
-
-def test_a_token_that_the_configuration_calls_special_is_so(tmp_path):
-    content = copy.deepcopy(TRAINED) | {"added_tokens": [added("<x>", 600)]}
-    flags = {"content": "<x>", "special": True, "lstrip": False}
-    ours = read(tmp_path, content, added_tokens_decoder={"600": flags})
-    assert ours.specials == {"<x>": 600} and 600 not in ours.encode("a<x>")
-
-
-def test_the_older_file_of_added_tokens(tmp_path):
-    """transformers adds what it names, unless tokenizer_config.json names them."""
-    content = copy.deepcopy(TRAINED) | {"added_tokens": [added("<x>", 600)]}
-    (tmp_path / "added_tokens.json").write_text('{"<x>": 600, "<y>": 601}')
-    with pytest.raises(UserError, match="its configuration adds the token '<y>' with id 601"):
-        read(tmp_path, content)
-    agree(read(tmp_path, content, added_tokens_decoder={"600": {"content": "<x>"}}), content, ["<x><y>"])
-    (tmp_path / "added_tokens.json").write_text('{"<x>": 600}')
-    agree(read(tmp_path, content), content, ["<x><y>"])
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        ({"added": {"<x>": [300, False]}}, "holds an id that is taken"),
-        ({"added": {"<x>": [900, 1]}}, '"added" does not say when'),
-        ({"added": {"<x>": 900}}, '"added" is no table of pairs'),
-        ({"added": {"<x>": [900, False, True]}}, '"added" is no table of pairs'),
-        ({"added": []}, '"added" is no table$'),
-        ({"added": {"": [900, False]}}, '"special_tokens" is no table'),
-        ({"added": {DOCUMENT: [900, False]}}, '"special_tokens" and "added" share a spelling'),
-        ({"added": {"<x>": [900, False], "<y>": [900, True]}}, "holds an id that is taken"),
-        ({"added": {"<x>": [1 << 24, False]}}, "holds an impossible id"),
-        ({"unreached": {"300": "eg=="}}, "holds an id that is taken"),
-        ({"unreached": {"x": "eg=="}}, '"unreached" is no table of ids'),
-        ({"unreached": {"900": None}}, '"unreached" holds a token without bytes'),
-        ({"unreached": {"900": ""}}, '"unreached" holds a token without bytes'),
-        ({"unreached": []}, '"unreached" is no table of ids'),
-    ],
-    ids=str,
-)
-def test_a_saved_tokenizer_with_wrong_tokens_is_refused(tmp_path, edit, message):
-    BPE.save(tmp_path / "tokenizer.json")
-    form = json.loads((tmp_path / "tokenizer.json").read_text())
-    (tmp_path / "tokenizer.json").write_text(json.dumps(form | edit))
-    with pytest.raises(UserError, match=f"is no tokenizer of this program.*{message}"):
-        load_tokenizer(tmp_path / "tokenizer.json")
+# --- patterns and normalizers -----------------------------------------------------------------------------------------
 
 
 def test_a_pattern_that_leaves_text_out_is_refused_at_the_text():

@@ -12,6 +12,8 @@ from gpt.monitor import read_metrics
 from train import main
 
 TEXT = "".join(f"{a} and {b} went up the hill, said {c}.\n" for a in "JKLM" for b in "abcdef" for c in "xyz")
+# Six steps with three evaluations, two saves and averaged weights.
+SHORT = {"max_steps": 6, "n_layer": 1, "eval_interval": 2, "checkpoint_interval": 3, "ema_decay": 0.5}
 
 
 def flags(**changes) -> list[str]:

@@ -1,0 +1,228 @@
+"""The evaluations and samples of a training: stopped, killed, made again; what they read, and in which precision."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt import validation
+from gpt.command_line import load_config
+from gpt.config import ModelConfig
+from gpt.distributed import Parallel, World
+from gpt.model import GPT
+from gpt.monitor import Ticker
+from gpt.saver import Saver
+from gpt.tokenizer import ByteTokenizer
+from tests.train_checks import SHORT, TEXT, flags, lasting, names_in, run
+
+pytestmark = pytest.mark.numeric  # an evaluation that is made again gives the same number on any processor
+
+
+@pytest.fixture
+def long_text(folder) -> Path:
+    """Validation text of two batches."""
+    (folder / "text.txt").write_text(TEXT * 64)
+    return folder
+
+
+def patch_evaluation(monkeypatch, at: int, act) -> list[int]:
+    """act() in the at-th batch of all evaluations, counted from 1; a list with an entry for each batch."""
+    calls, eval_loss = [], Parallel.eval_loss
+
+    def counted(self, *args, **options):
+        calls.append(1)
+        if len(calls) == at:
+            act()
+        return eval_loss(self, *args, **options)
+
+    monkeypatch.setattr(Parallel, "eval_loss", counted)
+    return calls
+
+
+def files_of(run_dir: str) -> dict[str, object]:
+    """Every checkpoint's content, without what depends on the clock."""
+    found: dict[str, object] = {}
+    for path in Path(run_dir, "checkpoints").rglob("*.*"):
+        name = str(path.relative_to(run_dir))
+        if path.name == "state.json":
+            found[name] = {k: v for k, v in json.loads(path.read_text()).items() if k != "metrics_bytes"}
+        elif path.suffix == ".safetensors":
+            found[name] = path.read_bytes()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("batch", "step", "whole"), [(1, 2, False), (2, 2, True), (3, 4, False), (4, 4, True), (5, 6, False)]
+)
+def test_a_signal_in_an_evaluation_saves_at_once(long_text, capsys, monkeypatch, batch, step, whole):
+    """Of a step that is saved, or is not, or is the last. One that was not finished is made again."""
+    run(run_dir="plain", **SHORT)
+    with monkeypatch.context() as patch:
+        calls = patch_evaluation(patch, batch, lambda: signal.raise_signal(signal.SIGTERM))
+        assert run(**SHORT) == 4
+    assert len(calls) == batch
+    output = capsys.readouterr().out
+    assert f"stopped by SIGTERM after step {step}; --resume goes on from there" in output
+    assert ("with the evaluation of that step" in output) != whole
+    assert f"step_{step:08d}" in names_in("run/checkpoints")
+    assert [r["step"] for r in lasting("run") if "val_loss" in r] == list(range(2, step + whole, 2))
+    assert run("--resume", **SHORT) == 0
+    assert lasting("run") == lasting("plain")
+    plain, again = files_of("plain"), files_of("run")
+    assert all(again[name] == plain[name] for name in plain if name in again)
+    assert {name for name in plain if "00006" in name or "best" in name} <= set(again)
+
+
+def test_a_signal_in_the_last_batch_of_all_ends_a_run_as_it_would_have_ended(long_text, capsys, monkeypatch):
+    run(run_dir="plain", **SHORT)
+    patch_evaluation(monkeypatch, 6, lambda: signal.raise_signal(signal.SIGTERM))
+    assert run(**SHORT) == 0
+    assert lasting("run") == lasting("plain") and files_of("run") == files_of("plain")
+
+
+def test_what_a_kill_in_an_evaluation_leaves_was_saved_before_it(long_text, capsys, monkeypatch):
+    run(run_dir="plain", **SHORT)
+
+    def die():
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch_evaluation(patch, 6, die)
+        with pytest.raises(ZeroDivisionError):
+            run(**SHORT)
+    assert "step_00000006" in names_in("run/checkpoints")
+    assert run("--resume", **SHORT) == 0
+    assert lasting("run") == lasting("plain")
+    assert files_of("run") == files_of("plain")
+
+
+def test_an_evaluation_that_was_made_is_not_made_again(long_text, capsys, monkeypatch):
+    """The kill came after its line in metrics.jsonl and before the best checkpoint; and once more, after the end."""
+    run(run_dir="plain", **SHORT)
+    save = Saver.save
+
+    def die_at_the_best(self, tensors, state, *, kinds):
+        if kinds == ("best",) and state["step"] == 6:
+            raise ZeroDivisionError
+        save(self, tensors, state, kinds=kinds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Saver, "save", die_at_the_best)
+        with pytest.raises(ZeroDivisionError):
+            run(**SHORT)
+    assert "best_00000006" not in names_in("run/checkpoints")
+    calls = patch_evaluation(monkeypatch, 0, None)
+    for _ in range(2):
+        assert run("--resume", **SHORT) == 0
+        assert lasting("run") == lasting("plain")
+        assert files_of("run") == files_of("plain")
+    assert calls == []
+
+
+def test_a_run_that_is_continued_elsewhere_knows_the_evaluation_of_its_step(long_text, capsys):
+    """--resume-from another run: its best loss counts, and is in the new run's checkpoints."""
+    options = SHORT | {"eval_interval": 3}
+    run(run_dir="first", **options)
+    val_loss = next(r["val_loss"] for r in lasting("first") if "val_loss" in r)
+    high = {"learning_rate": 1.0, "schedule": "constant", "warmup_steps": 0}
+    run("--resume-from", "first/checkpoints/step_00000003", **(options | high))
+    state = json.loads(Path("run/checkpoints/step_00000006/state.json").read_text())
+    assert state["best"] == {"step": 3, "val_loss": val_loss} and state["evaluation_due"] is True
+    assert names_in("run/checkpoints") == ["step_00000006"]
+    assert [r["step"] for r in lasting("run")] == [4, 5, 6, 6]
+
+
+@pytest.fixture
+def bounded(folder, monkeypatch) -> Path:
+    """By default an evaluation reads 100 of the 244 validation tokens that can be predicted."""
+    monkeypatch.setattr(validation, "DEFAULT_TOKENS", 100)
+    return folder
+
+
+def val_losses(run_dir: str) -> list[tuple[int, float]]:
+    return [(r["step"], r["val_loss"]) for r in lasting(run_dir) if "val_loss" in r]
+
+
+def test_by_default_evaluations_are_bounded_and_the_last_reads_all(bounded, capsys):
+    run(**SHORT)
+    output = capsys.readouterr().out
+    assert (
+        "evaluations read the first 100 validation tokens, not all 244, and the last one all; --eval-tokens" in output
+    )
+    assert "bits per byte on all 244 tokens" in output
+    run(run_dir="some", eval_tokens=100, **SHORT)
+    run(run_dir="all", eval_tokens=244, **SHORT)
+    assert "evaluations read" not in capsys.readouterr().out
+    bounded_losses, some, whole = map(val_losses, ("run", "some", "all"))
+    assert bounded_losses == [*some, whole[-1]] and some != whole
+    best = min(some, key=lambda pair: pair[1])
+    state = json.loads(next(Path("run/checkpoints").glob("best_*/state.json")).read_text())
+    assert state["best"] == dict(zip(("step", "val_loss"), best, strict=True))  # of equal texts
+    assert run("--resume", **SHORT) == 0
+    assert val_losses("run") == bounded_losses
+
+
+def test_a_run_that_patience_ends_reads_all_at_its_end(bounded, capsys):
+    run(run_dir="some", **(SHORT | {"max_steps": 2}))
+    high = {"learning_rate": 2.0, "schedule": "constant", "warmup_steps": 0, "patience": 1, "max_steps": 40}
+    words = ["--resume-from", "some/checkpoints/step_00000002"]
+    run(*words, **(SHORT | high))
+    (*_, before, last), steps = val_losses("run"), [r["step"] for r in lasting("run")]
+    assert before[0] == last[0] == steps[-1] < 40 and before[1] != last[1]
+
+
+def test_a_signal_in_the_last_evaluation_of_all_makes_both_again(bounded, capsys, monkeypatch):
+    run(run_dir="plain", **SHORT)
+    with monkeypatch.context() as patch:
+        patch_evaluation(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))  # the bounded one of step 6
+        assert run(**SHORT) == 4
+    assert [step for step, _ in val_losses("run")] == [2, 4]
+    assert run("--resume", **SHORT) == 0
+    assert lasting("run") == lasting("plain")
+
+
+@pytest.mark.parametrize(("eval_dtype", "dtype"), [(None, "bfloat16"), ("float32", None), ("bfloat16", "bfloat16")])
+def test_evaluations_have_their_own_precision(folder, capsys, monkeypatch, eval_dtype, dtype):
+    seen, eval_loss = [], Parallel.eval_loss
+
+    def look(self, *args, **options):
+        seen.append(str(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else "torch.None")
+        return eval_loss(self, *args, **options)
+
+    monkeypatch.setattr(Parallel, "eval_loss", look)
+    train_dtype = "bfloat16" if eval_dtype is None else "float32" if eval_dtype == "bfloat16" else "bfloat16"
+    run(max_steps=1, eval_dtype=eval_dtype, dtype=train_dtype)
+    assert seen == [f"torch.{dtype}"]
+
+
+def test_an_evaluation_says_how_far_it_is():
+    said, clock = [], iter([0.0, 0.0, 9.0, 10.0, 10.0, 15.0, 21.0, 21.0])
+    ticker = Ticker(said.append, lambda: next(clock))
+    for done in (0, 10, 20, 30, 1000):
+        ticker(done, 1000)
+    assert said == ["evaluating: 2% of 1,000 tokens", "evaluating: 100% of 1,000 tokens"]
+
+
+def test_eval_only_is_stopped_by_a_signal_and_by_a_limit(long_text, capsys, monkeypatch):
+    run(**SHORT)
+    before = files_of("run")
+    with monkeypatch.context() as patch:
+        calls = patch_evaluation(patch, 1, lambda: signal.raise_signal(signal.SIGTERM))
+        assert run("--eval-only", **SHORT) == 4
+        assert calls == [1]
+    assert "stopped by SIGTERM before training began" in capsys.readouterr().err
+    calls = patch_evaluation(monkeypatch, 0, None)
+    assert run("--eval-only", max_minutes=1e-6, **SHORT) == 4
+    assert calls == [] and files_of("run") == before
+
+
+def test_a_sample_ends_where_a_stop_is_heard(folder, capsys, monkeypatch):
+    model, tokenizer = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, seq_len=8, vocab_size=257)), ByteTokenizer()
+    config, world = load_config(flags(sample_tokens=50, sample_prompt="x")), World(torch.device("cpu"))
+    asked = []
+    stopped = lambda: asked.append(1) or len(asked) == 3
+    text = validation.sample_text(model, Parallel(model, world, "none"), world, tokenizer, config, stopped)
+    assert text.startswith("  | x") and len(asked) <= 5
+    assert len(validation.sample_text(model, Parallel(model, world, "none"), world, tokenizer, config)) > len(text)
