@@ -16,21 +16,9 @@ import matplotlib.figure  # noqa: F401 - what a training imports late, before th
 import rich.progress  # noqa: F401
 import safetensors.torch  # noqa: F401
 
-import gpt.evaluate
-import gpt.export
-import gpt.inspect_corpus
-import sample
-import train
-from gpt.command_line import load_config, parse_flags
 from gpt.errors import run_command
+from tests.commands import MAINS
 
-MAINS = {
-    "train": lambda words: train.main(load_config(words)),
-    "sample": lambda words: sample.main(parse_flags(sample.Arguments, words, prog="sample.py")),
-    "evaluate": lambda words: gpt.evaluate.main(parse_flags(gpt.evaluate.Arguments, words, prog="gpt.evaluate")),
-    "export": lambda words: gpt.export.main(parse_flags(gpt.export.Arguments, words, prog="gpt.export")),
-    "inspect": gpt.inspect_corpus.main,
-}
 # Of each case: stdin, stdout and stderr, as a path, None where it is closed, or a pipe that nobody reads.
 BROKEN = "a pipe"
 CASES = {

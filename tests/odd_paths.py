@@ -14,24 +14,12 @@ from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import gpt.evaluate
-import gpt.export
-import gpt.inspect_corpus
-import sample
-import train
-from gpt.command_line import load_config, parse_flags
 from gpt.errors import run_command
+from tests.commands import MAINS
 
 TEXT = "all work and no play makes jack a dull boy\n" * 20
 FLAGS = "--n-layer 1 --n-head 2 --n-embd 16 --seq-len 32 --max-steps 1 --device cpu --dtype float32 --tokenizer byte"
 MODEL = [*FLAGS.split(), "--sample-tokens", "2"]
-MAINS = {
-    "train": lambda words: train.main(load_config(words)),
-    "sample": lambda words: sample.main(parse_flags(sample.Arguments, words, prog="sample.py")),
-    "evaluate": lambda words: gpt.evaluate.main(parse_flags(gpt.evaluate.Arguments, words, prog="gpt.evaluate")),
-    "export": lambda words: gpt.export.main(parse_flags(gpt.export.Arguments, words, prog="gpt.export")),
-    "corpus": gpt.inspect_corpus.main,
-}
 
 
 def make(folder: Path) -> None:
@@ -86,8 +74,8 @@ def commands(at: str) -> list[tuple[int, list[str]]]:
         ["export", f"{at}/run", f"{at}/hf/export/", "--overwrite"],
         ["evaluate", f"{at}/hf/export", *corpus, "--device", "cpu"],
         ["train", *corpus, *cache, "--run-dir", f"{at}/theirs", "--init-from", f"{at}/hf/export", *once],
-        ["corpus", "inspect", f"{at}/run"],
-        ["corpus", "inspect", f"{at}/ids.bin", "--tokenizer", "byte"],
+        ["inspect", "inspect", f"{at}/run"],
+        ["inspect", "inspect", f"{at}/ids.bin", "--tokenizer", "byte"],
     ]
     refused = [
         ["train", f"{at}/none.toml"],
@@ -120,8 +108,8 @@ def commands(at: str) -> list[tuple[int, list[str]]]:
         ["export", f"{at}/run", f"{at}/file/below"],
         ["export", f"{at}/run", f"{at}/dangling"],
         ["export", f"{at}/run", f"{at}/docs", "--overwrite"],
-        ["corpus", "inspect", f"{at}/none"],
-        ["corpus", "inspect", f"{at}/docs"],
+        ["inspect", "inspect", f"{at}/none"],
+        ["inspect", "inspect", f"{at}/docs"],
     ]
     return [(0, words) for words in done] + [(2, words) for words in refused]
 
@@ -136,8 +124,8 @@ def again(at: str) -> list[tuple[int, list[str]]]:
         ["sample", f"{at}/run", "--prompt-file", f"{at}/prompts.txt", "--output", f"{at}/out", "--resume"],
         ["sample", f"{at}/run", "--quantize", "int8", "--max-new-tokens", "2"],
         ["export", f"{at}/run", f"{at}/hf/export", "--overwrite"],
-        ["corpus", "inspect", f"{at}/run"],
-        ["corpus", "inspect", f"{at}/ids"],
+        ["inspect", "inspect", f"{at}/run"],
+        ["inspect", "inspect", f"{at}/ids"],
     ]
     return [(0, words) for words in done]
 

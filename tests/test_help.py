@@ -11,7 +11,7 @@ from gpt.command_line import load_config, parse_flags
 from tests.test_options_commands import PROGRAMS
 
 COMMANDS = {"train": load_config} | {
-    name: functools.partial(parse_flags, kinds[0], prog=name) for name, (_, _, kinds, _) in PROGRAMS.items()
+    name: functools.partial(parse_flags, kinds[0], prog=name) for name, (_, _, kinds) in PROGRAMS.items()
 }
 
 

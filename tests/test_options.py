@@ -32,7 +32,7 @@ def test_each_dataclass_of_options_is_in_a_table():
     modules = [path for path in sources if "parse_flags(" in path.read_text()]
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules]
     found = set().union(*(classes_of(importlib.import_module(name).Arguments) for name in names))
-    tested = {Arguments, *TABLES.values()}.union(*(kinds for _, _, kinds, _ in test_options_commands.PROGRAMS.values()))
+    tested = {Arguments, *TABLES.values()}.union(*(kinds for _, _, kinds in test_options_commands.PROGRAMS.values()))
     assert found == tested
     assert {*test_options_train.KINDS.values(), ModelConfig} == {*TABLES.values()}
     own = {f.name for f in fields(Arguments)} - {f.name for f in fields(Config)}

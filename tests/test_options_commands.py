@@ -23,43 +23,40 @@ import sample
 from gpt.command_line import load_config, parse_flags
 from gpt.errors import UserError
 from gpt.model import GPT
+from tests.commands import MAINS
 from tests.option_checks import Case, check, deaf, missing
 from tests.train_checks import TEXT
 from tests.train_observer import network, words
 from train import main as train
 
-# Of each command: the options that stand without a name, those that every case begins with, its dataclasses, its main.
-PROGRAMS: dict[str, tuple[tuple[str, ...], dict[str, Any], tuple[type, ...], Callable[[list[str]], int]]] = {
+# Of each command: the options without a name, those that every case begins with, its dataclasses.
+PROGRAMS: dict[str, tuple[tuple[str, ...], dict[str, Any], tuple[type, ...]]] = {
     "sample": (
         ("run",),
         {"run": "run", "max_new_tokens": 12, "jsonl": True, "device": "cpu"},
         (sample.Arguments, sample.Sampling),
-        lambda argv: sample.main(parse_flags(sample.Arguments, argv, prog="sample.py")),
     ),
     "evaluate": (
         ("run",),
         {"run": "run", "corpus": "text.txt", "json": True, "device": "cpu"},
         (gpt.evaluate.Arguments,),
-        lambda argv: gpt.evaluate.main(parse_flags(gpt.evaluate.Arguments, argv, prog="gpt.evaluate")),
     ),
     "export": (
         ("run", "directory"),
         {"run": "run", "directory": "export"},
         (gpt.export.Arguments,),
-        lambda argv: gpt.export.main(parse_flags(gpt.export.Arguments, argv, prog="gpt.export")),
     ),
     "inspect": (
         ("command", "path"),
         {"command": "inspect", "path": "ids.bin"},
         (gpt.inspect_corpus.Arguments,),
-        gpt.inspect_corpus.main,
     ),
 }
 
 
 def argv_of(program: str, options: dict[str, Any]) -> list[str]:
     """A command line with these options over those that every case begins with."""
-    positional, base, _, _ = PROGRAMS[program]
+    positional, base, _ = PROGRAMS[program]
     options = {**base, **options}
     return [str(options.pop(name)) for name in positional] + words(options)
 
@@ -77,7 +74,7 @@ class Ran:
             self._spy(patch)
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 try:
-                    self.status = PROGRAMS[program][3](argv_of(program, options))
+                    self.status = MAINS[program](argv_of(program, options))
                 except UserError as error:
                     self.error = str(error)
             out.flush()
@@ -369,7 +366,7 @@ def given(program: str, case: Case) -> tuple[type, str, Any]:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_each_option_of_a_command_has_a_case(program):
-    _, base, kinds, _ = PROGRAMS[program]
+    _, base, kinds = PROGRAMS[program]
     own = [case for name, case in CASES if name == program]
     assert [name for kind in kinds for name in missing(kind, own, base)] in ([], ["sampling"])
 

@@ -10,6 +10,7 @@ import pytest
 
 from gpt.command_line import MAY_BE_EMPTY, PATHS, TABLES, Arguments, load_config, option_kinds
 from gpt.errors import UserError
+from tests.commands import MAINS
 from tests.test_options_commands import PROGRAMS, argv_of
 
 ROOT = Path(__file__).parents[1]
@@ -47,8 +48,8 @@ TRAIN = option_kinds(Arguments)
 # Of each program: its options that take a value, the words before one, and what reads the words.
 READERS = {"train": (TRAIN, ["--corpus", "text.txt"], (), load_config)}
 READERS |= {
-    name: (option_kinds(kinds[0]), argv_of(name, {}), positional, main)
-    for name, (positional, _, kinds, main) in PROGRAMS.items()
+    name: (option_kinds(kinds[0]), argv_of(name, {}), positional, MAINS[name])
+    for name, (positional, _, kinds) in PROGRAMS.items()
 }
 
 
