@@ -1,4 +1,4 @@
-"""What stands in the inner loops of a compiled kernel: its matrix instructions, and everything else.
+"""What is in the inner loops of a compiled kernel: its matrix instructions, and everything else.
 
 Two kinds of assembly are read: SASS as nvdisasm prints it, and amdgcn. A loop is what the flow graph calls one (a
 branch back to a block that dominates it), so that blocks which the compiler moved elsewhere still count.

@@ -1,6 +1,6 @@
 """What the compiler makes of every kernel, for GPUs that need not be here: `python -m benchmarks.compile_report`.
 
-Registers, bytes spilled, shared memory and what stands in the inner loops of each kernel's default configuration. It
+Registers, bytes spilled, shared memory and what is in the inner loops of each kernel's default configuration. It
 compiles what a launch would compile, ahead of time, so it runs without TRITON_INTERPRET: that choice falls when a
 kernel is defined. `make compile-report` writes docs/compile_report.md.
 """
@@ -286,7 +286,7 @@ COLUMNS = ("tile", "registers", "spilled", "KiB of", "matrix", "full tile", "mas
 
 
 def _row(r: Report) -> tuple:
-    """What stands under COLUMNS."""
+    """The cells under COLUMNS."""
     tile = "{}x{}, {} w, {} s".format(*r.config)
     shared = f"{r.shared >> 10} / {configs.SHARED_MEMORY[r.case.target] >> 10}"
     name = instruction(r.case)[0] if r.matrix_instructions else "none"
@@ -314,7 +314,7 @@ def main() -> None:
         try:
             cases = [Case(**case) for case in args.cases]
         except TypeError as error:
-            parser.error(f"--cases is no JSON list of cases: {error}")
+            parser.error(f"--cases is not a JSON list of cases: {error}")
     elif args.write is not None:
         cases = page_cases()
     else:

@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--peer", action="store_true", help="train the peer alone, in this process")
     args, options = parser.parse_known_args(arguments)
     if not args.corpus.is_file():
-        parser.error(f"{args.corpus} is no file: give the text with --corpus")
+        parser.error(f"{args.corpus} is not a file: give the text with --corpus")
     if args.peer and options:
         parser.error(f"--peer takes none of train.py's flags: leave out {options[0]}")
     if args.json is not None and not args.json.parent.is_dir():

@@ -152,7 +152,7 @@ def why_wrong(key: Key, config: Config, cases: Iterable[Case], device: str) -> s
     for case in cases:
         try:
             with configs.trying(key, config):
-                # Many configs are tried on small samples: by chance alone one would break the rule as it stands.
+                # Many configs are tried on small samples: by chance alone one would break the unchanged rule.
                 check(case, device, slack=2.0)
         except (AssertionError, OutOfResources) as error:
             return f"{case}: {error}"

@@ -69,7 +69,7 @@ def shown(value: Any) -> str:
     kind = type(value).__name__
     try:
         text = repr(value)
-    except Exception:  # of a list with such a number, say
+    except Exception:  # such as repr() of a list that holds a huge number
         return f"a value of type {kind}"
     is_short = len(text) <= 40 and text.isprintable() and " at 0x" not in text
     return f"the {kind} {text}" if is_short else f"a value of type {kind}"

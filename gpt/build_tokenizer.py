@@ -23,7 +23,7 @@ def build_tokenizer(
 
     texts: gives the text to learn from, anew at each call: all of it for char, the training part for bpe; the other
     kinds never call it. document_token: whether a character tokenizer gets one; every other kind has one anyway.
-    Raises UserError for a name that nobody knows, or an encoding that is not at hand and cannot be downloaded.
+    Raises UserError for an unknown name, or an encoding that is not at hand and cannot be downloaded.
     """
     kind = config.tokenizer
     if kind == "char":

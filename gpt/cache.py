@@ -117,7 +117,7 @@ def _resumed(work: Path) -> tuple[Path | None, int | None]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed processes left: folders of a day ago, or of a month ago if they can be gone on with."""
+    """Remove what killed processes left: folders of a day ago, or of a month ago if they can be resumed."""
     for pattern, age in ((".writing-*", _DAY), (".resume-*", 30 * _DAY)):
         for old in folder.glob(pattern):
             with suppress(FileNotFoundError):  # another process sweeps too

@@ -188,7 +188,7 @@ def _is_leftover(path: Path) -> bool:
 
 
 def verify(checkpoint: Path) -> str | None:
-    """None where every file stands as the manifest says; else one clause that names the file and its fault."""
+    """None where every file is as the manifest says; else one clause that names the file and its fault."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_bytes())
         for name in {*FILES, *manifest}:
@@ -207,7 +207,7 @@ def verify(checkpoint: Path) -> str | None:
 
 
 def newest_checkpoint(directory: Path, say=print) -> Path | None:
-    """The newest checkpoint that verifies, the best one included, or None where there is none at all.
+    """The newest checkpoint that verifies, the best one included, or None where no checkpoint exists.
 
     Says which newer ones it passes over and why. Raises UserError where there are some but none verifies.
     """
@@ -273,7 +273,7 @@ def load_training_state(
     """Restore weights and optimizers from a verified checkpoint; returns its state.json.
 
     average: restored too; from the weights where the checkpoint holds none.
-    Raises UserError, naming the file, for what is no checkpoint of this model though its checksums are right.
+    Raises UserError, naming the file, for what is not a checkpoint of this model though its checksums are right.
     """
     load_weights(checkpoint, model)
     restore_optimizers(model, optimizers, _read(checkpoint / FILES[1]))
@@ -306,7 +306,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError):
-        raise UserError(f"{path} is not a training state: it is no JSON") from None
+        raise UserError(f"{path} is not a training state: it is not JSON") from None
     count = _is_count
     table = lambda of: lambda value: isinstance(value, dict) and all(map(of, value.values()))
     number = lambda value: type(value) in (int, float) and math.isfinite(value)

@@ -256,7 +256,7 @@ def _check_source(argv: Sequence[str], source: str, preset: str | None) -> None:
 
 
 def _preset(name: str | None) -> dict[str, Any]:
-    """What a preset says of the model: each option that any preset sets. UserError for one that nobody knows."""
+    """What a preset says of the model: each option that any preset sets. UserError for an unknown preset."""
     if name is None:
         return {}
     if name not in PRESETS:
@@ -266,7 +266,7 @@ def _preset(name: str | None) -> dict[str, Any]:
 
 
 def _begun_run(argv: Sequence[str], path: Path | None, tables: dict[str, dict[str, Any]]) -> Path | None:
-    """The config.toml of the run that is to be gone on with, if it is there: init_from has then done its part."""
+    """The config.toml of the run being resumed, if it exists: init_from has then done its part."""
     train = tables.get("train", {})
     run_dir = _given(argv, "--run-dir") or train.get("run_dir") or _run_dir(path)
     saved = Path(run_dir) / "config.toml"
@@ -284,7 +284,7 @@ def load_config(argv: Sequence[str], prog: str = "train.py") -> Config:
     With init_from the model's options begin as the source's, in a preset's place. Over a run's own file a preset is as
     the flags are: what it says is asked of the run.
     With --resume or --eval-only and a run directory but no file, the run's own config.toml is the file.
-    With --resume and a run that is there, its model's options stand in the source's place.
+    With --resume and an existing run, its model's options replace the source's.
     """
     argv = checked_words(argv, option_kinds(Arguments))
     path = Path(argv[0]) if argv and not argv[0].startswith("-") else None

@@ -196,7 +196,7 @@ class TrainConfig:
     init_from: str | None = None
     """Begin with the weights, the model options and the tokenizer of this: a run directory, or a Hugging Face
     checkpoint (a directory or a name). seq_len may be shorter, dropout another.
-    A run that is gone on with does not look at it."""
+    Ignored when a run is resumed."""
     resume: bool = False
     """Go on from the run's newest checkpoint that verifies, or start where the run has none."""
     resume_from: Path | None = None

@@ -8,10 +8,10 @@ ever out of date. Text is never held whole: it passes through in chunks. `python
 came of it.
 
 Documents: each text file is one, and so is each line of JSON lines and each row of a Parquet file or dataset. The
-tokenizer's document token, where it has one, stands before each document; the held-out tail of a document is no new
-one. A character tokenizer gets the token only for several documents, so that one text gives exactly its characters.
-gpt/documents.py says which are held out. Text is kept as it stands, blanks and line ends too; nothing but blanks is
-refused.
+tokenizer's document token, where it has one, comes before each document; the held-out tail of a document does not
+begin a new one. A character tokenizer gets the token only for several documents, so that one text gives exactly its
+characters. gpt/documents.py says which are held out. Text is kept unchanged, spaces and line ends too; text of nothing
+but white space is refused.
 """
 
 import hashlib
@@ -187,7 +187,7 @@ def _write(
 ) -> Tokenizer:
     """Make a corpus folder: tokenizer.json, train.tokens, val.tokens, corpus.json. Returns the tokenizer.
 
-    In a folder that an interrupted call left behind it goes on with the tokenizer and the tokens that are there.
+    In a folder that an interrupted call left behind it uses the existing tokenizer and tokens.
     """
     split = find_split(sources, data)
     saved = folder / "tokenizer.json"
@@ -199,7 +199,7 @@ def _write(
         folder, sources, split, tokenizer, data.encoding_errors, _meter("tokenizing", sources, progress)
     )
     if counts.blank:
-        raise UserError(f"the corpus {', '.join(data.corpus)} is empty: it holds nothing but blanks")
+        raise UserError(f"the corpus {', '.join(data.corpus)} is empty: it holds nothing but white space")
     if not (counts.train_bytes and counts.val_bytes):
         raise UserError(f"the corpus {', '.join(data.corpus)} is too short to be split: give more text")
     kept = {name: getattr(counts, name) for name in ("train_bytes", "val_bytes", "documents")}

@@ -46,7 +46,7 @@ class Snapshot(NamedTuple):
 class Decoder:
     """B rows, each with tokens of its own length, at most `capacity` of them and no more than the model's context.
 
-    lengths: how many tokens each row holds. Rows do not see one another. Token i of a row stands at position i.
+    lengths: how many tokens each row holds. Rows do not see one another. Token i of a row is at position i.
     Logits are float32. Weights (on a CPU mostly copied, in a faster layout) and masks are taken when the decoder is
     made: later changes of the model are not seen. Dropout is never applied.
 
@@ -253,7 +253,7 @@ class Decoder:
 
     @_plainly
     def _same_in_every_place(self, tile: int) -> bool:
-        """Whether equal rows of a tile come out equal, wherever in the tile they stand."""
+        """Whether equal rows of a tile come out equal, wherever in the tile they are."""
         hidden = self._hidden(
             torch.zeros(tile, 1, dtype=torch.int64, device=self.device), NoAttention(self.config.n_head)
         )
@@ -304,7 +304,7 @@ class _Block:
 
 
 def _qkv_and_gate(attn: CausalSelfAttention) -> nn.Linear:
-    """The projection; the gates of value embeddings stand behind it, up to whole heads: one product, not two."""
+    """The projection; the gates of value embeddings follow it, up to whole heads: one product, not two."""
     qkv, gate = attn.c_qkv, attn.value_gate
     if gate is None:
         return qkv

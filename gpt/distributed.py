@@ -26,7 +26,7 @@ from gpt.model import GPT
 
 Mode = Literal["none", "ddp", "fsdp"]
 
-# The others stand in a collective while rank 0 writes a checkpoint or samples; a dead rank is noticed at once on one
+# The others wait in a collective while rank 0 writes a checkpoint or samples; a dead rank is noticed at once on one
 # node (torchrun ends the job) and after this long where only silence tells.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 CORPUS_TIMEOUT = timedelta(days=1)  # rank 0 may have a long text to download and to tokenize

@@ -1,7 +1,7 @@
 """A corpus's documents, and which of their text is trained on.
 
 One document is split at its tail. Of several, a seeded hash of each one's bytes decides, so that a document keeps its
-side when the corpus grows, and copies of one document never stand on both sides. Nothing is kept for each document:
+side when the corpus grows, and copies of one document are never on both sides. Nothing is kept for each document:
 the decision is made as they stream by.
 """
 
@@ -106,7 +106,7 @@ def _text_bytes(sources: list[Source], errors: str) -> int:
     """UTF-8 bytes of the only document."""
     source = sources[0]
     if len(sources) == 1 and source.plain and source.coding == "utf-8" and errors == "strict" and source.limit is None:
-        mark = codecs.BOM_UTF8  # the one thing that is left out; what is no UTF-8 is refused when it is tokenized
+        mark = codecs.BOM_UTF8  # the one thing that is left out; what is not UTF-8 is refused when it is tokenized
         with open(source.path, "rb") as file:
             return source.size - len(mark) * (file.read(len(mark)) == mark)
     return sum(utf8_bytes(text) for document in read_documents(sources, errors) for text in document.chunks)

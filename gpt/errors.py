@@ -14,7 +14,7 @@ EXIT_STOPPED = 4  # stopped by a signal or a time limit, with everything saved
 
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# A path that the user gave leads nowhere, and even asking whether it is there is refused.
+# A path that the user gave leads nowhere, and even asking whether it exists is refused.
 NO_WAY = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 
 
@@ -36,8 +36,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's main and leave with its exit status.
 
     A UserError becomes one line on stderr and status 2, and so does a disk or a memory that is full, an output that
-    cannot be written, or a path that the system refuses. A reader that goes away, as in `sample.py ... | head`, is no
-    error. A command that can do without its output ends as it would, with status 2 in the place of 0.
+    cannot be written, or a path that the system refuses. A reader that goes away, as in `sample.py ... | head`, is not
+    an error. A command that can do without its output ends as it would, with status 2 in the place of 0.
     """
     with outlets() as out:
         try:

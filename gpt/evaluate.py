@@ -93,9 +93,10 @@ def read_questions(path: Path) -> list[Question]:
             row = json.loads(line)
             questions.append(Question(row["ctx"], row["endings"], _label(row["label"])))
         except UserError as error:
-            raise UserError(f"{path}: line {number} is no question: {error}") from None
+            raise UserError(f"{path}: line {number} is not a question: {error}") from None
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{path}: line {number} is no question with ctx, endings and label ({error!r})") from None
+            what = f"line {number} is not a question with ctx, endings and label"
+            raise UserError(f"{path}: {what} ({error!r})") from None
     if not questions:
         raise UserError(f"{path} holds no question")
     return questions

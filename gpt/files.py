@@ -73,7 +73,7 @@ def read_lines(path: Path, what: str) -> list[str]:
 
 
 def decoded(text: str) -> str:
-    """Text that the locale took for bytes, as the UTF-8 that it is; as it was where it is not UTF-8."""
+    """Text that the locale took for bytes, decoded as UTF-8; unchanged where it is not UTF-8."""
     try:
         return text.encode("utf-8", "surrogateescape").decode()
     except UnicodeError:

@@ -113,10 +113,10 @@ def look_at(path: Path) -> TokenFile:
             )
         return replace(found, offset=HEADER_BYTES, width=width, tokens=tokens)
     if what := _not_ids(header):
-        raise UserError(f"{path} is no token file of uint16 ids: it holds {what}")
+        raise UserError(f"{path} is not a token file of uint16 ids: it holds {what}")
     if status.st_size == 0 or status.st_size % 2:
         raise UserError(
-            f"{path} is no token file: its {status.st_size} bytes are no uint16 ids and have no known header"
+            f"{path} is not a token file: its {status.st_size} bytes are not uint16 ids and have no known header"
         )
     return found
 
@@ -169,7 +169,7 @@ def write_index(
 ) -> None:
     """Make train.tokens, val.tokens (which lead to the files) and corpus.json in a folder.
 
-    Every id is checked. Raises UserError for a file that is none of the known kinds, or of another tokenizer.
+    Every id is checked. Raises UserError for a file of an unknown kind, or of another tokenizer.
     """
     found = [look_at(path) for path in files]
     sides = {

@@ -85,7 +85,7 @@ def not_text(head: bytes) -> tuple[str, str] | None:
         return "a pickle, which can run any code when it is read", "write its text to JSON lines first"
     if b"\0\0" in head or 10 * head.count(b"\0") >= len(head) > 0:
         return "binary (it holds NUL bytes)", "give text, in UTF-8"
-    # Backspaces, of which old manuals are full, aside.
+    # Backspaces do not count: old manuals are full of them.
     controls = len(_CONTROL.findall(head.replace(b"\b", b"")))
     if controls * (5 if _utf8(head) else 50) >= len(head) >= (64 if _utf8(head) else 1):
         return "binary (it holds control characters)", "give text, in UTF-8"
@@ -130,7 +130,7 @@ def _head(path: Path, packing: str, name: str, size: int) -> bytes:
 def form_of(path: Path, called: str, field: str, errors: str, *, shown: str, searched: bool = False) -> Form | None:
     """What a file is and how it is compressed. called: its name, where `path` may not have it; shown: in messages.
 
-    searched: it was found in a folder; None then stands for one that is left out, as binary.
+    searched: it was found in a folder; None then means that it is left out, as binary.
     Raises UserError for what is not text and holds none. errors: as in bytes.decode.
     """
     named = form_by_name(called)
@@ -143,8 +143,8 @@ def form_of(path: Path, called: str, field: str, errors: str, *, shown: str, sea
     if named.packing and not packing:
         unpacker(named.packing)  # which says what is not installed
         if is_binary(_head(path, "", shown, _HEAD)):
-            raise UserError(f"{shown} is no .{named.packing} file, or is damaged before its byte {len(start)}")
-        log.warning("%s: it is not compressed, and is read as it is", shown)
+            raise UserError(f"{shown} is not a .{named.packing} file, or is damaged before its byte {len(start)}")
+        log.warning("%s: it is not compressed, and is read without unpacking", shown)
     try:
         head = _head(path, packing, shown, _HEAD)
     except UserError:

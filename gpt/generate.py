@@ -287,7 +287,7 @@ class _Drawer:
         return [list(zip(row[:n], values[:n])) for row, values, n in zip(tokens.tolist(), logprobs, counts)]
 
     def _propose(self, samples, texts, seeds: Tensor, seen: Tensor | None, lengths: list[int]) -> Proposals | None:
-        """At most lengths[b] tokens for each sample; None where there are none."""
+        """At most lengths[b] tokens for each sample; None if there is nothing to propose."""
         if self.draft is None:
             proposals = propose_by_lookup([sample.lookup for sample in samples], texts, lengths, self.device)
             return proposals if proposals.tokens.shape[1] else None
@@ -299,7 +299,7 @@ class _Drawer:
         return propose_by_model(self.draft.step, self.config, texts, lengths, seeds, self.bias, seen, self.device)
 
     def _seen(self, samples: Sequence[_Sample]) -> Tensor | None:
-        """(B, 1, V) bool: the tokens that each text holds; None where nobody asks."""
+        """(B, 1, V) bool: the tokens that each text holds; None without a repetition penalty."""
         if self.config.repetition_penalty == 1:
             return None
         return torch.stack([sample.seen_of(self.vocab_size) for sample in samples]).unsqueeze(1).to(self.device)

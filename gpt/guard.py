@@ -84,7 +84,7 @@ class Guard:
         return found_inf
 
     def _with_spikes(self, found_inf: Tensor, loss: Tensor) -> Tensor:
-        """found_inf, or 1 where the loss is a spike; one that is none joins the window."""
+        """found_inf, or 1 where the loss is a spike; any other loss joins the window."""
         x, known = loss.clamp(min=1e-30).log(), self._losses.isfinite()
         count = known.sum()
         middle = ((count - 1).clamp(min=0) // 2).view(1)

@@ -8,7 +8,7 @@ Work done twice, as under activation checkpointing, does not count.
 import torch
 
 # Dense bfloat16 matrix products with float32 accumulation, in TFLOP/s, from the makers' data sheets (without sparsity,
-# of which some sheets print the double). Longer names come first: "H100 PCIe" is no "H100".
+# for which some sheets print twice the figure). Longer names come first: "H100 PCIe" contains "H100".
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "B100": 1750.0,

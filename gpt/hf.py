@@ -94,7 +94,7 @@ FIXED: dict[str, dict[str, tuple | None]] = {
 }
 GELUS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu"}
 UNGATED = GELUS | {"relu": "relu", "relu2": "relu2"}
-# A gate that is its own input, relu(x) * x, is relu(x)^2: so an MLP of ReLU^2 stands in a family with a gate.
+# A gate that is its own input, relu(x) * x, is relu(x)^2: so an MLP of ReLU^2 is written as one with a gate.
 GATED = {"silu": "swiglu", "swish": "swiglu", "relu": "relu2"}
 
 
@@ -145,7 +145,7 @@ def fetch(source: str | Path) -> Path:
         hint = instead(folder) or "a Hugging Face checkpoint is a directory, or a name on the Hub"
         raise UserError(f"{source} is a file: {hint}")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(source)):
-        raise UserError(f"there is no directory {source}, and it is no name of a Hugging Face checkpoint")
+        raise UserError(f"there is no directory {source}, and it is not a name of a Hugging Face checkpoint")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -192,7 +192,8 @@ def config_from_hf(folder: Path) -> tuple[str, ModelConfig]:
         key for key in SIZES if type(options.get(key)) is not int and (key in NEEDED or options.get(key) is not None)
     ]
     if wrong:
-        raise UserError(f"{path} holds a value of the wrong kind: {wrong[0]} {options[wrong[0]]!r} is no whole number")
+        key, value = wrong[0], options[wrong[0]]
+        raise UserError(f"{path} holds a value of the wrong kind: {key} {value!r} is not a whole number")
     known = {f.name for f in fields(ModelConfig)}
     misfits += [f"{key} {value!r}" for key, value in options.items() if key not in known and value is not None]
     if misfits:

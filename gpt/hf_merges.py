@@ -2,7 +2,7 @@
 
 tiktoken joins, again and again, the two neighbors whose bytes together have the lowest id. A list of merges in the
 order of the ids that they make does the same unless it lacks a pair that comes up. The bytes of a token, wherever they
-stand, are joined as they are alone, as long as nothing joins them to their neighbors. So the token appears in a text
+are, are joined as they would be alone, as long as nothing joins them to their neighbors. So the token appears in a text
 only if its own bytes become it, and then of the same last pair; any other pair of it does not come up, listed or not.
 """
 
@@ -16,7 +16,7 @@ UNUSED = "<unused {}>"  # a space keeps it apart from every byte-level token
 
 def byte_tokens(vocab: dict[str, int], others: set[str]) -> list[bytes | None]:
     """The bytes of each id but the others'; ValueError where a token is not byte-level or two share an id."""
-    # What stands for no byte must not be taken for one: of its 256 the first 256 code points have only some.
+    # A character that is not the sign of a byte must not be taken for one: only some of the 256 signs are below 256.
     to_byte = dict.fromkeys(range(256), "\uffff")
     to_byte |= {ord(character): chr(byte) for byte, character in enumerate(byte_characters())}
     found: dict[int, bytes] = {}
@@ -48,7 +48,7 @@ def unreached(model: dict[str, Any], others: set[str], bpe: Any) -> set[str]:
     bpe.ignore_merges = whole
     if not whole:
         return set(apart)
-    # These come as whole pieces only; but two parts tiktoken would join wherever they stand.
+    # These come as whole pieces only; but tiktoken would join two parts wherever they are.
     for text, found in apart.items():
         if len(found) == 2:
             left, right = (part.value for part in found)

@@ -25,7 +25,7 @@ _INSIDE = re.compile(rf"\[\^?(?![:\]])|{_ESCAPE}|&(?!&)|~(?!~)|-(?!-)|[^\\\[&~-]
 
 
 def unlike(pattern: str) -> str | None:
-    """The rest of a pattern from the first part on that the two may read in different ways; None if there is none."""
+    """The rest of a pattern, from the first part that the two may read differently; None if they read it alike."""
     at = brackets = 0
     while at < len(pattern):
         part = (_INSIDE if brackets else _OUTSIDE).match(pattern, at)

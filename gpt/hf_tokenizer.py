@@ -163,7 +163,7 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, seq_len: int) -> N
 def write_tiktoken(tokenizer: Tokenizer, path: Path) -> None:
     """tiktoken's rank file: a line of base64 and id for each token. Pattern and special tokens are not in it.
 
-    Raises UserError for a character tokenizer, whose tokens are no byte pairs.
+    Raises UserError for a character tokenizer, whose tokens are not byte pairs.
     """
     if isinstance(tokenizer, CharTokenizer):
         raise UserError("a character tokenizer has no ranks: only byte and BPE tokenizers go into tiktoken's format")
@@ -178,19 +178,19 @@ def write_tiktoken(tokenizer: Tokenizer, path: Path) -> None:
 def read_tiktoken(path: Path, pattern: str, specials: Mapping[str, int], name: str = "tiktoken") -> BPETokenizer:
     """The tokenizer of a tiktoken rank file, with the pattern and the special tokens that belong to it.
 
-    Raises UserError, naming the file, for one that is no such file.
+    Raises UserError, naming the file, for any other file.
     """
     try:
         pairs = [line.split() for line in Path(path).read_bytes().splitlines() if line.strip()]
         ranks = {int(rank): base64.b64decode(token, validate=True) for token, rank in pairs}
         if len(ranks) != len(pairs) or min(ranks) < 0 or max(ranks) >= MAX_VOCAB:
-            raise ValueError(f"an id is there twice, negative, or not below {MAX_VOCAB}")
+            raise ValueError(f"an id is repeated, negative, or not below {MAX_VOCAB}")
         tokens = check_tokens([ranks.get(i) for i in range(max(ranks) + 1)], dict(specials))
         return BPETokenizer(name, pattern, tokens, specials)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, binascii.Error) as error:
-        raise UserError(f"{path} is no rank file of tiktoken: {error}") from None
+        raise UserError(f"{path} is not a rank file of tiktoken: {error}") from None
 
 
 def read_hf_tokenizer(folder: Path) -> Tokenizer:
@@ -289,7 +289,7 @@ def _check_settings(content: dict[str, Any], settings: dict[str, Any]) -> str | 
 
 
 def _steps(step: dict[str, Any] | None, name: str) -> Iterator[dict[str, Any]]:
-    """The steps of a normalizer, pre-tokenizer or decoder, in order, out of the sequences that they may stand in."""
+    """The steps of a normalizer, pre-tokenizer or decoder, in order; nested sequences are flattened."""
     if not step:
         return
     if step["type"] != "Sequence":
@@ -358,7 +358,7 @@ def _pattern(step: dict[str, Any]) -> str | None:
     steps = list(_steps(step, "pretokenizers"))
     last = steps[-1] if steps else {}
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space") or len(steps) > 2:
-        raise ValueError("it is not byte-level, or puts a blank before the text")
+        raise ValueError("it is not byte-level, or puts a space before the text")
     pattern = GPT2_PATTERN if last.get("use_regex", True) else None
     if len(steps) == 2:
         split = steps[0]
@@ -374,7 +374,7 @@ def _pattern(step: dict[str, Any]) -> str | None:
 
 
 def _document(specials: dict[str, int], settings: dict[str, Any]) -> str:
-    """The token that stands between documents: <|endoftext|>, else the checkpoint's first or last token."""
+    """The token between documents: <|endoftext|>, else the checkpoint's first or last token."""
     names = [settings.get(key) for key in ("bos_token", "eos_token")]
     names = [name["content"] if isinstance(name, dict) else name for name in names]
     return next((name for name in (DOCUMENT, *names) if name in specials), DOCUMENT)

@@ -1,4 +1,4 @@
-"""Where each weight of a GPT stands in a Hugging Face checkpoint, told once and read in both directions."""
+"""The mapping between our weights and those of Hugging Face checkpoints, used for import and export."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ _TABLES = re.compile(r"(?:transformer\.)?h\.\d+\.attn\.(bias|masked_bias)|(?:.+\
 
 @dataclass(frozen=True)
 class Place:
-    """One weight of ours and where its rows stand in theirs.
+    """One weight of ours and where its rows are in theirs.
 
     sizes: rows that each of theirs holds. transposed: theirs has inputs first, as GPT-2's Conv1D has.
     equal: theirs are copies of one another, ours is the one. halves: the two halves of each head's rows change places.
@@ -132,7 +132,7 @@ class Tensors:
             try:
                 listed = dict(json.loads((self.folder / INDEX).read_bytes())["weight_map"])
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-                raise UserError(f"{self.folder / INDEX} is no index of safetensors files: {error!r}") from None
+                raise UserError(f"{self.folder / INDEX} is not an index of safetensors files: {error!r}") from None
             if not all(isinstance(name, str) and Path(name).name == name for name in listed.values()):
                 raise UserError(f"{self.folder / INDEX} names files outside of its directory")
             if not listed:

@@ -47,7 +47,7 @@ class Arguments:
 
 
 def main(argv: list[str]) -> int:
-    """Print, for each token file of the path. Returns the exit status; raises UserError for what is none."""
+    """Print, for each token file of the path. Returns the exit status; raises UserError for any other path."""
     arguments = parse_flags(Arguments, argv, prog="gpt.corpus")
     check_output()
     for line in inspect(arguments.path, arguments.tokenizer, arguments.sample_tokens):
@@ -70,7 +70,7 @@ def inspect(path: Path, tokenizer: str | None = None, sample_tokens: int = 100) 
 def _ours(path: Path, folder: Path, sample_tokens: int) -> Iterator[str]:
     """Lines on the token files of a tokenized corpus, or on the one that path is."""
     if not (folder / "tokenizer.json").exists():
-        raise UserError(f"{path} is no run, tokenized corpus, token file or .bin: it has no tokenizer.json")
+        raise UserError(f"{path} is not a run, tokenized corpus, token file or .bin: it has no tokenizer.json")
     made = load_tokenizer(folder / "tokenizer.json")
     yield f"{folder}: {_name(made)}"
     files = [path] if path.is_file() else [folder / "train.tokens", folder / "val.tokens"]

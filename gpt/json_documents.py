@@ -92,15 +92,15 @@ def _parsed(line: bytes, where: str, number: int, errors: str) -> Any:
         ) from None
     except ValueError as error:
         found = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        raise UserError(f"{where} is no whole JSON object ({found})") from None
+        raise UserError(f"{where} is not a whole JSON object ({found})") from None
     except RecursionError:
-        raise UserError(f"{where} is no JSON object that can be read: it is nested too deeply") from None
+        raise UserError(f"{where} is not a JSON object that can be read: it is nested too deeply") from None
 
 
 def field_of(row: Any, field: str, where: str, each: str) -> str:
     """The text of a row; UserError where it has none."""
     if not isinstance(row, dict):
-        raise UserError(f"{where} is no JSON object but {kind_of(row)}: {each} needs a field {field!r}")
+        raise UserError(f"{where} is not a JSON object but {kind_of(row)}: {each} needs a field {field!r}")
     if field not in row:
         raise UserError(f"{where} has no field {field!r}: {instead(row)}")
     text = row[field]
@@ -196,7 +196,7 @@ class _Values:
         return got > 0
 
     def _fault(self, what: object) -> UserError:
-        return UserError(f"{self._name} is no whole JSON (after object {self._count}: {what})")
+        return UserError(f"{self._name} is not whole JSON (after object {self._count}: {what})")
 
 
 def kind_of(value: Any) -> str:

@@ -48,7 +48,7 @@ def harness_model(model: GPT, tokenizer: Tokenizer, *, batch_size: int = 8) -> A
 
 
 def _row(tokenizer: Tokenizer, context: str, text: str, seq_len: int) -> Row:
-    """Blanks at the context's end go to the text: tokens begin with a blank, and do not end with one."""
+    """Spaces at the context's end go to the text: tokens begin with a space, and do not end with one."""
     bare = context.rstrip()
     return continuation(tokenizer, bare, context[len(bare) :] + text, seq_len)[0]
 

@@ -27,7 +27,7 @@ _AHEAD = 4096  # window starts computed at a time
 class Loader(ABC):
     """An endless stream of rows, dealt out to ranks; what each kind of row is, take and read know.
 
-    A step takes the next world_size * batch_size rows, of which this rank gets its batch_size: the ranks together see
+    A step takes the next world_size * batch_size rows, and this rank gets batch_size of them: the ranks together see
     what one process with the whole batch would. Attributes that may change between batches: batch_size. rollbacks: how
     often a run went back to leave behind what came next; the order depends on it.
     """
@@ -119,7 +119,7 @@ class TrainLoader(Loader):
         phase = int(words[0]) % min(self.seq_len, starts)
         count = (starts - 1 - phase) // self.seq_len + 1
         if not 0 <= index <= count or epoch < 0:
-            raise UserError(f"the checkpoint's place in the data, window {index} of {count}, epoch {epoch}, is none")
+            raise UserError(f"the checkpoint's place in the data is invalid: window {index} of {count}, epoch {epoch}")
         if self.rollbacks:
             words = order_keys(f"{self.seed}:{epoch}:{self.rollbacks}")
         self._phase, self._count, self._keys = phase, count, words[1:]

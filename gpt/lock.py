@@ -21,7 +21,7 @@ LOCK = ".lock"
 class RunLock:
     """RUN/.lock, held by flock from take() to the end of the `with` block; it names the process that holds it.
 
-    Only a directory that is there can be locked; the file stays when the lock goes. run_dir None: nothing is locked,
+    The directory must exist; the file stays when the lock goes. run_dir None: nothing is locked,
     as on the ranks that write nothing.
     """
 

@@ -77,7 +77,7 @@ class Mixture(Loader):
     Row i comes from the loader in whose part of [0, 1) the point (phase + i / golden ratio) mod 1 lies, parts as wide
     as the weights, and is that loader's next one: a function of (seed, i) alone. Of any n rows that follow each other
     the share of a loader is off by fewer rows than log2(n) + 3. A loader whose text is used up begins its next
-    epoch by itself. The state holds i and every loader's own state; the weights may change where a run is gone on with.
+    epoch by itself. The state holds i and every loader's own state; the weights may change when a run is resumed.
     """
 
     def __init__(self, loaders: Sequence[Loader], weights: Sequence[float], **options: int) -> None:

@@ -153,7 +153,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with a residual; the norm stands before the sublayer or after the sum."""
+    """Attention and MLP, each with a residual; the norm comes before the sublayer or after the sum."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -194,7 +194,7 @@ class GPT(nn.Module):
             raise ValueError("ModelConfig.vocab_size must be set to build a model")
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        # Vaswani et al. scale the embeddings up to stand beside sines and cosines of amplitude 1.
+        # Vaswani et al. scale the embeddings up to the size of sines and cosines of amplitude 1.
         self.embed_scale = math.sqrt(config.n_embd) if config.position == "sinusoidal" else 1.0
         if config.position == "learned":
             self.position_embed = nn.Embedding(config.seq_len, config.n_embd)
@@ -299,7 +299,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V) for idx (B, T), int64.
 
-        positions (B, T) or (T,): where each token stands in its document; by default they count from 0, or from the
+        positions (B, T) or (T,): where each token is in its document; by default they count from 0, or from the
         cache's length. They choose rows of the position table; ALiBi knows only distances within the row.
         segment_ids (B, T) int32: tokens attend within their own segment alone.
         cache: earlier keys and values, to which this call's are appended.

@@ -46,7 +46,7 @@ class ModelConfig:
     window: int | None = None
     """Keys visible to a query, itself included. None: all before it."""
     window_pattern: str | None = None
-    """Which blocks have the window: letters, repeated over them, of which S has it and L sees all, as in SSSL.
+    """Which blocks have the window: letters, repeated over the blocks; S has it and L sees all, as in SSSL.
     None: all of them."""
     value_embeds: int = 0
     """Tables of value embeddings: each adds a vector of the token to the values of one of the first blocks and of one

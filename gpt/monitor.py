@@ -135,7 +135,7 @@ class Monitor:
     """Lines of metrics.jsonl, a bar on a terminal (plain lines elsewhere), and wandb.
 
     On resume from step n, what was written after it was saved is dropped, so that the file reads as one run: what
-    stands beyond metrics_bytes, or, where the file is shorter than that, the records of later steps.
+    is beyond metrics_bytes, or, where the file is shorter than that, the records of later steps.
     Raises UserError where the file cannot be written.
     """
 
@@ -277,7 +277,7 @@ class SilentMonitor:
 
 
 def start_wandb(config: Config, run_id: str | None) -> Any:
-    """A wandb run whose files stand in the run directory; with the id of an earlier one it goes on with that."""
+    """A wandb run with its files in the run directory; with the id of an earlier run it resumes that one."""
     run_dir, mode = config.train.run_dir, config.log.wandb
     if path_to_text(run_dir) != str(run_dir):
         raise UserError(f"wandb cannot use {run_dir}, which is not UTF-8 here: give another --run-dir, or --wandb off")

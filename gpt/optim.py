@@ -60,7 +60,7 @@ def orthogonalize(G: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by Newton-Schulz, for 2-d weights of hidden layers (Jordan et al. 2024).
 
-    Matrices of one shape go through Newton-Schulz as one batch, of which each rank takes its share. The update of a
+    Matrices of one shape go through Newton-Schulz as one batch; each rank takes its share of it. The update of a
     (rows, cols) matrix is scaled by sqrt(max(1, rows / cols)); weight decay is decoupled: w -= lr * weight_decay * w.
     A group's `row_splits` cuts each of its weights into blocks of rows that are orthogonalised apart, as for the
     queries, keys and values of a fused projection.
@@ -140,7 +140,7 @@ class Muon(torch.optim.Optimizer):
 
     @staticmethod
     def _whole(rows: Tensor, p: Tensor) -> Tensor:
-        """The matrix of p's shape of which this rank has these rows, all of them unless p is sharded."""
+        """The matrix of p's shape that these rows of this rank belong to; they are all of it unless p is sharded."""
         if local(p) is p:
             return rows
         from torch.distributed.tensor import DTensor

@@ -22,8 +22,8 @@ def take_step(optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
     """Take a step with the gradients that the weights have; with found_inf () 1 nothing changes, weights or states.
 
     found_inf is given to an optimizer that knows it. Around any other, weights and states are copied before the step
-    and put back on the device, without waiting for it. Only where a step also changed something that is no tensor, or
-    made a state that was not there, as the first one does, is found_inf waited for.
+    and put back on the device, without waiting for it. Only where a step also changed something other than tensors,
+    or made a new state, as the first one does, is found_inf waited for.
     """
     options = _options(optimizer)
     if skips_by_itself(optimizer):
@@ -89,7 +89,7 @@ class _Copy:
 
     @torch.no_grad()
     def put_all_back(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make all as it was; a state that did not exist is gone."""
+        """Restore everything; drop states that did not exist."""
         for now, then in self._pairs(optimizer):
             now.copy_(then)
         for p in list(optimizer.state):
@@ -118,7 +118,7 @@ class _Copy:
                     yield local(now[key]), then
 
     def _only_tensors_moved(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether the same tensors are there as before, and whatever is no tensor is as it was."""
+        """Whether the states have the same tensors as before, and the same values of everything else."""
         if optimizer.state.keys() != self.states.keys():
             return False
         now = [*optimizer.state.values(), *({**group, "params": None} for group in optimizer.param_groups)]

@@ -144,7 +144,7 @@ class BestFitLoader(Loader):
         self.check_order(state, self._order())
         place = epoch, pool, row = [state.get(name, -1) for name in ("epoch", "pool", "row")]
         if min(place) < 0 or pool * POOL >= self._count or row > POOL:
-            raise UserError(f"the checkpoint's place in the data, row {row} of pool {pool}, epoch {epoch}, is none")
+            raise UserError(f"the checkpoint's place in the data is invalid: row {row} of pool {pool}, epoch {epoch}")
         self.rollbacks = state.get("rollbacks", 0)
         self._go_to(*place)
 

@@ -78,7 +78,7 @@ class Source:
     def documents(self, errors: str, on_read: OnRead | None = None) -> Iterator[Document]:
         """The documents, in order. errors: "strict" or "replace", as in bytes.decode.
 
-        Raises UserError, naming the file and the line or row, for what is no text, and at the end if the file has
+        Raises UserError, naming the file and the line or row, for what is not text, and at the end if the file has
         changed since it was hashed.
         """
         if self.kind == "text":
@@ -93,7 +93,7 @@ class Source:
                 if errors == "strict":
                     raise UserError(
                         f"{name}: the field {self.field!r} holds the lone surrogate U+{ord(text[error.start]):04X}, "
-                        "which is no character: mend it, or give --encoding-errors replace"
+                        "which is not a character: mend it, or give --encoding-errors replace"
                     ) from None
                 raw = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
                 text = raw.decode()
@@ -226,7 +226,7 @@ class Source:
                         told = read
         except (pyarrow.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"{self.name} is no whole Parquet file (after row {row}: {reason})") from None
+            raise UserError(f"{self.name} is not a whole Parquet file (after row {row}: {reason})") from None
         if self.sha256:
             self.hashed()
 

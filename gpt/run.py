@@ -1,4 +1,4 @@
-"""A run directory: how a run is begun and gone on with, and how its model comes back."""
+"""A run directory: start and resume a run, and load its model."""
 
 import json
 import math
@@ -160,7 +160,7 @@ def summary(corpus: "Corpus", parameters: int, tokens_per_step: int, world: Worl
 
 
 def write_run(config: Config, tokenizer: Tokenizer, corpus: "Corpus") -> None:
-    """The run directory's config.toml, tokenizer.json and corpus.json, each there whole or as it was before."""
+    """The run directory's config.toml, tokenizer.json and corpus.json, each written whole or left unchanged."""
     run_dir = config.train.run_dir
     try:
         write_toml(config, run_dir / "config.toml")
@@ -179,7 +179,7 @@ def recipe(config: Config, processes: int = 1) -> dict[str, Any]:
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any], step: int) -> str | None:
-    """One sentence on what is not as it was when a checkpoint was saved, and what that changes; None: nothing is."""
+    """One sentence on what has changed since a checkpoint was saved, and what that does; None: nothing has."""
     rows = [[made.get(key) for key in ("batch_size", "grad_accum_steps", "processes")] for made in (saved, now)]
     alike = all(type(n) is int for n in rows[0]) and math.prod(rows[0]) == math.prod(rows[1])
     dealt = "sums are rounded in another order" + ", dropout is drawn anew" * bool(now["dropout"])
@@ -214,7 +214,7 @@ def write_provenance(corpus: "Corpus", path: Path) -> None:
 def tokenized_folders(run_dir: Path) -> list[Path]:
     """Where the cache had the tokens that a run was trained on: a folder, or one for each of its weighted corpora.
 
-    Raises OSError, ValueError, KeyError or TypeError where its config.toml or corpus.json is no such file.
+    Raises OSError, ValueError, KeyError or TypeError where its config.toml or corpus.json is missing or damaged.
     """
     record = json.loads((run_dir / "corpus.json").read_bytes())
     cache = cache_folder(config_from_toml(run_dir / "config.toml").data.cache_dir)

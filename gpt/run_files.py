@@ -167,7 +167,7 @@ def check_links(run_dir: Path) -> None:
 
 
 def _is_others(path: Path, run_dir: Path) -> bool:
-    """Whether a file that marks a run is there, and is not this run's."""
+    """Whether a file that marks a run exists, and is not this run's."""
     own = os.path.realpath(path) == os.path.realpath(run_dir / path.name)
     return path.exists() and not own and (path.name == RECORD or looks_own(path))
 
@@ -179,4 +179,4 @@ def check_place(run_dir: Path) -> None:
     sources = [program / name for name in ("gpt", "kernels", "tests", "configs", "docs", "benchmarks", ".git")]
     inside = any(place == folder or folder in place.parents for folder in sources)
     if inside or place in (home, program) or place in program.parents:
-        raise UserError(f"{place} is no folder for a run: give another --run-dir, such as runs/gpt")
+        raise UserError(f"{place} is not a folder for a run: give another --run-dir, such as runs/gpt")

@@ -1,4 +1,4 @@
-"""Where samples go: JSON lines, in a file that an interrupted command can go on with, or text on standard output."""
+"""Where samples go: JSON lines, in a file that an interrupted command can continue, or text on standard output."""
 
 import contextlib
 import json

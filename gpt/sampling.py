@@ -113,7 +113,7 @@ def token_id(tokenizer: Tokenizer, token: int | str, what: str) -> int:
     if isinstance(token, int):
         require(
             0 <= token < tokenizer.vocab_size,
-            f"{what}: {shown(token)} is no token id, 0 to {tokenizer.vocab_size - 1} are",
+            f"{what}: {shown(token)} is not a token id (0 to {tokenizer.vocab_size - 1})",
         )
         return token
     try:

@@ -131,7 +131,7 @@ class Question:
 
 @checked
 def with_shots(questions: Sequence[Question], shots: Sequence[Question], k: int, seed: int) -> list[str]:
-    """Each question's context, behind k of the shots with their right endings; a question is no shot of its own.
+    """Each question's context, behind k of the shots with their right endings; a question is never its own shot.
 
     Nor is a copy of it, as where the shots are read from the same file. The draw depends on seed and the question's
     number alone.
@@ -155,7 +155,7 @@ def with_shots(questions: Sequence[Question], shots: Sequence[Question], k: int,
 def continuation(tokenizer: Tokenizer, context: str, text: str, seq_len: int) -> tuple[Row, bool]:
     """The row that scores text as it follows context, and whether the context was cut at its start to fit.
 
-    The document token stands before the context where the tokenizer has one. Raises UserError where the text has no
+    The document token comes before the context where the tokenizer has one. Raises UserError where the text has no
     token, or alone is longer than the model's context.
     """
     start = [] if tokenizer.document_token is None else [tokenizer.document_token]
@@ -173,7 +173,7 @@ def multiple_choice(
 ) -> dict[str, Any]:
     """Share of questions whose right ending the model finds likeliest: by its log-likelihood, and by that per byte.
 
-    contexts: what stands before each question's endings, a blank between. Of equals the first counts. `cut` counts
+    contexts: what comes before each question's endings, with a space between. Of equals the first counts. `cut` counts
     the questions whose context was too long and lost its beginning.
     """
     tokenizer.check_table(model.config.vocab_size, "this model")

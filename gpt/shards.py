@@ -92,8 +92,8 @@ class ShardWriter:
 def read_tokens(path: Path, tokenizer: Tokenizer, *, verify: bool = False) -> np.memmap | TokenParts:
     """The ids of a token file, (tokens,) uint16 or uint32, mapped read-only; of other programs' files by their index.
 
-    verify: also compare the ids with their checksum, about a second per GB. Raises UserError for a file that is none of
-    ours, is truncated or damaged, or holds another tokenizer's ids.
+    verify: also compare the ids with their checksum, about a second per GB. Raises UserError for a file that is
+    not ours, is truncated or damaged, or holds another tokenizer's ids.
     """
     path = Path(path)
     try:
@@ -105,7 +105,7 @@ def read_tokens(path: Path, tokenizer: Tokenizer, *, verify: bool = False) -> np
     if header.startswith(INDEX):
         return read_index(path, tokenizer)
     if len(header) < HEADER_BYTES or not header.startswith(MAGIC):
-        raise UserError(f"{path} is no token file of this program, or was never finished")
+        raise UserError(f"{path} is not a token file of this program, or was never finished")
     _, version, width, tokens, fingerprint, digest = _FIELDS.unpack_from(header)
     if version != VERSION or width not in _DTYPES:
         raise UserError(

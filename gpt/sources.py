@@ -27,8 +27,9 @@ _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__
 def find_sources(data: DataConfig, downloads: Path, progress: Progress | None = None) -> list[Source]:
     """The files that data.corpus names, in its order, each once, with at most data.max_corpus_bytes of text in all.
 
-    Documents are whole; only a first one that alone passes the cap is cut at it. Empty files are none. downloads: the
-    folder that keeps what came from URLs, datasets and stdin. Raises UserError for what is not there, or holds no text.
+    Documents are whole; only a first one that alone passes the cap is cut at it. Empty files are left out. downloads:
+    the folder that keeps what came from URLs, datasets and stdin. Raises UserError for what does not exist, or holds no
+    text.
     """
     if not data.corpus:
         raise UserError(f"no corpus is given: name files, folders, globs, http(s) URLs or {STDLIB} with --corpus")
@@ -85,7 +86,7 @@ def _expand(spec: str, data: DataConfig, downloads: Path, progress: Progress | N
 
 def _file(path: Path, data: DataConfig) -> Source:
     if not path.is_file():
-        raise UserError(f"{path} is no regular file: save its text to one first, since it is read more than once")
+        raise UserError(f"{path} is not a regular file: save its text to one first, since it is read more than once")
     return _as_it_is(Source(str(path), path, path.stat().st_size), path.name, data)
 
 
@@ -139,7 +140,7 @@ def _stdlib() -> Iterator[Source]:
     root = Path(sysconfig.get_path("stdlib"))
     level = [root] if root.is_dir() else []
     if not level:
-        raise UserError(f"this Python has no library in files ({root} is no folder): give another --corpus")
+        raise UserError(f"this Python has no library in files ({root} is not a folder): give another --corpus")
     while level:
         entries = sorted(entry for folder in level for entry in folder.iterdir())
         for path in entries:

@@ -83,7 +83,7 @@ def check_masks(model: GPT, length: int) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _looks_ahead(key: str, bands: tuple, ints: tuple[int, ...], length: int) -> tuple[int, int] | None:
-    """Some positions (q, k), k > q, below length where the predicate is True; None if there are none."""
+    """The first positions q < k < length at which query q sees key k; None if no query sees a later key."""
     if all(band.least >= 0 for band in bands):
         return None
     rows = max(1, PIECE // max(1, length))
@@ -245,7 +245,7 @@ class _Group:
             y = attention(q, k.transpose(1, 2), v.transpose(1, 2), **options)
             return y.reshape(R, T, n_head * D)
         if self.rows.start:
-            # To where a first row's queries would stand, in bytes past a multiple of 64: products round by that too.
+            # To where a first row's queries would be, in bytes past a multiple of 64: products round by that too.
             q = q.clone()
         # One query: the heads of a group are queries of one head, and no key is read twice.
         q = q.view(R, k.shape[1], n_head // k.shape[1], D)

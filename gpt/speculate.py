@@ -111,7 +111,7 @@ def propose_by_model(
 
     step: appends tokens (B, T) to the draft's rows, which hold each text but its last two tokens; gives logits
     (B, T, V). seeds (B, 1) on the CPU; bias (V,) and seen (B, 1, V) as for `distribution`. A text of one token must
-    have length 0: what its row is fed stands for nothing.
+    have length 0: what its row is fed means nothing.
     """
     positions = torch.tensor([[len(text)] for text in texts])
     feed, tokens, probs = torch.tensor([[text[0], *text][-2:] for text in texts], device=device), [], []

@@ -34,7 +34,7 @@ class StopRequest:
 
     A SIGTERM after that does not: where a whole job is told to end, torchrun tells each process again.
 
-    max_minutes: since the process began; 0 is no limit. A stop is noted, for `reason` to tell, and within at_once()
+    max_minutes: since the process began; 0 sets no limit. A stop is noted, for `reason` to tell, and within at_once()
     raised. close(), or the end of a `with` block, gives the signals back to who had them before.
     """
 
@@ -73,7 +73,7 @@ class StopRequest:
     def _alarm(self) -> threading.Timer | None:
         """Wakes the main thread when the time limit is reached."""
         left = 60 * self.max_minutes - process_seconds()
-        if left <= 0:  # as where there is none
+        if left <= 0:  # also where no limit is set
             return None
 
         def wake() -> None:

@@ -1,4 +1,4 @@
-"""Standard output and error that may be closed, full, or a pipe that nobody reads any more."""
+"""Standard output and error that may be closed, full, or a pipe without a reader."""
 
 import codecs
 import contextlib

@@ -10,7 +10,7 @@ _LONGEST = 1 << 28  # characters of a field
 
 
 def columns(head: str) -> list[str]:
-    """The names in a table's first line, of which the separator is the mark there that parts it most often."""
+    """The names in a table's first line; the separator is the mark that parts it most often."""
     line = re.split(r"[\r\n]", head.removeprefix("\ufeff"), maxsplit=1)[0]
     return next(csv.reader([line], delimiter=_separator(line)), [])
 

@@ -53,7 +53,7 @@ class Counts:
     documents: int = 0
     train_bytes: int = 0
     val_bytes: int = 0
-    blank: bool = True  # so far there was nothing but blanks
+    blank: bool = True  # so far there was nothing but white space
     shards: dict[Side, Any] = field(default_factory=dict)
 
 
@@ -74,7 +74,10 @@ def write_tokens(
     errors: str,
     on_read: OnRead | None = None,
 ) -> Counts:
-    """Make train.tokens and val.tokens in a folder, or go on with them. Raises UserError for what is no text."""
+    """Make train.tokens and val.tokens in a folder, or finish those of an earlier call.
+
+    Raises UserError for what is not text.
+    """
     paths = {side: folder / f"{side}.tokens" for side in SIDES}
     counts = _journal(folder / JOURNAL, tokenizer)
     writers = _resume(paths, tokenizer, counts)
@@ -130,7 +133,7 @@ def _journal(path: Path, tokenizer: Tokenizer) -> Counts:
 
 
 def _resume(paths: dict[Side, Path], tokenizer: Tokenizer, counts: Counts) -> dict[Side, ShardWriter] | None:
-    """Writers that go on with the token files of an earlier call; None if there are none, or not as they were left."""
+    """Writers that continue the token files of an earlier call; None if these are missing or have changed."""
     writers: dict[Side, ShardWriter] = {}
     try:
         for side, path in paths.items():

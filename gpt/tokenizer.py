@@ -50,7 +50,7 @@ MAX_VOCAB = 1 << 24
 # pattern of GPT-2, cl100k, o200k or ours has a piece that runs over such a place or looks across it; others may.
 CUT = re.compile(r"(?<=[^\W_])[ \n.,;:!?。，、；：！？]")
 _PROBE = "It's 12 pm,\n\n\t日本 (é) \r\n  x"  # what a pattern must take all of; composed, so that it is its own NFC
-_SEGMENT = 100_000  # characters; tiktoken's regex overflows its stack on a run of about a million blanks
+_SEGMENT = 100_000  # characters; tiktoken's regex overflows its stack on a run of about a million spaces
 _NEAR = 100  # characters on each side of a cut, or more, that show whether it changes ids
 
 
@@ -104,7 +104,7 @@ class ByteTokenizer(Tokenizer):
 class BPETokenizer(Tokenizer):
     """Byte-level BPE, encoded by tiktoken.
 
-    tokens: the bytes of each id in merge order, every single byte among them; None for an id that is no such token.
+    tokens: the bytes of each id in merge order, every single byte among them; None for any other id.
     Text is encoded in segments of at most 100,000 characters, cut between a letter and a space or mark where that does
     not change the ids of the text around it; only text without any such place is cut inside a piece.
     normalization: NFC where the text is composed first (as Qwen's is). document: the document token's spelling.
@@ -235,7 +235,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except OSError as error:
         raise UserError(f"{path}: cannot read the tokenizer ({error.strerror or error})") from None
     except (ValueError, RecursionError) as error:  # JSON, base64, a regex that tiktoken refuses, our own checks
-        raise UserError(f"{path} is no tokenizer of this program, or is damaged: {error}") from None
+        raise UserError(f"{path} is not a tokenizer of this program, or is damaged: {error}") from None
 
 
 def _from_form(form: Any) -> Tokenizer:
@@ -253,16 +253,16 @@ def _from_form(form: Any) -> Tokenizer:
         return ByteTokenizer()
     _check(kind == "bpe", f'"kind" is {kind!r}, known are char, byte and bpe')
     name, pattern = form.get("name"), form.get("pattern")
-    _check(isinstance(name, str) and isinstance(pattern, str), '"name" or "pattern" is no string')
+    _check(isinstance(name, str) and isinstance(pattern, str), '"name" or "pattern" is not a string')
     normalization, document = form.get("normalization"), form.get("document", DOCUMENT)
     _check(normalization in (None, "NFC") and isinstance(document, str), '"normalization" or "document" is wrong')
     specials = form.get("special_tokens")
     tokens, added = _tokens(form.get("tokens")), form.get("added", {})
-    _check(isinstance(added, dict), '"added" is no table')
-    _check(all(isinstance(value, list) and len(value) == 2 for value in added.values()), '"added" is no table of pairs')
+    _check(isinstance(added, dict), '"added" is not a table')
+    _check(all(isinstance(x, list) and len(x) == 2 for x in added.values()), '"added" is not a table of pairs')
     added = {spelling: tuple(value) for spelling, value in added.items()}
     unreached = form.get("unreached", {})
-    _check(isinstance(unreached, dict) and all(i.isdecimal() for i in unreached), '"unreached" is no table of ids')
+    _check(isinstance(unreached, dict) and all(i.isdecimal() for i in unreached), '"unreached" is not a table of ids')
     unreached = dict(zip(map(int, unreached), _tokens(list(unreached.values()))))
     check_tokens(tokens, specials, added, unreached)
     tokenizer = BPETokenizer(name, pattern, tokens, specials, normalization, document, added, unreached)
@@ -272,7 +272,7 @@ def _from_form(form: Any) -> Tokenizer:
 
 def _tokens(entries: Any) -> list[bytes | None]:
     strings = isinstance(entries, list) and all(entry is None or isinstance(entry, str) for entry in entries)
-    _check(strings and len(entries) <= MAX_VOCAB, '"tokens" is no list of strings')
+    _check(strings and len(entries) <= MAX_VOCAB, '"tokens" is not a list of strings')
     try:
         tokens = [None if entry is None else base64.b64decode(entry, validate=True) for entry in entries]
     except binascii.Error as error:
@@ -291,7 +291,7 @@ def check_tokens(
     _check(len(set(given)) == len(given), '"tokens" holds one twice')
     _check(b"" not in given and {bytes([i]) for i in range(256)} <= set(given), '"tokens" lacks single bytes')
     added, unreached = added or {}, unreached or {}
-    _check(isinstance(specials, dict) and "" not in [*specials, *added], '"special_tokens" is no table')
+    _check(isinstance(specials, dict) and "" not in [*specials, *added], '"special_tokens" is not a table')
     _check(all(type(late) is bool for _, late in added.values()), '"added" does not say when they are found')
     _check(not {None, b""} & set(unreached.values()), '"unreached" holds a token without bytes')
     _check(not set(specials) & set(added), '"special_tokens" and "added" share a spelling')

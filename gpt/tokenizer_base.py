@@ -18,7 +18,7 @@ from gpt.arguments import checked, shown
 from gpt.errors import UserError
 from gpt.files import write_whole
 
-DOCUMENT = "<|endoftext|>"  # spelling of the token that stands before each document
+DOCUMENT = "<|endoftext|>"  # spelling of the token before each document
 FORMAT = "gpt-tokenizer"
 VERSION = 1
 
@@ -43,7 +43,7 @@ class Tokenizer(ABC):
     """
 
     vocab_size: int
-    document_token: int | None  # the id that stands before each document
+    document_token: int | None  # the id before each document
     token_bytes: np.ndarray  # (vocab_size,) int64: UTF-8 bytes of each token's text, 0 for special tokens
 
     def __init__(self, pieces: list[bytes], specials: Mapping[str, int]) -> None:
@@ -94,7 +94,7 @@ class Tokenizer(ABC):
             at = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), error.start)
             raise UserError(
                 f"the text holds the lone surrogate U+{ord(text[at]):04X} at position {at}, "
-                "which is no character: give text that is valid UTF-8"
+                "which is not a character: give text that is valid UTF-8"
             ) from None
 
     def check_table(self, rows: int, model: str) -> None:
@@ -124,7 +124,7 @@ class Tokenizer(ABC):
 
     @checked
     def save(self, path: str | Path) -> None:
-        """Write the tokenizer as JSON; the file is there whole or not at all."""
+        """Write the tokenizer as JSON; the file is written whole or not at all."""
         write_whole(Path(path), self._serialized)
 
     @property

@@ -82,7 +82,7 @@ def unpacked(blocks: Iterable[bytes], packing: str, name: str, chunk: int) -> It
             except faults as error:
                 reason = " ".join(str(error).split())
                 raise UserError(
-                    f"{name} is no .{packing} file, or is damaged before its byte {read}: {reason}"
+                    f"{name} is not a .{packing} file, or is damaged before its byte {read}: {reason}"
                 ) from None
             block = (member.unused_data if member.eof else b"") + block
     if begun and not member.eof:

@@ -97,7 +97,7 @@ def evaluate_only(
     step: int,
     stop: StopRequest,
 ) -> None:
-    """Print the validation loss of a checkpoint, that of this step: of its averaged weights if it has them.
+    """Print the validation loss after this step, under the averaged weights if they are kept.
 
     All ranks must call this together. Raises Stopped, on all of them, where one was told to stop.
     """

@@ -58,7 +58,7 @@ def attention(
     h // (H / H_kv). All of one dtype and device, any strides. Returns (B, Tq, H, Dv) in q's dtype and, with
     `return_lse`, also lse (B, H, Tq) in float32.
 
-    Query i stands at position i + Tk - Tq: the last query at the last key. For each pair of positions
+    Query i is at position i + Tk - Tq: the last query at the last key. For each pair of positions
     s = scale * q.k, then softcap * tanh(s / softcap), then - alibi_slopes[h] * |q - k|, then + bias; what the mask or
     another segment hides is left out; then softmax, and dropout. A query that sees no key gives zeros.
 

@@ -223,4 +223,4 @@ def check_lengths(k_cache, cache_lens, n_new: int, block_table, rotary) -> None:
     for b, n in enumerate(lens if block_table is not None else ()):
         pages = block_table[b, : -(-(n + n_new) // length)].tolist()
         if any(not 0 <= page < n_pages for page in pages):
-            raise ValueError(f"block_table names pages {pages} for sequence {b}, of which there are {n_pages}")
+            raise ValueError(f"block_table names pages {pages} for sequence {b}, but pages are 0 to {n_pages - 1}")

@@ -62,11 +62,11 @@ def attention_decode(
 
     cache_lens (B,) int32: tokens of each sequence in the cache before this call. With k_new (B, Tq, H_kv, D) and v_new
     (B, Tq, H_kv, Dv) these tokens are first written behind them, in place, and a sequence is cache_lens + Tq tokens
-    long; without, it is cache_lens long. Either way query i stands at position length - Tq + i, the last query at the
+    long; without, it is cache_lens long. Either way query i is at position length - Tq + i, the last query at the
     last key. cache_lens itself is not changed.
 
     rotary        (cos, sin), each (positions, D), in the half-split pairing with the signs folded into sin: turns q
-                  and k_new, each row at its position, in float32; keys already in the cache are taken as they are
+                  and k_new, each row at its position, in float32; keys already in the cache are not turned again
     mask          from `kernels.masks`; keys outside its bands are not read, so a sliding window costs its window
     scale, softcap, alibi_slopes (H,), sinks (H,)    as in `kernels.attention`
     impl          "triton", "torch", "reference", or "auto": Triton on a GPU from sm_80 up, else torch
@@ -133,7 +133,7 @@ def _decode(*args):
     for name in ("n_bands", "indexed", "mask_ints", "mask_rows"):
         del arguments[name]
     found = _in_torch(impl)(*call[:4], **dict(list(arguments.items())[4:]), rotary=None if cos is None else (cos, sin))
-    # An operator returns both, contiguous; lse is nobody's if it was not asked for.
+    # An operator returns both, contiguous; lse is a placeholder if it was not asked for.
     out, lse = found if wants_lse else (found, _fake(*args)[1])
     return out.contiguous(), lse
 

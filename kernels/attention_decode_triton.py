@@ -211,7 +211,7 @@ def combine_kernel(counts, partial, maxima, sums, sinks, out, lse, sizes, n_slot
     b = (tl.program_id(0) // n_rows // H_kv).to(tl.int64)
     t = row // sizes.GROUP
     h = h_kv * sizes.GROUP + row % sizes.GROUP
-    # Without a slot nobody has counted.
+    # With n_slots 0 no program has written the counts.
     n = tl.minimum(tl.load(counts + b * tl.cdiv(n_rows, BLOCK_M) + row // BLOCK_M), n_slots)
 
     cols = tl.arange(0, BLOCK_DV)

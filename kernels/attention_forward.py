@@ -37,7 +37,7 @@ def softmax_step(q, k, l_i, m_i, shift, b, h, q_position, k_index, q_index, size
                  PREDICATE: tl.constexpr, MASKED: tl.constexpr, FOLD: tl.constexpr):  # fmt: skip
     """One tile of keys of the online softmax: its weights p, the factor for what was summed before it, l_i, m_i, shift.
 
-    shift: the largest bias that each row has seen, which m_i lacks; anything where there is no bias.
+    shift: the largest bias that each row has seen, which m_i lacks; unused without a bias.
     """
     s = dot(q, tl.trans(k), tl.zeros((q.shape[0], k.shape[0]), tl.float32))
     if FOLD:

@@ -99,7 +99,7 @@ def _softmax(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def query_positions(Tq: int, Tk: int, device) -> Tensor:
-    """Query i of Tq stands at i + Tk - Tq: the last query at the last key. (Tq, 1), int32."""
+    """Query i of Tq is at i + Tk - Tq: the last query at the last key. (Tq, 1), int32."""
     return torch.arange(Tk - Tq, Tk, device=device, dtype=torch.int32)[:, None]
 
 

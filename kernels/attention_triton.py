@@ -18,7 +18,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 def why_not_triton(q: Tensor, v: Tensor) -> str | None:
     """Why our kernels cannot do this call; None if they can."""
     if not runs_on(q.device):
-        return f"{q.device} is no GPU from sm_80 up"
+        return f"{q.device} is not a GPU from sm_80 up"
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the kernels take float32, float16 and bfloat16, not {q.dtype}"
     for D in (q.shape[3], v.shape[3]):

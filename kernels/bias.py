@@ -16,7 +16,7 @@ from kernels.operators import is_transformed
 
 # Below it float64's step is finer than what float32 keeps of a score.
 COARSE = 2.0**29
-# Up to it float32 may add a bias to a score as it is.
+# Up to this size float32 may add a bias to a score directly.
 SMALL = 16.0
 
 

@@ -218,7 +218,7 @@ def read_tuned(path: Path) -> dict[Key, Config]:
             raise ValueError("two entries are for the same arch, dtype, head_dim and kernel")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} (KERNELS_TUNED_TABLE) is no table of tuned tiles: {what}") from error
+        raise ValueError(f"{path} (KERNELS_TUNED_TABLE) is not a table of tuned tiles: {what}") from error
     return found
 
 
@@ -229,7 +229,7 @@ def _entry(entry: dict) -> tuple[Key, Config]:
     allowed |= {"block_m": extents, "block_n": extents, "num_warps": (1, 2, 4, 8, 16), "num_stages": range(1, 9)}
     allowed["tma"] = (False, True) if entry["arch"] in HAS_TMA else (False,)
     for name, values in allowed.items():
-        # JSON's true is no number, though Python's True equals 1.
+        # JSON's true is not a number, though Python's True equals 1.
         if entry[name] not in values or isinstance(entry[name], bool) != (name == "tma"):
             raise ValueError(f"{name} is {entry[name]!r} in {entry}")
     key = Key(entry["arch"], DTYPES[entry["dtype"]], entry["head_dim"], entry["kernel"])

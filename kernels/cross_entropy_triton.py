@@ -166,7 +166,7 @@ def _launch(kernel, logits: Tensor, targets: Tensor, terms: Terms, **args) -> La
 def why_not_triton(x: Tensor) -> str | None:
     """Why the kernels cannot take x; None if they can."""
     if not runs_on(x.device):
-        return f"{x.device} is no GPU from sm_80 up"
+        return f"{x.device} is not a GPU from sm_80 up"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the kernels take float32, float16 and bfloat16, not {x.dtype}"
     return None

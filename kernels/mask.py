@@ -21,7 +21,7 @@ try:
 except ImportError:  # macOS and Windows have no triton: predicates still run on tensors
     triton = tl = None
 
-# No position reaches this far: a bound at FAR is no bound. Sums of two stay within int32.
+# No position reaches this far, so that a bound at FAR hides nothing. Sums of two stay within int32.
 FAR = 1 << 29
 # The kernels unroll over bands; a mask with more of them gets lists of tiles instead.
 MAX_BANDS = 6
@@ -96,7 +96,7 @@ class _Predicate(NamedTuple):
 
 
 class Constant(int):
-    """An integer that stands in the predicate's text: dividing by it is cheap, but each value compiles anew."""
+    """An integer written into the predicate's text: dividing by it is cheap, but each value compiles anew."""
 
     def __new__(cls, n: int):
         check_integer("n", n, -FAR, FAR, f"between -{FAR} and {FAR}")

@@ -8,7 +8,7 @@ runs inside the Triton kernels, in the PyTorch reference and in the picture of t
 
     mask = Mask(dilated_window, 64, 2, bands=[Band(least=0, most=63, exact=False)])
 
-Query i of Tq stands at position i + Tk - Tq, key j at position j: queries line up with the last keys. A position may
+Query i of Tq is at position i + Tk - Tq, key j at position j: queries line up with the last keys. A position may
 therefore be negative, and a mask may leave a query without any key.
 
 **Tiles.** A mask also tells which tiles of the (query, key) plane hold a True, as a short list of `Band`s whose union

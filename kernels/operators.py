@@ -187,7 +187,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*output, *tensors, *rows)
     ctx.mark_non_differentiable(output[2])
     ctx.constants = len(rows), call
-    # An output that nobody differentiates brings None, not a tensor of zeros.
+    # An output that is not differentiated brings None, not a tensor of zeros.
     ctx.set_materialize_grads(False)
 
 

@@ -1,6 +1,6 @@
 """What the attention kernels share, as device functions: which tiles to visit, loads, scores, dropout bits.
 
-Positions and indices: query i stands at position i + Tk - Tq, key j at position j. A tile is a number: tile n of keys
+Positions and indices: query i is at position i + Tk - Tq, key j at position j. A tile is a number: tile n of keys
 holds the keys n * BLOCK_N to (n + 1) * BLOCK_N - 1.
 """
 
@@ -233,7 +233,7 @@ def visits(masking, b, row, first, last, sizes, BLOCK: tl.constexpr, OVER_KEYS: 
     if len(masking.lists) > 0:
         tiles = masking.lists[0] + tl.cast(b, tl.int64) * masking.lists[1] + tl.cast(row, tl.int64) * masking.lists[2]
         return tl.load(tiles), tl.load(tiles + 1), tiles + 2
-    else:  # Triton compiles what stands after an if, return or not
+    else:  # Triton compiles the code after an if, return or not
         return _visits_by_bands(_bands_of_row(masking, b), first, last, sizes, BLOCK, OVER_KEYS)
 
 

@@ -40,7 +40,7 @@ FILE_OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os
 
 
 def child(run_dir: str, kill_at: int | None) -> int:
-    """Fork a training that goes on with run_dir; its process id. kill_at: SIGKILL before that operation on a file."""
+    """Fork a training that resumes run_dir; its process id. kill_at: SIGKILL before that operation on a file."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:

@@ -66,7 +66,7 @@ CASES = [
 
 @dataclass
 class Inputs:
-    """Tensors in the case's dtype. Caches are NaN behind the tokens they hold, in pages of nobody as well."""
+    """Tensors in the case's dtype. Caches are NaN behind the tokens they hold, in unused pages as well."""
 
     q: Tensor
     k_cache: Tensor
@@ -89,7 +89,7 @@ def make_inputs(case: Case, device: str) -> Inputs:
         pages = -(-case.capacity // case.page)
         table = torch.randperm(B * pages, generator=generator).view(B, pages).int()
         for b, n in enumerate(case.lens):
-            # Behind its tokens a sequence has no pages: what stands there is no page's number.
+            # Behind its tokens a sequence has no pages: the entries there are not page numbers.
             table[b, -(-(n + Tq * case.new) // case.page) :] = 1 << 30
         arguments["block_table"] = table.to(device)
     caches = [fill(randn(B, case.capacity, H_kv, width), case, table) for width in (D, Dv)]

@@ -19,7 +19,7 @@ import safetensors.torch  # noqa: F401
 from gpt.errors import run_command
 from tests.commands import MAINS
 
-# Of each case: stdin, stdout and stderr, as a path, None where it is closed, or a pipe that nobody reads.
+# Of each case: stdin, stdout and stderr, as a path, None where it is closed, or a pipe without a reader.
 BROKEN = "a pipe"
 CASES = {
     "all open": ("/dev/null", "out", "err"),

@@ -305,7 +305,7 @@ def _child(command: Command) -> None:
 
 
 def make_base(folder: Path) -> None:
-    """A text, its cache, a run of characters and one of a BPE, made by a child: this process stays as it is."""
+    """A text, its cache, a run of characters and one of a BPE, made by a child: this process stays unchanged."""
     pid = os.fork()
     if not pid:
         status = 1

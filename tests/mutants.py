@@ -21,7 +21,7 @@ PAIRS = (
 )  # fmt: skip
 RENAMED = dict(PAIRS) | {b: a for a, b in PAIRS}
 NOT_SWAPPED = {"min", "max", "minimum", "maximum", "gcd", "isinstance", "cast"}  # the same, or wrong at once
-PATH = re.compile(r"(?i)path|dir|folder|checkpoint|temporary|root|[\"']")  # its / is no division
+PATH = re.compile(r"(?i)path|dir|folder|checkpoint|temporary|root|[\"']")  # its / is not a division
 # What these are given is read by people, not by tests.
 MESSAGES = {
     "print", "say", "warn", "warning", "info", "debug", "write_line", "add_argument",

@@ -58,7 +58,7 @@ def capped(s: Tensor, variance: Tensor, softcap: float | None) -> tuple[Tensor, 
 class Weights:
     """Attention's weights in float64, heads before positions, with their variances in units of u^2.
 
-    p (B, H, Tq, Tk), of which s_variance is the relative variance of each by itself; lse_variance (B, H, Tq, 1) is that
+    p (B, H, Tq, Tk); s_variance is the relative variance of each by itself; lse_variance (B, H, Tq, 1) is that
     of lse, and of all p of a row together; with a bias, lse lacks shift (B, H, Tq, 1).
     """
 
@@ -81,7 +81,7 @@ class Weights:
         sinks = sinks.view(1, H, 1, 1).expand(B, H, Tq, 1)
         self.shift = torch.zeros_like(sinks)
         if bias is not None:
-            # Each row's largest bias is taken off; a small bias may also be added as it is.
+            # Each row's largest bias is taken off; a small bias may also be added directly.
             self.shift = row_shift(bias, visible, sinks)
             s = add_bias(s, bias, self.shift)
             variance = variance + s.square() + (bias - self.shift).square() + bias.clamp(-SMALL, SMALL).square()

@@ -1,4 +1,4 @@
-"""The reading of assembly: loops, what stands in them, and spills, on code written by hand."""
+"""The reading of assembly: loops, what is in them, and spills, on code written by hand."""
 
 from benchmarks import assembly
 from benchmarks.assembly import Loop
@@ -76,7 +76,7 @@ def test_the_inner_loops_of_amdgcn():
     assert [i.name for i in code[:3]] == ["s_load_dwordx2", "v_mfma_f32_32x32x8_bf16_1k", "s_cbranch_scc1"]
     assert len(code) == 11
     assert assembly.inner_loops(code, "v_mfma") == [Loop(1, 3)]
-    # A loop that nothing reaches is none.
+    # A loop that nothing reaches does not count.
     assert assembly.inner_loops(assembly.amdgcn(AMD.replace("v_mfma", "v_other")), "v_add") == [Loop(1, 3)]
 
 

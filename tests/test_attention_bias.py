@@ -138,7 +138,7 @@ def naive(q, k, v, bias, mask):
 @pytest.mark.parametrize("impl", ["reference", "chunked", "triton", "auto"])
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_truth_is_softmax_in_float64(level, impl):
-    """Written down plainly, of which the reference is no part: float32 is within float32's rounding of it."""
+    """Softmax written down plainly, without attention_reference: float32 is within float32's rounding of it."""
     inputs = with_bias(replace(WHOLE, mask=masks.CAUSAL, Tk=33), torch.full((33, 33), level), "cpu")
     tensors = {name: x.double().requires_grad_() for name, x in inputs.differentiable.items()}
     out, lse = naive(**tensors, mask=masks.CAUSAL)

@@ -116,7 +116,7 @@ def put_in(inputs: Inputs, b: int, alone: Inputs, n: int) -> None:
 
 
 def test_window_reads_its_window(device):
-    """Tiles outside the bands are not visited: what stands there is NaN, and nothing comes of it."""
+    """Tiles outside the bands are not visited: they hold NaN, which does not reach the output."""
     for mask, unseen in ((WINDOW, slice(0, 832)), (WINDOW_AND_SINKS, slice(64, 832))):
         inputs = make_inputs(Case(lens=(1000,), mask=mask), device)
         inputs.k_cache[0, unseen] = inputs.v_cache[0, unseen] = math.nan
@@ -155,7 +155,7 @@ def test_empty_batch_and_cache(device):
 
 
 def test_lengths_beyond_the_cache(device):
-    """Where nobody may look at lengths, a wrong one does not lead out of the cache: memory around it stays NaN."""
+    """Where lengths cannot be checked, a wrong one does not lead out of the cache: memory around it stays NaN."""
     memory = torch.full((3, 64, 1, 16), math.nan, device=device)
     cache = memory[1:2]
     cache[:] = 1.0

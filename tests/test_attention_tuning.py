@@ -147,7 +147,7 @@ def test_candidates(kernel):
 
 
 def test_too_much_shared_memory():
-    """A config with TMA must fit without as well, and one that does not compile is no candidate."""
+    """A config with TMA must fit without as well, and one that does not compile is not a candidate."""
     bench = SimpleNamespace(key=Key("sm_120", torch.float16, 64, "forward"), launch=lambda config: config)
 
     def shared(config):

@@ -217,7 +217,7 @@ def test_errors_come_at_once_and_name_the_prompt(tokenizer, model):
         (["t" * 40], {}, r"^the prompt's 40 tokens"),
         (["the"], {"stop_tokens": ("the",)}, r"stop_tokens: 'the' is 3 tokens"),
         (["the"], {"stop_tokens": ("<|endoftext|>",)}, r"stop_tokens: "),
-        (["the"], {"logit_bias": {999: 1.0}}, r"logit_bias: 999 is no token id"),
+        (["the"], {"logit_bias": {999: 1.0}}, r"logit_bias: 999 is not a token id"),
         (["the"], {"draft_tokens": 3}, r"draft_tokens needs a draft model or speculate"),
     ):
         with pytest.raises(UserError, match=message):
@@ -252,7 +252,7 @@ def test_rolling_rows_move_on_their_own(tokenizer, batch_size):
 @pytest.mark.parametrize("count", [390, 420], ids=["within", "rolling"])
 @pytest.mark.parametrize("blocks", [{"n_layer": 1}, {"n_layer": 2, "window_pattern": "LS"}], ids=["all", "some"])
 def test_a_window_that_has_moved_on_lets_its_row_begin_anew(tokenizer, count, blocks):
-    """Rows of 400 tokens, of which a window of 4 keeps the last 330 at most, are taken by other samples, and roll."""
+    """Rows of 400 tokens, with a window of 4 that keeps the last 330 at most, are taken by other samples, and roll."""
     model = model_of(tokenizer, seq_len=400, window=4, **blocks)
     config = SamplingConfig(max_new_tokens=count, num_samples=2, batch_size=1, rolling=True, temperature=1.0)
     pieces = list(generate(model, tokenizer, ["the "], config))

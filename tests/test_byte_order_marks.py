@@ -1,4 +1,4 @@
-"""A byte order mark, as Windows' editors write it, is no part of any text, and no fault in any file that is read."""
+"""A byte order mark, as Windows' editors write it, is skipped at the start of every file that is read."""
 
 import codecs
 import json
@@ -29,7 +29,7 @@ def mark(path: Path) -> None:
 
 
 def test_the_files_of_a_run(tiny_run, tmp_path, capsys):
-    """As after somebody looked into them with such an editor."""
+    """As after they were saved in such an editor."""
     shutil.copytree(tiny_run, tmp_path / "run")
     run = tmp_path / "run"
     for name in ("config.toml", "tokenizer.json", "corpus.json", "run.json", "metrics.jsonl"):
@@ -87,7 +87,7 @@ def test_a_hugging_face_checkpoint(tiny_run, tmp_path):
         ("x.json", '{"text": "a"} {"text": "b"}', ["a", "b"]),
         ("x", '\n\n{"text": "a"}\n', ["a"]),
     ],
-    ids=["text", "lines", "array", "objects", "blank-lines"],
+    ids=["text", "lines", "array", "objects", "empty lines first"],
 )
 def test_a_corpus(tmp_path, name, text, documents, packing):
     path = write(tmp_path / f"{name}{packing}", PACK[packing](codecs.BOM_UTF8 + text.encode()))

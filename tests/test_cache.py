@@ -90,7 +90,7 @@ def refused(cause: Exception) -> UserError:
     ("error", "journal", "name", "stays"),
     [
         (KeyboardInterrupt(), True, "corpus", True),
-        (KeyboardInterrupt(), True, None, False),  # nobody would find it
+        (KeyboardInterrupt(), True, None, False),  # nothing would find it again
         (KeyboardInterrupt(), False, "corpus", False),  # nothing of it is finished
         (refused(OSError(28, "No space left on device")), True, "corpus", True),
         (refused(ValueError("bad text")), True, "corpus", False),

@@ -191,7 +191,7 @@ def test_a_state_has_a_step(tmp_path, text):
 @pytest.mark.parametrize("text", ["", '{"step": 3', "[" * 100_000])
 def test_a_state_is_json(tmp_path, text):
     (tmp_path / "state.json").write_text(text)
-    with pytest.raises(UserError, match="is not a training state: it is no JSON"):
+    with pytest.raises(UserError, match="is not a training state: it is not JSON"):
         ck.read_state(tmp_path)
     (tmp_path / "state.json").unlink()
     with pytest.raises(UserError, match=r"cannot read .*state.json: No such file"):

@@ -299,7 +299,7 @@ def test_empty_file_names_it(tmp_path, make):
 
 @pytest.mark.parametrize("content", [b" \n\t\r\n ", codecs.BOM_UTF8, "\u3000\u2028".encode()], ids=repr)
 def test_nothing_but_blanks_is_empty(tmp_path, make, content):
-    with pytest.raises(UserError, match="is empty: it holds nothing but blanks"):
+    with pytest.raises(UserError, match="is empty: it holds nothing but white space"):
         make(write(tmp_path / "blank.txt", content))
     assert list((tmp_path / "cache" / "corpora").iterdir()) == []
 
@@ -324,7 +324,7 @@ def test_folder_without_text(tmp_path, make):
 
 def test_pipe_is_refused(tmp_path, make):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="no regular file"):
+    with pytest.raises(UserError, match="not a regular file"):
         make(tmp_path / "pipe")
 
 

@@ -107,7 +107,7 @@ def test_what_killed_processes_left_is_cleared_away(tmp_path, make, name, days):
         write(left / file, "half of it")
     path = write(tmp_path / "poem.txt", POEM)
     make(path)
-    assert left.exists()  # it might be another process at work, or gone on with
+    assert left.exists()  # another process might be writing it, or a later call resume it
     os.utime(left, (time.time() - 86_400 * days - 10,) * 2)
     make(path, "byte")
     assert not left.exists()
@@ -327,7 +327,7 @@ def test_a_damaged_folder_with_a_file_of_the_users_is_refused(tmp_path, make, ki
 
 @pytest.mark.parametrize("place", ["file", "file/below"])
 def test_cache_that_cannot_be_written(tmp_path, place):
-    """A file stands where the folder should be, which stops root too."""
+    """A file is where the folder should be, which stops root too."""
     write(tmp_path / "file", "in the way")
     text = write(tmp_path / "poem.txt", POEM)
     with pytest.raises(UserError, match=r"cannot write to the cache folder .*file.*--cache-dir"):

@@ -78,8 +78,8 @@ def test_tiles(N, V, rows, columns, programs):
 def test_where_the_kernels_run():
     x = torch.zeros(4, 8)
     with mock.patch.object(cross_entropy_triton, "runs_on", return_value=False):
-        assert cross_entropy_triton.why_not_triton(x) == "cpu is no GPU from sm_80 up"
-        with pytest.raises(NotImplementedError, match="cpu is no GPU from sm_80 up"):
+        assert cross_entropy_triton.why_not_triton(x) == "cpu is not a GPU from sm_80 up"
+        with pytest.raises(NotImplementedError, match="cpu is not a GPU from sm_80 up"):
             linear_cross_entropy(x, x, torch.zeros(4, dtype=torch.int64), impl="triton")
     with mock.patch.object(cross_entropy_triton, "runs_on", return_value=True):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):

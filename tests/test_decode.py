@@ -66,7 +66,7 @@ def test_logits_are_the_uncached_models(model, lengths, invariant):
 
 @pytest.mark.parametrize("invariant", [False, True], ids=["default", "invariant"])
 def test_logits_by_attention_decode_are_the_uncached_models(model, invariant, monkeypatch):
-    """Every option by the function that a GPU's kernel stands behind."""
+    """Every option by the function that calls the kernel on a GPU."""
     monkeypatch.setattr(decode, "decode_impl", lambda device: "torch")
     follow_the_model(model, (1, 9, 17), invariant)
 

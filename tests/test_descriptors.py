@@ -1,4 +1,4 @@
-"""Standard input, output and error that are closed, full, or a pipe that nobody reads: every command."""
+"""Standard input, output and error that are closed, full, or a pipe without a reader: every command."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def outcomes(tiny_run, tmp_path_factory) -> dict[tuple[str, str], dict]:
 
 
 def expected(command: str, case: str) -> tuple[int, str]:
-    """Status, and the end of what stands on stderr where that can be read."""
+    """Status, and the end of stderr where that can be read."""
     if command == "sample, refused":
         return 2, "error: temperature must be at least 0, not -1.0\n"
     if command == "sample --prompt -" and CASES[case][0] is None:

@@ -250,7 +250,7 @@ def test_harness_keeps_a_prompt_that_fits(model, harness):
     sampling = gpt.SamplingConfig(temperature=0, stop="\n")
     for options in ({"until": "\n"}, {"until": "\n", "max_gen_toks": 1000}):
         found = harness.generate_until(requests(("ab cd", options)))[0]
-        # The document token stands before the context, as in training.
+        # The document token comes before the context, as in training.
         decoded = gpt.generate(model, _after_document(BYTE), ["ab cd"], sampling)
         assert found == "".join(piece.text for piece in decoded) != ""
 
@@ -315,7 +315,7 @@ def test_a_text_is_read_as_its_refusals_offer(tiny_run, tmp_path, capsys):
     assert "give --encoding-errors replace" in capsys.readouterr().err
     words = ["--encoding-errors", "replace", "--max-corpus-bytes", 30, "--cache-dir", tmp_path / "cache"]
     assert status_of(tiny_run, "--corpus", tmp_path / "a.txt", *words, "--json") == 0
-    # A cut text file's bytes: the one that is no UTF-8 has become three.
+    # A cut text file's bytes: the one that is not UTF-8 has become three.
     assert json.loads(capsys.readouterr().out)["bytes"] == 30 + 2
     elsewhere = ["--cache-dir", tmp_path / "a.txt", "--max-download-bytes", 3]
     assert status_of(tiny_run, "--corpus", "http://127.0.0.1:9/x.txt", *elsewhere) == 2
@@ -333,20 +333,20 @@ def test_questions_by_command(tiny_run, questions, capsys):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"ctx": "a", "endings": ["b", "c"]}', "line 2 is no question .*KeyError"),
-        ('{"ctx": "a", "endings": ["b", "c"], "label": ""}', "line 2 is no question"),
-        ('{"ctx": "a", "endings": ["b", "c"], "label": 1.5}', "line 2 is no question"),
-        ('{"ctx": "a", "endings": ["b", "c"], "label": true}', "line 2 is no question"),
-        ('{"ctx": "a", "endings": ["b", "c"], "label": 1e999}', "line 2 is no question"),
+        ('{"ctx": "a", "endings": ["b", "c"]}', "line 2 is not a question .*KeyError"),
+        ('{"ctx": "a", "endings": ["b", "c"], "label": ""}', "line 2 is not a question"),
+        ('{"ctx": "a", "endings": ["b", "c"], "label": 1.5}', "line 2 is not a question"),
+        ('{"ctx": "a", "endings": ["b", "c"], "label": true}', "line 2 is not a question"),
+        ('{"ctx": "a", "endings": ["b", "c"], "label": 1e999}', "line 2 is not a question"),
         (
             '{"ctx": "a", "endings": ["b", "c"], "label": 2}',
-            "line 2 is no question: label must be .*, not 2",
+            "line 2 is not a question: label must be .*, not 2",
         ),
-        ('{"ctx": "a", "endings": ["b"], "label": 0}', "line 2 is no question: endings must be two or more, not 1"),
-        ('{"ctx": "a", "endings": "bc", "label": 0}', "line 2 is no question: endings must be a list of texts"),
-        ('{"ctx": 1, "endings": ["b", "c"], "label": 0}', "line 2 is no question: context must be text, not 1"),
-        ("[1]", "line 2 is no question"),
-        ("{", "line 2 is no question"),
+        ('{"ctx": "a", "endings": ["b"], "label": 0}', "line 2 is not a question: endings must be two or more, not 1"),
+        ('{"ctx": "a", "endings": "bc", "label": 0}', "line 2 is not a question: endings must be a list of texts"),
+        ('{"ctx": 1, "endings": ["b", "c"], "label": 0}', "line 2 is not a question: context must be text, not 1"),
+        ("[1]", "line 2 is not a question"),
+        ("{", "line 2 is not a question"),
     ],
     ids=range(11),
 )

@@ -283,7 +283,7 @@ def test_tiktoken_ranks(tmp_path):
         assert again.specials == ours.specials
     for damage in (b"Zm9v", b"Zm9v x\n", b"!!!! 5\n", b"Zm9v 5\n", b"", b"Zm9v 5\nZg== 5\n"):
         path.write_bytes(damage)
-        with pytest.raises(UserError, match="is no rank file"):
+        with pytest.raises(UserError, match="is not a rank file"):
             read_tiktoken(path, BPE.pattern, {})
     with pytest.raises(UserError, match="cannot read"):
         read_tiktoken(tmp_path / "none", BPE.pattern, {})

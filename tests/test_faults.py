@@ -75,7 +75,7 @@ def test_a_disk_that_is_full_ends_the_run_and_the_older_checkpoints_stay(run, ca
 def test_metrics_that_cannot_be_written_are_named(run, capsys):
     monitor = Monitor(load_config(FLAGS), start_step=4)
     with largest_file((run / "metrics.jsonl").stat().st_size + 5):
-        for _ in range(2):  # a line that is cut short, and one of which nothing is written
+        for _ in range(2):  # a line that is cut short, and one that is not written at all
             with pytest.raises(UserError, match=r"cannot write run/metrics\.jsonl: (No space left|File too large)"):
                 monitor.log({"step": 5})
     monitor.close()

@@ -103,7 +103,7 @@ def test_parts_are_an_array_to_the_loader(tmp_path):
 
 @pytest.mark.parametrize("packing", ["stream", "documents", "best_fit"])
 def test_the_loader_reads_several_files_in_place(packing, monkeypatch):
-    """They may be far larger than memory: nobody asks for all of them at once."""
+    """They may be far larger than memory: never are all of them read at once."""
     whole = np.arange(1000, dtype=np.uint16) % 250
     parts = TokenParts([whole[:1], whole[1:400], whole[400:410], whole[410:]])
     monkeypatch.setattr(TokenParts, "__array__", lambda *args, **options: pytest.fail("all tokens were read"))
@@ -163,8 +163,8 @@ def test_a_run_on_shards(tmp_path, make, named):
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 BAD = {
-    "empty": (lambda p: write(p, b""), "is no token file: its 0 bytes"),
-    "odd": (lambda p: write(p, b"abc"), "is no token file: its 3 bytes"),
+    "empty": (lambda p: write(p, b""), "is not a token file: its 0 bytes"),
+    "odd": (lambda p: write(p, b"abc"), "is not a token file: its 3 bytes"),
     "version": (lambda p: llm_c(p, version=2), "llm.c token file of version 2: with magic 20240520, 1 is known"),
     "cut": (lambda p: write(p, llm_c(p).read_bytes()[:-2]), "is damaged: .* bytes cannot hold"),
     "count": (lambda p: llm_c(p, tokens=7), "is damaged: .* its 7 tokens of 2 bytes"),
@@ -215,7 +215,7 @@ OTHERS = {
 def test_what_only_has_the_name_of_token_ids_is_refused(tmp_path, kind):
     """Two letters are an id of gpt2's, and so are the halves of a wider id."""
     content, message = OTHERS[kind]
-    with pytest.raises(UserError, match=rf"x.bin is no token file of uint16 ids: it holds {message}"):
+    with pytest.raises(UserError, match=rf"x.bin is not a token file of uint16 ids: it holds {message}"):
         foreign.look_at(write(tmp_path / "x.bin", content))
 
 

@@ -44,7 +44,7 @@ CODE = {
     "PAR1": "PAR1 begins a Parquet file.\n" * 20,
     "BZh": "BZh9 is how bzip2 begins.\n" * 20,
     "PDF": "%PDF- is how they begin.\n" * 20,
-    "RTF": "{\\rtfm is no command of TeX}\n" * 20,
+    "RTF": "{\\rtfm is not a command of TeX}\n" * 20,
     "digits": "070701 is a number.\n" * 20,
     "manual": "N\bNA\bAM\bME\bE\n" * 20,
     "colors": "\x1b[31mred\x1b[0m\n" * 20,

@@ -107,7 +107,7 @@ def test_what_is_taken_is_what_the_annotation_says():
 
 
 def test_a_text_of_one_read_is_not_read_twice():
-    """An Iterable that is no collection goes through as it is."""
+    """An Iterable that is not a collection is passed through unchanged."""
     texts = iter(["a"])
     assert checked(texts_of)(texts) is texts
     assert checked(texts_of)(["a"]) == ("a",)

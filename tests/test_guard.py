@@ -223,7 +223,7 @@ class Waits(TorchDispatchMode):
 
 
 class WaitsInPython(TorchFunctionMode):
-    """... and the calls on a tensor, of which torch sees nothing on a CPU."""
+    """... and the calls on a tensor, which torch does not see on a CPU."""
 
     METHODS = (torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy)
 

@@ -87,10 +87,10 @@ def test_a_learned_table_does_not_grow(checkpoints):
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("llama", {"hidden_size": "delete"}, "lacks the key 'hidden_size'"),
         ("llama", {"hidden_size": "wide"}, "config.json"),
-        ("llama", {"hidden_size": True}, "wrong kind: n_embd True is no whole number"),
-        ("llama", {"vocab_size": None}, "wrong kind: vocab_size None is no whole number"),
-        ("llama", {"num_hidden_layers": 1.5}, "wrong kind: n_layer 1.5 is no whole number"),
-        ("gpt2", {"n_inner": 128.0}, "wrong kind: mlp_dim 128.0 is no whole number"),
+        ("llama", {"hidden_size": True}, "wrong kind: n_embd True is not a whole number"),
+        ("llama", {"vocab_size": None}, "wrong kind: vocab_size None is not a whole number"),
+        ("llama", {"num_hidden_layers": 1.5}, "wrong kind: n_layer 1.5 is not a whole number"),
+        ("gpt2", {"n_inner": 128.0}, "wrong kind: mlp_dim 128.0 is not a whole number"),
         ("gpt2", {"model_type": ["gpt2"]}, "model_type .'gpt2'. is not supported"),
         ("llama", {"intermediate_size": 80}, r"up_proj|gate_proj.* has shape \(72, 32\), not \(80, 32\)"),
         ("llama", {"num_hidden_layers": 1}, "has no place for: model.layers.1"),
@@ -158,5 +158,5 @@ def test_a_name_that_cannot_be_had(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(UserError, match=r"could not be downloaded \(OSError: no route to host\)"):
         gpt.from_hf("gpt2")
-    with pytest.raises(UserError, match="it is no name"):
+    with pytest.raises(UserError, match="it is not a name"):
         gpt.from_hf("no/such/folder")

@@ -90,18 +90,18 @@ def test_the_older_file_of_added_tokens(tmp_path):
     [
         ({"added": {"<x>": [300, False]}}, "holds an id that is taken"),
         ({"added": {"<x>": [900, 1]}}, '"added" does not say when'),
-        ({"added": {"<x>": 900}}, '"added" is no table of pairs'),
-        ({"added": {"<x>": [900, False, True]}}, '"added" is no table of pairs'),
-        ({"added": []}, '"added" is no table$'),
-        ({"added": {"": [900, False]}}, '"special_tokens" is no table'),
+        ({"added": {"<x>": 900}}, '"added" is not a table of pairs'),
+        ({"added": {"<x>": [900, False, True]}}, '"added" is not a table of pairs'),
+        ({"added": []}, '"added" is not a table$'),
+        ({"added": {"": [900, False]}}, '"special_tokens" is not a table'),
         ({"added": {DOCUMENT: [900, False]}}, '"special_tokens" and "added" share a spelling'),
         ({"added": {"<x>": [900, False], "<y>": [900, True]}}, "holds an id that is taken"),
         ({"added": {"<x>": [1 << 24, False]}}, "holds an impossible id"),
         ({"unreached": {"300": "eg=="}}, "holds an id that is taken"),
-        ({"unreached": {"x": "eg=="}}, '"unreached" is no table of ids'),
+        ({"unreached": {"x": "eg=="}}, '"unreached" is not a table of ids'),
         ({"unreached": {"900": None}}, '"unreached" holds a token without bytes'),
         ({"unreached": {"900": ""}}, '"unreached" holds a token without bytes'),
-        ({"unreached": []}, '"unreached" is no table of ids'),
+        ({"unreached": []}, '"unreached" is not a table of ids'),
     ],
     ids=str,
 )
@@ -109,5 +109,5 @@ def test_a_saved_tokenizer_with_wrong_tokens_is_refused(tmp_path, edit, message)
     BPE.save(tmp_path / "tokenizer.json")
     form = json.loads((tmp_path / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps(form | edit))
-    with pytest.raises(UserError, match=f"is no tokenizer of this program.*{message}"):
+    with pytest.raises(UserError, match=f"is not a tokenizer of this program.*{message}"):
         load_tokenizer(tmp_path / "tokenizer.json")

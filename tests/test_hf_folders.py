@@ -158,7 +158,7 @@ def test_a_tensor_in_two_files_is_refused(checkpoint):
         ({}, "names no weights"),
         ({"x": "../a.safetensors"}, "names files outside"),
         ([], "names no weights"),
-        (None, "is no index of safetensors files"),
+        (None, "is not an index of safetensors files"),
     ):
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(UserError, match=message):

@@ -119,7 +119,7 @@ REFUSED = {
         lambda c: c.update(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}),
         "the normalizer Lowercase",
     ),
-    "prefix space": (lambda c: c["pre_tokenizer"].update(add_prefix_space=True), "puts a blank before|puts a space"),
+    "prefix space": (lambda c: c["pre_tokenizer"].update(add_prefix_space=True), "puts a space before"),
     "decoder": (lambda c: c.update(decoder={"type": "Metaspace"}), "the decoder Metaspace"),
     "lstrip": (lambda c: c["added_tokens"].append(added("<m>", 600, lstrip=True)), "'<m>' has lstrip"),
     "rstrip": (lambda c: c["added_tokens"].append(added("<m>", 600, rstrip=True, special=True)), "'<m>' has rstrip"),

@@ -156,7 +156,7 @@ def test_a_text_is_scored_only_if_each_of_its_tokens_has_a_row(tmp_path):
             list(gpt.generate(tokenizer=WITH_WORD, prompts=["a"], config=gpt.SamplingConfig(max_new_tokens=1), **pair))
 
 
-# Special tokens at the end of a vocabulary, with ids between them that are no tokens.
+# Special tokens at the end of a vocabulary, with ids between them that are not tokens.
 WITH_GAPS = BPETokenizer("x", r"[\s\S]", BYTES, {DOCUMENT: 256, "<pad>": 260, "<x>": 300})
 
 

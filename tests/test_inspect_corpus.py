@@ -1,4 +1,4 @@
-"""python -m gpt.corpus inspect: what it says of each kind of token file, and one sentence for what is none."""
+"""python -m gpt.corpus inspect: what it says of each kind of token file, and one sentence for anything else."""
 
 import subprocess
 import sys
@@ -68,7 +68,7 @@ def test_shards_of_a_corpus(tmp_path, make, capsys):
     ("spoil", "words", "message"),
     [
         (lambda p: p, (), r"there is no .*x\.bin"),
-        (lambda p: write(p, b"abc"), (), r"x\.bin is no token file: its 3 bytes"),
+        (lambda p: write(p, b"abc"), (), r"x\.bin is not a token file: its 3 bytes"),
         (lambda p: write(p, llm_c(p).read_bytes()[:-1]), (), r"x\.bin is damaged"),
         (lambda p: llama(p, [1 << 30]), (), "are these tokens"),
         (lambda p: nanogpt(p, [300]), ("--tokenizer", "byte"), r"x\.bin holds the id 300 and the tokenizer has 257"),
@@ -86,7 +86,7 @@ def test_a_bin_that_cannot_be_shown(tmp_path, spoil, words, message):
 def test_what_is_no_token_file(tmp_path, make):
     text = write(tmp_path / "text.txt", POEM)
     for path in (text, tmp_path):
-        with pytest.raises(UserError, match=r"is no run, tokenized corpus, token file or \.bin"):
+        with pytest.raises(UserError, match=r"is not a run, tokenized corpus, token file or \.bin"):
             list(inspect(path))
     corpus = make(text)
     with pytest.raises(UserError, match="has a tokenizer of its own"):

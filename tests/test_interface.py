@@ -1,6 +1,6 @@
 """The Python interface with arguments of every wrong kind: a clear error, or what is promised, and nothing else.
 
-Each function that the documentation names is called with right arguments, one of which is exchanged for each of VALUES.
+Each function that the documentation names is called with right arguments, each replaced in turn by each of VALUES.
 A value that the parameter takes must pass. Any other must end in one of ERRORS, raised by the project's own code, with
 one sentence that names the parameter.
 """
@@ -257,7 +257,7 @@ def test_arguments_of_every_kind(calls, apart, name):
 
 
 def why_unclear(error: Exception, words: tuple[str, ...]) -> str | None:
-    """Why an error is no answer to a user; None if it is one."""
+    """Why an error does not tell a user what is wrong; None if it does."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     line, text = linecache.getline(frame.filename, frame.lineno).strip(), str(error)
     if not isinstance(error, ERRORS) or isinstance(error, UnicodeError):

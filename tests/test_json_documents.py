@@ -14,7 +14,7 @@ from tests.corpus_checks import LINES, PACK, POEM, ROWS, TEXTS, documents_of, na
 FORMS = {
     "lines": LINES,
     "lines with CRLF": LINES.replace("\n", "\r\n"),
-    "lines with blanks": "\ufeff\n\n" + LINES.replace("\n", "\n\n"),
+    "lines with empty lines": "\ufeff\n\n" + LINES.replace("\n", "\n\n"),
     "array": json.dumps(ROWS),
     "pretty array": json.dumps(ROWS, indent=2),
     "array, a row in a line": "[\n" + ",\n".join(map(json.dumps, ROWS)) + "\n]\n",
@@ -82,18 +82,18 @@ def test_every_form_gives_the_same_tokens(tmp_path, make):
 
 
 BAD = {
-    "strings": ('["a", "b"]', "x.json, object 1 is no JSON object but a string: each one needs a field 'text'"),
+    "strings": ('["a", "b"]', "x.json, object 1 is not a JSON object but a string: each one needs a field 'text'"),
     "field": ('[{"text": "a"}, {"body": "b"}]', "x.json, object 2 has no field 'text': it has body; .*--text-field"),
     "number": ('[{"text": 3}]', "x.json, object 1: the field 'text' is not text but a number"),
-    "cut": ('[{"text": "a"}, {"text": "b"}', "x.json is no whole JSON .after object 2: its array does not end"),
-    "cut within": ('[{"text": "a"}, {"text": "b', "x.json is no whole JSON .after object 1: Unterminated string"),
+    "cut": ('[{"text": "a"}, {"text": "b"}', "x.json is not whole JSON .after object 2: its array does not end"),
+    "cut within": ('[{"text": "a"}, {"text": "b', "x.json is not whole JSON .after object 1: Unterminated string"),
     "comma": ('[{"text": "a"} {"text": "b"}]', "after object 1: a comma is missing"),
     "last comma": ('[{"text": "a"},]', "after object 1: Expecting value"),
     "after": ('[{"text": "a"}] more', "after object 1: text follows its array"),
     "after nothing": ("[] more", "text follows its array"),
-    "words": ("no JSON at all", "x.json is no whole JSON .after object 0: Expecting value"),
-    "deep": ('[{"text": ' + "[" * 100_000, "x.json is no whole JSON|nested too deeply"),
-    "digits": ('[{"text": ' + "9" * 9999 + "}]", "x.json is no whole JSON .after object 0: Exceeds the limit"),
+    "words": ("no JSON at all", "x.json is not whole JSON .after object 0: Expecting value"),
+    "deep": ('[{"text": ' + "[" * 100_000, "x.json is not whole JSON|nested too deeply"),
+    "digits": ('[{"text": ' + "9" * 9999 + "}]", "x.json is not whole JSON .after object 0: Exceeds the limit"),
     "latin1": (b'[{"text": "a"},\n{"text": "caf\xe9"}]', r"x.json is not valid UTF-8: byte 29 \(0xe9\)"),
     "cut character": (b'[{"text": "a"}, {"text": "\xc3', r"x.json is not valid UTF-8: byte 26 \(0xc3\)"),
     "surrogate": ('[{"text": "\\ud800"}]', r"object 1: the field 'text' holds the lone surrogate U\+D800"),

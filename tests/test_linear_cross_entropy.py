@@ -150,7 +150,7 @@ def test_the_upstream_gradient_is_not_rounded(device):
     assert torch.equal(third, (one.float() * torch.tensor(1 / 3, device=device)).bfloat16())
 
 
-def test_no_gradient_is_made_that_nobody_wants():
+def test_no_gradient_is_made_that_is_not_wanted():
     inputs = make_inputs(4, 65, 16, torch.float32, "cpu")
     x, weight = (t.detach().requires_grad_() for t in (inputs.x, inputs.weight))
     with mock.patch.object(chunks, "_to_gradient", side_effect=AssertionError), torch.no_grad():

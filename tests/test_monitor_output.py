@@ -28,7 +28,7 @@ def train_record(step: int, loss: float = 1.25, rate: float = 12_345.0) -> dict:
 def on_a_terminal(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr("rich._console", None)  # an earlier test's console is no terminal
+    monkeypatch.setattr("rich._console", None)  # an earlier test's console is not a terminal
 
 
 def test_a_pipe_gets_a_line_for_each_twentieth_of_the_run(tmp_path, capsys):

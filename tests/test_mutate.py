@@ -127,7 +127,7 @@ def toy(tmp_path_factory) -> tuple[str, dict[str, dict]]:
             module = "gpt/alone.py"
             line = "return a * 1"
             becomes = "return a / 1"
-            reason = "a float where there was an int, and nobody asks which"
+            reason = "a float instead of an int, which nothing distinguishes"
             """,
         "pyproject.toml": "",
     }

@@ -227,7 +227,7 @@ def test_set_learning_rate_scales_every_peak():
 
 
 def test_the_average_is_the_weighted_sum_of_all_weights():
-    """After n steps d^n w_0 + (1 - d) (d^(n-1) w_1 + ... + w_n); a skipped step is none."""
+    """After n steps d^n w_0 + (1 - d) (d^(n-1) w_1 + ... + w_n); a skipped step does not count."""
     model, draw = torch.nn.Linear(3, 2), torch.Generator().manual_seed(0)
     seen = [model.weight.detach().double().clone()]
     average = Average(model, decay=0.75)

@@ -14,7 +14,7 @@ from tests.commands import MAINS
 from tests.test_options_commands import PROGRAMS, argv_of
 
 ROOT = Path(__file__).parents[1]
-# A space, a byte that is no UTF-8, a letter that is, a line end, what globs, URLs and formats read, and a dash.
+# A space, a byte that is not UTF-8, a letter that is, a line end, what globs, URLs and formats read, and a dash.
 ODD = b" a\xff\xc3\xa4\n[b]*?%20{c}'\"$-"
 UTF8, ASCII = {"LC_ALL": "C.UTF-8"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 

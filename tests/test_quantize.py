@@ -1,4 +1,4 @@
-"""int8 weights: how far they are from what they stand for, the product, and what they cost in nats."""
+"""int8 weights: how far they are from the weights, the product, and what they cost in nats."""
 
 from copy import deepcopy
 from unittest import mock

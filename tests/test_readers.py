@@ -213,9 +213,9 @@ def test_memory_does_not_grow_with_a_row_group(tmp_path):
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 BAD_LINES = {
-    "no-json": (b'{"text": "a"}\nplain words\n', r"x\.jsonl, line 2 is no whole JSON object"),
-    "cut": (b'{"text": "a"}\n{"text": "b', r"x\.jsonl, line 2 is no whole JSON object"),
-    "list": (b'\n["text"]\n', r"line 2 is no JSON object but a list"),
+    "no-json": (b'{"text": "a"}\nplain words\n', r"x\.jsonl, line 2 is not a whole JSON object"),
+    "cut": (b'{"text": "a"}\n{"text": "b', r"x\.jsonl, line 2 is not a whole JSON object"),
+    "list": (b'\n["text"]\n', r"line 2 is not a JSON object but a list"),
     "field": (b'{"body": "a", "id": 3}\n', r"line 1 has no field 'text': it has body, id; .*--text-field"),
     "nothing": (b"{}\n", r"line 1 has no field 'text': it has nothing"),
     "number": (b'{"text": "a"}\n{"text": 3}\n', r"line 2: the field 'text' is not text but a number"),
@@ -223,7 +223,7 @@ BAD_LINES = {
     "latin1": (b'{"text": "a"}\n{"text": "caf\xe9"}\n', r"line 2 is not valid UTF-8: byte 13 of the line \(0xe9\)"),
     "utf16": ('{"text": "a"}\n'.encode("utf-16"), r"line 1 is not valid UTF-8 \(it looks like UTF-16\)"),
     "surrogate": (b'{"text": "a\\ud800"}\n', r"line 1: the field 'text' holds the lone surrogate U\+D800"),
-    "deep": (b'{"text": ' + b"[" * 100_000, r"line 1 is no JSON object that can be read|line 1 is no whole"),
+    "deep": (b'{"text": ' + b"[" * 100_000, r"line 1 is not a JSON object that can be read|line 1 is not a whole"),
     "blank": (b"\n\n", r"is empty: it holds no document"),
     "empty-texts": (b'{"text": ""}\n', r"is empty: it holds no document"),
     "empty": (b"", "is empty"),
@@ -270,7 +270,7 @@ def test_damaged_packed_file(tmp_path, make, packing, kind, damage):
         data = zstandard.ZstdCompressor(write_checksum=True).compress(content)
         data = data[:-2] + bytes([data[-2] ^ 1]) + data[-1:]
     path = write(tmp_path / f"x.{kind}.{packing}", data)
-    with pytest.raises(UserError, match=r"is cut short|is damaged|no whole JSON|not valid UTF-8") as caught:
+    with pytest.raises(UserError, match=r"is cut short|is damaged|not (a )?whole JSON|not valid UTF-8") as caught:
         make(path, "byte")
     assert str(path) in str(caught.value)
     assert list((tmp_path / "cache").glob("corpora/*")) == []
@@ -287,7 +287,7 @@ def test_bad_parquet(tmp_path, make):
     good = parquet(tmp_path / "good.parquet", TEXTS * 100, row_group_size=50).read_bytes()
     hole = good[:100] + bytes(300) + good[400:]
     for damaged in (good[:-20], b"PAR1" + good[300:], b"PAR1", b"text, no Parquet", hole):
-        with pytest.raises(UserError, match=r"bad\.parquet is no whole Parquet file") as caught:
+        with pytest.raises(UserError, match=r"bad\.parquet is not a whole Parquet file") as caught:
             make(write(tmp_path / "bad.parquet", damaged))
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"has no column 'body': it has id, text; .*--text-field"):

@@ -239,7 +239,7 @@ def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not(first):
 
 
 def test_a_run_that_was_stopped_between_logs_has_the_metrics_of_one_that_was_not(folder, capsys, monkeypatch):
-    """The second step is skipped, of which the line of the fourth tells; the run is stopped before that."""
+    """The second step is skipped, which the line of the fourth reports; the run is stopped before that."""
     options = {"max_steps": 12, "log_interval": 4, "eval_interval": 5}
     true_loss, advance, count, stops = GPT.loss, Monitor.advance, iter(range(1, 100)), {3: signal.SIGINT, 7: 15}
 

@@ -103,7 +103,7 @@ def test_places_that_a_run_would_litter(folder, capsys, monkeypatch, place, mode
     place = os.path.normpath(os.path.join(program, os.path.expanduser(place)))
     names = set(os.listdir(place)) if os.path.isdir(place) else None
     assert status_of("--run-dir", place, "--max-steps", "1", *mode) == 2
-    assert f"{os.path.realpath(place)} is no folder for a run" in capsys.readouterr().err
+    assert f"{os.path.realpath(place)} is not a folder for a run" in capsys.readouterr().err
     assert names is None or set(os.listdir(place)) == names
 
 

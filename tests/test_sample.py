@@ -88,7 +88,7 @@ def test_an_empty_prompt_is_no_error(run_dir, capsys):
         (["--logit-bias", "a"], "logit_bias must be TOKEN=NUMBER, not 'a'"),
         (["--logit-bias", "all=3"], "logit_bias: 'all' is 3 tokens, not one"),
         (["--stop", ""], "stop must not be an empty string"),
-        (["--stop-tokens", "999"], "stop_tokens: 999 is no token id"),
+        (["--stop-tokens", "999"], "stop_tokens: 999 is not a token id"),
         (["--num-samples", "0"], "num_samples must be at least 1"),
         (["--batch-size", "0"], "batch_size must be at least 1"),
         (["--dtype", "int4"], "int4"),

@@ -1,4 +1,4 @@
-"""sample.py --output: never lost, and gone on with after a kill as if there had been none."""
+"""sample.py --output: never lost, and after a kill resumed as if nothing had happened."""
 
 import contextlib
 import json
@@ -147,7 +147,7 @@ def test_resume_begins_where_there_is_no_file(place):
 
 
 def test_interrupted_samples_are_made_again(place):
-    """They stand at the end after a Ctrl-C; elsewhere too, if someone put files together."""
+    """They are at the end after a Ctrl-C; elsewhere too, if someone put files together."""
     records = [json.loads(line) for line in Path("whole.jsonl").read_text().splitlines()]
     for i in (1, 4, 5):
         records[i] |= {"finish_reason": "interrupted", "text": "a"}

@@ -77,7 +77,7 @@ def test_distribution_is_the_slow_one(logits, options, likeliest, random):
     config = SamplingConfig(**options)
     bias = [random.choice([0.0, 0.0, 1.5, -2.0]) for _ in logits]
     seen = [random.random() < 0.4 for _ in logits]
-    # A second row, of which the first must know nothing.
+    # A second row, which must not change the first.
     rows = torch.tensor([logits, logits[::-1]])
     seen_rows = torch.tensor([seen, [not s for s in seen]])
     with mock.patch.object(sampling, "_LIKELIEST", likeliest):
@@ -134,7 +134,7 @@ def test_ties_at_the_edge_of_top_k_stay_and_of_top_p_do_not():
 
 
 def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
-    """How many standard deviations the chi-square statistic stands above its mean."""
+    """How many standard deviations the chi-square statistic is above its mean."""
     freedom = int((expected > 0).sum()) - 1
     assert counts[expected == 0].sum() == 0
     counts, expected = counts[expected > 0].double(), expected[expected > 0]
@@ -263,7 +263,12 @@ def test_logit_bias_takes_ids_and_texts_that_are_one_token():
 
 @pytest.mark.parametrize(
     ("token", "message"),
-    [("ab", "'ab' is 2 tokens, not one"), ("", "'' is 0 tokens"), (300, "300 is no token id, 0 to 256"), (-1, "-1 is")],
+    [
+        ("ab", "'ab' is 2 tokens, not one"),
+        ("", "'' is 0 tokens"),
+        (300, r"300 is not a token id \(0 to 256\)"),
+        (-1, "-1 is"),
+    ],
 )
 def test_what_is_no_token_is_refused(token, message):
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer="byte"), list)

@@ -96,7 +96,7 @@ def test_an_error_of_the_thread_is_raised_once_and_the_older_checkpoint_stays(tm
 
 
 def test_an_exit_waits_for_the_thread(tmp_path, gate):
-    """Python joins the threads that are no daemons before it ends."""
+    """Python joins the threads that are not daemons before it ends."""
     model, optimizers = trained()
     saver = Saver(tmp_path, keep=1)
     saver.save(training_tensors(model, optimizers), {"step": 1})

@@ -128,7 +128,7 @@ def test_a_manifest_reaches_for_no_other_file(run, capsys, name):
 def test_an_odd_tokenizer_is_refused(tmp_path, form):
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps({"format": "gpt-tokenizer", "version": 1} | form))
-    with pytest.raises(UserError, match=r"tokenizer\.json is no tokenizer"):
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
         load_tokenizer(path)
 
 

@@ -53,9 +53,9 @@ def edited(content: bytes, at: int, new: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda c: b"", "no token file"),
-        (lambda c: c[:100], "no token file"),
-        (lambda c: edited(c, 0, b"NANOGPT!"), "no token file"),
+        (lambda c: b"", "not a token file"),
+        (lambda c: c[:100], "not a token file"),
+        (lambda c: edited(c, 0, b"NANOGPT!"), "not a token file"),
         (lambda c: edited(c, 8, b"\x02"), "version 2"),
         (lambda c: edited(c, 12, b"\x03"), "3 bytes per token"),
         (lambda c: c[:-1], "damaged"),

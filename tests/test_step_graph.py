@@ -56,7 +56,7 @@ def tapes(monkeypatch) -> list[Tape]:
         with Tape() as tape:
             result = run()
         found.append(tape)
-        result.fill_(float("nan"))  # nobody may take what recording left there
+        result.fill_(float("nan"))  # what recording left there must not be used
         return tape.replay, result
 
     monkeypatch.setattr(step_graph, "record", record)

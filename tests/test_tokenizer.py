@@ -286,7 +286,7 @@ def test_long_text_in_segments_has_the_ids_of_the_whole(monkeypatch):
 
 @pytest.mark.parametrize("unit", [" ", "\u3000", "a", "日", "\n"], ids=ascii)
 def test_a_million_characters_without_a_cut(unit):
-    """tiktoken alone overflows its regex stack on a run of a million blanks."""
+    """tiktoken alone overflows its regex stack on a run of a million spaces."""
     text = unit * 1_000_000 + "x"
     assert BPE.decode(BPE.encode_to_array(text)) == text
 
@@ -298,7 +298,7 @@ def test_named_encoding_keeps_its_ids(named):
     assert named.vocab_size == 306
     assert named.document_token == 301
     assert named.encode(TEXT) == make_named().encode_ordinary(TEXT)
-    assert named.decode([*named.encode("ab"), 302, 301, 305]) == "ab"  # 302 is nobody's
+    assert named.decode([*named.encode("ab"), 302, 301, 305]) == "ab"  # 302 is unused
     assert named.token_bytes[300:].tolist() == [0] * 6
 
 

@@ -59,8 +59,8 @@ BAD_FILES = {
     "newer": (damaged(BPE, version=2), '"version" is 2, known is 1'),
     "other-kind": (damaged(BPE, kind="sentencepiece"), "\"kind\" is 'sentencepiece', known are char, byte and bpe"),
     "kind-is-a-list": (damaged(BPE, kind=["bpe"]), "\"kind\" is ['bpe'], known are"),
-    "no-tokens": (damaged(BPE, tokens=None), '"tokens" is no list of strings'),
-    "tokens-are-numbers": (damaged(BPE, tokens=[1, 2]), '"tokens" is no list of strings'),
+    "no-tokens": (damaged(BPE, tokens=None), '"tokens" is not a list of strings'),
+    "tokens-are-numbers": (damaged(BPE, tokens=[1, 2]), '"tokens" is not a list of strings'),
     "token-twice": (damaged(BPE, tokens=[*TOKENS, TOKENS[300]], special_tokens={}), '"tokens" holds one twice'),
     "token-empty": (damaged(BPE, tokens=[*TOKENS, ""], special_tokens={}), '"tokens" lacks single bytes'),
     "byte-missing": (damaged(BPE, tokens=TOKENS[1:]), '"tokens" lacks single bytes'),
@@ -69,14 +69,14 @@ BAD_FILES = {
     "empty-pattern": (damaged(BPE, pattern=""), "pattern '' cannot split text"),
     "pattern-of-nothing": (damaged(BPE, pattern="x*"), "pattern 'x*' cannot split text"),
     "pattern-of-some": (damaged(BPE, pattern=r"\w+"), "leaves out a part of"),
-    "no-pattern": (damaged(BPE, pattern=7), '"name" or "pattern" is no string'),
+    "no-pattern": (damaged(BPE, pattern=7), '"name" or "pattern" is not a string'),
     "special-taken": (damaged(BPE, special_tokens={DOCUMENT: 5}), '"special_tokens" holds an id that is taken'),
     "special-negative": (damaged(BPE, special_tokens={DOCUMENT: -1}), "holds an impossible id"),
     "special-huge": (damaged(BPE, special_tokens={DOCUMENT: 10**12}), "holds an impossible id"),
     "special-true": (damaged(BPE, special_tokens={DOCUMENT: True}), "holds an impossible id"),
     "special-twice": (damaged(BPE, special_tokens={DOCUMENT: 599, "<|b|>": 599}), "holds an id that is taken"),
-    "special-empty": (damaged(BPE, special_tokens={"": 599}), '"special_tokens" is no table'),
-    "special-list": (damaged(BPE, special_tokens=[DOCUMENT]), '"special_tokens" is no table'),
+    "special-empty": (damaged(BPE, special_tokens={"": 599}), '"special_tokens" is not a table'),
+    "special-list": (damaged(BPE, special_tokens=[DOCUMENT]), '"special_tokens" is not a table'),
     "chars-missing": (damaged(CHAR, characters=None), '"characters" or "document_token" is wrong'),
     "chars-unsorted": (damaged(CHAR, characters="ba"), '"characters" are not sorted and distinct'),
     "chars-double": (damaged(CHAR, characters="aab"), '"characters" are not sorted and distinct'),
@@ -86,10 +86,10 @@ BAD_FILES = {
     "no-version": (damaged(BYTE, version=None), '"version" is None, known is 1'),
     "normalization": (damaged(BPE, normalization="NFKC"), '"normalization" or "document" is wrong'),
     "document": (damaged(BPE, document=3), '"normalization" or "document" is wrong'),
-    "specials-missing": (damaged(BPE, special_tokens=None), '"special_tokens" is no table'),
+    "specials-missing": (damaged(BPE, special_tokens=None), '"special_tokens" is not a table'),
     "first-missing": (damaged(CHAR, first="?"), '"first" is not one of "characters"'),
     "first-number": (damaged(CHAR, first=1), '"first" is not one of "characters"'),
-    "name-number": (damaged(BPE, name=1), '"name" or "pattern" is no string'),
+    "name-number": (damaged(BPE, name=1), '"name" or "pattern" is not a string'),
 }
 
 
@@ -99,7 +99,7 @@ def test_bad_file_is_refused_by_name_and_reason(tmp_path, content, reason):
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
         load_tokenizer(path)
-    assert str(caught.value).startswith(f"{path} is no tokenizer of this program, or is damaged: ")
+    assert str(caught.value).startswith(f"{path} is not a tokenizer of this program, or is damaged: ")
     assert reason in str(caught.value)
 
 

@@ -50,7 +50,7 @@ O200K = "|".join(
 )
 PATTERNS = {"ours": PATTERN, "gpt2": GPT2, "cl100k": CL100K, "o200k": O200K}
 
-# Text that provokes pre-splitting: blanks in runs, marks, contractions, combining marks, other scripts.
+# Text that provokes pre-splitting: runs of spaces, marks, contractions, combining marks, other scripts.
 nasty = st.lists(st.sampled_from([*"aBsé日二ß1²Ⅷ _'’.,;:!?。/-\n\r\t\u00a0\u3000\u0301🙂", "a's", "B'LL", "!\n", "  "]))
 nasty = nasty.map("".join)
 anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
