@@ -21,7 +21,7 @@ from torch import Tensor
 from gpt.checkpoint import load_training_state, training_tensors, verify
 from gpt.command_line import load_config
 from gpt.config import Config
-from gpt.device import autocast, require_compiler, seed_generators
+from gpt.device import autocast, give_back_freed_memory, require_compiler, seed_generators
 from gpt.distributed import Parallel, World, join, mode_of
 from gpt.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED, out_of_memory, run_command
 from gpt.guard import Guard, LossScale, all_finite
@@ -82,6 +82,8 @@ def _train(config: Config, world: World, lock: RunLock, stop: StopRequest) -> in
     # Setup.
     if options.compile:
         require_compiler(device)
+    if options.activation_checkpointing and device.type == "cpu":
+        give_back_freed_memory()
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")
     say = print if world.main else lambda text: None

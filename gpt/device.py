@@ -1,9 +1,11 @@
 """What a run computes on: the device, its precision, and whether it can compile."""
 
+import ctypes
 import functools
 import hashlib
 import os
 import shutil
+import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -51,6 +53,17 @@ def seed_generators(device: torch.device, *numbers: int) -> None:
         torch.cuda.default_generators[index].manual_seed(seed)
     elif device.type == "mps":
         torch.mps.manual_seed(seed)
+
+
+def give_back_freed_memory() -> None:
+    """From now on memory of a MiB or more goes back to the system when it is freed, at the cost of a little time.
+
+    glibc would keep freed pieces of up to 32 MiB for later. Where gradients come to lie between activations that are
+    freed and computed again, what is left between them fits nothing, and the heap grows. Does nothing without glibc.
+    """
+    mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 20)
 
 
 def require_compiler(device: torch.device) -> None:

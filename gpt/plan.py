@@ -6,8 +6,10 @@ autograd keeps for the backward is added up.
 
 import contextlib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -22,23 +24,26 @@ from gpt.model import GPT
 from gpt.optim import build_optimizers, lr_scale
 from gpt.optimizer_state import begin_states
 from gpt.validation import limits
+from kernels.linear_cross_entropy import workspace_bytes
 
 ASSUMED_MFU = 0.4  # of the peak; what llm.c reaches on an H100 at 124M parameters
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device, by what they are for."""
+    """Bytes on one device, by what they are for. loss: what the loss works in; process: Python and its libraries."""
 
     weights: int
     gradients: int
     optimizer: int
     average: int
     activations: int
+    loss: int = 0
+    process: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+        return sum(asdict(self).values())
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {size(n)}" for name, n in asdict(self).items() if n)
@@ -92,6 +97,23 @@ def activation_bytes(model: GPT, config: Config) -> int:
     return outside + (kept - outside) // blocks
 
 
+def loss_bytes(model: GPT, config: Config, device: torch.device) -> int:
+    """What the loss of a micro-batch works in."""
+    train, weight = config.train, model.head.weight
+    with autocast(device, train.dtype):
+        is_cast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if is_cast else weight.dtype
+    return workspace_bytes(train.batch_size * model.config.seq_len, *weight.shape, dtype, device.type)
+
+
+def process_bytes(device: torch.device) -> int:
+    """The memory of this process where it is the device's own, a CPU's on Linux; 0 elsewhere."""
+    status = Path("/proc/self/statm")
+    if device.type != "cpu" or not status.exists():
+        return 0
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the tensors that an optimizer of fake weights keeps from its first step on."""
     with contextlib.suppress(DataDependentOutputException):  # the states are made before a number is looked at
@@ -106,10 +128,11 @@ def memory_of(config: Config, device: torch.device, processes: int = 1) -> Memor
         model = GPT(config.model)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         states = sum(map(state_bytes, build_optimizers(model, config.optim)))
+        loss = loss_bytes(model, config, device)
         activations = activation_bytes(model, config)
     average = weights if config.optim.ema_decay else 0
     shards = processes if config.train.parallel == "fsdp" else 1
-    return Memory(*(n // shards for n in (weights, weights, states, average)), activations)
+    return Memory(*(n // shards for n in (weights, weights, states, average)), activations, loss)
 
 
 def fewer_rows(rows: int, config: Config, device: torch.device, processes: int = 1, *, agreed: bool = False) -> int:
@@ -140,9 +163,10 @@ def describe(
 ) -> str:
     """The plan as text: parameters, memory, tokens, FLOPs, learning rate and, where the device is known, time."""
     train, optim, T = config.train, config.optim, config.model.seq_len
+    process = process_bytes(device)  # before the counting, for which torch imports more
     with torch.device("meta"):
         model = GPT(config.model)
-    memory = memory_of(config, device, world_size)
+    memory = replace(memory_of(config, device, world_size), process=process)
     tables = sum(m.weight.numel() for m in model.modules() if isinstance(m, Embedding))
     blocks = sum(p.numel() for p in model.blocks.parameters())
     total = model.num_parameters()

@@ -22,7 +22,7 @@ from kernels.arguments import (
     check_real,
     check_tensors,
 )
-from kernels.linear_cross_entropy_chunks import cross_entropy_triton, guarded_losses, guarded_total
+from kernels.linear_cross_entropy_chunks import chunk_rows, cross_entropy_triton, guarded_losses, guarded_total
 from kernels.operators import is_transformed
 
 log = logging.getLogger("kernels")
@@ -205,3 +205,18 @@ def _required(impl: str, x: Tensor) -> str:
     if why_not is not None:
         raise NotImplementedError(f'impl="triton" cannot do this call: {why_not}')
     return impl
+
+
+def workspace_bytes(N: int, V: int, C: int, dtype: torch.dtype, device_type: str) -> int:
+    """Bytes held only while a training step's loss of x (N, C) and a float32 weight (V, C) runs, with impl="auto".
+
+    A chunk of logits, beside it the weight in 16 bits and, without the kernels, float32 copies of the chunk or a
+    product of the weight's size. Nothing where the logits are so few that all are kept for the backward.
+    """
+    on_gpu, is_half = device_type == "cuda", dtype.itemsize < 4
+    if not on_gpu and N * V <= MOST_LOGITS:
+        return 0
+    rows, padded = chunk_rows(N, V, dtype.itemsize, device_type), -(-V // 64) * 64
+    weight = V * C * dtype.itemsize * is_half
+    beside = 0 if on_gpu else max(rows * V * 4 * (1 + is_half), weight)
+    return rows * padded * dtype.itemsize + weight + beside

@@ -124,10 +124,9 @@ def _to_gradient(logits: Tensor, targets: Tensor, lse: Tensor, dlosses: Tensor, 
     """dlosses * d losses / d logits in the logits' place."""
     smoothing, counts = options.label_smoothing, targets != options.ignore_index
     index = targets.masked_fill(~counts, 0)[:, None]
-    s = _capped(logits, options.softcap)
-    gradient = s if s is logits else torch.empty_like(s)
-    slope = 1 - (s / options.softcap).square() if options.softcap else None
-    torch.sub(s, lse[:, None], out=gradient).exp_().mul_((1 + 2 * options.z_loss * lse)[:, None])
+    gradient = _capped(logits, options.softcap)
+    slope = 1 - (gradient / options.softcap).square() if options.softcap else None
+    gradient.sub_(lse[:, None]).exp_().mul_((1 + 2 * options.z_loss * lse)[:, None])
     if smoothing:
         gradient.sub_(smoothing / logits.shape[1])
     gradient.scatter_add_(1, index, gradient.new_full((1, 1), smoothing - 1).expand(index.shape))

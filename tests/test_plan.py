@@ -143,6 +143,7 @@ def test_the_whole_plan_of_a_small_run(monkeypatch):
         curve += " ▁▂▃▄▅▆▇█"[math.floor(8 * scale + 0.5)]
     monkeypatch.setattr(plan, "peak_flops", lambda device: 1e9)
     minutes = flops * tokens / (2 * 0.4e9) / 60
+    monkeypatch.setattr(plan, "process_bytes", lambda device: 0)
     assert describe(config, CPU, train_tokens=12_345, world_size=2).splitlines() == [
         f"parameters       {tables + blocks + rest:,}: embeddings {tables:,}, blocks {blocks:,}, rest {rest:,}",
         f"memory           {mib(4 * weights + activations)} on cpu with micro-batches of 3 x 16: "
