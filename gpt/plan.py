@@ -86,7 +86,7 @@ def saved_bytes(model: GPT, batch_size: int, dtype: str, packing: str = "stream"
 def activation_bytes(model: GPT, config: Config) -> int:
     """What the forward pass of a micro-batch keeps for the backward.
 
-    Under activation checkpointing: what stands outside the blocks, what each block begins with, and all of one block.
+    Under activation checkpointing: what is outside the blocks, what each block begins with, and all of one block.
     """
     train, blocks = config.train, model.config.n_layer
     kept = saved_bytes(model, train.batch_size, train.dtype, config.data.packing)
@@ -138,8 +138,8 @@ def memory_of(config: Config, device: torch.device, processes: int = 1) -> Memor
 def fewer_rows(rows: int, config: Config, device: torch.device, processes: int = 1, *, agreed: bool = False) -> int:
     """The rows of a micro-batch that is to take less memory than one of `rows`: half, or the next that divides them.
 
-    UserError, with what the memory is for, where there is none. So it is with several processes unless they have
-    agreed: a rank cannot leave a step alone, as the others wait for its gradients.
+    Raises UserError, with what the memory is for, where there is no such number. Also raised with several processes
+    that have not agreed: a rank cannot leave a step alone, as the others wait for its gradients.
     """
     if rows > 1 and (processes == 1 or agreed):
         return next(part for part in range(rows // 2, 0, -1) if rows % part == 0)

@@ -170,7 +170,7 @@ def _prepared(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int):
 
 
 def check_targets(targets: Tensor, V: int, ignore_index: int) -> None:
-    """Raise IndexError, as torch does on a CPU, for a target that is no row of the weight."""
+    """Raise IndexError, as torch does on a CPU, for a target that is not a row of the weight."""
     wrong = targets[((targets < 0) | (targets >= V)) & (targets != ignore_index)]
     if wrong.numel():
         raise IndexError(f"target {wrong[0].item()} is out of bounds: the weight has {V} rows")
@@ -235,7 +235,7 @@ def _(grad, scale, dtype):
 def _save_total(ctx, inputs, output) -> None:
     ctx.wants, ctx.dtype = inputs[-2:], inputs[1].dtype
     ctx.save_for_backward(*output[1:])
-    # dx and dweight, which nobody differentiates, bring None, not tensors of zeros.
+    # dx and dweight, which are not differentiated, bring None, not tensors of zeros.
     ctx.set_materialize_grads(False)
 
 
