@@ -1,7 +1,6 @@
 """Train a GPT: python train.py [CONFIG.toml] [--name value ...], or torchrun --nproc-per-node N train.py ...
 
-The loop is flat, in train(config, world, lock): setup, data, model, optimizer, loop. A run directory holds
-all of a run.
+The loop is flat: setup, data, model, optimizer, loop. A run directory holds all of a run.
 """
 
 import contextlib
@@ -240,7 +239,6 @@ def _train(config: Config, world: World, lock: RunLock, stop: StopRequest) -> in
         for result in results:
             monitor.log({"step": at.step, "tokens": at.tokens} | result)
         at.evaluated(results[0]["val_loss"])
-        at.evaluation_due = False
         with averaged():
             sample = sample_text(model, parallel, world, tokenizer, config, lambda: stop.reason is not None)
         monitor.say(sample)

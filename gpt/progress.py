@@ -28,7 +28,8 @@ class Progress:
         self.evaluation_due = state.get("evaluation_due", False)
 
     def evaluated(self, val_loss: float) -> bool:
-        """Note a validation loss; whether it is the lowest so far."""
+        """Note the validation loss of this step, which is then no longer due; whether it is the lowest so far."""
+        self.evaluation_due = False
         if val_loss < (self.best["val_loss"] if self.best else math.inf):
             self.best, self.evaluations_since_best = {"step": self.step, "val_loss": val_loss}, 0
             return True

@@ -154,7 +154,6 @@ def settle(
     first, count, length = world.sum(losses[0] if losses else 0.0, len(losses), length)
     if count and count >= len(limits(config, tokens, ends=_ends(at, config, first))):
         at.evaluated(first)
-        at.evaluation_due = False
         state["metrics_bytes"] += int(length)
 
 

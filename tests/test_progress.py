@@ -20,13 +20,13 @@ def test_what_an_older_checkpoint_does_not_hold_begins_anew():
 
 
 def test_only_a_lower_loss_is_the_best():
-    progress = Progress()
+    progress = Progress(evaluation_due=True)
     seen = []
     for step, loss in enumerate((2.0, 3.0, 2.0, 1.5, float("nan"))):
         progress.step = step
         seen.append((progress.evaluated(loss), progress.evaluations_since_best, progress.best["step"]))
     assert seen == [(True, 0, 0), (False, 1, 0), (False, 2, 0), (True, 0, 3), (False, 1, 3)]
-    assert progress.best == {"step": 3, "val_loss": 1.5}
+    assert progress.best == {"step": 3, "val_loss": 1.5} and not progress.evaluation_due
 
 
 @pytest.mark.parametrize(
