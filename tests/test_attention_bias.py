@@ -126,6 +126,22 @@ def test_scores_of_minus_infinity(impl, device):
     assert (lse[..., :7] == -math.inf).all() and lse[..., 7:].isfinite().all()
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("level", [0.0, -1e9])
+@pytest.mark.parametrize("where", ["score", "bias"])
+def test_nan_spoils_its_row_and_no_other(where, level, impl, device):
+    q, k, v = (torch.ones(1, 40, 1, 16, device=device) for _ in range(3))
+    bias = torch.full((40, 40), level, device=device)
+    if where == "score":
+        q[:, 20] = math.nan
+    else:
+        bias[20, 7] = math.nan
+    out, lse = attention(q, k, v, bias=bias, return_lse=True, impl=impl)
+    assert out[0, 20].isnan().all() and lse[0, 0, 20].isnan()
+    others = torch.arange(40, device=device) != 20
+    assert (out[:, others] - 1).abs().max() < 1e-6 and lse[..., others].isfinite().all()
+
+
 def naive(q, k, v, bias, mask):
     """softmax(s + bias) in float64, and lse."""
     s = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)) * q.shape[3] ** -0.5

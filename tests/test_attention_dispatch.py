@@ -173,8 +173,8 @@ REFUSED = [
     ({"impl": "sdpa", "softcap": 1.0}, NotImplementedError, "no softcap"),
     ({"impl": "sdpa", "inputs": qkv(9, 4)}, NotImplementedError, "may see no key"),
     ({"impl": "triton", "inputs": qkv(dtype=torch.float64)}, NotImplementedError, "float64"),
-    ({"impl": "triton", "inputs": qkv(D=4)}, NotImplementedError, "head_dim 4"),
-    ({"impl": "triton", "inputs": qkv(Dv=300)}, NotImplementedError, "head_dim 300"),
+    ({"impl": "triton", "inputs": qkv(D=7)}, NotImplementedError, "head_dim 7"),
+    ({"impl": "triton", "inputs": qkv(Dv=257)}, NotImplementedError, "head_dim 257"),
 ]
 
 
