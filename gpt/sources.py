@@ -52,7 +52,7 @@ def find_sources(data: DataConfig, downloads: Path, progress: Progress | None = 
             total += size
         found[key] = source
     if not found:
-        raise UserError(f"the corpus {', '.join(data.corpus)} is empty: give a text that is not")
+        raise UserError(f"the corpus {', '.join(data.corpus)} is empty: name a file with text")
     return list(found.values())
 
 

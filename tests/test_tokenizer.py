@@ -201,6 +201,9 @@ def test_bpe_of_a_small_text_is_smaller_and_says_so(caplog):
     tokenizer = build_tokenizer(TokenizerConfig("bpe", 5000), lambda: ["abab abab"])
     assert 257 < tokenizer.vocab_size < 270
     assert f"bpe_vocab_size 5000: the vocabulary has {tokenizer.vocab_size} tokens" in caplog.text
+    caplog.clear()
+    again = build_tokenizer(TokenizerConfig("bpe", tokenizer.vocab_size), lambda: ["abab abab"])
+    assert again.vocab_size == tokenizer.vocab_size and not caplog.text
 
 
 def test_bpe_of_the_smallest_size_is_bytes():
