@@ -73,14 +73,15 @@ def _generate(model: GPT, tokenizer: Tokenizer, context: str, options: dict[str,
     sampling = SamplingConfig(max_new_tokens=count, **drawn)
     device, stream, text = model.embed.weight.device, TextStream(tokenizer, until), ""
     decoder = Decoder(model, 1, len(prompt) + count)
-    logits, seed = decoder.prefill(0, prompt), torch.tensor([sampling.seed])
+    logits, seed, token = decoder.prefill(0, prompt), torch.tensor([sampling.seed]), None
     for position in range(len(prompt), len(prompt) + count):
+        if token is not None:
+            logits = decoder.step(torch.tensor([[token]], device=device))[0, -1]
         uniform = uniforms(seed, torch.tensor([position]))
         token = int(pick(logits[None, : tokenizer.vocab_size].cpu(), uniform, sampling))
         if token == tokenizer.document_token:
             break
         text += stream.push(token)
-        if stream.ended or position + 1 == len(prompt) + count:
+        if stream.ended:
             break
-        logits = decoder.step(torch.tensor([[token]], device=device))[0, -1]
     return text + stream.flush()
