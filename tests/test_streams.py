@@ -1,0 +1,28 @@
+"""Text on standard output that its encoding has no characters for."""
+
+import io
+
+import pytest
+
+from gpt.streams import Outlet
+
+
+@pytest.mark.parametrize(
+    ("encoding", "chosen", "expected"),
+    [
+        ("ascii", None, "é ☃ \\udcff".encode()),
+        ("ANSI_X3.4-1968", None, "é ☃ \\udcff".encode()),
+        ("ascii", "ascii", b"\\xe9 \\u2603 \\udcff"),
+        ("latin-1", None, b"\xe9 \\u2603 \\udcff"),
+        ("utf-8", None, "é ☃ \\udcff".encode()),
+    ],
+)
+def test_ascii_becomes_utf_8_unless_it_was_asked_for_and_the_rest_is_escaped(encoding, chosen, expected, monkeypatch):
+    monkeypatch.delenv("PYTHONIOENCODING", raising=False)
+    if chosen:
+        monkeypatch.setenv("PYTHONIOENCODING", chosen)
+    raw = io.BytesIO()
+    outlet = Outlet(io.TextIOWrapper(raw, encoding=encoding), is_needed=True)
+    outlet.write("é ☃ \udcff")
+    outlet.flush()
+    assert raw.getvalue() == expected and outlet.error is None
