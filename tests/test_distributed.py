@@ -217,6 +217,16 @@ def test_gradients_are_reduced_once_a_step(world, mode):
             p.grad = None
 
 
+def test_each_block_is_a_unit_of_fsdp(world):
+    """Only what computes is gathered: a block's weights, and what stands outside of all blocks."""
+    from torch.distributed.fsdp import FSDPModule
+
+    model = GPT(ModelConfig(n_layer=3, n_head=2, n_embd=16, seq_len=8, vocab_size=11))
+    parallel = Parallel(model, world, "fsdp")
+    units = [module for module in parallel.loss.modules() if isinstance(module, FSDPModule)]
+    assert units == [parallel.loss, *model.blocks]
+
+
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_a_micro_batch_without_targets_adds_zero(world, mode):
     model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, seq_len=8, vocab_size=11, init="gpt2"))
