@@ -325,31 +325,23 @@ def _generate(
 ) -> Iterator[Piece]:
     if not jobs:
         return
-    models = [m for m in (model, draft) if m is not None]
-    training = [m.training for m in models]
-    for m in models:
-        m.eval()
-    try:
-        drawer = _Drawer(model, draft, jobs, config, bias, vocab_size)
-        live = [drawer.begin(row, jobs) for row in range(drawer.rows)]
-        while live and not state.stopped:
-            done = []
-            for row, (sample, tokens) in enumerate(zip(live, drawer.next_tokens(live, state))):
-                for piece in _pieces(sample, tokens, ends):
-                    yield piece
-                    if piece.finish_reason is not None:
-                        done.append(row)
-            while done and jobs and not state.stopped:
-                row = done.pop()
-                live[row] = drawer.begin(row, jobs)
-            if done:
-                rows = [row for row in range(len(live)) if row not in done]
-                live = [live[row] for row in rows]
-                drawer.keep(rows)
-        yield from (sample.finished("interrupted") for sample in live)
-    finally:
-        for m, mode in zip(models, training):
-            m.train(mode)
+    drawer = _Drawer(model, draft, jobs, config, bias, vocab_size)
+    live = [drawer.begin(row, jobs) for row in range(drawer.rows)]
+    while live and not state.stopped:
+        done = []
+        for row, (sample, tokens) in enumerate(zip(live, drawer.next_tokens(live, state))):
+            for piece in _pieces(sample, tokens, ends):
+                yield piece
+                if piece.finish_reason is not None:
+                    done.append(row)
+        while done and jobs and not state.stopped:
+            row = done.pop()
+            live[row] = drawer.begin(row, jobs)
+        if done:
+            rows = [row for row in range(len(live)) if row not in done]
+            live = [live[row] for row in rows]
+            drawer.keep(rows)
+    yield from (sample.finished("interrupted") for sample in live)
 
 
 def _pieces(sample: _Sample, tokens: Sequence[tuple[int, float]], ends: dict[int, str]) -> Iterator[Piece]:

@@ -190,6 +190,8 @@ def test_what_is_refused(call, error, text):
 @on_cpu
 def test_triton_without_a_gpu_says_why(monkeypatch):
     monkeypatch.setattr(triton_path, "INTERPRETED", False)
+    q, _, v = qkv()
+    assert triton_path.why_not_triton(q, v) == "cpu is not a GPU from sm_80 up"
     with pytest.raises(RuntimeError, match="needs a GPU from sm_80 up, not cpu"):
         attention(*qkv(), impl="triton")
 

@@ -217,12 +217,14 @@ def test_gradients_are_reduced_once_a_step(world, mode):
             p.grad = None
 
 
-def test_each_block_is_a_unit_of_fsdp(world):
-    """Only what computes is gathered: a block's weights, and what stands outside of all blocks."""
+@pytest.mark.parametrize("compiled", [False, True])
+def test_each_block_is_a_unit_of_fsdp(compiled, world):
+    """Only what computes is gathered: a block's weights, and what stands outside of all blocks. Each compiles alone."""
     from torch.distributed.fsdp import FSDPModule
 
     model = GPT(ModelConfig(n_layer=3, n_head=2, n_embd=16, seq_len=8, vocab_size=11))
-    parallel = Parallel(model, world, "fsdp")
+    parallel = Parallel(model, world, "fsdp", compiled=compiled)
+    assert [block._compiled_call_impl is not None for block in model.blocks] == [compiled] * 3
     units = [module for module in parallel.loss.modules() if isinstance(module, FSDPModule)]
     assert units == [parallel.loss, *model.blocks]
 

@@ -169,9 +169,12 @@ def test_an_unknown_character_is_named():
         generate(model_of(tokenizer), tokenizer, ["Quick"], SamplingConfig())
 
 
-def test_training_mode_is_put_back():
+def test_training_mode_stays_and_drops_nothing():
     tokenizer = tokenizer_of()
-    model = model_of(tokenizer).train()
-    next(generate(model, tokenizer, ["the"], SamplingConfig()))
-    list(generate(model, tokenizer, ["the"], SamplingConfig(max_new_tokens=2)))
-    assert model.training
+    texts, sampling = [], SamplingConfig(max_new_tokens=8)
+    for training in (False, True):
+        model = model_of(tokenizer, dropout=0.5).train(training)
+        pieces = generate(model, tokenizer, ["the"], sampling)
+        texts.append([next(pieces).text, *(piece.text for piece in pieces)])
+        assert model.training == training
+    assert texts[0] == texts[1]

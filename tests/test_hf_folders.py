@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import gpt
 from gpt.command_line import load_config
 from gpt.errors import UserError
+from gpt.hf import DEFAULTS
 from gpt.initial import load_source
 from tests.hf_checks import CASES, checkpoint, checkpoints, edit, random_tokens  # noqa: F401 - fixtures
 
@@ -24,6 +25,15 @@ def with_weights(folder, **extra):
 
 def theirs_of(folder):
     return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()(random_tokens()).logits
+
+
+@pytest.mark.parametrize("family", DEFAULTS)
+def test_what_a_config_leaves_out_means_what_transformers_takes_it_for(family):
+    theirs = transformers.CONFIG_MAPPING[family]()
+    ours = {key: value for key, value in DEFAULTS[family].items() if value is not None and hasattr(theirs, key)}
+    if "sliding_window" in ours and not getattr(theirs, "use_sliding_window", True):
+        del ours["sliding_window"]  # transformers forgets a window that is switched off
+    assert ours == {key: getattr(theirs, key) for key in ours} and "tie_word_embeddings" in ours
 
 
 TIED = ("gpt2", "llama-bias-tied", "qwen2")

@@ -227,6 +227,7 @@ def test_numbers_of_bands_that_differ_from_row_to_row_are_read_from_their_tensor
     numbers = [(band, list(zip(Band._fields, range(7 * band, 7 * band + 7)))) for band in range(2)]
     rows = {(band, name): masking.band_rows[i] for band, fields in numbers for name, i in fields}
     ends = {band: row.tolist() for (band, name), row in rows.items() if name == "k_end"}
+    assert [ends[0], ends[1]] == [band.k_end.tolist() for band in mask.bands]
     assert sorted(ends.values()) == sorted([first.tolist(), second.tolist()])
     assert all(row is None for (_, name), row in rows.items() if name != "k_end")
     assert [masking.bands[7 * band + 3] for band in range(2)] == [0, 0]

@@ -353,3 +353,8 @@ def test_a_limit_anywhere_in_packed_blocks(tmp_path, monkeypatch, limit):
     source = Source("x", write(tmp_path / "x", b"packed"), 6, packing="gz", limit=limit)
     assert "".join(source.chunks("strict")) == b"".join(blocks)[:limit].decode()
     assert len(asked) == min(3, -(-limit // 10))  # no more than is needed is unpacked
+
+
+def test_text_of_bytes_that_are_not_utf_8_counts_as_what_replaces_them(tmp_path):
+    (source,) = find_sources(data_of(write(tmp_path / "x.jsonl", b'{"text": "a\xff"}\n')), tmp_path / "downloads")
+    assert source.text_bytes(100) == len("a\ufffd".encode())
