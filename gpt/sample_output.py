@@ -156,9 +156,8 @@ class SampleFile:
         where = f"{self.path}, line {number} is of other prompts or options"
         require(i < len(prompts), f"{where}: there is no prompt {i} now; {advice}")
         require(j < config.num_samples, f"{where}: there is no sample {j} of a prompt now; {advice}")
-        theirs = {key: value for key, value in record.items() if key not in FIELDS[1:]}
         ours = prompts[i] | {"seed": sample_seed(config.seed, i, j)}
-        for key in sorted(ours.keys() | theirs.keys()):
+        for key in sorted(ours.keys() | record.keys() - set(FIELDS)):
             same = key in ours and key in record and json.dumps(ours[key]) == json.dumps(record[key])
             require(same, f"{where}: its {key!r} is another; {advice}")
         return record

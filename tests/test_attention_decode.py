@@ -245,6 +245,7 @@ def wrong(**changes):
         (ValueError, "four axes", {"q": torch.zeros(2, 4, 16)}),
         (ValueError, "do not fit", {"q": torch.zeros(3, 1, 4, 16)}),
         (ValueError, "do not fit", {"v_cache": torch.zeros(2, 63, 2, 16)}),
+        (ValueError, "k_cache .* do not fit", {"k_cache": torch.zeros(2, 64, 2, 24)}),
         (ValueError, "multiple of H_kv", {"q": torch.zeros(2, 1, 3, 16)}),
         (ValueError, "cache_lens is int32", {"cache_lens": torch.tensor([3, 64])}),
         (ValueError, "do not fit a capacity of 64", {"cache_lens": torch.tensor([3, 65], dtype=torch.int32)}),

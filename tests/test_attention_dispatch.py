@@ -163,6 +163,8 @@ REFUSED = [
     ({"alibi_slopes": torch.zeros(2)}, ValueError, "each of 4 heads"),
     ({"alibi_slopes": torch.zeros(4, requires_grad=True)}, ValueError, "without a gradient"),
     ({"sinks": torch.zeros(4, 1)}, ValueError, "each of 4 heads"),
+    ({"sinks": torch.zeros(4, dtype=torch.int64)}, TypeError, "sinks is float64"),
+    ({"alibi_slopes": torch.zeros(4, dtype=torch.complex64)}, TypeError, "alibi_slopes is float64"),
     ({"bias": torch.zeros(3, 7)}, ValueError, "broadcast"),
     ({"bias": torch.zeros(1, 1, 1, 7, 7)}, ValueError, "broadcast"),
     ({"bias": torch.zeros(7, 7, device="meta")}, ValueError, "one device"),

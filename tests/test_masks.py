@@ -209,3 +209,11 @@ def test_segment_ids_are_where_the_lengths_are():
     assert masks.segment_ids(torch.tensor([0, 2, 3]), 5).tolist() == [[0, 0, 1, 2, 2]]
     ids = masks.segment_ids(torch.empty(4, dtype=torch.int32, device="meta"), 5)
     assert (ids.device.type, ids.dtype, ids.shape) == ("meta", torch.int32, (1, 5))
+
+
+def test_a_table_takes_what_int32_holds():
+    least, most = -(2**31), 2**31 - 1
+    assert repr(masks.Table([least, most])) != repr(masks.Table([least, most - 1]))
+    for n in (least - 1, most + 1):
+        with pytest.raises(TypeError, match="an int of 32 bits"):
+            masks.Table([0, n])

@@ -10,7 +10,7 @@ import pytest
 from gpt import run_files
 from gpt.checkpoint import list_checkpoints, newest_checkpoint, verify
 from gpt.monitor import read_metrics
-from gpt.run_files import FILES, RECORD, TRACES, RunFiles
+from gpt.run_files import FILES, RECORD, TRACES, RunFiles, looks_own
 from tests.run_checks import NEWEST, OLDER, status_of
 
 MODES = pytest.mark.parametrize("mode", [[], ["--overwrite"], ["--resume"]], ids=["plain", "overwrite", "resume"])
@@ -355,3 +355,13 @@ def test_a_linked_checkpoint_is_unlinked_and_kept(run):
     (run / "checkpoints" / OLDER).symlink_to(run.parent / "archive")
     assert status_of("--overwrite", "--max-steps", "1") == 0
     assert not (run / "checkpoints" / OLDER).is_symlink() and verify(run.parent / "archive") is None
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "marked"])
+@pytest.mark.parametrize(
+    ("content", "own"), [(b'{"step": 1', True), (b'{"st', True), (b"", True), (b'{"step":1', False)]
+)
+def test_a_metrics_file_is_known_by_how_it_begins(tmp_path, content, own, mark):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(mark + content)
+    assert looks_own(path) == own

@@ -1,0 +1,32 @@
+"""What the kernels are told about a call."""
+
+import pytest
+import torch
+
+from kernels.masks import FULL
+from kernels.operators import call_of
+from kernels.problem import Problem
+
+PLAIN = dict(mask=FULL, segment_ids=None, scale=None, softcap=None, alibi_slopes=None, bias=None, sinks=None)
+
+
+def problem_with(**features) -> Problem:
+    q, k = torch.randn(1, 5, 2, 16), torch.randn(1, 5, 1, 16)
+    return Problem(call_of(q, k, k, **PLAIN | features, dropout_p=0.0, seed=None))
+
+
+@pytest.mark.parametrize(
+    ("features", "folds"),
+    [
+        ({}, True),
+        ({"scale": 0.5, "sinks": torch.zeros(2)}, True),
+        ({"scale": 0.0}, False),
+        ({"scale": -1.0}, False),
+        ({"softcap": 30.0}, False),
+        ({"alibi_slopes": torch.zeros(2)}, False),
+        ({"bias": torch.zeros(5, 5)}, False),
+    ],
+    ids=lambda x: "-".join(x) or "plain" if isinstance(x, dict) else "",
+)
+def test_the_scale_waits_for_the_exponent_where_the_maximum_commutes_with_it(features, folds):
+    assert problem_with(**features).folds() is folds
