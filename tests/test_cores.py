@@ -1,0 +1,17 @@
+"""How many processes tokenize a corpus."""
+
+import os
+
+import pytest
+
+from gpt.tokenize_corpus import _cores
+
+
+@pytest.mark.parametrize(("allowed", "count", "cores"), [({1, 5, 7}, 64, 3), (None, 6, 6), (None, None, 1)])
+def test_cores_that_may_be_used_else_that_are_there_else_one(allowed, count, cores, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: count)
+    if allowed is None:
+        monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    else:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: allowed, raising=False)
+    assert _cores() == cores
