@@ -239,3 +239,13 @@ def test_ngrams_find_what_followed_the_longest_match():
     assert lookup.propose([1, 2, 3, 4, 2, 3, 9, 2, 3], 1) == [9]  # the latest of two
     assert lookup.propose([1, 2, 3, 4, 2, 3, 9, 2, 3, 4, 1, 2, 3], 3) == [4, 2, 3]  # the longer match, though older
     assert lookup.propose([5], 3) == []
+
+
+def test_a_refusal_that_rounding_leaves_nothing_beside_draws_from_the_model():
+    """q covers p everywhere, as it may by a rounding error; here by much, so that half of the proposals are refused."""
+    n, p, q = 400, torch.tensor([0.5, 0.25]), torch.tensor([0.5, 0.5])
+    proposals = Proposals(torch.ones(n, 1, dtype=torch.int64), torch.ones(n, dtype=torch.int64), q.expand(n, 1, 2))
+    positions = torch.tensor([[3, 4]]).expand(n, 2)
+    tokens, counts = judge(p.expand(n, 2, 2), proposals, torch.arange(n).unsqueeze(1), positions)
+    drawn = torch.bincount(tokens[counts == 1, 0], minlength=2)
+    assert abs(chi_square(drawn, p / p.sum() * int((counts == 1).sum()))) < 4
