@@ -262,3 +262,12 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         os.sched_yield()
+
+
+def test_a_run_at_its_last_step_says_what_to_give(folder, capsys):
+    run(max_steps=2)
+    capsys.readouterr()
+    said = "the run is at step 2 already: give more --max-steps to go on"
+    for max_steps, is_said in ((2, True), (3, False)):
+        run(max_steps=max_steps, resume=True)
+        assert (said in capsys.readouterr().out) == is_said
