@@ -177,25 +177,50 @@ class Verdicts:
             file.write(json.dumps(record) + "\n")
 
 
-def judge(tree: Tree, mutant: Mutant, tests: list[tuple[str, float]], slack: float) -> tuple[str, str]:
-    """(killed, timeout, survived or not covered; the test that failed)."""
-    log, failed = tree.folder.with_suffix(".log"), tree.folder.with_suffix(".failed")
-    failed.unlink(missing_ok=True)
+Tests = list[tuple[str, float]]  # names, and the seconds that they took when they were measured
+
+
+def judge(tree: Tree, mutant: Mutant, tests: Tests, slack: float) -> tuple[str, str]:
+    """(killed, timeout, survived or not covered; the test that failed).
+
+    A test that takes too long counts if it passes without the mutant and fails again with it: a machine may be busy.
+    """
     spent, count = 0.0, 0
     while count < len(tests) and spent < FIRST:
         spent, count = spent + tests[count][1], count + 1
-    with tree.changed(mutant.module, mutant.apply(tree.source(mutant.module))):
-        for part in filter(None, (tests[:count], tests[count:])):
-            names = [name for name, _ in part]
-            files = list(dict.fromkeys(name.partition("::")[0] for name in names))
-            longest = slack + LOAD * max(seconds for _, seconds in part)
-            whole = 2 * slack + len(files) + LOAD * sum(seconds for _, seconds in part)
-            status = run_tests(tree, files, Chosen(names, failed), (longest, whole), log, "-x")
-            if status not in (0, 5):
-                name = failed.read_text() if failed.exists() else ""
-                hung = (status == -1 and not name) or "Timeout (>" in log.read_text(errors="replace")
-                return ("timeout" if hung else "killed"), name
+    source = mutant.apply(tree.source(mutant.module))
+    for part in (tests[:count], tests[count:]):
+        while part:
+            with tree.changed(mutant.module, source):
+                result, name = attempt(tree, part, slack)
+            if result == "killed":
+                return result, name
+            if result == "passed":
+                break
+            slow = [test for test in part if test[0] == name] or part
+            if attempt(tree, slow, slack)[0] == "passed":
+                with tree.changed(mutant.module, source):
+                    result, name = attempt(tree, slow, slack)
+                if result != "passed":
+                    return result, name
+            part = [test for test in part if test not in slow]
     return ("survived" if tests else "not covered"), ""
+
+
+def attempt(tree: Tree, tests: Tests, slack: float) -> tuple[str, str]:
+    """(passed, killed or timeout; the first test that failed) of some tests in a tree as it is now."""
+    log, failed = tree.folder.with_suffix(".log"), tree.folder.with_suffix(".failed")
+    failed.unlink(missing_ok=True)
+    names = [name for name, _ in tests]
+    files = list(dict.fromkeys(name.partition("::")[0] for name in names))
+    longest = slack + LOAD * max(seconds for _, seconds in tests)
+    whole = 2 * slack + len(files) + LOAD * sum(seconds for _, seconds in tests)
+    status = run_tests(tree, files, Chosen(names, failed), (longest, whole), log, "-x")
+    if status in (0, 5):
+        return "passed", ""
+    name = failed.read_text() if failed.exists() else ""
+    hung = (status == -1 and not name) or "Timeout (>" in log.read_text(errors="replace")
+    return ("timeout" if hung else "killed"), name
 
 
 def load_equivalent(tree: Tree) -> set[tuple[str, str, str]]:

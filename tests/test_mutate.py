@@ -1,6 +1,7 @@
 """The runner of mutants makes the changes it says, and tells a change that a test notices from one that none does."""
 
 import ast
+import contextlib
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import mutate
 from tests.mutants import all_mutants, sample
 
 ROOT = Path(__file__).parents[1]
@@ -189,3 +191,44 @@ def test_processes_that_a_mutant_leaves_behind_are_ended():
         end_children()
         """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, check=True, timeout=60)
+
+
+class Unchanged:
+    """A tree whose module is not written; is_changed says whether it would be."""
+
+    is_changed = False
+
+    def source(self, module: str) -> str:
+        return "n = 1\n"
+
+    @contextlib.contextmanager
+    def changed(self, module: str, source: str):
+        self.is_changed = True
+        yield
+        self.is_changed = False
+
+
+@pytest.mark.parametrize(
+    ("with_mutant", "without", "verdict"),
+    [
+        ([("timeout", "a"), ("passed", "")], [("timeout", "a")], ("survived", "")),  # slow in any case
+        ([("timeout", "a"), ("passed", ""), ("passed", "")], [("passed", "")], ("survived", "")),  # slow by chance
+        ([("timeout", "a"), ("timeout", "a")], [("passed", "")], ("timeout", "a")),
+        ([("timeout", "a"), ("killed", "a")], [("passed", "")], ("killed", "a")),
+        ([("timeout", "a"), ("killed", "b")], [("killed", "a")], ("killed", "b")),
+        ([("timeout", ""), ("timeout", "")], [("passed", "")], ("timeout", "")),  # no test to name
+    ],
+)
+def test_a_test_that_is_slow_without_the_mutant_too_does_not_count(with_mutant, without, verdict, monkeypatch):
+    tree, results, tried = Unchanged(), {True: [*with_mutant], False: [*without]}, []
+
+    def attempt(tree, tests, slack):
+        tried.append([name for name, _ in tests])
+        return results[tree.is_changed].pop(0)
+
+    monkeypatch.setattr(mutate, "attempt", attempt)
+    mutant = next(mutant for mutant in all_mutants("toy.py", "n = 1\n"))
+    assert mutate.judge(tree, mutant, [("a", 1.0), ("b", 1.0)], 5.0) == verdict
+    assert results == {True: [], False: []} and tried[0] == ["a", "b"]
+    assert tried[1] == (["a", "b"] if with_mutant[0][1] == "" else ["a"])
+    assert verdict[1] != "b" or tried[-1] == ["b"]
