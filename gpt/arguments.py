@@ -69,7 +69,7 @@ def shown(value: Any) -> str:
     kind = type(value).__name__
     try:
         text = repr(value)
-    except Exception:  # such as repr() of a list that holds a huge number
+    except Exception:  # a __repr__ is the caller's code, and may raise anything
         return f"a value of type {kind}"
     is_short = len(text) <= 40 and text.isprintable() and " at 0x" not in text
     return f"the {kind} {text}" if is_short else f"a value of type {kind}"

@@ -145,7 +145,7 @@ def fetch(source: str | Path) -> Path:
         hint = instead(folder) or "a Hugging Face checkpoint is a directory, or a name on the Hub"
         raise UserError(f"{source} is a file: {hint}")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(source)):
-        raise UserError(f"there is no directory {source}, and it is not a name of a Hugging Face checkpoint")
+        raise UserError(f"{source} is neither a directory nor the name of a Hugging Face checkpoint")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:

@@ -136,10 +136,10 @@ def memory_of(config: Config, device: torch.device, processes: int = 1) -> Memor
 
 
 def fewer_rows(rows: int, config: Config, device: torch.device, processes: int = 1, *, agreed: bool = False) -> int:
-    """The rows of a micro-batch that is to take less memory than one of `rows`: half, or the next that divides them.
+    """How many rows a micro-batch gets when one of `rows` needs too much memory: the most up to half that divide rows.
 
-    Raises UserError, with what the memory is for, where there is no such number. Also raised with several processes
-    that have not agreed: a rank cannot leave a step alone, as the others wait for its gradients.
+    Raises UserError, which says what takes the memory, for a single row, and where several processes have not agreed:
+    one rank alone cannot begin its step again, because the others wait for its gradients.
     """
     if rows > 1 and (processes == 1 or agreed):
         return next(part for part in range(rows // 2, 0, -1) if rows % part == 0)

@@ -53,7 +53,7 @@ class Counts:
     documents: int = 0
     train_bytes: int = 0
     val_bytes: int = 0
-    blank: bool = True  # so far there was nothing but white space
+    blank: bool = True  # whether all text so far is white space
     shards: dict[Side, Any] = field(default_factory=dict)
 
 

@@ -67,7 +67,7 @@ def attention(
     scale         1 / sqrt(D) if None; at most 1e30 in size
     softcap       1e-30 to 1e30, a bound on |s| (https://arxiv.org/abs/2408.00118)
     alibi_slopes  (H,), constants (https://arxiv.org/abs/2108.12409)
-    bias          a float tensor of any size of numbers that broadcasts to (B, H, Tq, Tk); -inf hides a pair
+    bias          floats of any magnitude; broadcasts to (B, H, Tq, Tk); -inf hides a pair
     sinks         (H,), one logit for each head that joins the denominator (https://arxiv.org/abs/2309.17453)
     dropout_p     the share of weights dropped, 0 <= p < 1; which ones depends on (seed, b, h, i, j) alone
     seed          an int or a one-element int64 tensor; drawn from the device's generator if None

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from kernels import attention, attention_decode, attention_reference, masks
-from kernels.attention_triton import INTERPRETED
 from kernels.bias import add_bias, largest, row_shift
 from tests.attention_checks import (
     Case,
@@ -23,8 +22,8 @@ from tests.attention_checks import (
     truth_and_plain,
 )
 from tests.rounding import attention_deviation
+from tests.test_attention_dispatch import on_cpu
 
-on_cpu = pytest.mark.skipif(not INTERPRETED, reason="what auto means on a CPU")
 LEAST = {dtype: torch.finfo(dtype).min for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 LEVELS = [-1e4, -1e7, -3e7, -1e9, -1e13, -1e16, -1e30, LEAST[torch.float32], 1e9, -LEAST[torch.float32]]
 IMPLEMENTATIONS = ["triton", "chunked", "reference"]

@@ -219,7 +219,7 @@ def test_gradients_are_reduced_once_a_step(world, mode):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_each_block_is_a_unit_of_fsdp(compiled, world):
-    """Only what computes is gathered: a block's weights, and what stands outside of all blocks. Each compiles alone."""
+    """Each block is sharded, gathered and compiled by itself; the root unit holds the weights outside the blocks."""
     from torch.distributed.fsdp import FSDPModule
 
     model = GPT(ModelConfig(n_layer=3, n_head=2, n_embd=16, seq_len=8, vocab_size=11))

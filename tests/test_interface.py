@@ -27,7 +27,7 @@ from gpt.sampling import sample_seed
 from gpt.tokenizer import ByteTokenizer, StreamDecoder, load_tokenizer
 
 ROOT = Path(gpt.__file__).parents[1]
-ERRORS = (gpt.UserError, TypeError, ValueError, NotImplementedError)
+ERRORS = (gpt.UserError, TypeError, ValueError)
 VALUES: dict[str, Callable[[], Any]] = {
     "none": lambda: None,
     "true": lambda: True,

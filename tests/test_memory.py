@@ -16,6 +16,7 @@ from kernels.linear_cross_entropy import MOST_LOGITS, workspace_bytes
 from tests.run_checks import TEXT, status_of
 
 CPU = torch.device("cpu")
+reads_proc = pytest.mark.skipif(sys.platform != "linux", reason="Linux tells in /proc what a process takes")
 
 
 def held_while(call) -> int:
@@ -60,6 +61,7 @@ def test_a_plan_has_the_loss_of_its_micro_batch_in_its_dtype():
         assert memory.total == memory_of(config, CPU, 2).total == replace(memory, loss=0).total + memory.loss
 
 
+@reads_proc
 def test_the_process_is_counted_where_its_memory_is_the_device_s():
     before = process_bytes(CPU)
     block = torch.ones(16 << 20)
@@ -81,6 +83,7 @@ print(before - process_bytes(torch.device("cpu")))
 """
 
 
+@reads_proc
 @pytest.mark.parametrize(("mode", "MiB"), [("give back", 124), ("keep", 0)])
 def test_freed_memory_goes_back(mode, MiB):
     """All of it; without the call it stays, so that the test can fail."""

@@ -21,7 +21,7 @@ from tests.train_checks import SHORT, TEXT, lasting, names_in, run, weights_of
 
 @pytest.mark.parametrize("micro_batch", [10, 11, 12])
 def test_a_signal_between_micro_batches_gives_up_the_step(folder, capsys, monkeypatch, micro_batch):
-    """In the third step, of four micro-batches; before its first micro-batch there is no step to give up."""
+    """The third step has micro-batches 9 to 12; a signal in the last one comes too late to give the step up."""
     options = SHORT | {"batch_size": 2, "grad_accum_steps": 4, "dropout": 0.1}
     run(run_dir="plain", **options)
     calls, true_loss = [], GPT.loss
