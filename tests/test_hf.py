@@ -158,5 +158,5 @@ def test_a_name_that_cannot_be_had(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(UserError, match=r"could not be downloaded \(OSError: no route to host\)"):
         gpt.from_hf("gpt2")
-    with pytest.raises(UserError, match="no/such/folder is neither a directory nor the name of a Hugging Face checkpoint"):
+    with pytest.raises(UserError, match="no/such/folder is neither a directory nor the name of a Hugging Face"):
         gpt.from_hf("no/such/folder")
