@@ -14,17 +14,18 @@ import tyro
 
 import gpt
 from gpt.command_line import parse_flags
-from gpt.config import require
-from gpt.errors import EXIT_DONE, EXIT_STOPPED, UserError, run_command
-from gpt.files import decoded, read_lines
-from gpt.generate import Generation, generate
-from gpt.run import load, loss_of_int8
-from gpt.run_files import FILES, RECORD
-from gpt.sample_output import FIELDS, Records, SampleFile, Screen
-from gpt.sampling import SamplingConfig, sample_seed
+from gpt.data.formats import read_lines
+from gpt.data.tokenizers import Tokenizer
+from gpt.errors import EXIT_DONE, EXIT_STOPPED, UserError, require, run_command
+from gpt.evaluation.int8 import loss_of_int8
+from gpt.files import decoded
+from gpt.inference.generation import Generation, generate
+from gpt.inference.sample_output import FIELDS, Records, SampleFile, Screen
+from gpt.inference.sampling import SamplingConfig, sample_seed
+from gpt.run import load
+from gpt.run.layout import FILES, RECORD
 from gpt.stop import StopRequest
 from gpt.streams import check_output, do_without_output
-from gpt.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -17,42 +17,40 @@ import gpt  # isort: skip  # noqa: F401 - before torch, whose threads' waiting i
 import torch
 from torch import Tensor
 
-from gpt.checkpoint import load_training_state, training_tensors, verify
-from gpt.command_line import load_config
 from gpt.config import Config
+from gpt.data.loader import IGNORED, PLACES, Batches
+from gpt.data.mixture import check_lengths, make_mixture, prepare_all, together
+from gpt.data.packing import check_packing
+from gpt.data.progress_bar import CorpusProgress
+from gpt.data.token_files import read_tokens
 from gpt.device import autocast, give_back_freed_memory, require_compiler, seed_generators
-from gpt.distributed import Parallel, World, join, mode_of
+from gpt.distributed import World, join
 from gpt.errors import EXIT_DIVERGED, EXIT_DONE, EXIT_STOPPED, out_of_memory, run_command
-from gpt.guard import Guard, LossScale, all_finite
-from gpt.hardware import mfu, peak_flops
-from gpt.initial import copy_initial_weights
-from gpt.loader import IGNORED, PLACES, Batches
-from gpt.lock import RunLock
-from gpt.mixture import check_lengths, make_mixture, prepare_all, together
+from gpt.interop.initial import copy_initial_weights
 from gpt.model import GPT
-from gpt.monitor import CorpusProgress, Monitor, SilentMonitor
-from gpt.optim import Average, build_optimizers, gradient_norm, lr_scale, scale_gradients, set_learning_rate
-from gpt.optimizer_state import take_step
-from gpt.packing import check_packing
-from gpt.plan import describe, fewer_rows
-from gpt.profile import Profiler
-from gpt.progress import Progress
-from gpt.ranks import check_alike, data_facts, start_facts, weight_facts
-from gpt.run import (
-    checkpoints_of,
-    claim_run_dir,
-    differences,
-    earlier_run,
-    recipe,
-    summary,
-    with_vocabulary,
-    write_run,
-)
-from gpt.saver import Saver
-from gpt.shards import read_tokens
+from gpt.run.checkpoint import verify
+from gpt.run.layout import checkpoints_of
+from gpt.run.lock import RunLock
 from gpt.stop import Stopped, StopRequest
 from gpt.streams import check_output, do_without_output
-from gpt.validation import bound_said, evaluate, evaluate_only, evaluations, sample_text, settle
+from gpt.training.average import Average
+from gpt.training.command import load_config
+from gpt.training.gradients import gradient_norm, scale_gradients
+from gpt.training.guard import Guard, LossScale, all_finite
+from gpt.training.hardware import mfu, peak_flops
+from gpt.training.monitor import Monitor, SilentMonitor
+from gpt.training.optim import build_optimizers
+from gpt.training.optimizer_state import take_step
+from gpt.training.parallel import Parallel, mode_of
+from gpt.training.plan import describe, fewer_rows
+from gpt.training.profile import Profiler
+from gpt.training.progress import Progress
+from gpt.training.ranks import check_alike, data_facts, start_facts, weight_facts
+from gpt.training.resume import claim_run_dir, differences, earlier_run, recipe, summary, with_vocabulary, write_run
+from gpt.training.saver import Saver
+from gpt.training.schedule import lr_scale, set_learning_rate
+from gpt.training.state import load_training_state, training_tensors
+from gpt.training.validation import bound_said, evaluate, evaluate_only, evaluations, sample_text, settle
 
 
 def main(config: Config) -> int:
@@ -62,7 +60,10 @@ def main(config: Config) -> int:
     """
     check_output() if config.train.dry_run or config.train.eval_only else do_without_output()
     try:
-        with join(config.train) as world, RunLock(config.train.run_dir if world.main else None) as lock:
+        with (
+            join(config.train.device, config.train.parallel) as world,
+            RunLock(config.train.run_dir if world.main else None) as lock,
+        ):
             return train(config, world, lock)
     except Stopped as stopped:
         print(f"stopped by {stopped} before training began; the same command begins again", file=sys.stderr)

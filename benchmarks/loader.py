@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpt.command_line import load_config
+from gpt.data.loader import Batches
+from gpt.data.packing import make_loader
 from gpt.device import autocast
-from gpt.loader import Batches
 from gpt.model import GPT
-from gpt.optim import build_optimizers
-from gpt.packing import make_loader
+from gpt.training.command import load_config
+from gpt.training.optim import build_optimizers
 
 ROOT = Path(__file__).parents[1]
 V, T = 50257, 1024

@@ -24,9 +24,9 @@ import torch
 
 from benchmarks import positive
 from gpt.config import PRESETS, ModelConfig
-from gpt.decode import Decoder
 from gpt.device import pick_device
 from gpt.errors import UserError
+from gpt.inference.decoder import Decoder
 from gpt.model import GPT
 
 FP32, BF16, INT8, HF, UNCACHED = "fp32", "bf16", "int8", "transformers", "uncached"

@@ -19,15 +19,15 @@ import time
 from pathlib import Path
 
 from benchmarks import positive
-from gpt.build_tokenizer import build_tokenizer, encoding_at_hand
-from gpt.config import DataConfig, TokenizerConfig
-from gpt.corpus import prepare
-from gpt.documents import read_documents
+from gpt.data.build_tokenizer import build_tokenizer, encoding_at_hand
+from gpt.data.config import DataConfig, TokenizerConfig
+from gpt.data.corpus import prepare
+from gpt.data.inspect import bytes_per_token
+from gpt.data.sources import STDLIB, find_sources
+from gpt.data.split import read_documents
+from gpt.data.tokenize_corpus import _cores
+from gpt.data.tokenizers import BPETokenizer, Tokenizer, load_tokenizer
 from gpt.errors import UserError, run_command
-from gpt.inspect_corpus import bytes_per_token
-from gpt.sources import STDLIB, find_sources
-from gpt.tokenize_corpus import _cores
-from gpt.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 
 OURS, TIKTOKEN = "ours", "tiktoken"
 SAMPLE = 2_000_000  # characters whose bytes per token are reported

@@ -16,17 +16,16 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from gpt.config import PRESETS, Config, ModelConfig
 from gpt.errors import UserError
-from gpt.generate import Piece, generate
-from gpt.hf import from_hf, tokenizer_from_hf
-from gpt.model import GPT, KVCache
+from gpt.inference.generation import Piece, generate
+from gpt.inference.sampling import SamplingConfig
+from gpt.interop.hf_config import from_hf, tokenizer_from_hf
+from gpt.model import GPT
 from gpt.run import load
-from gpt.sampling import SamplingConfig
 
 __all__ = [
     "GPT",
     "PRESETS",
     "Config",
-    "KVCache",
     "ModelConfig",
     "Piece",
     "SamplingConfig",

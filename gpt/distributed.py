@@ -5,26 +5,20 @@ without it is a world of one, for which everything here does nothing.
 """
 
 import gc
-import inspect
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from gpt.config import TrainConfig
 from gpt.device import pick_device
 from gpt.errors import LostProcess, UserError
-from gpt.model import GPT
-
-Mode = Literal["none", "ddp", "fsdp"]
 
 # The others wait in a collective while rank 0 writes a checkpoint or samples; a dead rank is noticed at once on one
 # node (torchrun ends the job) and after this long where only silence tells.
@@ -104,28 +98,29 @@ class World:
 
 
 @contextmanager
-def join(train: TrainConfig) -> Iterator[World]:
+def join(device: str, parallel: str) -> Iterator[World]:
     """The World that torchrun's environment describes, left in order at the end of the block.
+
+    device and parallel: options of TrainConfig.
 
     Raises UserError for --parallel without torchrun, and for a device that the ranks of a node cannot share out.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        if train.parallel != "auto":
+        if parallel != "auto":
             raise UserError(
-                f"--parallel {train.parallel} needs torchrun: torchrun --nproc-per-node 2 train.py --parallel "
-                f"{train.parallel} ..."
+                f"--parallel {parallel} needs torchrun: torchrun --nproc-per-node 2 train.py --parallel {parallel} ..."
             )
-        yield World(pick_device(train.device))
+        yield World(pick_device(device))
         return
     rank, size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if size == 1 and train.parallel == "auto":
-        yield World(pick_device(train.device))
+    if size == 1 and parallel == "auto":
+        yield World(pick_device(device))
         return
-    device = _device_of(local_rank, train.device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=device if backend == "nccl" else None)
+    own = _device_of(local_rank, device)
+    backend = "nccl" if own.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=own if backend == "nccl" else None)
     try:
-        yield World(device, rank, size, True)
+        yield World(own, rank, size, True)
     except UserError:
         # torchrun sends it when another rank left first: each says its sentence.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -169,78 +164,6 @@ def _device_of(local_rank: int, name: str) -> torch.device:
     return device
 
 
-def mode_of(train: TrainConfig, world: World) -> Mode:
-    """How this world trains."""
-    if not world.joined:
-        return "none"
-    return "ddp" if train.parallel == "auto" else train.parallel
-
-
-class _Loss(nn.Module):
-    """GPT.loss as a forward, which is what DDP and FSDP hook into."""
-
-    def __init__(self, model: GPT):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor, y: Tensor, **options) -> Tensor:
-        return self.model.loss(x, y, **options)
-
-
-class Parallel:
-    """A model's loss on every rank, with gradients that are the mean over ranks.
-
-    none: the model as it is. ddp: each rank has all weights, gradients are averaged in buckets during the backward (Li
-    et al. 2020). fsdp: each rank keeps its rows of each weight, gradient and optimizer state, and each block's weights
-    are gathered for as long as it computes (Zhao et al. 2023, as PyTorch's fully_shard); the model's parameters become
-    DTensors, so that optimizers must be built after this.
-    """
-
-    def __init__(self, model: GPT, world: World, mode: Mode, *, compiled: bool = False):
-        self.mode = mode
-        self.loss: Callable[..., Tensor] = model.loss
-        self._eval_loss = model.loss
-        if mode == "fsdp":
-            from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
-
-            mesh = init_device_mesh(world.device.type, (world.size,))
-            for block in model.blocks:
-                if compiled:
-                    block.compile()
-                fully_shard(block, mesh=mesh)
-            self.loss = self._eval_loss = fully_shard(_Loss(model), mesh=mesh)
-            return
-        if mode == "ddp":
-            DDP = nn.parallel.DistributedDataParallel
-            devices = [world.device] if world.device.type == "cuda" else None
-            # Our buffers are constant tables. The first name is torch 2.13's, the second that of those before.
-            newer = "forward_sync_buffers" in inspect.signature(DDP).parameters
-            constant = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
-            self.loss = DDP(_Loss(model), device_ids=devices, gradient_as_bucket_view=True, **constant)
-        if compiled:
-            self.loss = torch.compile(self.loss)
-
-    @contextmanager
-    def gradients(self, *, reduced: bool) -> Iterator[None]:
-        """Around a forward and backward; reduced=False keeps the gradients on the rank, for later ones to join."""
-        if self.mode == "fsdp":
-            self.loss.set_requires_gradient_sync(reduced)
-        if self.mode == "ddp" and not reduced:
-            with self.loss.no_sync():
-                yield
-        else:
-            yield
-
-    def eval_loss(self, x: Tensor, y: Tensor, **places: Tensor) -> Tensor:
-        """The sum of the losses of this rank's batch, without gradients. Under fsdp all ranks must call it together."""
-        loss = self._eval_loss(x, y, reduction="sum", **places)
-        if self.mode == "fsdp":
-            # Without a backward the outermost weights would stay gathered, and later be taken for the current ones.
-            self._eval_loss.reshard()
-        return loss
-
-
 def local(tensor: Tensor) -> Tensor:
     """This rank's rows of a tensor, sharing its memory; all of it unless it is sharded."""
     return tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor
@@ -280,18 +203,6 @@ def gathered(named: Iterable[tuple[str, Tensor]], world: World) -> dict[str, Ten
                 whole[name] = tensor.cpu()
         elif world.main:
             whole[name] = tensor
-    return whole
-
-
-def whole_model(model: GPT, mode: Mode, world: World) -> GPT | None:
-    """A model that rank 0 can run alone; None on the others. Under fsdp all ranks must call it together."""
-    if mode != "fsdp":
-        return model if world.main else None
-    weights = gathered(model.named_parameters(), world)
-    if not world.main:
-        return None
-    whole = GPT(model.config).to(world.device)
-    whole.load_state_dict(weights, strict=False)  # a tied head has no name of its own
     return whole
 
 

@@ -1,7 +1,6 @@
 """Files that are written whole or not at all, and what bytes that are not the locale's mean."""
 
 import contextlib
-import io
 import os
 import re
 from collections.abc import Iterator
@@ -9,9 +8,6 @@ from pathlib import Path
 
 from gpt.arguments import shown
 from gpt.errors import UserError
-from gpt.formats import not_text
-from gpt.json_documents import like_utf16
-from gpt.unpack import packing_of
 
 
 def flush(path: Path) -> None:
@@ -54,22 +50,6 @@ def write_whole(path: Path, data: bytes) -> None:
         error.filename = str(path)
         raise
     flush(real.parent)
-
-
-def read_lines(path: Path, what: str) -> list[str]:
-    """The lines of a UTF-8 file, with or without a byte order mark. UserError, naming it as `what`, for any other."""
-    try:
-        raw = path.read_bytes()
-        if packing := packing_of(raw):
-            raise UserError(f"the {what} {path} is compressed (.{packing}): unpack it first")
-        if not like_utf16(raw) and (found := not_text(raw[:8192])):
-            raise UserError(f"the {what} {path} is {found[0]}, not text: {found[1]}")
-        return io.TextIOWrapper(io.BytesIO(raw), "utf-8-sig").read().split("\n")
-    except OSError as error:
-        raise UserError(f"cannot read the {what} {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        hint = like_utf16(raw)
-        raise UserError(f"the {what} {path} is not UTF-8{hint}: {error.reason} at byte {error.start}") from error
 
 
 def decoded(text: str) -> str:

@@ -1,16 +1,21 @@
 """Every command as a function of its words, for tests that call several."""
 
-import gpt.evaluate
-import gpt.export
-import gpt.inspect_corpus
+import gpt.data.inspect
+import gpt.evaluation.command
+import gpt.interop.export
 import sample
 import train
-from gpt.command_line import load_config, parse_flags
+from gpt.command_line import parse_flags
+from gpt.training.command import load_config
 
 MAINS = {
     "train": lambda words: train.main(load_config(words)),
     "sample": lambda words: sample.main(parse_flags(sample.Arguments, words, prog="sample.py")),
-    "evaluate": lambda words: gpt.evaluate.main(parse_flags(gpt.evaluate.Arguments, words, prog="gpt.evaluate")),
-    "export": lambda words: gpt.export.main(parse_flags(gpt.export.Arguments, words, prog="gpt.export")),
-    "inspect": gpt.inspect_corpus.main,
+    "evaluate": lambda words: gpt.evaluation.command.main(
+        parse_flags(gpt.evaluation.command.Arguments, words, prog="gpt.evaluate")
+    ),
+    "export": lambda words: gpt.interop.export.main(
+        parse_flags(gpt.interop.export.Arguments, words, prog="gpt.export")
+    ),
+    "inspect": gpt.data.inspect.main,
 }

@@ -76,8 +76,8 @@ def device() -> str:
 def make(tmp_path):
     """make(corpus, tokenizer, key=value ...) prepares a corpus with a cache of the test's own."""
 
-    from gpt.config import DataConfig, TokenizerConfig
-    from gpt.corpus import prepare
+    from gpt.data.config import DataConfig, TokenizerConfig
+    from gpt.data.corpus import prepare
 
     def make(corpus: object, tokenizer: str = "char", *, fixed=None, progress=None, size=300, **data):
         names = corpus if isinstance(corpus, tuple) else (corpus,)
@@ -92,8 +92,8 @@ def named(monkeypatch):
     """A small encoding, under the name of tiktoken's gpt2."""
     import tiktoken
 
-    from gpt.build_tokenizer import build_tokenizer
-    from gpt.config import TokenizerConfig
+    from gpt.data.build_tokenizer import build_tokenizer
+    from gpt.data.config import TokenizerConfig
     from tests.tokenizer_checks import make_named
 
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: make_named())
@@ -103,7 +103,7 @@ def named(monkeypatch):
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """A run directory as a user has it: bytes, a Qwen3 of one layer, three steps."""
-    from gpt.command_line import load_config
+    from gpt.training.command import load_config
     from train import main
 
     folder = tmp_path_factory.mktemp("tiny")

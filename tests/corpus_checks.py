@@ -10,11 +10,11 @@ from pathlib import Path
 import zstandard
 from hypothesis import HealthCheck, settings
 
-from gpt.config import DataConfig
-from gpt.corpus import Corpus
-from gpt.documents import read_documents
-from gpt.shards import read_tokens
-from gpt.sources import find_sources
+from gpt.data.config import DataConfig
+from gpt.data.corpus import Corpus
+from gpt.data.sources import find_sources
+from gpt.data.split import read_documents
+from gpt.data.token_files import read_tokens
 
 calm = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 

@@ -25,9 +25,10 @@ import rich.progress  # noqa: F401
 import safetensors.torch  # noqa: F401
 
 import train
-from gpt.checkpoint import FILES, list_checkpoints, read_state, verify
-from gpt.command_line import load_config
-from gpt.monitor import read_metrics
+from gpt.run.checkpoint import FILES, list_checkpoints, verify
+from gpt.run.metrics import read_metrics
+from gpt.training.command import load_config
+from gpt.training.state import read_state
 
 STEPS = 30
 TEXT = "".join(f"{a} and {b} went up the hill, said {c}.\n" for a in "JKLM" for b in "abcdef" for c in "xyz")

@@ -12,13 +12,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-import gpt.optim
+import gpt.training.muon
 import train as train_module
-from gpt.command_line import load_config
-from gpt.config import TrainConfig
 from gpt.distributed import join
-from gpt.lock import RunLock
 from gpt.model import GPT
+from gpt.run.lock import RunLock
+from gpt.training.command import load_config
 from tests.optimizer_checks import MAKERS
 
 true_loss, built_in = GPT.loss, train_module.build_optimizers
@@ -38,8 +37,8 @@ def made(name: str):
 
 
 if __name__ == "__main__":
-    gpt.optim.multiplies_bfloat16 = lambda device: False  # rounding there would hide what is asked here
-    with join(TrainConfig(device="cpu")) as world:
+    gpt.training.muon.multiplies_bfloat16 = lambda device: False  # rounding there would hide what is asked here
+    with join("cpu", "auto") as world:
         for words in json.loads(Path(sys.argv[1]).read_text()):
             room = words.pop() if isinstance(words[-1], int) else None
             name = words.pop()["optimizer"] if isinstance(words[-1], dict) else None

@@ -37,9 +37,10 @@ import tomli_w
 import zstandard
 
 import train
-from gpt.command_line import TABLES, load_config
+from gpt.config_file import TABLES
 from gpt.errors import run_command
 from gpt.run import load
+from gpt.training.command import load_config
 from tests.run_checks import FLAGS, TEXT, make_run, reseal
 
 CPU_SECONDS = 20  # of one case, which takes a fraction of one

@@ -4,8 +4,8 @@ import json
 
 import tokenizers
 
-from gpt.bpe import byte_characters, train_bpe
-from gpt.hf_tokenizer import read_hf_tokenizer
+from gpt.data.bpe import byte_characters, train_bpe
+from gpt.interop.hf_tokenizer import read_hf_tokenizer
 from tests.tokenizer_checks import LINES, TEXT
 
 BYTES = {character: i for i, character in enumerate(byte_characters())}

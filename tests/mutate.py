@@ -1,6 +1,6 @@
 """Change the program in one small place, run the tests that use the place, and see whether one of them fails.
 
-python -m tests.mutate [--module gpt.guard] [--mutants 300] [--seed 0]
+python -m tests.mutate [--module gpt.training.guard] [--mutants 300] [--seed 0]
 
 Reports the mutants that no test notices. docs/testing.md says how to read it.
 """

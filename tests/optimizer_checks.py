@@ -1,4 +1,4 @@
-"""Optimizers that gpt.optim does not have: torch's own, and two of the tests'."""
+"""Optimizers that gpt.training does not have: torch's own, and two of the tests'."""
 
 import torch
 from torch import optim

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from gpt.checkpoint import MANIFEST, _sha256
-from gpt.command_line import load_config
 from gpt.errors import run_command
+from gpt.run.checkpoint import MANIFEST, _sha256
+from gpt.training.command import load_config
 from tests.train_checks import TEXT
 from train import main
 

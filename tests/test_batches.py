@@ -7,13 +7,13 @@ from unittest import mock
 import pytest
 import torch
 
-from gpt.decode import Decoder
 from gpt.errors import UserError
-from gpt.generate import generate
-from gpt.sampling import SamplingConfig, sample_seed
+from gpt.inference.decoder import Decoder
+from gpt.inference.generation import generate
+from gpt.inference.sampling import SamplingConfig, sample_seed
 from tests.test_generate import model_of, text_of, tokenizer_of, tokens_of
 
-generate_module = sys.modules["gpt.generate"]
+generate_module = sys.modules["gpt.inference.generation"]
 PROMPTS = ["the ", "dog", "", "the quick brown", "o", "the "]
 
 

@@ -11,12 +11,13 @@ import torch
 
 import gpt
 import sample
-from gpt.command_line import load_config, parse_flags
-from gpt.evaluate import read_questions
-from gpt.export import export
-from gpt.hf import from_hf, tokenizer_from_hf
-from gpt.inspect_corpus import inspect
-from gpt.scoring import Question
+from gpt.command_line import parse_flags
+from gpt.data.inspect import inspect
+from gpt.evaluation.command import read_questions
+from gpt.evaluation.scoring import Question
+from gpt.interop.export import export
+from gpt.interop.hf_config import from_hf, tokenizer_from_hf
+from gpt.training.command import load_config
 from tests.corpus_checks import PACK, documents_of, write
 from tests.run_checks import reseal
 from train import main

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt import cache
-from gpt.cache import JOURNAL, MARK, WRITTEN, cache_folder, publish, unfinished, writing
+from gpt.data import cache
+from gpt.data.cache import JOURNAL, MARK, WRITTEN, cache_folder, publish, unfinished, writing
 from gpt.errors import UserError
 
 

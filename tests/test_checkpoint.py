@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt import checkpoint as ck
-from gpt.config import ModelConfig, OptimConfig
+from gpt.config import ModelConfig
 from gpt.errors import UserError
 from gpt.model import GPT
-from gpt.optim import build_optimizers
+from gpt.run import checkpoint as ck
+from gpt.training.config import OptimConfig
+from gpt.training.optim import build_optimizers
+from gpt.training.optimizer_state import optimizer_tensors
+from gpt.training.state import load_training_state, read_state, training_tensors
 
 
 def trained(optimizer: str = "adamw", steps: int = 2, **options):
@@ -31,7 +34,7 @@ def trained(optimizer: str = "adamw", steps: int = 2, **options):
 def save_checkpoint(directory: Path, model, optimizers, state: dict, *, keep: int, best: bool = False) -> Path:
     """Store a model and its optimizers as of state["step"], under one kind."""
     kind = "best" if best else "step"
-    ck.store(directory, ck.training_tensors(model, optimizers), state, keep=keep, kinds=(kind,))
+    ck.store(directory, training_tensors(model, optimizers), state, keep=keep, kinds=(kind,))
     return directory / f"{kind}_{state['step']:08d}"
 
 
@@ -41,10 +44,10 @@ def test_everything_comes_back_bit_for_bit(tmp_path, optimizer, options):
     model, optimizers = trained(optimizer, **options)
     path = save_checkpoint(tmp_path, model, optimizers, {"step": 7, "note": [1, "x"]}, keep=2)
     other, others = trained(optimizer, steps=0, **options)
-    assert ck.load_training_state(path, other, others) == {"step": 7, "note": [1, "x"]}
+    assert load_training_state(path, other, others) == {"step": 7, "note": [1, "x"]}
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
-    saved, restored = ck.optimizer_tensors(model, optimizers), ck.optimizer_tensors(other, others)
+    saved, restored = optimizer_tensors(model, optimizers), optimizer_tensors(other, others)
     assert saved.keys() == restored.keys()
     assert all(torch.equal(saved[key], restored[key]) for key in saved)
 
@@ -174,28 +177,28 @@ def test_each_value_of_a_state_is_of_its_kind(tmp_path, key):
     path = tmp_path / "state.json"
     for state in (SOUND, {"step": 7}, SOUND | {"best": None, "wandb_id": None, "new in a later version": 3}):
         path.write_text(json.dumps(state))
-        assert ck.read_state(tmp_path) == state
+        assert read_state(tmp_path) == state
     for value in ODD_STATES[key]:
         path.write_text(json.dumps(SOUND | {key: value}))
         with pytest.raises(UserError, match=f'state.json is not a training state: "{key}" is '):
-            ck.read_state(tmp_path)
+            read_state(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "3", '{"tokens": 3}'])
 def test_a_state_has_a_step(tmp_path, text):
     (tmp_path / "state.json").write_text(text)
     with pytest.raises(UserError, match='is not a training state: it has no "step"'):
-        ck.read_state(tmp_path)
+        read_state(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", '{"step": 3', "[" * 100_000])
 def test_a_state_is_json(tmp_path, text):
     (tmp_path / "state.json").write_text(text)
     with pytest.raises(UserError, match="is not a training state: it is not JSON"):
-        ck.read_state(tmp_path)
+        read_state(tmp_path)
     (tmp_path / "state.json").unlink()
     with pytest.raises(UserError, match=r"cannot read .*state.json: No such file"):
-        ck.read_state(tmp_path)
+        read_state(tmp_path)
 
 
 def test_a_save_that_finds_a_file_of_the_users_in_its_way_leaves_it(tmp_path):

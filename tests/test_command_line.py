@@ -7,9 +7,10 @@ from typing import get_type_hints
 
 import pytest
 
-from gpt.command_line import TABLES, config_from_toml, load_config, write_toml
 from gpt.config import PRESETS, Config, ModelConfig
+from gpt.config_file import TABLES, config_from_toml, write_toml
 from gpt.errors import UserError
+from gpt.training.command import load_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,7 +45,7 @@ def test_every_value_has_a_description():
     """--help shows each field's docstring; tyro reads them from the source."""
     import ast
 
-    trees = [ast.parse((ROOT / f"gpt/{name}.py").read_text()) for name in ("config", "model_config")]
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "gpt").glob("**/config.py")]
     classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
     assert len(classes) == len(TABLES) + 1
     for cls in [node for node in classes if node.name != "Config"]:

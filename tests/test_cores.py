@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from gpt.tokenize_corpus import _cores
+from gpt.data.tokenize_corpus import _cores
 
 
 @pytest.mark.parametrize(("allowed", "count", "cores"), [({1, 5, 7}, 64, 3), (None, 6, 6), (None, None, 1)])

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from gpt import downloads
-from gpt.command_line import load_config
-from gpt.corpus import prepare
+from gpt.data import downloads
+from gpt.data.corpus import prepare
+from gpt.training.command import load_config
 from tests.corpus_checks import POEM, sides, write
 from tests.test_foreign import llm_c, nanogpt
 from tests.test_readers import PACK, lines, parquet

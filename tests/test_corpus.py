@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt import corpus as corpus_module
-from gpt import readers
-from gpt import tokenizer as tokenizer_module
-from gpt.config import DataConfig
-from gpt.corpus import Corpus, check_length
-from gpt.documents import find_split, read_documents
+from gpt.data import corpus as corpus_module
+from gpt.data import readers
+from gpt.data import tokenizers as tokenizer_module
+from gpt.data.config import DataConfig
+from gpt.data.corpus import Corpus, check_length
+from gpt.data.readers import Source
+from gpt.data.split import find_split, read_documents
+from gpt.data.token_files import read_tokens
+from gpt.data.tokenizers import DOCUMENT, CharTokenizer, UnknownCharacter
 from gpt.errors import UserError
-from gpt.readers import Source
-from gpt.shards import read_tokens
-from gpt.tokenizer import DOCUMENT, CharTokenizer, UnknownCharacter
 from tests.corpus_checks import POEM, calm, folder_of, sides, write
 
 # --- one document -----------------------------------------------------------------------------------------------------

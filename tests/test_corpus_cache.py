@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt import corpus as corpus_module
-from gpt import readers, tokenize_corpus
-from gpt import tokenizer as tokenizer_module
-from gpt.cache import MARK, cache_folder
-from gpt.config import DataConfig, TokenizerConfig
-from gpt.corpus import prepare
+from gpt.data import corpus as corpus_module
+from gpt.data import readers, tokenize_corpus
+from gpt.data import tokenizers as tokenizer_module
+from gpt.data.cache import MARK, cache_folder
+from gpt.data.config import DataConfig, TokenizerConfig
+from gpt.data.corpus import prepare
+from gpt.data.token_files import ShardWriter
+from gpt.data.tokenizers import ByteTokenizer
 from gpt.errors import UserError
-from gpt.shards import ShardWriter
-from gpt.tokenizer import ByteTokenizer
 from tests.corpus_checks import POEM, folder_of, sides, write
 from tests.test_foreign import llm_c
 
@@ -83,8 +83,8 @@ def test_interrupted_write_leaves_nothing(tmp_path, make, monkeypatch):
 KILLED = """
 import os, sys
 from pathlib import Path
-from gpt.config import DataConfig, TokenizerConfig
-from gpt.corpus import prepare
+from gpt.data.config import DataConfig, TokenizerConfig
+from gpt.data.corpus import prepare
 stop = lambda what, done, total: os._exit(9) if what == "tokenizing" else None
 prepare(DataConfig((sys.argv[1],), Path(sys.argv[2])), TokenizerConfig("char"), progress=stop)
 """
@@ -118,10 +118,10 @@ def test_what_killed_processes_left_is_cleared_away(tmp_path, make, name, days):
 GO_ON = """
 import os, signal, sys
 from pathlib import Path
-from gpt import readers, tokenize_corpus, tokenizer
-from gpt.config import DataConfig, TokenizerConfig
-from gpt.corpus import prepare
-tokenizer._SEGMENT = 300
+from gpt.data import readers, tokenize_corpus, tokenizers
+from gpt.data.config import DataConfig, TokenizerConfig
+from gpt.data.corpus import prepare
+tokenizers._SEGMENT = 300
 tokenize_corpus.GROUP, tokenize_corpus.PART, readers._CHUNK = 500, 2000, 400
 written = tokenize_corpus.write_whole
 def stop(path, data):

@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt import decode, span
 from gpt.config import PRESETS, ModelConfig
-from gpt.decode import Decoder
-from gpt.decode_cache import CHUNK, SLACK
+from gpt.inference import attend as span
+from gpt.inference import decoder as decode
+from gpt.inference.cache import CHUNK, SLACK
+from gpt.inference.decoder import Decoder
 from gpt.model import GPT
 
 VOCAB = 61

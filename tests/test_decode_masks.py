@@ -6,14 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gpt import decode, span
-from gpt.decode import Decoder
-from gpt.decode_cache import CHUNK
 from gpt.errors import UserError
-from gpt.generate import generate
+from gpt.inference import attend as span
+from gpt.inference import decoder as decode
+from gpt.inference.cache import CHUNK
+from gpt.inference.decoder import Decoder
+from gpt.inference.generation import generate
+from gpt.inference.quantize import quantize_weight
+from gpt.inference.sampling import SamplingConfig
 from gpt.model import GPT
-from gpt.quantize import quantize_weight
-from gpt.sampling import SamplingConfig
 from kernels import masks
 from kernels.masks import CAUSAL, Mask
 from tests.rounding import model_deviation

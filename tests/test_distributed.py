@@ -18,13 +18,14 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-import gpt.optim
-from gpt.checkpoint import verify
-from gpt.command_line import load_config
+import gpt.training.muon
 from gpt.config import ModelConfig
-from gpt.distributed import Parallel, World
+from gpt.distributed import World, full
 from gpt.model import GPT
-from gpt.monitor import read_metrics
+from gpt.run.checkpoint import verify
+from gpt.run.metrics import read_metrics
+from gpt.training.command import load_config
+from gpt.training.parallel import Parallel
 from tests.optimizer_checks import use_optimizer
 from train import main
 
@@ -52,7 +53,7 @@ RECIPES = {
 }
 
 
-# Optimizers that gpt.optim does not have: with numbers for a weight, and with each rank's rows in plain tensors.
+# Optimizers that gpt.training lacks: with numbers for a weight, and with each rank's rows in plain tensors.
 OTHERS = ("nadam", "local-momentum")
 
 
@@ -64,7 +65,7 @@ def folder(tmp_path_factory):
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(gpt.optim, "multiplies_bfloat16", lambda device: False)  # as in the worker
+        patch.setattr(gpt.training.muon, "multiplies_bfloat16", lambda device: False)  # as in the worker
         (folder / "text.txt").write_text(TEXT)
         (folder / "docs").mkdir()
         for i in range(12):
@@ -152,7 +153,7 @@ class TestTwoProcesses:
         """
         one, two = checkpoint(folder / f"{recipe}-one"), checkpoint(folder / f"{recipe}-{mode}")
         assert one.keys() == two.keys()
-        atol = {"adamw": 1e-6, "muon": 6 * 0.02 * gpt.optim.NEWTON_SCHULZ[0] ** 5 * 2.0**-24}[recipe]
+        atol = {"adamw": 1e-6, "muon": 6 * 0.02 * gpt.training.muon.NEWTON_SCHULZ[0] ** 5 * 2.0**-24}[recipe]
         torch.testing.assert_close(one, two, rtol=1e-5, atol=atol)
 
     def test_go_on_as_if_never_stopped(self, folder, recipe, mode):
@@ -239,7 +240,7 @@ def test_a_micro_batch_without_targets_adds_zero(world, mode):
         for n, (y, share) in enumerate(zip(batches, shares, strict=True), start=1):
             with parallel.gradients(reduced=n == len(batches)):
                 (parallel.loss(idx, y) * share).backward()
-        gradients.append([gpt.optim.full(p.grad).clone() for p in model.parameters()])
+        gradients.append([full(p.grad).clone() for p in model.parameters()])
         model.zero_grad(set_to_none=True)
     some, among_empty, empty = gradients
     torch.testing.assert_close(among_empty, some, rtol=1e-6, atol=0)

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from gpt import downloads
-from gpt.config import DataConfig
-from gpt.downloads import download, spool_stdin
+from gpt.data import downloads
+from gpt.data.config import DataConfig
+from gpt.data.downloads import download, spool_stdin
 from gpt.errors import UserError
 from tests.corpus_checks import POEM, sides, write
 

@@ -14,15 +14,16 @@ import pytest
 import torch
 
 import sample
-from gpt.cache import JOURNAL, publish, unfinished
-from gpt.checkpoint import store, verify
 from gpt.command_line import parse_flags
-from gpt.config import Config, TrainConfig
-from gpt.export import Arguments, main
+from gpt.config import Config
+from gpt.data.cache import JOURNAL, publish, unfinished
+from gpt.data.token_files import HEADER_BYTES, ShardWriter
+from gpt.data.tokenizers import ByteTokenizer
 from gpt.files import make_folder, write_whole
-from gpt.monitor import Monitor
-from gpt.shards import HEADER_BYTES, ShardWriter
-from gpt.tokenizer import ByteTokenizer
+from gpt.interop.export import Arguments, main
+from gpt.run.checkpoint import store, verify
+from gpt.training.config import TrainConfig
+from gpt.training.monitor import Monitor
 from tests.train_checks import run
 
 TENSORS = {"model.safetensors": {"a": torch.arange(3.0)}, "optimizer.safetensors": {"b": torch.ones(2)}}
@@ -122,7 +123,7 @@ def test_a_manifest_is_written_after_the_files_that_it_vouches_for_are_on_the_di
         digests.append(disk.holds(path))
         return content(path)
 
-    monkeypatch.setattr("gpt.checkpoint._sha256", digest)
+    monkeypatch.setattr("gpt.run.checkpoint._sha256", digest)
     store(tmp_path, TENSORS, {"step": 1}, keep=1, kinds=("step",))
     assert digests == [True] * 3
 
@@ -211,8 +212,8 @@ def test_a_state_to_resume_a_token_file_from_is_on_the_disk(disk, tmp_path):
 
 def test_a_journal_is_written_after_the_tokens_that_it_counts(disk, folder, monkeypatch):
     """It says how far an interrupted call's token files are good."""
-    monkeypatch.setattr("gpt.tokenize_corpus.PART", 500)
-    monkeypatch.setattr("gpt.tokenize_corpus.GROUP", 200)
+    monkeypatch.setattr("gpt.data.tokenize_corpus.PART", 500)
+    monkeypatch.setattr("gpt.data.tokenize_corpus.GROUP", 200)
     (folder / "docs").mkdir()
     for i in range(30):
         (folder / f"docs/{i}.txt").write_text(f"all work and no play, {i}\n" * 10)

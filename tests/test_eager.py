@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt.eager import ReLUSquaredFunction, RMSNormFunction, RotateFunction, by_hand
-from gpt.model import rotary_table, rotate
+from gpt.model.cpu_autograd import ReLUSquaredFunction, RMSNormFunction, RotateFunction, by_hand
+from gpt.model.positions import rotary_table, rotate
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -14,13 +14,13 @@ import torch
 import gpt
 from gpt.command_line import parse_flags
 from gpt.config import ModelConfig
+from gpt.data.tokenizers import ByteTokenizer, CharTokenizer
 from gpt.errors import UserError, run_command
-from gpt.evaluate import Arguments, main, read_questions
-from gpt.export import export
-from gpt.lm_eval import harness_model
+from gpt.evaluation.command import Arguments, main, read_questions
+from gpt.evaluation.lm_eval import harness_model
+from gpt.evaluation.scoring import Question, Row, continuation, multiple_choice, score, score_texts, windows, with_shots
+from gpt.interop.export import export
 from gpt.model import GPT
-from gpt.scoring import Question, Row, continuation, multiple_choice, score, score_texts, windows, with_shots
-from gpt.tokenizer import ByteTokenizer, CharTokenizer
 
 BYTE = ByteTokenizer()
 TEXT = "The quick brown fox, naïve as ever, jumps over 13 dogs.\n"

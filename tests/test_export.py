@@ -13,12 +13,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import gpt
 from gpt.config import PRESETS, ModelConfig
+from gpt.data.tokenizers import DOCUMENT, BPETokenizer, CharTokenizer, load_tokenizer
 from gpt.errors import UserError, run_command
-from gpt.export import CLASSES, Arguments, export, main
-from gpt.hf_tokenizer import read_hf_tokenizer, read_tiktoken, to_tokenizer_json, write_hf_tokenizer, write_tiktoken
-from gpt.hf_weights import fits_nanochat
+from gpt.interop.export import CLASSES, Arguments, export, main
+from gpt.interop.hf_tokenizer import (
+    read_hf_tokenizer,
+    read_tiktoken,
+    to_tokenizer_json,
+    write_hf_tokenizer,
+    write_tiktoken,
+)
+from gpt.interop.hf_weights import fits_nanochat
 from gpt.model import GPT
-from gpt.tokenizer import DOCUMENT, BPETokenizer, CharTokenizer, load_tokenizer
 from tests.tokenizer_checks import BPE, BYTE, CHAR, LINES, PATTERNS, TEXT, anything, calm, nasty
 
 SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 32, "seq_len": 24, "vocab_size": 257}

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from gpt import saver as saver_module
-from gpt.checkpoint import list_checkpoints, verify
-from gpt.command_line import load_config
 from gpt.errors import UserError, run_command
-from gpt.lock import RunLock
-from gpt.monitor import Monitor, read_metrics
+from gpt.run.checkpoint import list_checkpoints, verify
+from gpt.run.lock import RunLock
+from gpt.run.metrics import read_metrics
+from gpt.training import saver as saver_module
+from gpt.training.command import load_config
+from gpt.training.monitor import Monitor
 from tests.run_checks import FLAGS, NEWEST, OLDER, status_of
 from train import main
 

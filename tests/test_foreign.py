@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import zstandard
 
-from gpt import foreign
-from gpt.corpus import check_length
+from gpt.data import external_tokens as foreign
+from gpt.data.corpus import check_length
+from gpt.data.external_tokens import TokenParts
+from gpt.data.loader import target_bytes
+from gpt.data.packing import make_loader, packed_validation
+from gpt.data.token_files import read_tokens
+from gpt.data.tokenizers import ByteTokenizer
 from gpt.errors import UserError
-from gpt.foreign import TokenParts
-from gpt.loader import target_bytes
-from gpt.packing import make_loader, packed_validation
-from gpt.shards import read_tokens
-from gpt.tokenizer import ByteTokenizer
 from tests.corpus_checks import POEM, sides, write
 
 IDS = np.concatenate([np.concatenate([[256], np.frombuffer(POEM.encode(), np.uint8)]) for _ in range(3)])
@@ -247,7 +247,7 @@ def test_what_goes_with_no_token_file(tmp_path, make):
 
 
 def test_tokens_are_no_text_to_score(tmp_path):
-    from gpt.evaluate import Arguments, main
+    from gpt.evaluation.command import Arguments, main
 
     with pytest.raises(UserError, match="hold no text to score"):
         main(Arguments("a run", (str(nanogpt(tmp_path / "val.bin")),)))

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gpt import readers
-from gpt.config import DataConfig
-from gpt.documents import read_documents
+from gpt.data import readers
+from gpt.data.config import DataConfig
+from gpt.data.formats import read_lines
+from gpt.data.sources import find_sources
+from gpt.data.split import read_documents
 from gpt.errors import UserError
-from gpt.files import read_lines
-from gpt.sources import find_sources
 from tests.corpus_checks import LINES, PACK, POEM, ROWS, TEXTS, documents_of, names, write
 
 # --- text that begins as another form does ----------------------------------------------------------------------------

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from gpt.build_tokenizer import build_tokenizer
-from gpt.config import PRESETS, ModelConfig, TokenizerConfig
+from gpt.config import PRESETS, ModelConfig
+from gpt.data.build_tokenizer import build_tokenizer
+from gpt.data.config import TokenizerConfig
+from gpt.data.tokenizers import load_tokenizer
 from gpt.errors import UserError
-from gpt.generate import Piece, generate
+from gpt.inference.generation import Piece, generate
+from gpt.inference.sampling import SamplingConfig, sample_seed
 from gpt.model import GPT
-from gpt.sampling import SamplingConfig, sample_seed
-from gpt.tokenizer import load_tokenizer
 
 TEXT = "the quick brown fox\njumps over the lazy dog: é漢🙂"
 

@@ -10,10 +10,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt
-from gpt.command_line import load_config
-from gpt.guard import Guard, LossScale, Reading
 from gpt.model import GPT
-from gpt.monitor import Monitor, read_metrics
+from gpt.run.metrics import read_metrics
+from gpt.training.command import load_config
+from gpt.training.guard import Guard, LossScale, Reading
+from gpt.training.monitor import Monitor
 from train import main
 
 TEXT = "".join(f"{a} and {b} went up the hill, said {c}.\n" for a in "JKLM" for b in "abcdef" for c in "xyz")

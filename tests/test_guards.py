@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensor
 
-from gpt.command_line import load_config
 from gpt.errors import run_command
-from gpt.guard import Guard
 from gpt.model import GPT
-from gpt.monitor import read_metrics
+from gpt.run.metrics import read_metrics
+from gpt.training.command import load_config
+from gpt.training.guard import Guard
 from tests.run_checks import FLAGS, TEXT
 from train import main
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gpt.hardware import PEAK_TFLOPS, mfu, peak_flops, peak_of
+from gpt.training.hardware import PEAK_TFLOPS, mfu, peak_flops, peak_of
 
 # Dense bfloat16 in TFLOP/s, by the names that drivers report.
 SHEETS = {

@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from gpt.command_line import load_config, parse_flags
+from gpt.command_line import parse_flags
+from gpt.training.command import load_config
 from tests.test_options_commands import PROGRAMS
 
 COMMANDS = {"train": load_config} | {

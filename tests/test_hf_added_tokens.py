@@ -7,9 +7,9 @@ import re
 import pytest
 import tokenizers
 
+from gpt.data.tokenizers import DOCUMENT, load_tokenizer
 from gpt.errors import UserError
-from gpt.hf_tokenizer import read_hf_tokenizer, write_hf_tokenizer
-from gpt.tokenizer import DOCUMENT, load_tokenizer
+from gpt.interop.hf_tokenizer import read_hf_tokenizer, write_hf_tokenizer
 from tests.hf_tokenizer_checks import TRAINED, added, agree, read
 from tests.tokenizer_checks import BPE, TEXT
 

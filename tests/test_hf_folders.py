@@ -10,10 +10,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import gpt
-from gpt.command_line import load_config
 from gpt.errors import UserError
-from gpt.hf import DEFAULTS
-from gpt.initial import load_source
+from gpt.interop.hf_config import DEFAULTS
+from gpt.interop.initial import load_source
+from gpt.training.command import load_config
 from tests.hf_checks import CASES, checkpoint, checkpoints, edit, random_tokens  # noqa: F401 - fixtures
 
 

@@ -6,7 +6,7 @@ import pytest
 import tiktoken
 from tokenizers import Regex, pre_tokenizers
 
-from gpt.hf_pattern import GPT2_PATTERN, for_oniguruma, unlike
+from gpt.interop.hf_pattern import GPT2_PATTERN, for_oniguruma, unlike
 from tests.tokenizer_checks import CL100K, GPT2, O200K, PATTERN
 
 REST = r"|[\s\S]"

@@ -5,10 +5,11 @@ import random
 
 import pytest
 
-from gpt import hf_tokenizer, tokenizer
+from gpt.data import tokenizers as tokenizer
+from gpt.data.tokenizers import BPETokenizer, load_tokenizer
 from gpt.errors import UserError
-from gpt.hf_tokenizer import read_hf_tokenizer, to_tokenizer_json, write_hf_tokenizer
-from gpt.tokenizer import BPETokenizer, load_tokenizer
+from gpt.interop import hf_tokenizer
+from gpt.interop.hf_tokenizer import read_hf_tokenizer, to_tokenizer_json, write_hf_tokenizer
 from tests.hf_tokenizer_checks import BYTE_LEVEL, BYTES, NFC, TRAINED, added, agree, file_of, read, split
 from tests.tokenizer_checks import BPE, TEXT
 
@@ -251,7 +252,7 @@ def test_a_pattern_that_leaves_text_out_is_refused_at_the_text():
 
 
 def test_characters_with_a_normalizer_are_refused(tmp_path):
-    from gpt.tokenizer import CharTokenizer
+    from gpt.data.tokenizers import CharTokenizer
 
     content = to_tokenizer_json(CharTokenizer("ABab"))
     agree(read(tmp_path, content), content, ["abAB"])

@@ -1,47 +1,102 @@
-"""Who may import whom: train.py, sample.py -> gpt -> kernels -> torch, triton. Never upward."""
+"""Who may import whom: a table of rooms, no circle, and no import that runs back up."""
 
 import ast
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("gpt/**/*.py"), *ROOT.glob("kernels/**/*.py")]
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+
+# What each room may import beside itself. "options" are the rooms' config.py, of which gpt/config.py makes a Config.
+ALLOWED = {
+    "kernels": set(),
+    "ground": set(),
+    "options": {"ground"},
+    "config": {"ground", "options"},
+    "model": {"ground", "options", "kernels"},
+    "data": {"ground", "options", "config"},
+    "inference": {"ground", "options", "model", "data"},
+    "run": {"ground", "options", "config", "model", "data"},
+    "interop": {"ground", "options", "config", "model", "data", "run"},
+    "evaluation": {"ground", "options", "model", "data", "inference", "run", "interop"},
+    "training": {"ground", "options", "config", "model", "data", "inference", "run", "interop"},
+    "front": {"ground", "config", "model", "inference", "run", "interop", "data", "evaluation"},
+    "scripts": {"ground", "config", "model", "data", "inference", "run", "interop", "evaluation", "training", "front"},
+}
+CONFIG = {"gpt.config", "gpt.config_file"}
+FRONT = {"gpt", "gpt.corpus", "gpt.evaluate", "gpt.export"}  # what `import gpt` offers, and the commands
+ATTENDS = "gpt.inference.attend"  # the one module of its room that imports kernels
+
+
+def room_of(module: str) -> str:
+    parts = module.split(".")
+    if parts[0] != "gpt":
+        return "kernels" if parts[0] == "kernels" else "scripts"
+    if module in FRONT:
+        return "front"
+    if module in CONFIG:
+        return "config"
+    if len(parts) > 2 and parts[2] == "config":
+        return "options"
+    return parts[1] if parts[1] in ALLOWED else "ground"
 
 
 def imported(path: Path) -> set[str]:
-    """Every module that a file imports, anywhere in it, as `package.module`."""
+    """Every module that a file imports, anywhere in it, and `module.name` for each name that it takes from one.
+
+    `from room import module` counts as the module alone: the room's __init__ runs first in any case.
+    """
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            package = path.relative_to(ROOT).parts[0]
-            module = node.module or "" if node.level == 0 else ".".join(filter(None, [package, node.module]))
-            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+            assert node.level == 0, f"{path} has a relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names | ({node.module} if names - MODULES.keys() else set())
     return found
 
 
-def packages(path: Path) -> set[str]:
-    return {name.split(".")[0] for name in imported(path)}
+def ours(module: str) -> set[str]:
+    """The modules of this project that one imports. Of a room's re-exported names only the room counts."""
+    return imported(MODULES[module]) & MODULES.keys() - {module}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_down(path):
-    room = path.relative_to(ROOT).parts[0]
-    if room == "kernels":
-        allowed = {"kernels", "torch", "triton"} | sys.stdlib_module_names
-        assert packages(path) <= allowed, f"kernels takes torch and triton only, not {packages(path) - allowed}"
-    elif room == "gpt":
-        assert not packages(path) & {"train", "sample", "benchmarks", "tests"}
-        if path.name not in ("model.py", "model_inputs.py", "span.py", "plan.py"):
-            assert "kernels" not in packages(path), "only the model, gpt/span.py and gpt/plan.py import kernels"
-    else:
-        assert not packages(path) & {"kernels", "benchmarks", "tests"}
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module):
+    room = room_of(module)
+    allowed = ALLOWED[room] | {room} | ({"kernels"} if module == ATTENDS else set())
+    wrong = {name: room_of(name) for name in ours(module) if room_of(name) not in allowed}
+    assert not wrong, f"{module}, of {room}, may import {', '.join(sorted(allowed))}"
+
+
+def test_no_circles():
+    try:
+        TopologicalSorter({module: ours(module) for module in MODULES}).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if room_of(name) == "kernels"])
+def test_kernels_take_torch_and_triton_only(module):
+    packages = {name.split(".")[0] for name in imported(MODULES[module])}
+    assert packages <= {"kernels", "torch", "triton"} | sys.stdlib_module_names
+
+
+def test_every_room_says_what_it_is_for():
+    rooms = list(ROOT.glob("gpt/*/__init__.py"))
+    assert len(rooms) == 7
+    assert all(ast.get_docstring(ast.parse(path.read_text())) for path in rooms)
 
 
 def test_the_walk_sees_imports():
     """It would pass everything if it saw nothing."""
-    assert {"kernels", "torch"} <= packages(ROOT / "gpt" / "model.py")
+    assert {"kernels.masks", "torch"} <= imported(ROOT / "gpt" / "model" / "attention.py")
     assert "kernels.tiles.dot" in imported(ROOT / "kernels" / "attention_forward.py")
+    assert "gpt.training.guard" in ours("train")
+    rooms = set(map(room_of, MODULES))
+    assert rooms == ALLOWED.keys()

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 import gpt
-from gpt.command_line import load_config
 from gpt.config import ModelConfig
+from gpt.data.tokenizers import DOCUMENT, BPETokenizer, ByteTokenizer
 from gpt.errors import UserError
-from gpt.export import export
-from gpt.hf_tokenizer import write_hf_tokenizer
-from gpt.initial import load_source
+from gpt.evaluation.scoring import Question, multiple_choice, score_texts
+from gpt.interop.export import export
+from gpt.interop.hf_tokenizer import write_hf_tokenizer
+from gpt.interop.initial import load_source
 from gpt.model import GPT
-from gpt.scoring import Question, multiple_choice, score_texts
-from gpt.tokenizer import DOCUMENT, BPETokenizer, ByteTokenizer
+from gpt.training.command import load_config
 from train import main as train
 
 TEXT = "The quick brown fox, naïve as ever, jumps over 13 dogs.\n"

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from gpt.command_line import load_config
+from gpt.data.inspect import Arguments, inspect, main
 from gpt.errors import UserError
-from gpt.inspect_corpus import Arguments, inspect, main
-from gpt.run import load, loss_of_int8
+from gpt.evaluation.int8 import loss_of_int8
+from gpt.run import load
+from gpt.training.command import load_config
 from tests.corpus_checks import POEM, folder_of, write
 from tests.test_foreign import IDS, llama, llm_c, nanogpt
 from train import main as train

@@ -21,10 +21,11 @@ import pytest
 import torch
 
 import gpt
-from gpt import config, lm_eval, scoring
-from gpt.export import export
-from gpt.sampling import sample_seed
-from gpt.tokenizer import ByteTokenizer, StreamDecoder, load_tokenizer
+from gpt import config
+from gpt.data.tokenizers import ByteTokenizer, StreamDecoder, load_tokenizer
+from gpt.evaluation import lm_eval, scoring
+from gpt.inference.sampling import sample_seed
+from gpt.interop.export import export
 
 ROOT = Path(gpt.__file__).parents[1]
 ERRORS = (gpt.UserError, TypeError, ValueError)
@@ -99,7 +100,7 @@ FLAG, COUNT, NUMBER, DEVICE = "true", "two, numpy's two", "zero, two, numpy's tw
 ROWS = f"{COUNT}, 2**63, 10**5000"
 TOKENS = {"idx": "integer tensor, int32 tensor", "positions": "none, integer tensor, int32 tensor, flat tensor"}
 TOKENS |= {"segment_ids": "none, int32 tensor"}
-CACHED = TOKENS | {"idx": "integer tensor, int32 tensor, longer tensor", "cache": "none"}
+HIDDEN = TOKENS | {"idx": "integer tensor, int32 tensor, longer tensor"}
 
 
 @pytest.fixture(scope="module")
@@ -144,10 +145,10 @@ def calls(tiny_run, tmp_path_factory) -> dict[str, Call]:
         "GPT": Call(gpt.GPT, {"config": small}, {"config": ""}),
         "forward": Call(
             model.forward,
-            inputs | {"cache": None},
-            CACHED,
+            inputs,
+            HIDDEN,
         ),
-        "hidden": Call(model.hidden, inputs | {"cache": None}, CACHED),
+        "hidden": Call(model.hidden, inputs, HIDDEN),
         "loss": Call(
             model.loss,
             inputs | {"targets": tokens, "reduction": "mean", "z_loss": 0.0, "label_smoothing": 0.0},
@@ -158,12 +159,6 @@ def calls(tiny_run, tmp_path_factory) -> dict[str, Call]:
         "checkpoint_activations": Call(model.checkpoint_activations, {"on": False}, {"on": FLAG}),
         "flops_per_token": Call(
             model.flops_per_token, {"seq_len": 9, "training": False}, {"seq_len": f"none, {COUNT}", "training": FLAG}
-        ),
-        "KVCache": Call(
-            gpt.KVCache,
-            {"config": small, "batch_size": 2, "capacity": 4, "device": "cpu", "dtype": torch.float32},
-            {"config": "", "batch_size": f"zero, {COUNT}", "capacity": f"zero, {COUNT}"}
-            | {"device": f"none, {DEVICE}", "dtype": "none, dtype"},
         ),
         "encode": Call(
             tokenizer.encode,
@@ -216,7 +211,7 @@ def calls(tiny_run, tmp_path_factory) -> dict[str, Call]:
 
 
 CALLS = """load from_hf tokenizer_from_hf generate sample_seed GPT forward hidden loss logits num_parameters
-checkpoint_activations flops_per_token KVCache encode encode_to_array decode decode_bytes push save load_tokenizer
+checkpoint_activations flops_per_token encode encode_to_array decode decode_bytes push save load_tokenizer
 score_texts multiple_choice with_shots Question export harness_model"""
 
 

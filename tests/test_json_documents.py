@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from gpt import formats, json_documents, readers
+from gpt.data import formats, json_documents, readers
+from gpt.data.json_documents import json_form
 from gpt.errors import UserError
-from gpt.json_documents import json_form
 from tests.corpus_checks import LINES, PACK, POEM, ROWS, TEXTS, documents_of, names, sides, write
 
 FORMS = {

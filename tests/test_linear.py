@@ -1,4 +1,4 @@
-"""gpt/linear.py: every layout of the weights is the layer it was made of."""
+"""gpt/inference/linear.py: every layout of the weights is the layer it was made of."""
 
 from types import SimpleNamespace
 from unittest import mock
@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt import linear as module
-from gpt.linear import MklLinear, PackedLinear, PlainLinear, TransposedLinear, can_pack, prepare_linear
+from gpt.inference import linear as module
+from gpt.inference.linear import MklLinear, PackedLinear, PlainLinear, TransposedLinear, can_pack, prepare_linear
 
 LAYOUTS = {
     "plain": lambda weight, bias: PlainLinear(weight, bias),

@@ -9,10 +9,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gpt.data.loader import Batches, TrainLoader, permuted, target_bytes, validation_batches
+from gpt.data.token_files import ShardWriter, read_tokens
+from gpt.data.tokenizers import ByteTokenizer, CharTokenizer
 from gpt.errors import UserError
-from gpt.loader import Batches, TrainLoader, permuted, target_bytes, validation_batches
-from gpt.shards import ShardWriter, read_tokens
-from gpt.tokenizer import ByteTokenizer, CharTokenizer
 
 calm = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 

@@ -9,14 +9,14 @@ import sys
 
 import pytest
 
-from gpt import lock as module
 from gpt.errors import UserError
-from gpt.lock import RunLock
+from gpt.run import lock as module
+from gpt.run.lock import RunLock
 
 HOLD = """
 import sys
 from pathlib import Path
-from gpt.lock import RunLock
+from gpt.run.lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 lock.take()
 print("held", flush=True)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from gpt.config import PRESETS, Config, ModelConfig, TrainConfig
-from gpt.plan import memory_of, process_bytes
+from gpt.config import PRESETS, Config, ModelConfig
+from gpt.training.config import TrainConfig
+from gpt.training.plan import memory_of, process_bytes
 from kernels import linear_cross_entropy
 from kernels.linear_cross_entropy import MOST_LOGITS, workspace_bytes
 from tests.run_checks import TEXT, status_of
@@ -72,7 +73,7 @@ def test_the_process_is_counted_where_its_memory_is_the_device_s():
 HEAP = """
 import sys, torch
 from gpt.device import give_back_freed_memory
-from gpt.plan import process_bytes
+from gpt.training.plan import process_bytes
 if sys.argv[1] == "give back":
     give_back_freed_memory()
 torch.empty(20 << 20, dtype=torch.uint8)  # glibc keeps pieces of this size from here on
@@ -103,7 +104,7 @@ def test_recomputation_on_a_cpu_gives_back_what_is_freed(recompute, tmp_path, mo
 
 def test_a_dry_run_on_a_cpu_shows_the_process_and_adds_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("gpt.plan.process_bytes", lambda device: 300 << 20)
+    monkeypatch.setattr("gpt.training.plan.process_bytes", lambda device: 300 << 20)
     (tmp_path / "text.txt").write_text(TEXT)
     assert status_of("--dry-run") == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory")]

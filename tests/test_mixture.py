@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from gpt.command_line import load_config
-from gpt.config import DataConfig, TokenizerConfig
+from gpt.data.config import DataConfig, TokenizerConfig
+from gpt.data.loader import TrainLoader
+from gpt.data.mixture import Mixture, prepare_all, together
+from gpt.data.packing import make_loader
+from gpt.data.token_files import read_tokens
 from gpt.errors import UserError
-from gpt.loader import TrainLoader
-from gpt.mixture import Mixture, prepare_all, together
-from gpt.monitor import read_metrics
-from gpt.packing import make_loader
-from gpt.shards import read_tokens
+from gpt.run.metrics import read_metrics
+from gpt.training.command import load_config
 from tests.run_checks import FLAGS, status_of
 from train import main
 

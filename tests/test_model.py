@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gpt.config import PRESETS, ModelConfig
 from gpt.errors import UserError
-from gpt.model import GPT, Block, KVCache, alibi_slopes, sinusoidal_table
+from gpt.model import GPT, Block
+from gpt.model.positions import alibi_slopes, sinusoidal_table
 from kernels import linear_cross_entropy
 
 SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 32, "seq_len": 24, "vocab_size": 61}
@@ -143,15 +144,6 @@ def test_a_token_changes_nothing_before_it(model):
     assert not torch.equal(before[:, 13], after[:, 13])
 
 
-def test_cached_equals_uncached(model):
-    idx = random_tokens(2, 24)
-    cache = KVCache(model.config, 2, 24)
-    for buffer in (cache.k, cache.v):
-        buffer.fill_(math.nan)
-    pieces = [model(idx[:, a:b], cache=cache) for a, b in ((0, 7), (7, 8), (8, 19), (19, 20), (20, 24))]
-    torch.testing.assert_close(torch.cat(pieces, dim=1), model(idx), atol=2e-5, rtol=1e-5)
-
-
 def test_packed_documents_stay_apart(model):
     """Two documents in one row, positions restarting, give what each gives alone."""
     one, two = random_tokens(1, 9, seed=3), random_tokens(1, 15, seed=4)
@@ -217,8 +209,6 @@ def test_too_many_tokens_are_refused():
     model = make_model()
     with pytest.raises(ValueError, match="25 tokens are more than the context of 24"):
         model(random_tokens(1, 25))
-    with pytest.raises(ValueError, match="cache holds 10 tokens"):
-        model(random_tokens(1, 11), cache=KVCache(model.config, 1, 10))
 
 
 # Counts and initial weights.

@@ -8,9 +8,10 @@ import types
 
 import pytest
 
-from gpt.command_line import load_config
-from gpt.loss_plot import LIMIT, Curve, Losses, plot_losses
-from gpt.monitor import Monitor, process_seconds, read_metrics
+from gpt.run.loss_plot import LIMIT, Curve, Losses, plot_losses
+from gpt.run.metrics import read_metrics
+from gpt.training.command import load_config
+from gpt.training.monitor import Monitor, process_seconds
 
 
 def record(step: int, **values) -> dict:
@@ -138,7 +139,7 @@ def test_an_empty_run_still_draws(tmp_path):
 
 
 def test_seconds_count_from_the_start_of_the_process():
-    code = "import time; t = time.time(); import gpt.monitor as m; print(m.process_seconds(), time.time() - t)"
+    code = "import time; t = time.time(); import gpt.stop as m; print(m.process_seconds(), time.time() - t)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     since_start, since_code = map(float, done.stdout.split())
     assert since_code - 0.02 < since_start < since_code + 5

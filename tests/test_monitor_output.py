@@ -6,14 +6,18 @@ import json
 import logging
 import math
 import os
+import sys
 import types
 
 import pytest
 
-from gpt import monitor as monitor_module
-from gpt.command_line import load_config
+from gpt.data.progress_bar import CorpusProgress
 from gpt.errors import UserError
-from gpt.monitor import CorpusProgress, Monitor, SilentMonitor, metrics_lines, read_metrics, start_wandb, title_of
+from gpt.run.metrics import metrics_lines, read_metrics
+from gpt.training import monitor as monitor_module
+from gpt.training.command import load_config
+from gpt.training.monitor import Monitor, SilentMonitor
+from gpt.training.wandb_run import start_wandb, title_of
 
 
 def monitor_in(folder, *words: str, **options) -> Monitor:
@@ -217,7 +221,7 @@ class FakeWandb(types.SimpleNamespace):
 @pytest.fixture
 def wandb(monkeypatch):
     fake = FakeWandb()
-    monkeypatch.setitem(monitor_module.sys.modules, "wandb", fake)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
     return fake
 
 
@@ -274,7 +278,7 @@ def test_wandb_refuses_a_folder_and_takes_a_corpus_that_is_not_utf8(tmp_path, wa
 def test_reading_a_corpus_has_a_bar_for_each_stage_on_a_terminal(monkeypatch, on_a_terminal, terminal):
     screen = io.StringIO()
     screen.isatty = lambda: terminal
-    monkeypatch.setattr(monitor_module.sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stdout", screen)
     with CorpusProgress() as progress:
         progress("reading", 1_000_000, 4_000_000)
         progress("reading", 2_000_000, 5_000_000)

@@ -14,7 +14,7 @@ from tests import mutate
 from tests.mutants import all_mutants, sample
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ["gpt/files.py", "gpt/checkpoint.py", "kernels/tiles.py"]
+SOURCES = ["gpt/files.py", "gpt/data/tokenizers.py", "kernels/tiles.py"]
 
 
 def changes(code: str) -> set[str]:
@@ -83,13 +83,15 @@ def test_valid_mutants_compile_to_another_program_in_one_place(module):
 
 
 def test_a_sample_spreads_over_lines_and_edits_elsewhere_do_not_change_it():
-    source = (ROOT / "gpt/checkpoint.py").read_text()
-    first = sample(all_mutants("gpt/checkpoint.py", source), seed=3)
+    source = (ROOT / "gpt/data/tokenizers.py").read_text()
+    first = sample(all_mutants("gpt/data/tokenizers.py", source), seed=3)
     lines = [source.encode()[: mutant.start].count(b"\n") for mutant in first]
     assert len(set(lines[:100])) == 100
-    edited = sample(all_mutants("gpt/checkpoint.py", "import this\n\n\n" + source), seed=3)
+    edited = sample(all_mutants("gpt/data/tokenizers.py", "import this\n\n\n" + source), seed=3)
     assert [mutant.id for mutant in edited] == [mutant.id for mutant in first]
-    assert [mutant.id for mutant in sample(all_mutants("gpt/checkpoint.py", source), seed=4)] != [m.id for m in first]
+    assert [mutant.id for mutant in sample(all_mutants("gpt/data/tokenizers.py", source), seed=4)] != [
+        m.id for m in first
+    ]
 
 
 @pytest.fixture(scope="module")

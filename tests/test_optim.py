@@ -6,19 +6,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt.config import ModelConfig, OptimConfig
+from gpt.config import ModelConfig
 from gpt.errors import UserError
 from gpt.model import GPT
-from gpt.optim import (
-    Average,
-    Muon,
-    build_optimizers,
-    gradient_norm,
-    lr_scale,
-    orthogonalize,
-    scale_gradients,
-    set_learning_rate,
-)
+from gpt.training.average import Average
+from gpt.training.config import OptimConfig
+from gpt.training.gradients import gradient_norm, scale_gradients
+from gpt.training.muon import Muon, orthogonalize
+from gpt.training.optim import build_optimizers
+from gpt.training.schedule import lr_scale, set_learning_rate
 
 
 def tiny_model(**options) -> GPT:

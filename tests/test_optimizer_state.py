@@ -7,14 +7,18 @@ import torch
 import torch.distributed as dist
 from torch import optim
 
-from gpt.checkpoint import load_training_state, store, training_tensors
 from gpt.config import ModelConfig
-from gpt.distributed import Parallel, World, local
+from gpt.distributed import World, local
 from gpt.errors import UserError
 from gpt.model import GPT
-from gpt.optim import Muon, gradient_norm, set_learning_rate
-from gpt.optimizer_state import begin_states, optimizer_tensors, restore_optimizers, skips_by_itself, take_step
-from gpt.plan import state_bytes
+from gpt.run.checkpoint import store
+from gpt.training.gradients import gradient_norm
+from gpt.training.muon import Muon
+from gpt.training.optimizer_state import begin_states, optimizer_tensors, restore_optimizers, skips_by_itself, take_step
+from gpt.training.parallel import Parallel
+from gpt.training.plan import state_bytes
+from gpt.training.schedule import set_learning_rate
+from gpt.training.state import load_training_state, training_tensors
 from tests.optimizer_checks import MAKERS, Counting, use_optimizer
 from tests.test_guard import Waits, WaitsInPython
 from tests.train_checks import lasting, run, weights_of

@@ -15,14 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import gpt.decode
-import gpt.evaluate
-import gpt.export
-import gpt.inspect_corpus
+import gpt.data.inspect
+import gpt.evaluation.command
+import gpt.inference.decoder
+import gpt.interop.export
 import sample
-from gpt.command_line import load_config, parse_flags
+from gpt.command_line import parse_flags
 from gpt.errors import UserError
 from gpt.model import GPT
+from gpt.training.command import load_config
 from tests.commands import MAINS
 from tests.option_checks import Case, check, deaf, missing
 from tests.train_checks import TEXT
@@ -39,17 +40,17 @@ PROGRAMS: dict[str, tuple[tuple[str, ...], dict[str, Any], tuple[type, ...]]] = 
     "evaluate": (
         ("run",),
         {"run": "run", "corpus": "text.txt", "json": True, "device": "cpu"},
-        (gpt.evaluate.Arguments,),
+        (gpt.evaluation.command.Arguments,),
     ),
     "export": (
         ("run", "directory"),
         {"run": "run", "directory": "export"},
-        (gpt.export.Arguments,),
+        (gpt.interop.export.Arguments,),
     ),
     "inspect": (
         ("command", "path"),
         {"command": "inspect", "path": "ids.bin"},
-        (gpt.inspect_corpus.Arguments,),
+        (gpt.data.inspect.Arguments,),
     ),
 }
 
@@ -66,7 +67,7 @@ class Ran:
 
     def __init__(self, program: str, folder: Path, options: dict[str, Any]) -> None:
         self.folder, self.error, self.status = folder, "", None
-        self.decoders: list[gpt.decode.Decoder] = []
+        self.decoders: list[gpt.inference.decoder.Decoder] = []
         self.rows: list[list[list[int]]] = []
         self.precisions: list[str] = []
         out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
@@ -85,7 +86,7 @@ class Ran:
     def _spy(self, patch: pytest.MonkeyPatch) -> None:
         forward, ran = GPT.forward, self
 
-        class Decoder(gpt.decode.Decoder):
+        class Decoder(gpt.inference.decoder.Decoder):
             def __init__(self, model: GPT, rows: int, capacity: int, **options: Any) -> None:
                 super().__init__(model, rows, capacity, **options)
                 self.rows = rows
@@ -98,7 +99,7 @@ class Ran:
             return forward(model, idx, **options)
 
         patch.setattr(GPT, "forward", seen_forward)
-        patch.setattr(sys.modules["gpt.generate"], "Decoder", Decoder)  # gpt.generate is the function
+        patch.setattr(sys.modules["gpt.inference.generation"], "Decoder", Decoder)  # gpt.generate is the function
         patch.setattr("sys.stdin", io.StringIO("all\nwork\n"))
         patch.setenv("XDG_CACHE_HOME", str(self.folder / "usual"))
 
@@ -112,7 +113,7 @@ class Ran:
         return [record["tokens"] for record in self.records]
 
     @property
-    def decoder(self) -> gpt.decode.Decoder:
+    def decoder(self) -> gpt.inference.decoder.Decoder:
         return self.decoders[0]
 
 
@@ -151,8 +152,8 @@ def likeliest(ran: Ran) -> int:
 
 def recording(patch: pytest.MonkeyPatch) -> None:
     """A device on which steps are recorded, or so the decoder thinks."""
-    patch.setattr(gpt.decode, "can_record", lambda device: True)
-    patch.setattr(gpt.decode, "decode_impl", lambda device: "torch")
+    patch.setattr(gpt.inference.decoder, "can_record", lambda device: True)
+    patch.setattr(gpt.inference.decoder, "decode_impl", lambda device: "torch")
 
     class Graphs:
         def __init__(self, run: Callable) -> None:
@@ -160,7 +161,7 @@ def recording(patch: pytest.MonkeyPatch) -> None:
 
         def clear(self) -> None: ...
 
-    patch.setattr(gpt.decode, "StepGraphs", Graphs)
+    patch.setattr(gpt.inference.decoder, "StepGraphs", Graphs)
 
 
 def ended(ran: Ran) -> tuple[str, int]:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-import gpt.model
 from gpt.config import ModelConfig
 from gpt.model import GPT
+from gpt.model import attention as attention_module
 from tests.option_checks import Case, check, deaf, missing
 
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "mlp_dim": 40, "seq_len": 12, "vocab_size": 11}
@@ -66,7 +66,7 @@ def means_order(model: GPT) -> bool:
 
 def dropped(model: GPT) -> tuple[float, float, float]:
     """The share of numbers dropped: of the embeddings, of attention weights, of sublayers' outputs."""
-    model, shares, true_attention = drawn(model).train(), {}, gpt.model.attention
+    model, shares, true_attention = drawn(model).train(), {}, attention_module.attention
 
     def attention(*args, dropout_p: float, **options):
         shares["attention"] = dropout_p
@@ -78,7 +78,7 @@ def dropped(model: GPT) -> tuple[float, float, float]:
     model.dropout.register_forward_hook(hook("embeddings"))
     model.blocks[0].dropout.register_forward_hook(hook("sublayers"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpt.model, "attention", attention)
+        patch.setattr(attention_module, "attention", attention)
         torch.manual_seed(0)
         model(IDX.repeat(20, 1))
     return shares["embeddings"], shares["attention"], shares["sublayers"]

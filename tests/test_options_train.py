@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from gpt.config import DataConfig, LogConfig, OptimConfig, TokenizerConfig, TrainConfig
-from gpt.distributed import World, mode_of
+from gpt.data.config import DataConfig, TokenizerConfig
+from gpt.distributed import World
+from gpt.training.config import LogConfig, OptimConfig, TrainConfig
+from gpt.training.parallel import mode_of
 from tests import train_looks as looks
 from tests.option_checks import Case, check, deaf, missing
 from tests.train_checks import TEXT

@@ -11,13 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpt
-from gpt.command_line import load_config
 from gpt.config import ModelConfig
-from gpt.errors import UserError
-from gpt.loader import PLACES, TrainLoader, validation_batches
-from gpt.model import GPT
-from gpt.monitor import read_metrics
-from gpt.packing import (
+from gpt.data.loader import PLACES, TrainLoader, validation_batches
+from gpt.data.packing import (
     BestFitLoader,
     DocumentLoader,
     check_packing,
@@ -27,7 +23,11 @@ from gpt.packing import (
     places,
     read_pieces,
 )
-from gpt.shards import read_tokens
+from gpt.data.token_files import read_tokens
+from gpt.errors import UserError
+from gpt.model import GPT
+from gpt.run.metrics import read_metrics
+from gpt.training.command import load_config
 from tests.corpus_checks import calm
 from tests.packing_checks import APART, DOCUMENT, corpus, lengths_of
 from tests.run_checks import FLAGS
@@ -96,7 +96,7 @@ def test_pieces_are_documents_cut_at_the_context(lengths, seq_len, headed, block
         starts += range(begin, stop, seq_len)
         begin += length
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gpt.packing._BLOCK", block)
+        patch.setattr("gpt.data.packing._BLOCK", block)
         assert piece_starts(tokens, DOCUMENT, seq_len).tolist() == [*starts, len(tokens) - 1]
 
 
@@ -120,7 +120,7 @@ def test_best_fit_has_each_target_once_per_epoch(lengths, seq_len, seed, pool):
     lengths[-1] += 2
     tokens = corpus(lengths)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gpt.packing.POOL", pool)
+        patch.setattr("gpt.data.packing.POOL", pool)
         loader = BestFitLoader(tokens, DOCUMENT, batch_size=1, seq_len=seq_len, seed=seed)
         for _ in range(2):
             rows = [loader.next_batch()]

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from gpt.data.packing import BestFitLoader, make_loader
 from gpt.errors import UserError
-from gpt.packing import BestFitLoader, make_loader
 from tests.packing_checks import APART, DOCUMENT, corpus, lengths_of
 
 
 @pytest.fixture
 def small_pools(monkeypatch):
-    monkeypatch.setattr("gpt.packing.POOL", 16)
+    monkeypatch.setattr("gpt.data.packing.POOL", 16)
 
 
 def loader_of(packing, **changes):

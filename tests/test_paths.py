@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from gpt.command_line import MAY_BE_EMPTY, PATHS, TABLES, Arguments, load_config, option_kinds
+from gpt.command_line import MAY_BE_EMPTY, PATHS, option_kinds
+from gpt.config_file import TABLES
 from gpt.errors import UserError
+from gpt.training.command import Arguments, load_config
 from tests.commands import MAINS
 from tests.test_options_commands import PROGRAMS, argv_of
 

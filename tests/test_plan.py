@@ -6,14 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gpt import plan
-from gpt.config import PRESETS, Config, ModelConfig, OptimConfig, TrainConfig
+from gpt.config import PRESETS, Config, ModelConfig
 from gpt.errors import UserError
-from gpt.hardware import mfu, peak_of
 from gpt.model import GPT
-from gpt.monitor import read_metrics
-from gpt.optim import build_optimizers
-from gpt.plan import Memory, describe, duration, fewer_rows, memory_of, saved_bytes, size, sparkline
+from gpt.run.metrics import read_metrics
+from gpt.training import plan
+from gpt.training.config import OptimConfig, TrainConfig
+from gpt.training.hardware import mfu, peak_of
+from gpt.training.optim import build_optimizers
+from gpt.training.plan import Memory, describe, duration, fewer_rows, memory_of, saved_bytes, size, sparkline
 from tests.run_checks import TEXT, status_of
 
 CPU = torch.device("cpu")
@@ -261,7 +262,7 @@ def test_a_plan_states_what_evaluations_cost(monkeypatch):
     assert line(val_tokens=[5_001]) == (
         f"evaluation       8 times 5,000 tokens: {expected:.1%} of the FLOPs above in addition"
     )
-    monkeypatch.setattr("gpt.validation.DEFAULT_TOKENS", 1_000)
+    monkeypatch.setattr("gpt.training.validation.DEFAULT_TOKENS", 1_000)
     expected = (8 * 2_000 + 7_000) / 3 / (2000 * 144)
     assert line(val_tokens=[5_001, 2_001]) == (
         f"evaluation       8 times 2,000 tokens and once 7,000: {expected:.1%} of the FLOPs above in addition"

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from gpt.profile import Profiler
+from gpt.training.profile import Profiler
 
 
 def trace(folder, steps: int, taken: int) -> tuple[list[str], list[int]]:

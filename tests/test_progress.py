@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpt.progress import Progress
+from gpt.training.progress import Progress
 
 
 def test_what_a_checkpoint_holds_is_taken():

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt import quantize
 from gpt.config import PRESETS
-from gpt.decode import Decoder
-from gpt.quantize import Int8Linear, quantization_loss, quantize_weight
+from gpt.evaluation.int8 import quantization_loss
+from gpt.inference import quantize
+from gpt.inference.decoder import Decoder
+from gpt.inference.quantize import Int8Linear, quantize_weight
 from tests.test_decode import VOCAB, model_of
 
 
@@ -126,7 +127,7 @@ def test_the_loss_holds_64_tokens_of_a_row_at_once():
     model = model_of(seq_len=130)
     tokens = torch.randint(VOCAB, (2, 131), generator=torch.Generator().manual_seed(2))
     with (
-        mock.patch("gpt.decode.Decoder", side_effect=Decoder) as made,
+        mock.patch("gpt.inference.decoder.Decoder", side_effect=Decoder) as made,
         mock.patch.object(Decoder, "step", autospec=True, side_effect=Decoder.step) as step,
     ):
         quantization_loss(model, tokens, dtype=torch.float32)

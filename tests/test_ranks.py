@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt import ranks
-from gpt.command_line import load_config
 from gpt.config import Config
 from gpt.distributed import World
 from gpt.errors import UserError
 from gpt.model import GPT
-from gpt.ranks import OWN_OPTIONS, check_alike, data_facts, start_facts, weight_facts
+from gpt.training import ranks
+from gpt.training.command import load_config
+from gpt.training.ranks import OWN_OPTIONS, check_alike, data_facts, start_facts, weight_facts
 from tests.test_distributed import LAUNCH, ROOT, environment, flags
 from tests.train_checks import TEXT
 from tests.train_checks import flags as other_flags
@@ -133,8 +133,9 @@ def test_two_ranks_that_differ_both_say_so(tmp_path):
         assert (rank_1 != words) == bool(ours)
         (tmp_path / f"{kind}.py").write_text(
             f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nrank = int(os.environ['RANK'])\n"
-            "from gpt.command_line import load_config\nfrom gpt.errors import run_command\nimport gpt.ranks, train\n"
-            f"if rank and {not ours}: gpt.ranks._code_digest = lambda: '0' * 12\n"
+            "import gpt.training.ranks, train\n"
+            "from gpt.errors import run_command\nfrom gpt.training.command import load_config\n"
+            f"if rank and {not ours}: gpt.training.ranks._code_digest = lambda: '0' * 12\n"
             f"words = [{words}, {rank_1}][rank] + ['--cache-dir', f'{kind}-cache{{rank}}']\n"
             "run_command(lambda: train.main(load_config(words)))\n"
         )

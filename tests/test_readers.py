@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from gpt import readers
+from gpt.data import readers
+from gpt.data.readers import Source
+from gpt.data.sources import find_sources
 from gpt.errors import UserError
-from gpt.readers import Source
-from gpt.sources import find_sources
 from tests.corpus_checks import POEM, names, sides, write
 
 TEXTS = ["one\n", "zwei — naïve", "日本語 🙂", 'four "quoted" \\ \t and \u2028 more', "five" * 50]
@@ -39,7 +39,7 @@ def documents(path: Path, errors="strict", **options) -> list[str]:
 
 
 def data_of(path, **options):
-    from gpt.config import DataConfig
+    from gpt.data.config import DataConfig
 
     return DataConfig((str(path),), **options)
 
@@ -176,8 +176,8 @@ def test_progress_counts_the_bytes_of_the_files(tmp_path, make, form):
 MEMORY = """
 import sys
 from pathlib import Path
-from gpt.config import DataConfig, TokenizerConfig
-from gpt.corpus import prepare
+from gpt.data.config import DataConfig, TokenizerConfig
+from gpt.data.corpus import prepare
 def peak():  # of this process: getrusage would tell its parent's
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 prepare(DataConfig((sys.argv[1],), Path(sys.argv[2])), TokenizerConfig("byte"))

@@ -59,10 +59,13 @@ def test_the_table_was_found():
     assert len(LINES) == 20
 
 
-def test_the_house_names_what_is_there():
-    house = README.split("## The house")[1].split("```")[1]
-    named = re.findall(r"(?:gpt|kernels)/[\w*]+\.py|(?:train|sample)\.py", house)
-    found = [path for name in named for path in ROOT.glob(name)]
-    assert all(list(ROOT.glob(name)) for name in named)
-    there = {path for folder in ("gpt", "kernels") for path in (ROOT / folder).glob("[!_]*.py")}
-    assert {path.name for path in there - set(found)} == set()
+def test_the_drawing_names_every_file_in_its_room():
+    drawing = (ROOT / "docs/architecture.md").read_text().split("```")[1]
+    room, named = "", []
+    for line in drawing.splitlines():
+        room = line.split()[0] if re.match(r"\w+/", line) else room if line.startswith(" ") else ""
+        named += [room * line.startswith(" ") + name for name in re.findall(r"[\w*]+\.py", line)]
+    missing = [name for name in named if not list(ROOT.glob(name))]
+    assert missing == []
+    there = {path for folder in ("gpt", "kernels") for path in (ROOT / folder).glob("**/[!_]*.py")}
+    assert there - {path for name in named for path in ROOT.glob(name)} == set()

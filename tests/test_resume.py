@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 import gpt
-from gpt.command_line import load_config
 from gpt.model import GPT
-from gpt.monitor import Monitor, read_metrics
-from gpt.run import differences, recipe
+from gpt.run.metrics import read_metrics
+from gpt.training.command import load_config
+from gpt.training.monitor import Monitor
+from gpt.training.resume import differences, recipe
 from tests.train_checks import flags, lasting, names_in, refused, run, weights_of
 from train import main
 

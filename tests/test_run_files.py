@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from gpt import run_files
-from gpt.checkpoint import list_checkpoints, newest_checkpoint, verify
-from gpt.monitor import read_metrics
-from gpt.run_files import FILES, RECORD, TRACES, RunFiles, looks_own
+from gpt.run import layout as run_files
+from gpt.run.checkpoint import list_checkpoints, newest_checkpoint, verify
+from gpt.run.layout import FILES, RECORD, TRACES, RunFiles, looks_own
+from gpt.run.metrics import read_metrics
 from tests.run_checks import NEWEST, OLDER, status_of
 
 MODES = pytest.mark.parametrize("mode", [[], ["--overwrite"], ["--resume"]], ids=["plain", "overwrite", "resume"])
@@ -75,7 +75,7 @@ def test_a_recipe_is_not_a_run(folder, capsys, mode):
 
 @MODES
 def test_an_export_is_not_a_run(run, capsys, mode):
-    from gpt.export import Arguments, main
+    from gpt.interop.export import Arguments, main
 
     assert main(Arguments(run, run.parent / "exported")) == 0
     capsys.readouterr()

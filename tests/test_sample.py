@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from gpt.command_line import load_config, parse_flags
+from gpt.command_line import parse_flags
 from gpt.errors import run_command
+from gpt.training.command import load_config
 from sample import Arguments
 from sample import main as sample
 from train import main as train

@@ -14,7 +14,7 @@ import pytest
 
 from gpt.command_line import parse_flags
 from gpt.errors import run_command
-from gpt.sample_output import Records
+from gpt.inference.sample_output import Records
 from sample import Arguments, main
 
 ROOT = Path(__file__).parents[1]

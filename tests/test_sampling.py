@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt import sampling
-from gpt.build_tokenizer import build_tokenizer
-from gpt.config import TokenizerConfig
+from gpt.data.build_tokenizer import build_tokenizer
+from gpt.data.config import TokenizerConfig
 from gpt.errors import UserError
-from gpt.sampling import (
+from gpt.inference import sampling
+from gpt.inference.sampling import (
     ACCEPT,
     PROPOSE,
     TOKEN,

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gpt import saver as module
-from gpt.checkpoint import list_checkpoints, training_tensors, verify
-from gpt.distributed import Parallel
 from gpt.errors import UserError
-from gpt.saver import Saver
+from gpt.run.checkpoint import list_checkpoints, verify
+from gpt.training import saver as module
+from gpt.training.parallel import Parallel
+from gpt.training.saver import Saver
+from gpt.training.state import training_tensors
 from tests.test_checkpoint import trained
 from tests.train_checks import names_in, run
 
@@ -85,7 +86,7 @@ def test_an_error_of_the_thread_is_raised_once_and_the_older_checkpoint_stays(tm
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gpt.checkpoint.save_file", full)
+    monkeypatch.setattr("gpt.run.checkpoint.save_file", full)
     saver.save(training_tensors(model, optimizers), {"step": 2})
     with pytest.raises(UserError, match=r"step_00000002.*No space left on device"):
         saver.wait()
@@ -257,7 +258,7 @@ def test_writing_needs_no_memory_for_the_tensors(tmp_path):
     program = """
 import resource, sys, torch
 from pathlib import Path
-from gpt.saver import Saver
+from gpt.training.saver import Saver
 tensors = {"model.safetensors": {name: torch.ones(32 << 20) for name in "ab"}}
 saver = Saver(Path(sys.argv[1]), keep=1, in_place=True)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import gpt
+from gpt.data.token_files import MAGIC, read_tokens
+from gpt.data.tokenizers import ByteTokenizer, load_tokenizer
 from gpt.errors import UserError
-from gpt.shards import MAGIC, read_tokens
-from gpt.tokenizer import ByteTokenizer, load_tokenizer
 from tests.run_checks import NEWEST, OLDER, reseal, status_of
 
 ROOT = Path(__file__).parents[1]
@@ -141,7 +141,7 @@ def test_a_token_file_that_promises_more_than_it_holds_is_refused(tmp_path, toke
         read_tokens(path, ByteTokenizer())
 
 
-CODE = [*ROOT.glob("*.py"), *ROOT.glob("gpt/*.py")]
+CODE = [*ROOT.glob("*.py"), *ROOT.glob("gpt/**/*.py")]
 RUNS_CODE = {"exec", "eval", "compile", "__import__", "pickle", "marshal", "shelve", "dill", "joblib", "runpy"}
 
 

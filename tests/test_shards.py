@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt import shards
+from gpt.data import token_files as shards
+from gpt.data.token_files import HEADER_BYTES, ShardWriter, read_tokens
+from gpt.data.tokenizers import ByteTokenizer, CharTokenizer
 from gpt.errors import UserError
-from gpt.shards import HEADER_BYTES, ShardWriter, read_tokens
-from gpt.tokenizer import ByteTokenizer, CharTokenizer
 
 # --- token files ------------------------------------------------------------------------------------------------------
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from gpt import sources
-from gpt.config import DataConfig
+from gpt.data import sources
+from gpt.data.config import DataConfig
+from gpt.data.sources import STDLIB, find_sources
+from gpt.data.tokenizers import ByteTokenizer
 from gpt.errors import UserError
-from gpt.sources import STDLIB, find_sources
-from gpt.tokenizer import ByteTokenizer
 from tests.corpus_checks import names, sides, write
 
 # --- folders, globs, lists --------------------------------------------------------------------------------------------

@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 
-from gpt.build_tokenizer import build_tokenizer
-from gpt.config import ModelConfig, TokenizerConfig
-from gpt.generate import generate
+from gpt.config import ModelConfig
+from gpt.data.build_tokenizer import build_tokenizer
+from gpt.data.config import TokenizerConfig
+from gpt.inference.generation import generate
+from gpt.inference.sampling import SamplingConfig, distribution, sample_seed
+from gpt.inference.speculate import Ngrams, Proposals, judge
 from gpt.model import GPT
-from gpt.sampling import SamplingConfig, distribution, sample_seed
-from gpt.speculate import Ngrams, Proposals, judge
 from tests.test_generate import model_of, text_of, tokenizer_of, tokens_of
 from tests.test_sampling import chi_square
 

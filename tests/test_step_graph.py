@@ -7,10 +7,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gpt import decode, step_graph
-from gpt.decode import Decoder
-from gpt.generate import generate
-from gpt.sampling import SamplingConfig
+from gpt.inference import decoder as decode
+from gpt.inference import step_graph
+from gpt.inference.decoder import Decoder
+from gpt.inference.generation import generate
+from gpt.inference.sampling import SamplingConfig
 from tests.test_decode import OPTIONS, assert_near, model_of, text_of, uncached
 from tests.test_generate import model_of as model_of_text
 from tests.test_generate import tokenizer_of

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt import tokenize_corpus
+from gpt.data import tokenize_corpus
+from gpt.data.progress_bar import CorpusProgress
 from gpt.errors import run_command
-from gpt.evaluate import Arguments
-from gpt.evaluate import main as evaluate_command
+from gpt.evaluation.command import Arguments
+from gpt.evaluation.command import main as evaluate_command
 from gpt.model import GPT
-from gpt.monitor import CorpusProgress
 from gpt.stop import Stopped, StopRequest, aside, process_seconds
 from tests.train_checks import SHORT, TEXT, lasting, names_in, run, weights_of
 
@@ -78,7 +78,7 @@ def test_what_was_tokenized_before_a_signal_is_kept(folder, capsys, monkeypatch)
     (folder / "text.txt").write_text(TEXT * 4)
     monkeypatch.setattr(tokenize_corpus, "GROUP", 500)
     monkeypatch.setattr(tokenize_corpus, "WORTH_KEEPING", 2000)
-    monkeypatch.setattr("gpt.readers._CHUNK", 500)
+    monkeypatch.setattr("gpt.data.readers._CHUNK", 500)
     encode, characters, append, calls = tokenize_corpus._encode, [], tokenize_corpus._append, []
     counted = lambda group, tokenizer: characters.extend(len(p.text) for p in group) or encode(group, tokenizer)
     monkeypatch.setattr(tokenize_corpus, "_encode", counted)

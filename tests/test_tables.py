@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from gpt import readers
+from gpt.data import readers
 from gpt.errors import UserError
 from tests.corpus_checks import documents_of, write
 

@@ -5,7 +5,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt.text_stream import TextStream
+from gpt.inference.text_stream import TextStream
 
 
 class Letters:

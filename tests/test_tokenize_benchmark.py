@@ -6,8 +6,8 @@ import pytest
 
 from benchmarks import tokenize as benchmark
 from benchmarks.tokenize import OURS, TIKTOKEN
-from gpt.build_tokenizer import encoding_at_hand
-from gpt.inspect_corpus import bytes_per_token
+from gpt.data.build_tokenizer import encoding_at_hand
+from gpt.data.inspect import bytes_per_token
 from tests.corpus_checks import POEM, write
 from tests.tokenizer_checks import make_bpe
 

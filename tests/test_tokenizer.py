@@ -12,19 +12,13 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt import bpe
-from gpt import tokenizer as module
-from gpt.bpe import merge_order, train_bpe
-from gpt.build_tokenizer import build_tokenizer, check_name
-from gpt.config import TokenizerConfig
+from gpt.data import bpe
+from gpt.data import tokenizers as module
+from gpt.data.bpe import merge_order, train_bpe
+from gpt.data.build_tokenizer import build_tokenizer, check_name
+from gpt.data.config import TokenizerConfig
+from gpt.data.tokenizers import DOCUMENT, BPETokenizer, CharTokenizer, StreamDecoder, UnknownCharacter
 from gpt.errors import UserError
-from gpt.tokenizer import (
-    DOCUMENT,
-    BPETokenizer,
-    CharTokenizer,
-    StreamDecoder,
-    UnknownCharacter,
-)
 from tests.tokenizer_checks import (
     BPE,
     BYTE,

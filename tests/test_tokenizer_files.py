@@ -10,12 +10,8 @@ import pytest
 import tiktoken
 
 from gpt import files
+from gpt.data.tokenizers import DOCUMENT, CharTokenizer, load_tokenizer
 from gpt.errors import UserError
-from gpt.tokenizer import (
-    DOCUMENT,
-    CharTokenizer,
-    load_tokenizer,
-)
 from tests.tokenizer_checks import BPE, BYTE, CHAR, TEXT, make_bpe
 
 

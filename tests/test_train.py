@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import gpt
-from gpt.loader import Batches
+from gpt.data.loader import Batches
 from gpt.model import GPT
-from gpt.monitor import read_metrics
+from gpt.run.metrics import read_metrics
 from tests.train_checks import TEXT, flags, lasting, names_in, refused, run, weights_of
 
 # What a run does.

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from gpt import readers
+from gpt.data import readers
+from gpt.data.unpack import need, unpacked
 from gpt.errors import UserError
-from gpt.unpack import need, unpacked
 from tests.corpus_checks import PACK, POEM, documents_of, write
 
 TEXTS = ["one\n", "zwei — naïve"]

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt import validation
-from gpt.command_line import load_config
 from gpt.config import ModelConfig
-from gpt.distributed import Parallel, World
+from gpt.data.tokenizers import ByteTokenizer
+from gpt.distributed import World
 from gpt.model import GPT
-from gpt.monitor import Ticker
-from gpt.saver import Saver
-from gpt.tokenizer import ByteTokenizer
+from gpt.training import validation
+from gpt.training.command import load_config
+from gpt.training.monitor import Ticker
+from gpt.training.parallel import Parallel
+from gpt.training.saver import Saver
 from tests.train_checks import SHORT, TEXT, flags, lasting, names_in, run
 
 pytestmark = pytest.mark.numeric  # an evaluation that is made again gives the same number on any processor

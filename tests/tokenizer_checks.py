@@ -7,15 +7,10 @@ import tiktoken
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from gpt.bpe import PATTERN, merge_order, train_bpe
-from gpt.build_tokenizer import build_tokenizer
-from gpt.config import TokenizerConfig
-from gpt.tokenizer import (
-    DOCUMENT,
-    BPETokenizer,
-    ByteTokenizer,
-    CharTokenizer,
-)
+from gpt.data.bpe import PATTERN, merge_order, train_bpe
+from gpt.data.build_tokenizer import build_tokenizer
+from gpt.data.config import TokenizerConfig
+from gpt.data.tokenizers import DOCUMENT, BPETokenizer, ByteTokenizer, CharTokenizer
 
 calm = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine may be busy
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gpt.command_line import load_config
 from gpt.errors import run_command
-from gpt.monitor import read_metrics
+from gpt.run.metrics import read_metrics
+from gpt.training.command import load_config
 from train import main
 
 TEXT = "".join(f"{a} and {b} went up the hill, said {c}.\n" for a in "JKLM" for b in "abcdef" for c in "xyz")

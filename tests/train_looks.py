@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import gpt.guard
+import gpt.training.guard
 from gpt.model import GPT
 from tests.tokenizer_checks import make_named
 from tests.train_observer import OTHER, Observed
@@ -44,7 +44,7 @@ def losses(change: Callable[[int, torch.Tensor], torch.Tensor]) -> Callable[[pyt
             return change(sum(seen), value) if self.training else value
 
         patch.setattr(GPT, "loss", loss)
-        patch.setattr(gpt.guard.Guard, "NEEDED", 2)
+        patch.setattr(gpt.training.guard.Guard, "NEEDED", 2)
 
     return apply
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import train
-from gpt.command_line import load_config
 from gpt.config import Config
+from gpt.data.tokenizers import load_tokenizer
 from gpt.errors import UserError
 from gpt.model import GPT, Block
-from gpt.monitor import read_metrics
-from gpt.tokenizer import load_tokenizer
+from gpt.run.metrics import read_metrics
+from gpt.training.command import load_config
 from tests.train_checks import TEXT
 
 OTHER = "".join(f"{a}{b}{c}; " for a in "PQRS" for b in "0123456789" for c in "!?*+=&%")
@@ -167,7 +167,7 @@ class Observed:
             return true_generate(model, tokenizer, prompts, config, **options)
 
         true_generate, profiler = train.sample_text.__globals__["generate"], train.Profiler
-        patch.setattr("gpt.validation.generate", generate)
+        patch.setattr("gpt.training.validation.generate", generate)
         patch.setattr(GPT, "loss", seen_loss)
         patch.setattr(Block, "body", seen_body)
         patch.setattr(train, "build_optimizers", seen_build)
@@ -178,7 +178,7 @@ class Observed:
             train, "Profiler", lambda folder, steps, say: self.profiled.append(steps) or profiler(folder, 0, say)
         )
         patch.setattr("os.fsync", lambda fd: None)  # tests/test_durability.py has its own eye on it
-        patch.setattr("gpt.monitor.plot_losses", lambda losses, path, title: path.write_bytes(b"\x89PNG"))
+        patch.setattr("gpt.training.monitor.plot_losses", lambda losses, path, title: path.write_bytes(b"\x89PNG"))
         patch.setitem(sys.modules, "wandb", self._fake_wandb())
         patch.setenv("XDG_CACHE_HOME", os.path.abspath("usual"))
 

@@ -1,0 +1,114 @@
+"""TOML files to and from a Config."""
+
+import tomllib
+import types
+import typing
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from gpt.command_line import PATHS, did_you_mean
+from gpt.config import PRESETS, Config
+from gpt.errors import UserError
+from gpt.files import path_from_text, path_to_text, write_whole
+
+TABLES = {f.name: f.default_factory for f in fields(Config)}
+
+
+def convert(value: Any, kind: Any, where: str) -> Any:
+    """A TOML value as the annotated type; UserError that begins with `where` if it does not fit."""
+    options = typing.get_args(kind)
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        if value in ("none", "None"):
+            return None
+        return convert(value, next(o for o in options if o is not types.NoneType), where)
+    if typing.get_origin(kind) is Literal:
+        if value in options:
+            return value
+        raise UserError(f"{where} must be one of {', '.join(map(str, options))}, not {value!r}")
+    if typing.get_origin(kind) is tuple:
+        if options[0] is float:
+            if isinstance(value, list) and all(type(v) in (int, float) for v in value):
+                return tuple(map(float, value))
+            raise UserError(f"{where} must be a list of numbers, not {value!r}")
+        values = [value] if isinstance(value, str) else value
+        if isinstance(values, list) and all(isinstance(v, str) for v in values):
+            return tuple(values)
+        raise UserError(f"{where} must be a string or a list of strings, not {value!r}")
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and type(value) in (int, float):
+        return float(value)
+    if type(value) is kind:
+        return value
+    name = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", Path: "a path"}[kind]
+    raise UserError(f"{where} must be {name}, not {value!r}")
+
+
+def read_toml(path: Path) -> dict[str, dict[str, Any]]:
+    """The tables of a config file, every key known and every value of its type; [model] may name a preset."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"cannot read the config file {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from error
+    checked: dict[str, dict[str, Any]] = {}
+    for table, values in tables.items():
+        if table not in TABLES or not isinstance(values, dict):
+            raise UserError(f"{path}: [{table}] is not a table of a config{did_you_mean(table, TABLES)}")
+        kinds = typing.get_type_hints(TABLES[table]) | ({"preset": Literal[tuple(PRESETS)]} if table == "model" else {})
+        checked[table] = {}
+        for key, value in values.items():
+            if key not in kinds:
+                home = next((t for t, cls in TABLES.items() if key in {f.name for f in fields(cls)}), None)
+                hint = f"; it belongs in [{home}]" if home else did_you_mean(key, kinds)
+                raise UserError(f"{path}: {key!r} is not a key of [{table}]{hint}")
+            where = f"{path}: {key}"
+            checked[table][key] = convert(_paths_in(value, where) if key in PATHS else value, kinds[key], where)
+    return checked
+
+
+def _paths_in(value: Any, where: str) -> Any:
+    """A path, or a list of them, as write_toml has written it."""
+    if isinstance(value, list):
+        return [_paths_in(each, where) for each in value]
+    if isinstance(value, str) and not value.strip():
+        raise UserError(f"{where} is empty: give a path, or leave it out")
+    try:
+        return path_from_text(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def with_changes(config: Config, table: str, **changes: Any) -> Config:
+    """A copy of the config with some keys of one table changed."""
+    return replace(config, **{table: replace(getattr(config, table), **changes)})
+
+
+def write_toml(config: Config, path: Path) -> None:
+    """The resolved config as TOML that read_toml takes back; keys that are None are left out.
+
+    What was asked of this one start (resume, overwrite, parallel, ...) is left out too: the file is the run's recipe.
+    """
+    import tomli_w
+
+    this_start = {"resume": False, "resume_from": None, "overwrite": False, "eval_only": False, "parallel": "auto"}
+    config = with_changes(config, "train", **this_start)
+
+    def plain(key: str, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [plain(key, each) for each in value]
+        return path_to_text(value) if key in PATHS else value
+
+    tables = {
+        table: {key: plain(key, value) for key, value in values.items() if value is not None}
+        for table, values in asdict(config).items()
+    }
+    write_whole(path, tomli_w.dumps(tables).encode())
+
+
+def config_from_toml(path: Path) -> Config:
+    """The Config that a run's config.toml holds."""
+    tables = read_toml(path)
+    return Config(**{name: cls(**tables.get(name, {})) for name, cls in TABLES.items()})

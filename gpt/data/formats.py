@@ -1,0 +1,230 @@
+"""What a file is, by its content; its name decides only where the content cannot."""
+
+import codecs
+import io
+import logging
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gpt.data.json_documents import json_form, like_utf16
+from gpt.data.tables import columns
+from gpt.data.unpack import MAGIC, packing_of, unpacked, unpacker
+from gpt.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_HEAD = 8192  # bytes that tell text from binary
+_LONG_HEAD = 1 << 16  # bytes that tell JSON from text
+_LONGEST_HEAD = 1 << 26  # bytes, where the first object is longer than that
+_BLOCK = 1 << 14
+_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")  # bytes that no text of any common encoding holds
+_NAMES = {"jsonl": "jsonl", "ndjson": "jsonl", "json": "json", "parquet": "parquet", "csv": "csv", "tsv": "csv"}
+_ARCHIVE = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz|zip|7z|rar)$")
+_UNPACK = "unpack it, and name the folder"
+_KINDS = (  # how files begin that are not text, what they are, what to do
+    (b"PK\x03\x04", "a ZIP archive (or a .docx, .xlsx, .epub, .npz or .pt file, which are such)", _UNPACK),
+    (b"PK\x05\x06", "an empty ZIP archive", _UNPACK),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
+    (b"Rar!\x1a\x07", "a RAR archive", _UNPACK),
+    (b"{\\rtf1", "an RTF file", "save it as plain text first"),
+    (b"!<arch>\n", "an ar archive", _UNPACK),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office file", "save it as plain text first"),
+    (b"\x93NUMPY", "a NumPy array", "give text, or token files (.bin)"),
+    (b"SQLite format 3\0", "an SQLite database", "write its text to JSON lines first"),
+    (b"ARROW1\0\0", "an Arrow file", "write it as Parquet first"),
+    (b"Obj\x01", "an Avro file", "write it as Parquet first"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file", "write its text to JSON lines first"),
+    (b"\x04\x22\x4d\x18", "an lz4 file", "unpack it first"),
+    (b"\x89PNG\r\n\x1a\n", "an image", "give text"),
+    (b"\xff\xd8\xff", "an image", "give text"),
+    (b"\x7fELF", "a program", "give text"),
+)
+# These begin as a text may.
+_LIKE_TEXT = (
+    (b"ORC", "an ORC file", "write it as Parquet first"),
+    (b"GIF8", "an image", "give text"),
+    (b"GGUF", "a model in GGUF", "give text"),
+)
+_PATTERNS = (
+    (re.compile(rb"%PDF-\d"), "a PDF file", "take its text out first"),
+    (re.compile(rb"07070[127][0-7A-Fa-f]{70}"), "a cpio archive", _UNPACK),
+    (re.compile(rb"\([ld]p[01]\n"), "a pickle, which can run any code when it is read", "write JSON lines instead"),
+)
+_PARQUET = b"PAR1"
+_PICKLE = re.compile(rb"\x80[\x02-\x05][\x00-\x1f}\]\x80-\x95KXcq(]")
+
+
+class Form(NamedTuple):
+    """kind: text, jsonl, json, parquet or csv. packing: how it is compressed, "" if it is not."""
+
+    kind: str
+    packing: str
+
+
+def form_by_name(name: str) -> Form:
+    """What a file's name says: text, where it says nothing."""
+    name = name.lower()
+    packing = next((ending for ending in MAGIC if name.endswith("." + ending)), "")
+    ending = name.removesuffix("." + packing).rpartition(".")[2] if packing else name.rpartition(".")[2]
+    return Form(_NAMES.get(ending, "text"), packing)
+
+
+def not_text(head: bytes) -> tuple[str, str] | None:
+    """What a file that begins so is, and what to do, where it is known not to be text; None where it may be."""
+    for magic, what, todo in _KINDS:
+        if head.startswith(magic):
+            return what, todo
+    for pattern, what, todo in _PATTERNS:
+        if pattern.match(head):
+            return what, todo
+    if head[257:262] == b"ustar":
+        return "a tar archive", _UNPACK
+    if not is_plain(head) and (found := next((kind for kind in _LIKE_TEXT if head.startswith(kind[0])), None)):
+        return found[1:]
+    if _PICKLE.match(head):
+        return "a pickle, which can run any code when it is read", "write its text to JSON lines first"
+    if b"\0\0" in head or 10 * head.count(b"\0") >= len(head) > 0:
+        return "binary (it holds NUL bytes)", "give text, in UTF-8"
+    # Backspaces do not count: old manuals are full of them.
+    controls = len(_CONTROL.findall(head.replace(b"\b", b"")))
+    if controls * (5 if _utf8(head) else 50) >= len(head) >= (64 if _utf8(head) else 1):
+        return "binary (it holds control characters)", "give text, in UTF-8"
+    return None
+
+
+def is_plain(head: bytes) -> bool:
+    """Whether what begins so is text without any control character."""
+    return _utf8(head) and not _CONTROL.search(head)
+
+
+def _utf8(head: bytes) -> bool:
+    """Whether the start of a file is UTF-8, a character cut at its end included."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def is_binary(head: bytes) -> bool:
+    """Whether a search for text leaves a file out that begins so: a NUL, or not UTF-8 and with control characters."""
+    if not_text(head):
+        return True
+    return b"\0" in head if _utf8(head) else _CONTROL.search(head) is not None
+
+
+def _head(path: Path, packing: str, name: str, size: int) -> bytes:
+    """The first bytes of a file's content, at least `size` of them if there are."""
+    with open(path, "rb") as file:
+        if not packing:
+            return file.read(size)
+        blocks = iter(lambda: file.read(_BLOCK), b"")
+        head = b""
+        for block in unpacked(blocks, packing, name, 1):
+            head += block
+            if len(head) >= size:
+                break
+        return head
+
+
+def form_of(path: Path, called: str, field: str, errors: str, *, shown: str, searched: bool = False) -> Form | None:
+    """What a file is and how it is compressed. called: its name, where `path` may not have it; shown: in messages.
+
+    searched: it was found in a folder; None then means that it is left out, as binary.
+    Raises UserError for what is not text and holds none. errors: as in bytes.decode.
+    """
+    named = form_by_name(called)
+    if searched and _ARCHIVE.search(called.lower()):
+        return None
+    start = _head(path, "", shown, 512)
+    packing = packing_of(start)
+    if not start:
+        return named
+    if named.packing and not packing:
+        unpacker(named.packing)  # which says what is not installed
+        if is_binary(_head(path, "", shown, _HEAD)):
+            raise UserError(f"{shown} is not a .{named.packing} file, or is damaged before its byte {len(start)}")
+        log.warning("%s: it is not compressed, and is read without unpacking", shown)
+    try:
+        head = _head(path, packing, shown, _HEAD)
+    except UserError:
+        if searched and not named.packing:
+            return None
+        raise
+    parquet = head.startswith(_PARQUET) and not is_plain(head)
+    if packing and (packing_of(head) or parquet):
+        what = "compressed twice" if packing_of(head) else "a compressed Parquet file"
+        raise UserError(f"{shown} is {what}: unpack it first")
+    if parquet or (named.kind == "parquet" and not packing):
+        return Form("parquet", "")
+    if searched and is_binary(head) and not (packing and named.kind != "text"):
+        return None
+    return Form(_kind_of_text(path, shown, field, head, Form(named.kind, packing), errors, searched), packing)
+
+
+def _kind_of_text(path: Path, name: str, field: str, head: bytes, form: Form, errors: str, searched: bool) -> str:
+    """text, jsonl or json. form: the kind by its name, and the packing."""
+    if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        if errors != "strict":
+            raise UserError(f"{name} is UTF-16, not UTF-8: convert the file (iconv -f UTF-16 -t UTF-8)")
+        return form.kind  # the reader says where it is wrong
+    if found := not_text(head):
+        raise UserError(f"{name} is {found[0]}, not text: {found[1]}")
+    named = form.kind
+    if head.lstrip(codecs.BOM_UTF8 + b" \t\r\n")[:1] not in (b"{", b"["):
+        if named == "csv" and field not in columns(head.decode("utf-8", "replace")):
+            if not searched:
+                log.warning("%s: its first line names no column %r, and it is read as plain text", name, field)
+            return "text"
+        return "text" if named == "json" and searched else named
+    named = "text" if named == "csv" else named
+    found, content = _json(path, form.packing, name, head)
+    if found is None:
+        return "text" if named == "json" and searched else named
+    kind, first, several = found
+    if named == "jsonl":
+        return kind
+    key = rf'"{re.escape(field)}"\s*:\s*"'
+    has = isinstance(first.get(field), str) if first is not None else re.search(key, content)
+    if named == "json" and (has or not searched):
+        return kind
+    if not has and kind == "jsonl" and several:  # rows, whose reader says what they have instead
+        return kind
+    if not has and (searched or not several):
+        if several or not searched:
+            log.warning("%s: it is JSON without the field %r, and is read as plain text", name, field)
+        return "text"
+    log.warning("%s: it is JSON, and the field %r of each object is a document", name, field)
+    return kind
+
+
+def _json(
+    path: Path, packing: str, name: str, head: bytes
+) -> tuple[tuple[str, dict[str, Any] | None, bool] | None, str]:
+    """What json_form says of a file, with its first object if that is not too long, and the text that it looked at."""
+    size = _LONG_HEAD
+    while True:
+        if len(head) >= _HEAD:
+            head = _head(path, packing, name, size)
+        content, whole = head.decode("utf-8", "replace"), len(head) < size
+        found = json_form(content, whole)
+        if found is None or found[1] is not None or whole or size >= _LONGEST_HEAD:
+            return found, content
+        size *= 8
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """The lines of a UTF-8 file, with or without a byte order mark. UserError, naming it as `what`, for any other."""
+    try:
+        raw = path.read_bytes()
+        if packing := packing_of(raw):
+            raise UserError(f"the {what} {path} is compressed (.{packing}): unpack it first")
+        if not like_utf16(raw) and (found := not_text(raw[:8192])):
+            raise UserError(f"the {what} {path} is {found[0]}, not text: {found[1]}")
+        return io.TextIOWrapper(io.BytesIO(raw), "utf-8-sig").read().split("\n")
+    except OSError as error:
+        raise UserError(f"cannot read the {what} {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        hint = like_utf16(raw)
+        raise UserError(f"the {what} {path} is not UTF-8{hint}: {error.reason} at byte {error.start}") from error

@@ -1,0 +1,158 @@
+"""What is in token files: python -m gpt.corpus inspect PATH ...
+
+PATH: a run directory, a folder of a tokenized corpus, one token file of it, or another program's .bin.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from gpt.command_line import parse_flags
+from gpt.data.build_tokenizer import build_tokenizer, encoding_at_hand
+from gpt.data.config import TokenizerConfig
+from gpt.data.external_tokens import look_at
+from gpt.data.provenance import tokenized_folders
+from gpt.data.token_files import read_tokens
+from gpt.data.tokenizers import Tokenizer, load_tokenizer
+from gpt.errors import EXIT_DONE, UserError, require
+from gpt.streams import check_output
+
+_CHUNK = 1 << 22  # tokens looked at a time
+_COMPARED = 500_000  # tokens at the start whose text is encoded by other tokenizers
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Say what is in token files: counts, documents, bytes per token, and how their text begins."""
+
+    command: tyro.conf.Positional[str]
+    """inspect, which is all there is."""
+    path: tyro.conf.Positional[Path]
+    """A run directory, a folder of a tokenized corpus, one token file of it, or another program's .bin."""
+    tokenizer: str | None = None
+    """What made a .bin: gpt2 or another of tiktoken's encodings, or byte. None: its ids are shown as numbers."""
+    sample_tokens: int = 100
+    """Tokens at the start that are shown as text."""
+
+    def __post_init__(self) -> None:
+        require(self.command == "inspect", f"there is no command {self.command!r}: python -m gpt.corpus inspect PATH")
+        require(0 <= self.sample_tokens < 1 << 20, f"sample_tokens must be at least 0, not {self.sample_tokens}")
+        require(
+            self.tokenizer not in ("char", "bpe"), f"a {self.tokenizer} tokenizer is learned from text: name another"
+        )
+
+
+def main(argv: list[str]) -> int:
+    """Print, for each token file of the path. Returns the exit status; raises UserError for any other path."""
+    arguments = parse_flags(Arguments, argv, prog="gpt.corpus")
+    check_output()
+    for line in inspect(arguments.path, arguments.tokenizer, arguments.sample_tokens):
+        print(line)
+    return EXIT_DONE
+
+
+def inspect(path: Path, tokenizer: str | None = None, sample_tokens: int = 100) -> Iterator[str]:
+    """Lines on the token files that a path leads to. Raises UserError."""
+    if not path.exists():
+        raise UserError(f"there is no {path}, seen from {Path.cwd()}")
+    if path.is_file() and path.suffix == ".bin":
+        yield from _foreign(path, tokenizer, sample_tokens)
+        return
+    require(tokenizer is None, f"{path} has a tokenizer of its own: --tokenizer goes with another program's .bin")
+    for folder in _tokenized(path) if path.is_dir() else [path.parent]:
+        yield from _ours(path, folder, sample_tokens)
+
+
+def _ours(path: Path, folder: Path, sample_tokens: int) -> Iterator[str]:
+    """Lines on the token files of a tokenized corpus, or on the one that path is."""
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(f"{path} is not a run, tokenized corpus, token file or .bin: it has no tokenizer.json")
+    made = load_tokenizer(folder / "tokenizer.json")
+    yield f"{folder}: {_name(made)}"
+    files = [path] if path.is_file() else [folder / "train.tokens", folder / "val.tokens"]
+    for file in files:
+        ids = read_tokens(file, made, verify=True)
+        yield from _lines(file.name, ids, made, sample_tokens)
+    yield bytes_per_token(made.decode(np.asarray(read_tokens(files[0], made)[:_COMPARED])), made)
+
+
+def _tokenized(path: Path) -> list[Path]:
+    """The folders of tokenized corpora: the path itself, or a run's in the cache."""
+    if not (path / "config.toml").exists():
+        return [path]
+    try:
+        folders = tokenized_folders(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is a run whose corpus.json cannot be read: {error}") from None
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(
+                f"the tokenized corpus of {path} is no longer in the cache, {folder}: a training makes it again"
+            )
+    return folders
+
+
+def _foreign(path: Path, name: str | None, sample_tokens: int) -> Iterator[str]:
+    file = look_at(path)
+    kind = "a header of llm.c" if file.offset else "no header, as nanoGPT's"
+    if name is None:
+        uses = _uses(file.open())
+        yield f"{path}: {file.tokens:,} tokens of {file.width} bytes, {kind}"
+        yield f"  {np.count_nonzero(uses):,} ids used, the largest {len(uses) - 1}; name what made it with --tokenizer"
+        yield f"  begins: {' '.join(map(str, file.open()[:sample_tokens].tolist()))}"
+        return
+    made = build_tokenizer(TokenizerConfig(name), list)
+    yield f"{path}: {kind}, {file.width} bytes per token, read with {_name(made)}"
+    yield from _lines(path.name, file.open(), made, sample_tokens)
+    yield bytes_per_token(made.decode(np.asarray(file.open()[:_COMPARED])), made)
+
+
+def _name(tokenizer: Tokenizer) -> str:
+    kind = getattr(tokenizer, "name", type(tokenizer).__name__.removesuffix("Tokenizer").lower())
+    return f"a {kind} tokenizer of {tokenizer.vocab_size:,} tokens"
+
+
+def _lines(name: str, ids: Any, tokenizer: Tokenizer, sample_tokens: int) -> Iterator[str]:
+    uses = _uses(ids)
+    if len(uses) > tokenizer.vocab_size:
+        raise UserError(
+            f"{name} holds the id {len(uses) - 1} and the tokenizer has {tokenizer.vocab_size}: name what made it"
+        )
+    size = int(uses @ tokenizer.token_bytes[: len(uses)])
+    document = tokenizer.document_token
+    documents = int(uses[document]) if document is not None and document < len(uses) else 0
+    yield (
+        f"{name}: {len(ids):,} tokens, {documents:,} document tokens, {size:,} bytes of text, "
+        f"{size / len(ids):.3f} bytes per token, {np.count_nonzero(uses):,} ids used"
+    )
+    text = tokenizer.decode(np.asarray(ids[:sample_tokens]))
+    yield from (f"  | {line}" for line in text.splitlines())
+
+
+def _uses(ids: Any) -> np.ndarray:
+    """How often each id up to the largest occurs."""
+    uses = np.zeros(1, np.int64)
+    for start in range(0, len(ids), _CHUNK):
+        chunk = np.asarray(ids[start : start + _CHUNK])
+        if chunk.max() >= 1 << 24:
+            raise UserError(f"the id {int(chunk.max())} is larger than any vocabulary: are these tokens?")
+        found = np.bincount(chunk, minlength=len(uses))
+        found[: len(uses)] += uses
+        uses = found
+    return uses
+
+
+def bytes_per_token(text: str, tokenizer: Tokenizer) -> str:
+    """One line that compares a tokenizer with gpt2 and cl100k_base on a text, where those are in tiktoken's cache."""
+    size, shown = len(text.encode()), []
+    for name in ("this", "gpt2", "cl100k_base"):
+        each = tokenizer if name == "this" else encoding_at_hand(name)
+        if each is not None:
+            shown.append(f"{name} ({each.vocab_size:,}) {size / max(1, len(each.encode_to_array(text))):.3f}")
+        else:
+            shown.append(f"{name} is not in tiktoken's cache (TIKTOKEN_CACHE_DIR)")
+    return f"bytes per token: {', '.join(shown)}"

@@ -1,0 +1,268 @@
+"""Token files to batches: training windows in a seeded order that resumes exactly, and one fixed validation pass.
+
+gpt.data.packing has the loaders that keep documents apart, gpt.data.mixture the one of several corpora.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpt.data.tokenizers import Tokenizer
+from gpt.errors import UserError
+
+__all__ = ["Batches", "Loader", "TrainLoader", "permuted", "target_bytes", "validation_batches"]
+
+IGNORED = -100  # the target that cross_entropy leaves out
+PLACES = ("positions", "segment_ids")  # what a batch may have beside inputs and targets, as GPT.loss calls them
+_ROUNDS = 6
+_AHEAD = 4096  # window starts computed at a time
+
+
+class Loader(ABC):
+    """An endless stream of rows, dealt out to ranks; what each kind of row is, take and read know.
+
+    A step takes the next world_size * batch_size rows, and this rank gets batch_size of them: the ranks together see
+    what one process with the whole batch would. Attributes that may change between batches: batch_size. rollbacks: how
+    often a run went back to leave behind what came next; the order depends on it.
+    """
+
+    def __init__(self, *, batch_size: int, seq_len: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not below world_size {world_size}")
+        self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
+        self.rank, self.world_size, self.rollbacks = rank, world_size, 0
+
+    def next_batch(self) -> tuple[Tensor, ...]:
+        """Inputs and targets, each (batch_size, seq_len) int64: the target is the token after the input, or -100.
+
+        Where documents are kept apart: also positions int64 and segment_ids int32 of the same shape.
+        """
+        rows = self.take(self.world_size * self.batch_size)
+        return self.read(rows[self.rank * self.batch_size : (self.rank + 1) * self.batch_size])
+
+    @abstractmethod
+    def take(self, n: int) -> Sequence:
+        """The next n rows of the stream, n > 0; the stream moves on."""
+
+    @abstractmethod
+    def read(self, rows: Sequence) -> tuple[Tensor, ...]:
+        """The batch of some rows that take gave."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch begins, over all ranks; and what the order depends on."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to where state_dict was taken. batch_size and world_size may differ from then. Raises UserError."""
+
+    def check_order(self, state: dict[str, Any], order: dict[str, Any]) -> None:
+        """UserError unless the state has what this loader's order depends on."""
+        for name, value in {"packing": None, **order}.items():
+            if state.get(name) != value:
+                raise UserError(
+                    f"the checkpoint's data order has {name} {state.get(name)}, this run has {value}: give it the same "
+                    "text, tokenizer, seed, seq_len and packing"
+                )
+
+
+def order_keys(name: str) -> np.ndarray:
+    """(1 + _ROUNDS,) uint64 that a name decides: a number, and keys for permuted."""
+    return np.frombuffer(hashlib.shake_256(name.encode()).digest(8 + 8 * _ROUNDS), "<u8")
+
+
+class TrainLoader(Loader):
+    """Endless training batches from tokens (N,).
+
+    An epoch cuts the tokens, from a random phase below seq_len on, into windows of seq_len + 1 that share their end
+    token with the next one's start, so that each token is predicted at most once: all but the fewer than 2 seq_len at
+    the two ends that fill no window. The windows come in a random order, a Feistel permutation that is computed and not
+    stored. Phase and order depend on (seed, epoch) alone, and the order on `rollbacks`.
+
+    Epochs follow each other without a seam, as one stream of windows. options: as Loader takes them.
+    """
+
+    def __init__(self, tokens: np.ndarray, **options: int) -> None:
+        super().__init__(**options)
+        seq_len = self.seq_len
+        if len(tokens) < seq_len + 1:
+            raise UserError(f"{len(tokens)} training tokens fill no window: seq_len {seq_len} needs {seq_len + 1}")
+        self._tokens = plain(tokens)
+        self._rows = np.lib.stride_tricks.sliding_window_view(self._tokens, seq_len + 1)  # (N - seq_len, seq_len + 1)
+        self._go_to(0, 0)
+
+    def read(self, rows: np.ndarray) -> tuple[Tensor, ...]:
+        windows = torch.from_numpy(self._rows[rows].astype(np.int64))  # (B, T + 1)
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the next batch begins: windows used of the epoch, over all ranks; and what the order depends on."""
+        return {"epoch": self._epoch, "index": self._index, "rollbacks": self.rollbacks, **self._order()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.check_order(state, self._order())
+        self.rollbacks = state.get("rollbacks", 0)
+        self._go_to(state.get("epoch", -1), state.get("index", -1))
+
+    def _order(self) -> dict[str, int]:
+        return {"seed": self.seed, "seq_len": self.seq_len, "tokens": len(self._tokens)}
+
+    def _go_to(self, epoch: int, index: int) -> None:
+        words = order_keys(f"{self.seed}:{epoch}")
+        starts = len(self._tokens) - self.seq_len  # where a window can start
+        phase = int(words[0]) % min(self.seq_len, starts)
+        count = (starts - 1 - phase) // self.seq_len + 1
+        if not 0 <= index <= count or epoch < 0:
+            raise UserError(f"the checkpoint's place in the data is invalid: window {index} of {count}, epoch {epoch}")
+        if self.rollbacks:
+            words = order_keys(f"{self.seed}:{epoch}:{self.rollbacks}")
+        self._phase, self._count, self._keys = phase, count, words[1:]
+        self._epoch, self._index = epoch, index
+        self._ahead, self._ahead_from = np.empty(0, np.int64), index
+
+    def take(self, n: int) -> np.ndarray:
+        """Starts (n,) int64 of the next n windows of the stream."""
+        parts = []
+        while n:
+            if self._index == self._count:
+                self._go_to(self._epoch + 1, 0)
+            at = self._index - self._ahead_from
+            if at == len(self._ahead):
+                stop = min(self._index + _AHEAD, self._count)
+                order = permuted(np.arange(self._index, stop), self._count, self._keys)
+                self._ahead, self._ahead_from, at = self._phase + order * self.seq_len, self._index, 0
+            part = self._ahead[at : at + n]
+            self._index += len(part)
+            n -= len(part)
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+class Batches:
+    """A Loader's batches on a device, and where the training, not the reading ahead, has got to.
+
+    For a GPU a thread reads one batch ahead into pinned memory, from where the copy runs beside the computation; on a
+    CPU the next batch is read when it is asked for.
+    """
+
+    def __init__(self, loader: Loader, device: torch.device, *, ahead: bool | None = None):
+        self._loader, self._device = loader, device
+        self._pinned = device.type == "cuda"
+        self._state = loader.state_dict()
+        self._thread = ThreadPoolExecutor(1, "batches") if (self._pinned if ahead is None else ahead) else None
+        self._next: Future | None = None
+
+    def next_batch(self) -> tuple[Tensor, ...]:
+        """The loader's next batch, on the device; does not wait for it."""
+        if self._thread is None:
+            batch, self._state = self._read()
+        else:
+            batch, self._state = self._read() if self._next is None else self._next.result()
+            self._next = self._thread.submit(self._read)
+        return tuple(part.to(self._device, non_blocking=True) for part in batch)
+
+    def _read(self) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        batch = self._loader.next_batch()
+        return tuple(part.pin_memory() if self._pinned else part for part in batch), self._loader.state_dict()
+
+    def go_to(self, state: dict[str, Any], rows: int | None = None) -> None:
+        """Go on from where state_dict was taken, from now on with so many rows a batch."""
+        if self._next is not None:
+            self._next.exception()  # whatever it was, it is not wanted
+            self._next = None
+        self._loader.batch_size = rows or self._loader.batch_size
+        self._loader.load_state_dict(state)
+        self._state = self._loader.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As Loader.state_dict, where the next batch that next_batch gives begins."""
+        return self._state
+
+    def close(self) -> None:
+        """End the thread; what it read ahead is dropped."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+
+
+def permuted(indices: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
+    """Where a keyed permutation of range(count) sends indices (n,); int64.
+
+    A Feistel network on the smallest square domain of a power of two that holds count, walked along its cycles until
+    inside (Black and Rogaway 2002). keys (rounds,) uint64.
+    """
+    half = np.uint64(max(1, -(-(count - 1).bit_length() // 2)))
+    mask = np.uint64((1 << int(half)) - 1)
+    values = indices.astype(np.uint64)
+    outside = np.arange(len(values))
+    while len(outside):
+        left, right = values[outside] >> half, values[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mixed(right ^ key) & mask)
+        values[outside] = (left << half) | right
+        outside = outside[values[outside] >= count]
+    return values.astype(np.int64)
+
+
+def validation_batches(
+    tokens: np.ndarray,
+    *,
+    batch_size: int,
+    seq_len: int,
+    max_tokens: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One pass over tokens (N,): inputs and targets (B, seq_len) int64, always the same, in the text's order.
+
+    Each token but the first is a target exactly once; with max_tokens, only the first max_tokens of them. The last row
+    is filled up with input 0 and target -100; the last batch may have fewer rows. Of several ranks each gets every
+    world_size-th batch, and all get the same number of them: where none is left, one of a single row without targets.
+    """
+    targets = targets_in(tokens, max_tokens)
+    tokens = plain(tokens)
+    per_batch = batch_size * seq_len
+    for first in range(0, targets, world_size * per_batch):
+        start = first + rank * per_batch
+        used = max(0, min(per_batch, targets - start))
+        rows = max(1, -(-used // seq_len))
+        x, y = np.zeros(rows * seq_len, np.int64), np.full(rows * seq_len, IGNORED, np.int64)
+        x[:used] = tokens[start : start + used]
+        y[:used] = tokens[start + 1 : start + 1 + used]
+        yield torch.from_numpy(x.reshape(rows, seq_len)), torch.from_numpy(y.reshape(rows, seq_len))
+
+
+def target_bytes(tokens: np.ndarray, tokenizer: Tokenizer, max_tokens: int | None = None) -> int:
+    """UTF-8 bytes of the text that validation_batches has as targets.
+
+    Bits per byte = loss in nats, summed over the targets / (ln 2 * target_bytes).
+    """
+    targets = targets_in(tokens, max_tokens)
+    total = 0
+    for start in range(1, targets + 1, 1 << 20):
+        ids = np.asarray(tokens[start : min(start + (1 << 20), targets + 1)])
+        total += int(tokenizer.token_bytes[ids].sum())
+    return total
+
+
+def plain(tokens: np.ndarray) -> np.ndarray:
+    """A memmap as an array, whose slices are quick; what only acts like an array (several files) as it is."""
+    return tokens.view(np.ndarray) if isinstance(tokens, np.ndarray) else tokens
+
+
+def targets_in(tokens: np.ndarray, max_tokens: int | None) -> int:
+    if len(tokens) < 2:
+        raise UserError(f"the validation part has {len(tokens)} tokens, too few to predict any: give more text")
+    return min(len(tokens) - 1, max_tokens or len(tokens))
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """A hash of each uint64 (the finaliser of MurmurHash3)."""
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+    return values ^ (values >> np.uint64(33))

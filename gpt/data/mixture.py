@@ -1,0 +1,135 @@
+"""Several corpora, each with its own epochs and validation text, in given shares of the training rows.
+
+corpora = prepare_all(config.data, config.tokenizer)
+loader = make_mixture([read_tokens(corpus.train, tokenizer) for corpus in corpora], tokenizer, config, world)
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpt.config import Config
+from gpt.data.config import DataConfig, TokenizerConfig
+from gpt.data.corpus import Corpus, check_length, prepare
+from gpt.data.loader import Loader, order_keys
+from gpt.data.packing import make_loader
+from gpt.data.sources import Progress
+from gpt.data.tokenizers import Tokenizer
+from gpt.distributed import World
+from gpt.errors import UserError
+
+# Steps of 1 / golden ratio around a circle of 2^64: of all rotations the most even (Kronecker's sequence).
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def prepare_all(
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    *,
+    fixed_tokenizer: Tokenizer | None = None,
+    progress: Progress | None = None,
+) -> list[Corpus]:
+    """The corpora of a run, all of one tokenizer: with corpus_weights one for each entry of data.corpus, else one.
+
+    A tokenizer that is learned is learned from all of them as one text. Raises UserError.
+    """
+    if not data.corpus_weights:
+        return [prepare(data, tokenizer, fixed_tokenizer=fixed_tokenizer, progress=progress)]
+    if fixed_tokenizer is None and tokenizer.tokenizer in ("char", "bpe"):
+        fixed_tokenizer = prepare(replace(data, corpus_weights=()), tokenizer, progress=progress).tokenizer
+    corpora = []
+    for entry in data.corpus:
+        alone = replace(data, corpus=(entry,), corpus_weights=())
+        corpora.append(prepare(alone, tokenizer, fixed_tokenizer=fixed_tokenizer, progress=progress))
+    return corpora
+
+
+def check_lengths(corpora: Sequence[Corpus], data: DataConfig, seq_len: int) -> None:
+    """UserError unless each corpus fills a row of seq_len tokens and can be validated on."""
+    for entry, corpus in zip(data.corpus, corpora, strict=False):
+        try:
+            check_length(corpus, seq_len)
+        except UserError as error:
+            raise UserError(f"{entry}: {error}" if len(corpora) > 1 else str(error)) from None
+
+
+def together(corpora: Sequence[Corpus]) -> Corpus:
+    """What several corpora are as one, in numbers; its token files are the first one's."""
+    if len(corpora) == 1:
+        return corpora[0]
+    counts = ("train_tokens", "val_tokens", "train_bytes", "val_bytes", "documents")
+    return replace(
+        corpora[0],
+        **{name: sum(getattr(corpus, name) for corpus in corpora) for name in counts},
+        sources=tuple(source for corpus in corpora for source in corpus.sources),
+        digest=hashlib.sha256("".join(corpus.digest for corpus in corpora).encode()).hexdigest(),
+        parts=tuple(corpus.digest for corpus in corpora),
+    )
+
+
+class Mixture(Loader):
+    """Rows of several loaders, so that each has its share of any long stretch of the stream.
+
+    Row i comes from the loader in whose part of [0, 1) the point (phase + i / golden ratio) mod 1 lies, parts as wide
+    as the weights, and is that loader's next one: a function of (seed, i) alone. Of any n rows that follow each other
+    the share of a loader is off by fewer rows than log2(n) + 3. A loader whose text is used up begins its next
+    epoch by itself. The state holds i and every loader's own state; the weights may change when a run is resumed.
+    """
+
+    def __init__(self, loaders: Sequence[Loader], weights: Sequence[float], **options: int) -> None:
+        super().__init__(**options)
+        self._loaders, self._index = list(loaders), 0
+        ends = np.cumsum(np.asarray(weights, np.float64))
+        self._ends = ends[:-1] / ends[-1]
+        self._phase = order_keys(f"{self.seed}:mixture")[0]
+
+    def chosen(self, n: int) -> np.ndarray:
+        """Which loader gives each of the next n rows; (n,)."""
+        index = np.arange(self._index, self._index + n, dtype=np.uint64)
+        return np.searchsorted(self._ends, (self._phase + index * _GOLDEN) / 2.0**64, side="right")
+
+    def take(self, n: int) -> list[tuple[int, Any]]:
+        """The next n rows, each with the number of the loader that reads it."""
+        chosen = self.chosen(n)
+        self._index += n
+        counts = np.bincount(chosen, minlength=len(self._loaders)).tolist()
+        rows = [iter(loader.take(count) if count else ()) for loader, count in zip(self._loaders, counts, strict=True)]
+        return [(number, next(rows[number])) for number in chosen.tolist()]
+
+    def read(self, rows: Sequence[tuple[int, Any]]) -> tuple[Tensor, ...]:
+        parts, order = [], []
+        for number, loader in enumerate(self._loaders):
+            at = [i for i, (own, _) in enumerate(rows) if own == number]
+            if at:
+                parts.append(loader.read([rows[i][1] for i in at]))
+                order += at
+        back = torch.tensor(order).argsort()
+        return tuple(torch.cat(kind)[back] for kind in zip(*parts, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rows used over all ranks, and where each loader's next row is."""
+        states = [loader.state_dict() for loader in self._loaders]
+        return {"index": self._index, "rollbacks": self.rollbacks, "seed": self.seed, "corpora": states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        states = state.get("corpora", [])
+        if len(states) != len(self._loaders):
+            have = len(states) or 1
+            raise UserError(f"the checkpoint's data has {have} weighted corpora, this run has {len(self._loaders)}")
+        self.check_order(state, {"seed": self.seed})
+        self.rollbacks, self._index = state.get("rollbacks", 0), state.get("index", 0)
+        for loader, own in zip(self._loaders, states, strict=True):
+            loader.load_state_dict(own | {"rollbacks": self.rollbacks})
+
+
+def make_mixture(tokens: Sequence[np.ndarray], tokenizer: Tokenizer, config: Config, world: World) -> Loader:
+    """The training rows of a run: of one corpus, or of several in the shares that corpus_weights says."""
+    options = {"batch_size": config.train.batch_size, "seq_len": config.model.seq_len}
+    options |= {"seed": config.train.seed, "rank": world.rank, "world_size": world.size}
+    loaders = [make_loader(part, config.data.packing, tokenizer.document_token, **options) for part in tokens]
+    return loaders[0] if len(loaders) == 1 else Mixture(loaders, config.data.corpus_weights, **options)

@@ -1,0 +1,259 @@
+"""Documents out of files: text, JSON, tables and Parquet, plain or compressed, in bounded memory.
+
+Text is kept as it is: spaces and line ends (CRLF too); only a byte order mark at a file's start is left out. A text
+file, compressed or not, is one document; JSON lines, other JSON and Parquet hold one in each line, object or row, in a
+field of strings. Empty ones are left out. gpt/data/formats.py says what a file is.
+"""
+
+import codecs
+import hashlib
+import tokenize
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+from gpt.data.json_documents import from_lines, from_values, instead, like_utf16
+from gpt.data.tables import from_table
+from gpt.data.unpack import need, unpacked
+from gpt.errors import UserError
+
+_CHUNK = 1 << 20  # bytes read at a time
+_PACKED_CHUNK = 1 << 14  # of a compressed file, so that what a small block unpacks to is bounded too
+_LONGEST_LINE = 1 << 28  # bytes
+_ROWS = 256  # of a Parquet file at a time
+
+OnRead = Callable[[int], None]  # is told how many more bytes of the file have been read
+
+
+class Document(NamedTuple):
+    """One document. Its chunks are read once, before the next document is asked for."""
+
+    name: str
+    sha256: str  # of the file, where that is one document; else of the text
+    chunks: Iterable[str]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of text.
+
+    coding: "utf-8", or "python" for a source file that names its own encoding (PEP 263).
+    kind, packing: what the file is, and how it is compressed. field: of a JSON object or a Parquet row, the text.
+    limit: bytes of text to read: a text file is cut there (between characters), of others whole documents are read.
+    sha256: of the bytes read, where that is known; a file that no longer has it is refused.
+    """
+
+    name: str
+    path: Path
+    size: int  # bytes of the file that are read
+    coding: str = "utf-8"
+    limit: int | None = None
+    sha256: str = ""
+    kind: Literal["text", "jsonl", "json", "parquet", "csv"] = "text"
+    packing: Literal["", "gz", "zst", "bz2", "xz"] = ""
+    field: str = "text"
+
+    @property
+    def plain(self) -> bool:
+        """Whether the file's bytes are the text's."""
+        return self.kind == "text" and not self.packing
+
+    @property
+    def form(self) -> list[Any]:
+        """What decides, beside the bytes, which text they are."""
+        form = [self.coding, self.limit]
+        return form if self.plain else [*form, self.kind, self.packing, None if self.kind == "text" else self.field]
+
+    def hashed(self) -> "Source":
+        """The same source with its sha256 and exact size."""
+        digest, size = hashlib.sha256(), 0
+        for block in self._read():
+            digest.update(block)
+            size += len(block)
+        self._check(digest.hexdigest())
+        return replace(self, sha256=digest.hexdigest(), size=size)
+
+    def documents(self, errors: str, on_read: OnRead | None = None) -> Iterator[Document]:
+        """The documents, in order. errors: "strict" or "replace", as in bytes.decode.
+
+        Raises UserError, naming the file and the line or row, for what is not text, and at the end if the file has
+        changed since it was hashed.
+        """
+        if self.kind == "text":
+            yield Document(self.name, self.sha256, self.chunks(errors, on_read))
+            return
+        rows = self._rows(errors, on_read)
+        read = 0
+        for name, text in rows:
+            try:
+                raw = text.encode()
+            except UnicodeEncodeError as error:
+                if errors == "strict":
+                    raise UserError(
+                        f"{name}: the field {self.field!r} holds the lone surrogate U+{ord(text[error.start]):04X}, "
+                        "which is not a character: mend it, or give --encoding-errors replace"
+                    ) from None
+                raw = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+                text = raw.decode()
+            if self.limit is not None and read + len(raw) > self.limit:
+                if read == 0:
+                    text = raw[: self.limit].decode("utf-8", "ignore")
+                    yield Document(name, hashlib.sha256(text.encode()).hexdigest(), (text,))
+                return
+            read += len(raw)
+            if raw:
+                yield Document(name, hashlib.sha256(raw).hexdigest(), (text,))
+
+    def chunks(self, errors: str, on_read: OnRead | None = None) -> Iterator[str]:
+        """A text file's text, about a million characters at a time. Raises UserError for several NUL bytes in a row."""
+        position, last = 0, b""
+        decoder = codecs.getincrementaldecoder(self._encoding(errors))(errors)
+        for block in self._blocks(on_read):
+            mark = len(codecs.BOM_UTF8) if position == 0 and block.startswith(codecs.BOM_UTF8) else 0
+            text = self._decode(decoder, block[mark:], position + mark)
+            if (at := (last + block).find(b"\0\0")) >= 0:
+                raise UserError(f"{self.name} is not text: it holds NUL bytes from byte {position + at - len(last)} on")
+            yield text
+            position, last = position + len(block), block[-1:]
+        if self.limit is None or self.kind != "text":  # the limit may fall inside a character, which is then left out
+            yield self._decode(decoder, b"", position, final=True)
+
+    def text_bytes(self, most: int) -> int:
+        """UTF-8 bytes of the text in whole documents; more than `most`, if there are more, and no telling how many."""
+        total = 0
+        for document in self.documents("replace"):
+            for text in document.chunks:
+                total += len(text.encode())
+                if total > most:
+                    return total
+        return total
+
+    def first_fits(self, most: int) -> bool:
+        """Whether the first document has at most `most` UTF-8 bytes of text; of a text file that is all of it."""
+        first = next(self.documents("replace"), None)
+        return first is not None and sum(len(text.encode()) for text in first.chunks) <= most
+
+    def _read(self) -> Iterator[bytes]:
+        """The bytes of the file that count."""
+        left, chunk = self.limit if self.plain else None, _PACKED_CHUNK if self.packing else _CHUNK
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                while block := file.read(chunk if left is None else min(chunk, left)):
+                    left = None if left is None else left - len(block)
+                    yield block
+        except OSError as error:
+            raise UserError(f"cannot read {self.name}: {error.strerror or error}") from None
+
+    def _blocks(self, on_read: OnRead | None = None) -> Iterator[bytes]:
+        """The content, unpacked and up to a text's limit; all that was read is checked against the sha256."""
+        blocks = self._checked(on_read)
+        if self.packing:
+            blocks = unpacked(blocks, self.packing, self.name, _CHUNK)
+        left = self.limit if self.kind == "text" else None
+        for block in blocks:
+            if left is not None:
+                block = block[:left]
+                left -= len(block)
+            yield block
+            if left == 0 and self.packing:
+                return
+
+    def _checked(self, on_read: OnRead | None) -> Iterator[bytes]:
+        digest = hashlib.sha256()
+        for block in self._read():
+            if self.sha256:
+                digest.update(block)
+            if on_read is not None:
+                on_read(len(block))
+            yield block
+        if self.sha256:
+            self._check(digest.hexdigest())
+
+    def _encoding(self, errors: str) -> str:
+        if self.coding != "python":
+            return self.coding
+        lines = iter(next(self._read(), b"").splitlines(keepends=True))
+        try:
+            encoding, _ = tokenize.detect_encoding(lambda: next(lines))
+            return encoding.removesuffix("-sig")
+        except SyntaxError as error:
+            if errors == "replace":
+                return "utf-8"
+            raise UserError(f"{self.name}: {error.msg}; give --encoding-errors replace to read it as UTF-8") from None
+
+    def _decode(self, decoder: codecs.IncrementalDecoder, block: bytes, position: int, final: bool = False) -> str:
+        """Decode one block that starts at byte `position` of the text."""
+        pending = len(decoder.getstate()[0])
+        try:
+            return decoder.decode(block, final)
+        except UnicodeDecodeError as error:
+            offset = position - pending + error.start
+            before = replace(self, kind="text", limit=offset, sha256="")
+            line = 1 + sum(block.count(b"\n") for block in before._blocks()) if offset else 1
+            start = next(replace(self, sha256="")._blocks(), b"")
+            found = f"byte {offset} (0x{error.object[error.start]:02x}, in line {line}) begins no character"
+            raise UserError(
+                f"{self.name} is not valid {error.encoding.upper()}{like_utf16(start)}: {found}; "
+                "convert the file, or give --encoding-errors replace"
+            ) from None
+
+    def _rows(self, errors: str, on_read: OnRead | None) -> Iterator[tuple[str, str]]:
+        """Name and text of each line, object or row."""
+        if self.kind == "parquet":
+            return self._parquet(errors, on_read)
+        if self.kind == "csv":
+            return from_table(self.chunks(errors, on_read), self.name, self.field)
+        read = from_lines if self.kind == "jsonl" else from_values
+        return read(self._blocks(on_read), self.name, self.field, errors, _LONGEST_LINE)
+
+    def _parquet(self, errors: str, on_read: OnRead | None) -> Iterator[tuple[str, str]]:
+        """Name and text of each row. Rows are read a few at a time, from one row group after another."""
+        pyarrow, parquet = need("pyarrow", "Parquet files"), need("pyarrow.parquet", "Parquet files")
+        row, told = 0, 0
+        try:
+            # With neither, a row group's whole column would be in memory.
+            with parquet.ParquetFile(self.path, buffer_size=_CHUNK, pre_buffer=False) as file:
+                self._check_column(file.schema_arrow, pyarrow.types)
+                for batch in file.iter_batches(_ROWS, columns=[self.field], use_threads=False):
+                    for raw in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                        row += 1
+                        yield f"{self.name}, row {row}", self._row(raw, row, errors)
+                    if on_read is not None:
+                        read = self.size * row // file.metadata.num_rows
+                        on_read(read - told)
+                        told = read
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.name} is not a whole Parquet file (after row {row}: {reason})") from None
+        if self.sha256:
+            self.hashed()
+
+    def _check_column(self, schema: Any, types: ModuleType) -> None:
+        if self.field not in schema.names:
+            raise UserError(f"{self.name} has no column {self.field!r}: {instead(schema.names)}")
+        if (several := schema.names.count(self.field)) > 1:
+            raise UserError(f"{self.name} has {several} columns {self.field!r}: leave one of them")
+        kind = schema.field(self.field).type
+        text = kind.value_type if types.is_dictionary(kind) else kind  # pandas' categories
+        if str(text) not in ("string", "large_string", "string_view"):
+            raise UserError(f"{self.name}: the column {self.field!r} is not text but {kind}: {instead(schema.names)}")
+
+    def _row(self, raw: bytes | None, row: int, errors: str) -> str:
+        if raw is None:
+            raise UserError(f"{self.name}, row {row}: the column {self.field!r} is not text but null")
+        try:
+            return raw.decode("utf-8", errors)
+        except UnicodeDecodeError as error:
+            found = f"byte {error.start} of the text (0x{raw[error.start]:02x}) begins no character"
+            raise UserError(
+                f"{self.name}, row {row} is not valid UTF-8: {found}; mend it, or give --encoding-errors replace"
+            ) from None
+
+    def _check(self, digest: str) -> None:
+        if self.sha256 not in ("", digest):
+            raise UserError(
+                f"{self.path} is not what it was (sha256 {digest}, not {self.sha256}): "
+                "start again, after deleting it if it is a download"
+            )

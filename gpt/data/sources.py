@@ -1,0 +1,151 @@
+"""Where text comes from: files, folders, globs, http(s) URLs, Hugging Face datasets, stdin and the interpreter's own
+library. gpt/data/readers.py reads the files that all of them lead to."""
+
+import glob
+import logging
+import os
+import re
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from gpt.data.config import DataConfig
+from gpt.data.downloads import Progress, download, spool_dataset, spool_stdin
+from gpt.data.formats import form_of
+from gpt.data.readers import Source
+from gpt.errors import UserError
+
+log = logging.getLogger(__name__)
+
+STDLIB = "python:stdlib"
+STDIN = "-"
+_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+def find_sources(data: DataConfig, downloads: Path, progress: Progress | None = None) -> list[Source]:
+    """The files that data.corpus names, in its order, each once, with at most data.max_corpus_bytes of text in all.
+
+    Documents are whole; only a first one that alone passes the cap is cut at it. Empty files are left out. downloads:
+    the folder that keeps what came from URLs, datasets and stdin. Raises UserError for what does not exist, or holds no
+    text.
+    """
+    if not data.corpus:
+        raise UserError(f"no corpus is given: name files, folders, globs, http(s) URLs or {STDLIB} with --corpus")
+    cap = data.max_corpus_bytes
+    found: dict[str, Source] = {}
+    total = 0
+    for source in (source for spec in data.corpus for source in _named(spec, data, downloads, progress)):
+        key = os.path.realpath(source.path)
+        if source.size == 0 or key in found:
+            continue
+        if cap is not None:
+            left = cap - total
+            size = source.size if source.plain else source.text_bytes(left)
+            if size > left:
+                if source.plain and not found:
+                    found[key] = replace(source, size=cap, limit=cap, sha256="")
+                elif not source.plain and (not found or source.first_fits(left)):
+                    found[key] = replace(source, limit=left)
+                break
+            total += size
+        found[key] = source
+    if not found:
+        raise UserError(f"the corpus {', '.join(data.corpus)} is empty: name a file with text")
+    return list(found.values())
+
+
+def _named(spec: str, data: DataConfig, downloads: Path, progress: Progress | None) -> Iterator[Source]:
+    """The documents of one entry of data.corpus, in order."""
+    try:
+        yield from _expand(spec, data, downloads, progress)
+    except OSError as error:
+        raise UserError(f"cannot read the corpus {spec}: {error.strerror or error}") from None
+
+
+def _expand(spec: str, data: DataConfig, downloads: Path, progress: Progress | None) -> Iterable[Source]:
+    if spec == STDLIB:
+        return _stdlib()
+    if spec == STDIN:
+        return [_as_it_is(spool_stdin(downloads, progress, limit=data.max_download_bytes), "", data)]
+    if re.match(r"https?://", spec, re.IGNORECASE):
+        source = download(spec, downloads, progress, limit=data.max_download_bytes)
+        return [_as_it_is(source, _url_path(spec), data)]
+    if spec.startswith("hf:"):
+        return [spool_dataset(spec, data, downloads, progress)]
+    path = Path(os.path.expanduser(spec))
+    if path.is_dir():
+        return _texts(spec, [path], data)
+    if path.exists():
+        return [_file(path, data)]
+    if glob.has_magic(spec):
+        return _texts(spec, [Path(match) for match in glob.glob(str(path), recursive=True)], data)
+    raise UserError(f"the corpus {spec} is not there: no such file or folder, seen from {Path.cwd()}")
+
+
+def _file(path: Path, data: DataConfig) -> Source:
+    if not path.is_file():
+        raise UserError(f"{path} is not a regular file: save its text to one first, since it is read more than once")
+    return _as_it_is(Source(str(path), path, path.stat().st_size), path.name, data)
+
+
+def _as_it_is(source: Source, name: str, data: DataConfig) -> Source:
+    """The source with its kind and packing, by its content, else by a name. Raises UserError where it is not text."""
+    form = form_of(source.path, name, data.text_field, data.encoding_errors, shown=source.name)
+    return replace(source, kind=form.kind, packing=form.packing, field=data.text_field)
+
+
+def _url_path(url: str) -> str:
+    try:
+        return urlsplit(url).path
+    except ValueError:  # download says what is wrong with it
+        return ""
+
+
+def _texts(spec: str, roots: list[Path], data: DataConfig) -> list[Source]:
+    """The files of text, JSON and Parquet at and below roots, by path; says how many entries were left out."""
+    files: set[Path] = set()
+    hidden = 0
+    for root in roots:
+        if not root.is_dir():
+            files.add(root)
+            continue
+        for folder, folders, names in os.walk(root, onerror=_fail):
+            hidden += sum(name.startswith(".") for name in folders + names)
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            files.update(Path(folder, name) for name in names if not name.startswith("."))
+    texts = [source for path in sorted(files) if path.is_file() and (source := _found(path, data))]
+    if hidden or len(texts) < len(files):
+        log.warning("%s: left out %d hidden and %d binary files", spec, hidden, len(files) - len(texts))
+    if not texts:
+        raise UserError(f"the corpus {spec} leads to no text file")
+    return texts
+
+
+def _found(path: Path, data: DataConfig) -> Source | None:
+    """A file that a search came upon; None if it is binary."""
+    form = form_of(path, path.name, data.text_field, data.encoding_errors, shown=str(path), searched=True)
+    if form is None:
+        return None
+    return Source(str(path), path, path.stat().st_size, kind=form.kind, packing=form.packing, field=data.text_field)
+
+
+def _fail(error: OSError) -> None:
+    raise error
+
+
+def _stdlib() -> Iterator[Source]:
+    """The running interpreter's own library: .py files by depth, then path, without tests and installed packages."""
+    root = Path(sysconfig.get_path("stdlib"))
+    level = [root] if root.is_dir() else []
+    if not level:
+        raise UserError(f"this Python has no library in files ({root} is not a folder): give another --corpus")
+    while level:
+        entries = sorted(entry for folder in level for entry in folder.iterdir())
+        for path in entries:
+            # _sysconfigdata is a record of how this Python was built, not library code.
+            if path.suffix == ".py" and path.is_file() and not path.name.startswith("_sysconfigdata"):
+                name = f"{STDLIB}/{path.relative_to(root).as_posix()}"
+                yield Source(name, path, path.stat().st_size, coding="python")
+        level = [path for path in entries if path.is_dir() and not path.is_symlink() and path.name not in _LEFT_OUT]

@@ -1,0 +1,319 @@
+"""Text to token ids and back: characters, bytes, a BPE trained on the corpus, and tiktoken's named encodings.
+
+Four rules hold for every kind. The spelling of a special token in text stays text unless the caller asks otherwise.
+Decoding is total: any ids of the vocabulary give a string. A special token decodes to nothing, so that
+len(decode_bytes(ids)) == token_bytes[ids].sum(). A saved tokenizer is one JSON file that needs nothing else.
+gpt/data/build_tokenizer.py makes a new one.
+
+Libraries (tiktoken, tokenizers) are imported where they are used: a character run starts without them.
+"""
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from gpt.arguments import checked
+from gpt.data.tokenizer_base import (
+    DOCUMENT,
+    FORMAT,
+    VERSION,
+    StreamDecoder,
+    Tokenizer,
+    UnknownCharacter,
+    check_encode,
+    spelled,
+)
+from gpt.errors import UserError
+
+__all__ = [
+    "DOCUMENT",
+    "BPETokenizer",
+    "ByteTokenizer",
+    "CharTokenizer",
+    "StreamDecoder",
+    "Tokenizer",
+    "UnknownCharacter",
+    "check_tokens",
+    "load_tokenizer",
+]
+
+MAX_VOCAB = 1 << 24
+
+# Where text may be cut without changing its ids: a letter or digit, then a space or one of these marks. No pre-split
+# pattern of GPT-2, cl100k, o200k or ours has a piece that runs over such a place or looks across it; others may.
+CUT = re.compile(r"(?<=[^\W_])[ \n.,;:!?。，、；：！？]")
+_PROBE = "It's 12 pm,\n\n\t日本 (é) \r\n  x"  # what a pattern must take all of; composed, so that it is its own NFC
+_SEGMENT = 100_000  # characters; tiktoken's regex overflows its stack on a run of about a million spaces
+_NEAR = 100  # characters on each side of a cut, or more, that show whether it changes ids
+
+
+class CharTokenizer(Tokenizer):
+    """One id per character of a sorted alphabet, then the document token if there is one.
+
+    first: the character that the corpus begins with.
+    """
+
+    def __init__(self, characters: str, *, document_token: bool = False, first: str = "") -> None:
+        self.characters, self.first = characters, first
+        pieces = [c.encode() for c in characters]
+        super().__init__(
+            [*pieces, b""] if document_token else pieces, {DOCUMENT: len(pieces)} if document_token else {}
+        )
+        codes = code_points(characters)
+        self._lookup = np.full(int(codes.max(initial=0)) + 2, -1, np.int32)  # code point -> id; the last entry: unknown
+        self._lookup[codes] = np.arange(len(codes), dtype=np.int32)
+
+    def _encode(self, text: str) -> np.ndarray:
+        ids = self._lookup[np.minimum(code_points(text), len(self._lookup) - 1)]
+        if len(ids) and ids.min() < 0:
+            position = int(np.argmin(ids))
+            raise UnknownCharacter(text[position], position)
+        return ids.astype(self.dtype)
+
+    @property
+    def start_token(self) -> int:
+        if self.document_token is not None:
+            return self.document_token
+        return max(0, self.characters.find("\n" if "\n" in self.characters else self.first))
+
+    def _form(self) -> dict[str, Any]:
+        document = self.document_token is not None
+        return {"kind": "char", "characters": self.characters, "document_token": document, "first": self.first}
+
+
+class ByteTokenizer(Tokenizer):
+    """The 256 bytes of UTF-8, then the document token."""
+
+    def __init__(self) -> None:
+        super().__init__([bytes([i]) for i in range(256)] + [b""], {DOCUMENT: 256})
+
+    def _encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(self.dtype)
+
+    def _form(self) -> dict[str, Any]:
+        return {"kind": "byte"}
+
+
+class BPETokenizer(Tokenizer):
+    """Byte-level BPE, encoded by tiktoken.
+
+    tokens: the bytes of each id in merge order, every single byte among them; None for any other id.
+    Text is encoded in segments of at most 100,000 characters, cut between a letter and a space or mark where that does
+    not change the ids of the text around it; only text without any such place is cut inside a piece.
+    normalization: NFC where the text is composed first (as Qwen's is). document: the document token's spelling.
+    added: spellings that always become one id, before the pattern splits the text: found in the text as it is given,
+    or (True) once it is normalized. unreached: ids that text never becomes, and the bytes that they decode to.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pattern: str,
+        tokens: list[bytes | None],
+        specials: Mapping[str, int],
+        normalization: str | None = None,
+        document: str = DOCUMENT,
+        added: Mapping[str, tuple[int, bool]] | None = None,
+        unreached: Mapping[int, bytes] | None = None,
+    ) -> None:
+        import tiktoken
+
+        self.name, self.pattern, self.tokens = name, pattern, tokens
+        self.normalization, self.document = normalization, document
+        self.added, self.unreached = dict(added or {}), dict(unreached or {})
+        outside = self.unreached | {i: spelling.encode() for spelling, (i, _) in self.added.items()}
+        pieces = [token or b"" for token in tokens]
+        pieces += [b""] * (max([*specials.values(), *outside], default=-1) + 1 - len(pieces))
+        for i, piece in outside.items():
+            pieces[i] = piece
+        super().__init__(pieces, specials)
+        self.document_token = self.specials.get(document)
+        self._near = max(_NEAR, *map(len, self.added), 0)
+        ranks = {token: i for i, token in enumerate(tokens) if token is not None}
+        self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.specials)
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        check_encode(text, allow_special)
+        if not (allow_special and self.specials):
+            return self.encode_to_array(text).tolist()
+        return self._guarded(text, lambda text: self._encode(text, self.specials)).tolist()
+
+    def segments(self, chunks: Iterable[str]) -> Iterator[str]:
+        rest = ""
+        for chunk in chunks:
+            text, start = rest + chunk, 0
+            while len(text) - start > _SEGMENT + self._near:
+                end = self._cut(text, start)
+                yield text[start:end]
+                start = end
+            rest = text[start:]
+        while len(rest) > _SEGMENT:
+            end = self._cut(rest, 0)
+            yield rest[:end]
+            rest = rest[end:]
+        if rest:
+            yield rest
+
+    def _cut(self, text: str, start: int) -> int:
+        """The last place where a segment that begins at `start` may end, else where it must."""
+        end = start + _SEGMENT
+        for first in (max(start + 1, end - 1000), start + 1):
+            places = [match.start() for match in CUT.finditer(text, first, end + 1)]
+            for at in places[:-_NEAR:-1]:
+                if self._may_cut(text[max(start, at - self._near) : at], text[at : at + self._near]):
+                    return at
+        return end
+
+    def _may_cut(self, left: str, right: str) -> bool:
+        try:
+            apart = [*self._encode(left, cut=False), *self._encode(right, cut=False)]
+            return apart == self._encode(left + right, cut=False).tolist()
+        except (UserError, UnicodeEncodeError):  # which will be told of the segment
+            return True
+
+    def _encode(self, text: str, specials: Mapping[str, int] = MappingProxyType({}), *, cut: bool = True) -> np.ndarray:
+        given = dict(specials) | {spelling: i for spelling, (i, late) in self.added.items() if not late}
+        late = {spelling: i for spelling, (i, late) in self.added.items() if late}
+        parts = [np.empty(0, self.dtype)]
+        for whole, found in spelled(text, given):
+            if found is not None:
+                parts.append(np.array([found], self.dtype))
+                continue
+            if self.normalization:
+                whole = composed(whole)
+            for part, i in spelled(whole, late):
+                if i is None:
+                    parts += [self._encode_part(segment) for segment in (self.segments([part]) if cut else [part])]
+                else:
+                    parts.append(np.array([i], self.dtype))
+        return parts[1] if len(parts) == 2 else np.concatenate(parts)
+
+    def _encode_part(self, text: str) -> np.ndarray:
+        try:
+            ids = self._encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # tiktoken's own, for a pattern that matches no character
+                raise
+            raise UserError(f"the tokenizer's pattern {self.pattern!r} cannot split text: {error}") from None
+        if self.token_bytes[ids].sum() != (len(text) if text.isascii() else len(text.encode())):
+            raise UserError(
+                f"the tokenizer's pattern {self.pattern!r} leaves out a part of {text[:60]!r}: it must take all text"
+            )
+        return ids
+
+    def _form(self) -> dict[str, Any]:
+        tokens = [None if token is None else base64.b64encode(token).decode() for token in self.tokens]
+        # Only where they say something, so that a tokenizer without them keeps its fingerprint.
+        extra = {"normalization": self.normalization} if self.normalization else {}
+        extra |= {"document": self.document} if self.document != DOCUMENT else {}
+        extra |= {"added": {spelling: list(token) for spelling, token in self.added.items()}} if self.added else {}
+        if self.unreached:
+            extra["unreached"] = {str(i): base64.b64encode(piece).decode() for i, piece in self.unreached.items()}
+        return extra | {
+            "kind": "bpe",
+            "name": self.name,
+            "pattern": self.pattern,
+            "special_tokens": self.specials,
+            "tokens": tokens,
+        }
+
+
+@checked
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read what Tokenizer.save wrote. UserError, naming the file, for anything else."""
+    path = Path(path)
+    try:
+        form = json.loads(path.read_bytes())
+        return _from_form(form)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the tokenizer ({error.strerror or error})") from None
+    except (ValueError, RecursionError) as error:  # JSON, base64, a regex that tiktoken refuses, our own checks
+        raise UserError(f"{path} is not a tokenizer of this program, or is damaged: {error}") from None
+
+
+def _from_form(form: Any) -> Tokenizer:
+    """The tokenizer in a parsed file; ValueError says what is wrong with it."""
+    _check(isinstance(form, dict) and form.get("format") == FORMAT, f'"format" is not "{FORMAT}"')
+    _check(form.get("version") == VERSION, f'"version" is {form.get("version")!r}, known is {VERSION}')
+    kind = form.get("kind")
+    if kind == "char":
+        characters, document, first = form.get("characters"), form.get("document_token"), form.get("first", "")
+        _check(isinstance(characters, str) and isinstance(document, bool), '"characters" or "document_token" is wrong')
+        _check(list(characters) == sorted(set(characters)), '"characters" are not sorted and distinct')
+        _check(isinstance(first, str) and first in characters, '"first" is not one of "characters"')
+        return CharTokenizer(characters, document_token=document, first=first)
+    if kind == "byte":
+        return ByteTokenizer()
+    _check(kind == "bpe", f'"kind" is {kind!r}, known are char, byte and bpe')
+    name, pattern = form.get("name"), form.get("pattern")
+    _check(isinstance(name, str) and isinstance(pattern, str), '"name" or "pattern" is not a string')
+    normalization, document = form.get("normalization"), form.get("document", DOCUMENT)
+    _check(normalization in (None, "NFC") and isinstance(document, str), '"normalization" or "document" is wrong')
+    specials = form.get("special_tokens")
+    tokens, added = _tokens(form.get("tokens")), form.get("added", {})
+    _check(isinstance(added, dict), '"added" is not a table')
+    _check(all(isinstance(x, list) and len(x) == 2 for x in added.values()), '"added" is not a table of pairs')
+    added = {spelling: tuple(value) for spelling, value in added.items()}
+    unreached = form.get("unreached", {})
+    _check(isinstance(unreached, dict) and all(i.isdecimal() for i in unreached), '"unreached" is not a table of ids')
+    unreached = dict(zip(map(int, unreached), _tokens(list(unreached.values()))))
+    check_tokens(tokens, specials, added, unreached)
+    tokenizer = BPETokenizer(name, pattern, tokens, specials, normalization, document, added, unreached)
+    _check(tokenizer.decode(tokenizer.encode(_PROBE)) == _PROBE, '"pattern" leaves text out')
+    return tokenizer
+
+
+def _tokens(entries: Any) -> list[bytes | None]:
+    strings = isinstance(entries, list) and all(entry is None or isinstance(entry, str) for entry in entries)
+    _check(strings and len(entries) <= MAX_VOCAB, '"tokens" is not a list of strings')
+    try:
+        tokens = [None if entry is None else base64.b64decode(entry, validate=True) for entry in entries]
+    except binascii.Error as error:
+        raise ValueError(f'"tokens" holds bad base64 ({error})') from None
+    return tokens
+
+
+def check_tokens(
+    tokens: list[bytes | None],
+    specials: Any,
+    added: Mapping[str, tuple[int, bool]] | None = None,
+    unreached: Mapping[int, bytes | None] | None = None,
+) -> list[bytes | None]:
+    """The tokens; ValueError where all of these make no vocabulary of a byte-level BPE (as BPETokenizer takes them)."""
+    given = [token for token in tokens if token is not None]
+    _check(len(set(given)) == len(given), '"tokens" holds one twice')
+    _check(b"" not in given and {bytes([i]) for i in range(256)} <= set(given), '"tokens" lacks single bytes')
+    added, unreached = added or {}, unreached or {}
+    _check(isinstance(specials, dict) and "" not in [*specials, *added], '"special_tokens" is not a table')
+    _check(all(type(late) is bool for _, late in added.values()), '"added" does not say when they are found')
+    _check(not {None, b""} & set(unreached.values()), '"unreached" holds a token without bytes')
+    _check(not set(specials) & set(added), '"special_tokens" and "added" share a spelling')
+    ids = [*specials.values(), *(i for i, _ in added.values()), *unreached]
+    _check(all(type(i) is int and 0 <= i < MAX_VOCAB for i in ids), '"special_tokens" holds an impossible id')
+    free = all(i >= len(tokens) or tokens[i] is None for i in ids)
+    _check(free and len(set(ids)) == len(ids), '"special_tokens" holds an id that is taken')
+    return tokens
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def composed(text: str) -> str:
+    """The text in NFC, by the tokenizers library's tables: each version of Python has its own."""
+    from tokenizers import normalizers
+
+    return normalizers.NFC().normalize_str(text)
+
+
+def code_points(text: str) -> np.ndarray:
+    """Code points of the text's characters, uint32."""
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32)

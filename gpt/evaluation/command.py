@@ -1,0 +1,156 @@
+"""A command that scores text and questions with a model.
+
+python -m gpt.evaluate RUN --corpus TEXT ... [--stride N]
+python -m gpt.evaluate RUN --multiple-choice QUESTIONS.jsonl [--few-shot K]
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from gpt.arguments import check_fields
+from gpt.data.cache import cache_folder
+from gpt.data.config import DataConfig
+from gpt.data.external_tokens import find_token_files
+from gpt.data.formats import read_lines
+from gpt.data.sources import find_sources
+from gpt.data.split import read_documents
+from gpt.device import autocast
+from gpt.errors import EXIT_DONE, UserError, require
+from gpt.evaluation.scoring import Question, multiple_choice, score_texts, with_shots
+from gpt.interop.initial import load_source
+from gpt.stop import StopRequest
+from gpt.streams import check_output
+
+# The options of DataConfig that a text is read with.
+TEXT_OPTIONS = ("text_field", "encoding_errors", "max_corpus_bytes", "max_download_bytes", "cache_dir")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Score a text, or multiple-choice questions, with a run or a Hugging Face checkpoint."""
+
+    run: tyro.conf.Positional[str]
+    """The run directory; or a Hugging Face checkpoint, a directory or a name."""
+    corpus: tuple[str, ...] = ()
+    """Text to score: whatever train.py takes as a corpus, token files excepted."""
+    text_field: str | None = None
+    """The field of JSON lines, or the column of Parquet files and datasets, that holds the text. None: text."""
+    encoding_errors: Literal["strict", "replace"] | None = None
+    """What to do with bytes that are not UTF-8: refuse, or replace them with U+FFFD. None: strict."""
+    max_corpus_bytes: int | None = None
+    """Read at most about this many bytes of text, whole documents, in the corpus's order."""
+    max_download_bytes: int | None = None
+    """Refuse to download a file of more bytes than this. None: 16 GiB."""
+    cache_dir: Path | None = None
+    """Where downloads are kept. None: a folder under the user's cache folder."""
+    stride: int | None = None
+    """Tokens between the windows that a text is scored in; each token has at least the context less this before it.
+    None: half the context."""
+    multiple_choice: Path | None = None
+    """Questions to answer: JSON lines with ctx, endings and label, as HellaSwag has them."""
+    few_shot: int = 0
+    """Answered questions to put before each one."""
+    shots: Path | None = None
+    """Where those are drawn from. None: from the other questions."""
+    seed: int | None = None
+    """Seed of that draw. None: 1337."""
+    batch_size: int = 8
+    """Rows at a time."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Precision of the forward pass under autocast."""
+    json: bool = False
+    """Print one JSON object instead of lines for a reader."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(bool(self.corpus) != (self.multiple_choice is not None), "give either corpus or multiple_choice")
+        require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
+        require(self.few_shot >= 0, f"few_shot must be at least 0, not {self.few_shot}")
+        require(self.stride is None or self.stride >= 1, f"stride must be at least 1, not {self.stride}")
+        require(self.stride is None or bool(self.corpus), "stride goes with corpus")
+        for name in TEXT_OPTIONS:
+            require(getattr(self, name) is None or bool(self.corpus), f"{name} goes with corpus")
+        require(self.seed is None or self.few_shot > 0, "seed goes with few_shot: nothing else is drawn")
+        require(self.shots is None or self.few_shot > 0, "shots goes with few_shot: say how many")
+        require(self.few_shot == 0 or not self.corpus, "few_shot goes with multiple_choice")
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Questions of a file of JSON lines. Raises UserError, naming the line, for anything else."""
+    questions = []
+    for number, line in enumerate(read_lines(path, "file of questions"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            questions.append(Question(row["ctx"], row["endings"], _label(row["label"])))
+        except UserError as error:
+            raise UserError(f"{path}: line {number} is not a question: {error}") from None
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            what = f"line {number} is not a question with ctx, endings and label"
+            raise UserError(f"{path}: {what} ({error!r})") from None
+    if not questions:
+        raise UserError(f"{path} holds no question")
+    return questions
+
+
+def _label(value: Any) -> int:
+    """A number as JSON has it, or in a string; ValueError for another, such as 1.5."""
+    if type(value) not in (int, str):
+        raise ValueError(f"label {value!r}")
+    return int(value)
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'s' * (n != 1)}"
+
+
+def main(arguments: Arguments) -> int:
+    """Score and print. Returns the exit status. SIGTERM ends it as Ctrl-C does, with a KeyboardInterrupt."""
+    check_output()
+    with StopRequest() as stop, stop.at_once():
+        return _main(arguments)
+
+
+def _main(arguments: Arguments) -> int:
+    # Whatever is wrong with the text is said before a model is loaded.
+    if arguments.corpus:
+        given = {name: getattr(arguments, name) for name in TEXT_OPTIONS}
+        data = DataConfig(arguments.corpus, **{name: value for name, value in given.items() if value is not None})
+        tokens = find_token_files(replace(data, max_corpus_bytes=None))
+        require(not tokens, "token files (.bin) hold no text to score: give text as the corpus")
+        sources = find_sources(data, cache_folder(data.cache_dir) / "downloads")
+    else:
+        questions = read_questions(arguments.multiple_choice)
+        shots = questions if arguments.shots is None else read_questions(arguments.shots)
+        seed = 1337 if arguments.seed is None else arguments.seed
+        contexts = with_shots(questions, shots, arguments.few_shot, seed)
+    model, tokenizer = load_source(arguments.run, arguments.device)
+    batch_size = arguments.batch_size
+    with autocast(model.embed.weight.device, arguments.dtype):
+        if arguments.corpus:
+            texts = ("".join(document.chunks) for document in read_documents(sources, data.encoding_errors))
+            result = score_texts(model, tokenizer, texts, stride=arguments.stride, batch_size=batch_size)
+        else:
+            result = multiple_choice(model, tokenizer, questions, contexts, batch_size)
+            result |= {"few_shot": arguments.few_shot}
+    if arguments.json:
+        print(json.dumps(result))
+    elif arguments.corpus:
+        print(
+            f"{_count(result['documents'], 'document')}, {result['tokens']:,} tokens, {result['bytes']:,} bytes, "
+            f"windows {result['stride']} tokens apart\nloss {result['loss']:.4f} nats per token, "
+            f"perplexity {result['perplexity']:.4f}, {result['bits_per_byte']:.4f} bits per byte"
+        )
+    else:
+        cut = f"; {result['cut']} with a context too long, cut at its start" if result["cut"] else ""
+        asked = f"{_count(result['questions'], 'question')} with {_count(result['few_shot'], 'shot')}{cut}"
+        rules = f"{result['accuracy']:.4f}, by log-likelihood per byte {result['accuracy_normalised']:.4f}"
+        print(f"{asked}\naccuracy {rules}")
+    return EXIT_DONE

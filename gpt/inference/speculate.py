@@ -1,0 +1,128 @@
+"""Speculative decoding: cheap proposals for the next tokens, judged by the model in one step.
+
+Whatever proposes, the text has the distribution that the model alone would give it, filters included (Leviathan et
+al. 2023; Chen et al. 2023); with temperature 0 it is the same text.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpt.inference.sampling import ACCEPT, PROPOSE, TOKEN, SamplingConfig, distribution, draw, pick, uniforms
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """K proposed tokens for each of B rows. lengths (B,): how many of a row's are meant, the rest is padding.
+
+    tokens (B, K) int64. probs (B, K, V): the distributions that they were drawn from; None where they were not drawn.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    probs: Tensor | None = None
+
+
+def judge(target: Tensor, proposals: Proposals, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens that drawn proposals and the model's distributions give: (B, K + 1), and how many of each row's count.
+
+    target (B, K + 1, V): the model's distribution after each of 0 to K proposals. seeds (B, 1) and positions (B, K + 1)
+    of the tokens to be found, on the CPU.
+    """
+    K = proposals.tokens.shape[1]
+    own, accepting = (uniforms(seeds, positions, stream).to(target.device) for stream in (TOKEN, ACCEPT))
+    p, q = (x.gather(-1, proposals.tokens.unsqueeze(-1)).squeeze(-1) for x in (target[:, :K], proposals.probs))
+    accepted = _leading((accepting[:, :K] * q < p), proposals.lengths)  # (B,)
+    # Where one was refused, the rest of the model's distribution that the proposal did not cover; else all of it.
+    row = torch.arange(len(target), device=target.device)
+    p = target[row, accepted]  # (B, V)
+    covered = torch.where(
+        (accepted < proposals.lengths).unsqueeze(1), proposals.probs[row, accepted.clamp(max=K - 1)], 0.0
+    )
+    rest = (p - covered).clamp_(min=0)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
+    tokens = torch.cat((proposals.tokens, proposals.tokens[:, :1]), dim=1)
+    tokens[row, accepted] = draw(rest, own[row, accepted])
+    return tokens, accepted + 1
+
+
+def agreeing(tokens: Tensor, proposals: Proposals) -> Tensor:
+    """How many of the model's own tokens (B, K + 1) count (B,), where proposals were not drawn.
+
+    A proposal x is accepted with probability p(x), as by the general rule with q(x) = 1, and the tokens are those that
+    would have been drawn without any proposal.
+    """
+    return _leading(tokens[:, :-1] == proposals.tokens, proposals.lengths) + 1
+
+
+def _leading(accepted: Tensor, lengths: Tensor) -> Tensor:
+    """How many of each row's first `lengths` flags (B, K) are set before one is not."""
+    inside = torch.arange(accepted.shape[1], device=accepted.device) < lengths.unsqueeze(1)
+    return (accepted & inside).long().cumprod(1).sum(1)
+
+
+class Ngrams:
+    """What followed the last few tokens of a text where they stood before (prompt lookup decoding, Saxena 2023)."""
+
+    LENGTHS = (4, 3, 2)  # the longest that is found is taken
+
+    def __init__(self) -> None:
+        self._after: dict[tuple[int, ...], int] = {}  # where the text goes on after the latest of these n-grams
+        self._known = 0
+
+    def propose(self, text: Sequence[int], count: int) -> list[int]:
+        """At most count tokens that may follow text, which must be the text of the call before and something more."""
+        for end in range(max(self._known, 1), len(text)):
+            for n in self.LENGTHS:
+                if n <= end:
+                    self._after[tuple(text[end - n : end])] = end
+        self._known = len(text)
+        for n in self.LENGTHS:
+            at = self._after.get(tuple(text[-n:])) if n <= len(text) else None
+            if at is not None:
+                return list(text[at : at + count])
+        return []
+
+
+def propose_by_lookup(
+    lookups: Sequence[Ngrams], texts: Sequence[Sequence[int]], lengths: Sequence[int], device
+) -> Proposals:
+    """Proposals of at most lengths[b] tokens for each text; K is the longest row's."""
+    found = [lookup.propose(text, n) for lookup, text, n in zip(lookups, texts, lengths)]
+    width = max(map(len, found))
+    padded = [row + [0] * (width - len(row)) for row in found]
+    lengths = torch.tensor([len(row) for row in found], device=device)
+    return Proposals(torch.tensor(padded, device=device).view(len(found), width), lengths)
+
+
+def propose_by_model(
+    step: Callable[[Tensor], Tensor],
+    config: SamplingConfig,
+    texts: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    seeds: Tensor,
+    bias: Tensor | None,
+    seen: Tensor | None,
+    device: torch.device,
+) -> Proposals:
+    """At most lengths[b] tokens for each text, drawn one by one from a draft model; at temperature 0 the likeliest.
+
+    step: appends tokens (B, T) to the draft's rows, which hold each text but its last two tokens; gives logits
+    (B, T, V). seeds (B, 1) on the CPU; bias (V,) and seen (B, 1, V) as for `distribution`. A text of one token must
+    have length 0: what its row is fed means nothing.
+    """
+    positions = torch.tensor([[len(text)] for text in texts])
+    feed, tokens, probs = torch.tensor([[text[0], *text][-2:] for text in texts], device=device), [], []
+    for t in range(max(lengths)):
+        logits = step(feed)[:, -1:]  # (B, 1, V)
+        if config.temperature == 0:
+            feed = pick(logits, None, config, bias=bias, seen=seen)
+        else:
+            probs.append(distribution(logits, config, bias=bias, seen=seen))
+            feed = draw(probs[-1], uniforms(seeds, positions + t, PROPOSE).to(device))
+        tokens.append(feed)  # (B, 1)
+        seen = None if seen is None else seen.scatter(2, feed.unsqueeze(1), True)
+    lengths = torch.tensor(lengths, device=device)
+    return Proposals(torch.cat(tokens, dim=1), lengths, torch.cat(probs, dim=1) if probs else None)

@@ -1,0 +1,298 @@
+"""Hugging Face checkpoints read without transformers: config.json into a ModelConfig, safetensors into a GPT.
+
+Read are GPT-2, Llama, Mistral, Qwen2, Qwen3 and nanochat, where the checkpoint's options are among ours; whatever has
+no place here is refused, all of it in one sentence. Nothing is unpickled.
+"""
+
+import logging
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from gpt.arguments import checked
+from gpt.data.tokenizers import Tokenizer
+from gpt.device import Device, pick_device
+from gpt.errors import UserError
+from gpt.files import is_folder
+from gpt.folders import adapter, instead
+from gpt.interop.hf_tokenizer import read_hf_tokenizer, read_json
+from gpt.interop.hf_weights import biased, copy_from, has_other_head
+from gpt.model import GPT, ModelConfig
+
+log = logging.getLogger(__name__)
+
+ANY = None
+
+# What a family's config.json means where it says nothing: transformers' defaults, as far as the model depends on them.
+_LLAMA = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "sliding_window": None,
+    "max_position_embeddings": 2048,
+}
+_QWEN = _LLAMA | {"num_key_value_heads": 32, "max_position_embeddings": 32768, "max_window_layers": 28}
+_QWEN |= {"sliding_window": 4096}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpt2": {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+    "llama": _LLAMA,
+    "mistral": _LLAMA | {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
+    "qwen2": _QWEN | {"attention_bias": True},
+    "qwen3": _QWEN | {"head_dim": 128},
+    "nanochat": _LLAMA | {"hidden_act": "relu2", "final_logit_softcapping": 15.0},
+}
+# GPT-2's options have a second name each.
+ALIASES = {"hidden_size": "n_embd", "max_position_embeddings": "n_positions"}
+ALIASES |= {"num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
+# Keys that change what a model computes, with the only values that we compute too (the first one is the usual one).
+# Other families have them; here they would be asked for in vain.
+NEUTRAL: dict[str, tuple] = {
+    "is_causal": (True, None),
+    "is_encoder_decoder": (False, None),
+    "use_bidirectional_attention": (False, None),
+    "attention_chunk_size": (None,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "query_pre_attn_scalar": (None,),
+    "clip_qkv": (None,),
+    **dict.fromkeys(("logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier"), (1, None)),
+    **dict.fromkeys(("rotary_pct", "partial_rotary_factor"), (1, None)),
+    **dict.fromkeys(("attention_multiplier", "lm_head_multiplier"), (None,)),
+    **dict.fromkeys(("alibi", "parallel_attn", "use_parallel_residual", "use_mrope", "use_qk_norm"), (False, None)),
+    **dict.fromkeys(("qk_layernorm", "attention_out_bias", "attn_output_gate"), (False, None)),
+    **dict.fromkeys(("num_experts", "num_local_experts"), (None, 0)),
+    "no_rope_layers": (None, []),
+    "pruned_heads": ({}, None),
+}
+_NO_WINDOW = {"sliding_window": (None,), "use_sliding_window": (False, None)}
+FIXED: dict[str, dict[str, tuple | None]] = {
+    "gpt2": NEUTRAL
+    | _NO_WINDOW
+    | {
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    },
+    "llama": NEUTRAL | _NO_WINDOW,
+    "mistral": NEUTRAL | dict.fromkeys(("attention_bias", "mlp_bias"), (False,)),
+    "qwen2": NEUTRAL | {"mlp_bias": (False,)},
+    "qwen3": NEUTRAL | {"mlp_bias": (False,)},
+    "nanochat": NEUTRAL
+    | _NO_WINDOW
+    | {
+        "mlp_bias": (False,),
+        "final_logit_softcapping": ANY,
+        # Its norm after the table would have to be in the table, and not in the head.
+        "tie_word_embeddings": (False,),
+    },
+}
+GELUS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu"}
+UNGATED = GELUS | {"relu": "relu", "relu2": "relu2"}
+# A gate that is its own input, relu(x) * x, is relu(x)^2: so an MLP of ReLU^2 is written as one with a gate.
+GATED = {"silu": "swiglu", "swish": "swiglu", "relu": "relu2"}
+
+
+# What config_from_hf must find as true or false, and as whole numbers, the first ones in every checkpoint.
+SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+NEEDED = ("n_layer", "n_head", "n_embd", "seq_len", "vocab_size")
+SIZES = (*NEEDED, "n_kv_head", "head_dim", "mlp_dim", "window")
+
+
+@checked
+def from_hf(source: str | Path, *, seq_len: int | None = None, device: Device = "auto") -> GPT:
+    """The model of a Hugging Face checkpoint (in eval mode, fp32): a directory, or a name on the Hub.
+
+    seq_len: a context shorter than the checkpoint's; a learned position table is cut to it.
+    Raises UserError where the checkpoint cannot be had, is damaged, or has options that this model lacks.
+    """
+    place, folder = pick_device(device), fetch(source)
+    family, config = config_from_hf(folder)
+    given, positions = DEFAULTS[family] | read_json(folder / "config.json"), config.seq_len
+    if seq_len is not None:
+        config = crop(config, seq_len, str(source))
+    if given["tie_word_embeddings"] and not config.tied_embeddings:
+        log.warning("%s: its head differs from its embedding table, so they are not tied", source)
+    model = GPT(config)
+    copy_from(folder, family, model, biased(family, given), positions)
+    return model.eval().to(place)
+
+
+@checked
+def tokenizer_from_hf(source: str | Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face checkpoint; UserError where there is none or it is not byte-level."""
+    return read_hf_tokenizer(fetch(source))
+
+
+def crop(config: ModelConfig, seq_len: int, source: str) -> ModelConfig:
+    """The config with another context; UserError where a learned position table would have to grow."""
+    if config.position == "learned" and seq_len > config.seq_len:
+        raise UserError(f"{source} knows {config.seq_len} positions: seq_len {seq_len} is too long for it")
+    return replace(config, seq_len=seq_len)
+
+
+def fetch(source: str | Path) -> Path:
+    """The checkpoint's directory: the one named, or a download of its JSON and safetensors files."""
+    folder = Path(source)
+    if is_folder(folder):
+        return folder
+    if folder.exists():
+        hint = instead(folder) or "a Hugging Face checkpoint is a directory, or a name on the Hub"
+        raise UserError(f"{source} is a file: {hint}")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(source)):
+        raise UserError(f"{source} is neither a directory nor the name of a Hugging Face checkpoint")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(f"there is no directory {source}; to download by name, pip install huggingface_hub") from None
+    try:
+        # The root's files only: folders below it hold other formats, consolidated* the same weights again.
+        patterns = {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": ["*/*", "consolidated*"]}
+        return Path(snapshot_download(str(source), **patterns))
+    except Exception as error:  # the Hub's client raises errors of several libraries
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"there is no directory {source}, and the checkpoint of that name could not be downloaded "
+            f"({type(error).__name__}: {reason})"
+        ) from error
+
+
+def config_from_hf(folder: Path) -> tuple[str, ModelConfig]:
+    """The family and the ModelConfig of a checkpoint's config.json. UserError lists every option that does not fit."""
+    path = folder / "config.json"
+    hint = adapter(folder) if path.exists() else instead(folder) or "it has no config.json"
+    if hint:
+        raise UserError(f"{folder} is not a Hugging Face checkpoint: {hint}")
+    content = read_json(path)
+    family = content.get("model_type")
+    if not isinstance(family, str) or family not in DEFAULTS:
+        raise UserError(f"{path}: model_type {family!r} is not supported: {', '.join(DEFAULTS)} are")
+    given = DEFAULTS[family] | _renamed(family, content, path)
+    misfits = [
+        f"{key} {given[key]!r} (not {allowed[0]!r})"
+        for key, allowed in FIXED.get(family, {}).items()
+        if allowed is not ANY and key in given and given[key] not in allowed
+    ]
+    if given.get("quantization_config"):
+        misfits.append("quantization_config (full weights only)")
+    try:
+        options = _gpt2(given, misfits) if family == "gpt2" else _llama(family, given, misfits)
+    except KeyError as error:
+        raise UserError(f"{path} lacks the key {error}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} holds a value of the wrong kind: {error}") from None
+    if odd := [key for key in SWITCHES if not isinstance(given.get(key), bool | None)]:
+        raise UserError(f"{path} holds a value of the wrong kind: {odd[0]} {given[odd[0]]!r} is not true or false")
+    wrong = [
+        key for key in SIZES if type(options.get(key)) is not int and (key in NEEDED or options.get(key) is not None)
+    ]
+    if wrong:
+        key, value = wrong[0], options[wrong[0]]
+        raise UserError(f"{path} holds a value of the wrong kind: {key} {value!r} is not a whole number")
+    known = {f.name for f in fields(ModelConfig)}
+    misfits += [f"{key} {value!r}" for key, value in options.items() if key not in known and value is not None]
+    if misfits:
+        raise UserError(f"{path} asks for what this model lacks: {'; '.join(misfits)}")
+    options["tied_embeddings"] = bool(options["tied_embeddings"]) and not has_other_head(folder, family)
+    try:
+        return family, ModelConfig(**{key: value for key, value in options.items() if key in known})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except TypeError as error:
+        raise UserError(f"{path} holds a value of the wrong kind: {error}") from None
+
+
+def _renamed(family: str, content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The options under the names that we ask for; UserError where one has two values."""
+    others = ALIASES if family == "gpt2" else {}
+    for other, name in others.items():
+        if other in content and content.get(name, content[other]) != content[other]:
+            raise UserError(f"{path} has {name} {content[name]!r} and {other} {content[other]!r}: they are one option")
+    return content | {name: content[other] for other, name in others.items() if other in content}
+
+
+def _activation(name: str, known: dict[str, str], misfits: list[str]) -> str:
+    if name not in known:
+        misfits.append(f"activation {name!r} (known are {', '.join(known)})")
+    return known.get(name, next(iter(known.values())))
+
+
+def _gpt2(given: dict[str, Any], misfits: list[str]) -> dict[str, Any]:
+    return {
+        "n_layer": given["n_layer"],
+        "n_head": given["n_head"],
+        "n_embd": given["n_embd"],
+        "mlp_dim": given.get("n_inner"),
+        "seq_len": given["n_positions"],
+        "vocab_size": given["vocab_size"],
+        "position": "learned",
+        "norm": "layernorm",
+        "norm_eps": given["layer_norm_epsilon"],
+        "activation": _activation(given["activation_function"], UNGATED, misfits),
+        "bias": True,
+        "qk_norm": False,
+        "tied_embeddings": given["tie_word_embeddings"],
+        "init": "gpt2",
+    }
+
+
+def _llama(family: str, given: dict[str, Any], misfits: list[str]) -> dict[str, Any]:
+    return {
+        "n_layer": given["num_hidden_layers"],
+        "n_head": given["num_attention_heads"],
+        "n_kv_head": given["num_key_value_heads"],
+        "n_embd": given["hidden_size"],
+        "head_dim": given["head_dim"],
+        "mlp_dim": given["intermediate_size"],
+        "seq_len": given["max_position_embeddings"],
+        "vocab_size": given["vocab_size"],
+        "rope_theta": _rope_theta(given, misfits),
+        "norm_eps": given["rms_norm_eps"],
+        "activation": _activation(given["hidden_act"], UNGATED if family == "nanochat" else GATED, misfits),
+        # Where only some of the linear layers have a bias, the others' are zeros.
+        "bias": bool(given["attention_bias"] or (family == "llama" and given["mlp_bias"])),
+        "qk_norm": family in ("qwen3", "nanochat"),
+        **dict(zip(("window", "window_pattern"), _window(family, given, misfits))),
+        "tied_embeddings": given["tie_word_embeddings"],
+        "logit_softcap": given.get("final_logit_softcapping") if family == "nanochat" else None,
+    }
+
+
+def _rope_theta(given: dict[str, Any], misfits: list[str]) -> float:
+    """The base of plain rotary positions, in the newer spelling (rope_parameters) or the older one (rope_theta)."""
+    rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if any(isinstance(value, dict) for value in rope.values()):
+        misfits.append("rope_parameters of their own for some layers")
+    elif kind != "default":
+        misfits.append(f"rope_type {kind!r} (not 'default')")
+    share = rope.get("partial_rotary_factor", given.get("partial_rotary_factor"))
+    if share not in (None, 1, 1.0):
+        misfits.append(f"partial_rotary_factor {share!r} (not 1)")
+    return float(rope.get("rope_theta") or given.get("rope_theta") or 10000.0)
+
+
+def _window(family: str, given: dict[str, Any], misfits: list[str]) -> tuple[int | None, str | None]:
+    """The sliding window, and which layers have it as a window_pattern, where not all have."""
+    window, layers = given["sliding_window"], given["num_hidden_layers"]
+    if family not in ("qwen2", "qwen3") and given.get("layer_types"):
+        kind = "full_attention" if family != "mistral" or window is None else "sliding_attention"
+        if any(other != kind for other in given["layer_types"]):
+            misfits.append(f"layer_types {given['layer_types']!r} (not {kind} in all layers)")
+    if family == "mistral":
+        return window, None
+    if family not in ("qwen2", "qwen3") or not given.get("use_sliding_window") or window is None:
+        return None, None
+    kinds = given.get("layer_types") or [
+        "sliding_attention" if i >= given["max_window_layers"] else "full_attention" for i in range(layers)
+    ]
+    if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+        misfits.append(f"layer_types {kinds!r} (not full_attention or sliding_attention for each of {layers} layers)")
+    pattern = "".join("S" if kind == "sliding_attention" else "L" for kind in kinds)
+    if "L" not in pattern:
+        return window, None
+    return (window, pattern) if "S" in pattern else (None, None)

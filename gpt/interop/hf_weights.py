@@ -1,0 +1,295 @@
+"""The mapping between our weights and those of Hugging Face checkpoints, used for import and export."""
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gpt.errors import UserError
+from gpt.files import utf8_path
+from gpt.folders import instead
+from gpt.model import GPT, ModelConfig
+
+log = logging.getLogger(__name__)
+
+_TABLE = "model.embed_tokens.weight"
+INDEX = "model.safetensors.index.json"
+# Tables that older checkpoints carry beside their weights: transformers leaves them out, whatever is in them.
+_TABLES = re.compile(r"(?:transformer\.)?h\.\d+\.attn\.(bias|masked_bias)|(?:.+\.)?rotary_emb\.(inv_freq)")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One weight of ours and where its rows are in theirs.
+
+    sizes: rows that each of theirs holds. transposed: theirs has inputs first, as GPT-2's Conv1D has.
+    equal: theirs are copies of one another, ours is the one. halves: the two halves of each head's rows change places.
+    No theirs: a norm without a weight, ours is 1.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    sizes: tuple[int, ...] = ()
+    transposed: bool = False
+    equal: bool = False
+    halves: tuple[int, int] | None = None  # heads whose rows are swapped, and the head width
+
+
+def layout(family: str, config: ModelConfig) -> Iterator[Place]:
+    """A place for every weight of a GPT of this config in the family's checkpoint."""
+    yield from _gpt2(config) if family == "gpt2" else _llama(family, config)
+    if not config.tied_embeddings:
+        yield Place("head.weight", ("lm_head.weight",))
+
+
+def _gpt2(config: ModelConfig) -> Iterator[Place]:
+    yield Place("embed.weight", ("transformer.wte.weight",))
+    yield Place("position_embed.weight", ("transformer.wpe.weight",))
+    for kind in ("weight", "bias"):
+        yield Place(f"norm.{kind}", (f"transformer.ln_f.{kind}",))
+        for i in range(config.n_layer):
+            ours, theirs = f"blocks.{i}", f"transformer.h.{i}"
+            yield Place(f"{ours}.attn_norm.{kind}", (f"{theirs}.ln_1.{kind}",))
+            yield Place(f"{ours}.mlp_norm.{kind}", (f"{theirs}.ln_2.{kind}",))
+            conv = {"transposed": kind == "weight"}
+            yield Place(f"{ours}.attn.c_qkv.{kind}", (f"{theirs}.attn.c_attn.{kind}",), **conv)
+            yield Place(f"{ours}.attn.c_proj.{kind}", (f"{theirs}.attn.c_proj.{kind}",), **conv)
+            yield Place(f"{ours}.mlp.c_fc.{kind}", (f"{theirs}.mlp.c_fc.{kind}",), **conv)
+            yield Place(f"{ours}.mlp.c_proj.{kind}", (f"{theirs}.mlp.c_proj.{kind}",), **conv)
+
+
+def _llama(family: str, config: ModelConfig) -> Iterator[Place]:
+    """Llama and its kin: projections apart, RMSNorm, a gate; nanochat has no norm weights and no gate."""
+    H, H_kv, D = config.n_head, config.kv_heads, config.head_width
+    bare = family == "nanochat"
+
+    def norm(ours: str, theirs: str) -> Place:
+        return Place(f"{ours}.weight", () if bare else (f"{theirs}.weight",))
+
+    yield Place("embed.weight", (_TABLE,))
+    yield norm("norm", "model.norm")
+    for i in range(config.n_layer):
+        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
+        yield norm(f"{ours}.attn_norm", f"{theirs}.input_layernorm")
+        yield norm(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm")
+        if config.qk_norm:
+            yield norm(f"{ours}.attn.q_norm", f"{theirs}.self_attn.q_norm")
+            yield norm(f"{ours}.attn.k_norm", f"{theirs}.self_attn.k_norm")
+        for kind in ("weight", "bias") if config.bias else ("weight",):
+            names = tuple(f"{theirs}.self_attn.{x}_proj.{kind}" for x in "qkv")
+            # nanochat turns rotary positions the other way round; with the halves swapped the scores are the same.
+            halves = (H + H_kv, D) if bare else None
+            yield Place(f"{ours}.attn.c_qkv.{kind}", names, (H * D, H_kv * D, H_kv * D), halves=halves)
+            yield Place(f"{ours}.attn.c_proj.{kind}", (f"{theirs}.self_attn.o_proj.{kind}",))
+            if bare:
+                yield Place(f"{ours}.mlp.c_fc.{kind}", (f"{theirs}.mlp.fc1.{kind}",))
+                yield Place(f"{ours}.mlp.c_proj.{kind}", (f"{theirs}.mlp.fc2.{kind}",))
+                continue
+            gated = tuple(f"{theirs}.mlp.{x}_proj.{kind}" for x in ("gate", "up"))
+            if config.activation == "relu2":
+                yield Place(f"{ours}.mlp.c_fc.{kind}", gated, equal=True)
+            else:
+                yield Place(f"{ours}.mlp.c_fc.{kind}", gated, (config.mlp_width, config.mlp_width))
+            yield Place(f"{ours}.mlp.c_proj.{kind}", (f"{theirs}.mlp.down_proj.{kind}",))
+
+
+class Tensors:
+    """The tensors of a checkpoint's safetensors files, one file or several with an index, read as they are asked for.
+
+    Raises UserError where there are none, one is damaged, or the weights are pickles.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.unread = folder, {}
+        self._files, listed = {}, self._listed()
+        for name in sorted(set(listed.values())) or ["model.safetensors"]:
+            path = folder / name
+            try:
+                with utf8_path(path) as readable:
+                    self._files[name] = safe_open(readable, "pt")
+                for tensor in self._files[name].keys():  # noqa: SIM118 - it is not a dict
+                    if (other := self.unread.setdefault(tensor, name)) != name:
+                        raise UserError(f"{folder} holds {tensor} in two files, {other} and {name}: delete one of them")
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"cannot read {path}: {error}") from None
+        if lost := [tensor for tensor, name in listed.items() if self.unread.get(tensor) != name]:
+            raise UserError(f"{folder / INDEX} says that {lost[0]} is in {listed[lost[0]]}, and it is not")
+
+    def _listed(self) -> dict[str, str]:
+        """The file of each tensor by the index; none where there is one file only."""
+        single = (self.folder / "model.safetensors").exists()
+        if (self.folder / INDEX).exists():
+            if single:
+                raise UserError(f"{self.folder} holds model.safetensors and {INDEX}: delete the one that is not meant")
+            try:
+                listed = dict(json.loads((self.folder / INDEX).read_bytes())["weight_map"])
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+                raise UserError(f"{self.folder / INDEX} is not an index of safetensors files: {error!r}") from None
+            if not all(isinstance(name, str) and Path(name).name == name for name in listed.values()):
+                raise UserError(f"{self.folder / INDEX} names files outside of its directory")
+            if not listed:
+                raise UserError(f"{self.folder / INDEX} names no weights")
+            return listed
+        if single:
+            return {}
+        hint = instead(self.folder)
+        raise UserError(f"{self.folder} has no weights: there is no model.safetensors" + (f"; {hint}" if hint else ""))
+
+    def take(self, name: str, prefix: str) -> Tensor | None:
+        """The tensor of that name, or of that name without the prefix, as checkpoints of the bare decoder have it."""
+        found = self.find(name, prefix)
+        if found is None:
+            return None
+        tensor = self.read(found)
+        del self.unread[found]
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise UserError(
+                f"{self.folder}: {found} has the type {tensor.dtype}: only full weights (16 bits or more) fit"
+            )
+        if not tensor.isfinite().all():
+            raise UserError(f"{self.folder}: {found} holds NaN or infinity: give a checkpoint from before that")
+        return tensor
+
+    def find(self, name: str, prefix: str) -> str | None:
+        """The name under which the checkpoint has a tensor that was not taken yet."""
+        return next((n for n in (name, name.removeprefix(prefix)) if n in self.unread), None)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that was not taken yet, by its own name."""
+        file = self.unread[name]
+        try:
+            return self._files[file].get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"cannot read {name} in {self.folder / file}: {error}") from None
+
+
+def has_other_head(folder: Path, family: str) -> bool:
+    """Whether a checkpoint holds a head that is not its embedding table."""
+    try:
+        tensors = Tensors(folder)
+    except UserError:  # whoever reads the weights says so
+        return False
+    table, prefix = ("transformer.wte.weight", "transformer.") if family == "gpt2" else (_TABLE, "model.")
+    name = tensors.find(table, prefix)
+    if name is None or "lm_head.weight" not in tensors.unread:
+        return False
+    head, rows = tensors.read("lm_head.weight"), tensors.read(name)
+    wider = torch.promote_types(head.dtype, rows.dtype)
+    return head.shape != rows.shape or not torch.equal(head.to(wider), rows.to(wider))
+
+
+def _swap_halves(rows: Tensor, heads: int, width: int) -> Tensor:
+    """Rows of queries, keys and values: the two halves of each of the first `heads` heads change places."""
+    turned, rest = rows[: heads * width], rows[heads * width :]
+    turned = turned.view(heads, 2, width // 2, *rows.shape[1:]).flip(1).reshape(turned.shape)
+    return torch.cat((turned, rest))
+
+
+def biased(family: str, given: dict[str, Any]) -> set[str]:
+    """The modules of a family that have a bias, by their names, where config.json says `given`."""
+    if family == "gpt2":
+        return {"c_attn", "c_proj", "c_fc", "ln_1", "ln_2", "ln_f"}
+    if family == "qwen2":
+        return {"q_proj", "k_proj", "v_proj"}
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"} if given["attention_bias"] else set()
+    return attention | ({"gate_proj", "up_proj", "down_proj"} if family == "llama" and given["mlp_bias"] else set())
+
+
+@torch.no_grad()
+def copy_from(folder: Path, family: str, model: GPT, biases: set[str], positions: int) -> None:
+    """Copy a checkpoint's weights into a model made of config_from_hf; a position table is cut to the model's context.
+
+    biases: the modules that have one there; the others' are zeros. positions: rows of its position table.
+    Raises UserError for a weight that is missing, of another shape, or has no place in the model.
+    """
+    config, tensors, weights = model.config, Tensors(folder), dict(model.named_parameters())
+    prefix = "transformer." if family == "gpt2" else "model."
+    for place in layout(family, config):
+        weight = weights.pop(place.ours)
+        if not place.theirs:
+            weight.fill_(1.0)
+            continue
+        parts, sizes = [], place.sizes or (len(weight),) * len(place.theirs)
+        for size, name in zip(sizes, place.theirs, strict=True):
+            if name.endswith(".bias") and name.split(".")[-2] not in biases:
+                parts.append(torch.zeros(size))
+                continue
+            if (part := tensors.take(name, prefix)) is None:
+                raise UserError(f"{folder} lacks the weight {name}")
+            table = place.ours == "position_embed.weight"
+            wanted = (positions if table else size, *weight.shape[1:])
+            wanted = wanted[::-1] if place.transposed else wanted
+            if part.shape != wanted:
+                raise UserError(f"{folder}: {name} has shape {tuple(part.shape)}, not {wanted}")
+            parts.append(part.T if place.transposed else part[:size])
+        if place.equal and not torch.equal(parts[0], parts[1]):
+            raise UserError(f"{folder} has a ReLU that gates another projection: only a gate equal to it, ReLU^2, fits")
+        rows = parts[0] if len(parts) == 1 or place.equal else torch.cat(parts)
+        weight.copy_(rows if place.halves is None else _swap_halves(rows, *place.halves))
+    if family == "nanochat":  # its norm after the table is folded into the table
+        embed = model.embed.weight
+        embed.mul_(embed.square().mean(-1, keepdim=True).add_(config.norm_eps).rsqrt_())
+    if config.tied_embeddings and "lm_head.weight" in tensors.unread:  # which has_other_head has compared
+        del tensors.unread["lm_head.weight"]
+    left = [name for name in tensors.unread if not _TABLES.fullmatch(name)]
+    odd = [name for name in tensors.unread if name not in left and not _usual(name, tensors.read(name), config)]
+    if odd:
+        log.warning("%s: %s is not what its options make it, and is left out", folder, odd[0])
+    if left:
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        raise UserError(f"{folder} holds weights that this model has no place for: {', '.join(left[:3])}{more}")
+
+
+def _usual(name: str, table: Tensor, config: ModelConfig) -> bool:
+    """Whether a table beside the weights is what the model computes for itself."""
+    kind = next(filter(None, _TABLES.fullmatch(name).groups()))
+    if kind == "bias":  # which keys a query sees
+        rows = table.squeeze().float()
+        return rows.ndim == 2 and torch.equal(rows, torch.ones_like(rows).tril())
+    if kind == "masked_bias":  # the score of the others
+        return table.numel() == 1 and float(table) <= -1e4
+    exponents = torch.arange(0, config.head_width, 2, dtype=torch.float64) / config.head_width
+    expected = config.rope_theta**-exponents
+    return table.shape == expected.shape and torch.allclose(table.double(), expected, rtol=1e-2)
+
+
+@torch.no_grad()
+def tensors_for(family: str, model: GPT, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The model's weights under the family's names; biases that the model lacks are zeros."""
+    state, found = dict(model.named_parameters()), {}
+    for place in layout(family, model.config):
+        if not place.theirs:
+            continue
+        if place.ours in state:
+            rows = state[place.ours].detach().cpu()
+        else:
+            rows = torch.zeros(len(state[place.ours.removesuffix("bias") + "weight"]))
+        rows = rows if place.halves is None else _swap_halves(rows, *place.halves)
+        parts = [rows] * len(place.theirs) if place.equal else rows.split(place.sizes or (len(rows),))
+        for name, part in zip(place.theirs, parts, strict=True):
+            found[name] = (part.T if place.transposed else part).to(dtype).contiguous().clone()
+    if family == "nanochat":
+        # What the norm after its table makes into ours: a row of mean square s comes from one that is
+        # sqrt(eps / (1 - s)) times as large.
+        embed = model.embed.weight.detach().cpu()
+        rest = 1 - embed.double().square().mean(-1, keepdim=True)
+        scale = (model.config.norm_eps / rest.clamp(min=1e-7)).sqrt()
+        found["model.embed_tokens.weight"] = (embed * scale).to(dtype)
+    return found
+
+
+def fits_nanochat(model: GPT) -> list[str]:
+    """What in the weights keeps a model from being written as nanochat, whose norms have no weights."""
+    state, faults = dict(model.named_parameters()), []
+    if not all(torch.all(state[p.ours] == 1) for p in layout("nanochat", model.config) if not p.theirs):
+        faults.append("norms with weights other than 1")
+    if model.embed.weight.square().mean(-1).max() > 1 + 1e-5:
+        faults.append("embeddings whose root mean square is above 1")
+    return faults

@@ -1,0 +1,81 @@
+"""A few small functions whose gradient is written out, for eager training on a CPU.
+
+There a norm or a rotation is a dozen small operations, and most of a small model's step goes into them. Each function
+here is the plain formula with fewer passes over memory: about half the time. A GPU has fused kernels, and torch.compile
+fuses for itself, so both keep the plain formulas (see by_hand).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def by_hand(x: Tensor) -> bool:
+    """Whether these functions serve x better than the plain formulas: in eager training on a CPU."""
+    return torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """w * x / sqrt(mean(x^2) + eps) over the last axis; x (..., D), w (D,) (Zhang & Sennrich 2019)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, eps: float) -> Tensor:
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        rstd = mean_square.add_(eps).rsqrt_()  # (..., 1)
+        unit = x * rstd
+        ctx.save_for_backward(unit, rstd, w)
+        return unit * w
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        unit, rstd, w = ctx.saved_tensors
+        products = dy * unit
+        along = (products @ w).div_(-unit.shape[-1]).unsqueeze(-1)  # minus the mean of dy * w * unit
+        dx = (dy * w).addcmul_(unit, along).mul_(rstd)
+        return dx, products.flatten(0, -2).sum(0), None
+
+
+class RotateFunction(torch.autograd.Function):
+    """x * cos + swap(x) * sin, swap exchanging the halves of the last axis; x (B, T, H, D) (Su et al. 2021).
+
+    cos and sin broadcast to x and need no gradient. sin holds the rotation's signs: see positions.rotary_table.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        half = x.shape[-1] // 2
+        y = x * cos
+        y[..., :half].addcmul_(x[..., half:], sin[..., :half])
+        y[..., half:].addcmul_(x[..., :half], sin[..., half:])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        half = dy.shape[-1] // 2
+        dx = dy * cos
+        dx[..., :half].addcmul_(dy[..., half:], sin[..., half:])
+        dx[..., half:].addcmul_(dy[..., :half], sin[..., :half])
+        return dx, None, None
+
+
+class ReLUSquaredFunction(torch.autograd.Function):
+    """max(x, 0)^2 (So et al. 2021)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = F.relu(x)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        return (dy * positive).mul_(2)

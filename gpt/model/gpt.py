@@ -1,0 +1,248 @@
+"""The decoder: one GPT that a ModelConfig turns into GPT-2, the original Transformer's decoder, or Qwen3's block.
+
+Shapes: B batch, T tokens, C = n_embd, H query heads, H_kv key and value heads, D head width, V vocabulary.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gpt.arguments import checked, shown
+from gpt.errors import require
+from gpt.model.attention import CausalSelfAttention
+from gpt.model.config import ModelConfig
+from gpt.model.inputs import check_call, check_hidden, check_targets
+from gpt.model.mlp import MLP
+from gpt.model.norms import make_norm
+from gpt.model.positions import rotary_table, sinusoidal_table
+from kernels import linear_cross_entropy
+from kernels.linear_cross_entropy import workspace_bytes
+
+IGNORE_INDEX = -100  # targets with this value do not count in the loss
+
+
+class Block(nn.Module):
+    """Attention and MLP, each with a residual; the norm comes before the sublayer or after the sum."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.pre_norm = config.norm_order == "pre"
+        self.attn_norm = make_norm(config, config.n_embd)
+        self.attn = CausalSelfAttention(config, layer)
+        self.mlp_norm = make_norm(config, config.n_embd)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.checkpointing = False
+
+    def forward(self, x: Tensor, *context: Any) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            # Chen et al. 2016: keep the input, compute the rest again in the backward.
+            redraw = self.dropout.p > 0
+            return checkpoint(self.body, x, *context, use_reentrant=False, preserve_rng_state=redraw)
+        return self.body(x, *context)
+
+    def body(self, x: Tensor, *context: Any) -> Tensor:
+        if self.pre_norm:
+            x = x + self.dropout(self.attn(self.attn_norm(x), *context))
+            return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = self.attn_norm(x + self.dropout(self.attn(x, *context)))
+        return self.mlp_norm(x + self.dropout(self.mlp(x)))
+
+
+class GPT(nn.Module):
+    """Tokens in, next-token logits out.
+
+    Raises ValueError where the config has no vocab_size, or a call has more tokens than seq_len or one outside the
+    vocabulary (on a CPU; elsewhere nothing waits to see it), TypeError for arguments of another kind.
+    """
+
+    @checked
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("ModelConfig.vocab_size must be set to build a model")
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        # Vaswani et al. scale the embeddings up to the size of sines and cosines of amplitude 1.
+        self.embed_scale = math.sqrt(config.n_embd) if config.position == "sinusoidal" else 1.0
+        if config.position == "learned":
+            self.position_embed = nn.Embedding(config.seq_len, config.n_embd)
+        elif config.position == "sinusoidal":
+            self.register_buffer("position_table", sinusoidal_table(config.seq_len, config.n_embd), persistent=False)
+        elif config.position == "rotary":
+            cos, sin = rotary_table(config.seq_len, config.head_width, config.rope_theta)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+        width = config.kv_heads * config.head_width
+        self.value_embeds = nn.ModuleList(nn.Embedding(config.vocab_size, width) for _ in range(config.value_embeds))
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = make_norm(config, config.n_embd) if config.norm_order == "pre" else nn.Identity()
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied_embeddings:
+            self.head.weight = self.embed.weight
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw every weight anew, as config.init says.
+
+        gpt2: N(0, 0.02), the projections into the residual stream by a further 1 / sqrt(2 n_layer) (Radford et al.
+        2019). xavier: uniform (Glorot & Bengio 2010), embeddings N(0, 1/C). scaled: N(0, 1 / fan_in), so that
+        activations keep their size at any width (as in muP, Yang et al. 2022), and zeros for the head and for
+        the projections into the residual stream, so that each block starts as the identity and the loss as ln V.
+        Value embeddings and their gates start as zeros in all of them.
+        """
+        C, init = self.config.n_embd, self.config.init
+        for name, weight in self.named_parameters():
+            if name.endswith("bias"):
+                weight.zero_()
+            elif weight.ndim == 1:
+                weight.fill_(1.0)
+            elif "value_" in name:
+                weight.zero_()
+            elif "embed" in name:  # also the head, when tied
+                std = {"gpt2": 0.02, "xavier": C**-0.5, "scaled": C**-0.5 if self.config.tied_embeddings else 1.0}[init]
+                weight.normal_(std=std)
+            elif init == "gpt2":
+                residual = name.endswith("c_proj.weight")
+                weight.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+            elif init == "xavier":
+                nn.init.xavier_uniform_(weight)
+            elif name.endswith("c_proj.weight") or name == "head.weight":
+                weight.zero_()
+            else:
+                weight.normal_(std=weight.shape[1] ** -0.5)
+
+    def hidden(
+        self,
+        idx: Tensor,
+        *,
+        positions: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+    ) -> Tensor:
+        """The last block's normalised output (B, T, C): what `logits` reads. Arguments as for forward."""
+        if not torch.compiler.is_compiling():
+            check_call(self.config, self.embed.weight, idx, positions, segment_ids)
+        _, T = idx.shape
+        if T > self.config.seq_len:
+            raise ValueError(f"{T} tokens are more than the context of {self.config.seq_len}")
+        # A slice, not an index, where positions simply count: no gather on the common road.
+        at = slice(T) if positions is None else positions
+
+        x = self._embedded(idx)  # (B, T, C)
+        rotary = None
+        if self.config.position == "learned":
+            x = x + self.position_embed.weight[at]
+        elif self.config.position == "sinusoidal":
+            x = x + self.position_table[at]
+        elif self.config.position == "rotary":
+            rotary = self.cos[at].unsqueeze(-2), self.sin[at].unsqueeze(-2)  # each (B or none, T, 1, D)
+        x = self.dropout(x)
+        tables = [table(idx) for table in self.value_embeds]  # each (B, T, H_kv D)
+        for layer, block in enumerate(self.blocks):
+            table = self.config.value_table_of(layer)
+            x = block(x, None if table is None else tables[table], rotary, segment_ids)
+        return self.norm(x)
+
+    def _embedded(self, idx: Tensor) -> Tensor:
+        """Rows of the embedding table, scaled (B, T, C)."""
+        try:
+            x = self.embed(idx)
+        except IndexError:
+            last = self.config.vocab_size - 1
+            raise ValueError(f"idx holds a token id outside the vocabulary, 0 to {last}") from None
+        return x * self.embed_scale if self.embed_scale != 1.0 else x
+
+    def forward(
+        self,
+        idx: Tensor,
+        *,
+        positions: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V) for idx (B, T), int64.
+
+        positions (B, T) or (T,): where each token is in its document; by default they count from 0.
+        They choose rows of the position table; ALiBi knows only distances within the row.
+        segment_ids (B, T) int32: tokens attend within their own segment alone.
+        """
+        return self.logits(self.hidden(idx, positions=positions, segment_ids=segment_ids))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head: logits (..., V) of hidden (..., C), after the softcap where there is one."""
+        if not torch.compiler.is_compiling():
+            check_hidden(self.head.weight, hidden)
+        logits, cap = self.head(hidden), self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits.float() / cap)
+
+    def loss(
+        self,
+        idx: Tensor,
+        targets: Tensor,
+        *,
+        positions: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        reduction: str = "mean",
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """Cross entropy in nats per token of targets (B, T), those equal to -100 left out; in fp32.
+
+        It is that of forward's logits, but they are never all in memory: see kernels.linear_cross_entropy, which also
+        explains z_loss and label_smoothing.
+        """
+        hidden = self.hidden(idx, positions=positions, segment_ids=segment_ids)  # (B, T, C)
+        check_targets(targets, hidden)
+        try:
+            return linear_cross_entropy(
+                hidden,
+                self.head.weight,
+                targets,
+                softcap=self.config.logit_softcap,
+                z_loss=z_loss,
+                label_smoothing=label_smoothing,
+                ignore_index=IGNORE_INDEX,
+                reduction=reduction,
+            )
+        except IndexError as error:
+            raise ValueError(f"targets: {error}") from None
+
+    def loss_workspace_bytes(self, tokens: int, device: torch.device) -> int:
+        """Bytes that `loss` works in beside its arguments, for so many tokens under the autocast that is on."""
+        is_cast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if is_cast else self.head.weight.dtype
+        return workspace_bytes(tokens, *self.head.weight.shape, dtype, device.type)
+
+    @checked
+    def checkpoint_activations(self, on: bool = True) -> None:
+        """Whether each block keeps only its input for the backward and computes the rest again."""
+        for block in self.blocks:
+            block.checkpointing = on
+
+    @checked
+    def num_parameters(self, *, embeddings: bool = True) -> int:
+        """Weights, shared ones once; embeddings=False leaves out all tables (but not an untied head)."""
+        count = sum(p.numel() for p in self.parameters())
+        if not embeddings:
+            count -= sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding))
+        return count
+
+    @checked
+    def flops_per_token(self, seq_len: int | None = None, *, training: bool = True) -> float:
+        """Floating-point operations of the matrix products for one token, the mean over rows of seq_len tokens.
+
+        Forward: 2 for each weight of a linear layer, and 4 H D for each key that a query sees: (T + 1) / 2 of them on
+        average when causal, fewer under a window. (Counts that take all T keys, as Chowdhery et al. 2022 do in
+        appendix B, are higher.) Training is three times forward. Norms, activations and look-ups are not counted.
+        """
+        T = self.config.seq_len if seq_len is None else seq_len
+        require(1 <= T < 1 << 31, f"seq_len must be at least 1 and below {1 << 31}, not {shown(T)}")
+        windows = [min(self.config.window_of(layer) or T, T) for layer in range(self.config.n_layer)]
+        visible_keys = sum(window * (window + 1) / 2 + (T - window) * window for window in windows) / T
+        linear = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        scores = 4 * self.config.n_head * self.config.head_width * visible_keys
+        return (3 if training else 1) * (2 * linear + scores)

@@ -1,0 +1,45 @@
+"""How positions enter: rotary, sinusoidal and learned tables, ALiBi."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from gpt.model.cpu_autograd import RotateFunction, by_hand
+
+
+def sinusoidal_table(seq_len: int, width: int) -> Tensor:
+    """(seq_len, width) of sin and cos interleaved (Vaswani et al. 2017, section 3.5)."""
+    angles = torch.outer(torch.arange(seq_len).float(), 10000.0 ** (-torch.arange(0, width, 2).float() / width))
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, :width]
+
+
+def rotary_table(seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (seq_len, D): the D/2 angles twice, the first half's sines negated (Su et al. 2021).
+
+    The half-split pairing (i, i + D/2) is that of GPT-NeoX, Llama and Qwen3; with the signs folded into the table
+    a rotation is x * cos + roll(x, D/2) * sin.
+    """
+    angles = torch.outer(torch.arange(seq_len).double(), theta ** (-torch.arange(0, head_dim, 2).double() / head_dim))
+    cos, sin = angles.cos().float(), angles.sin().float()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on x (B, T, H, D); cos and sin (B or none, T, 1, D) as rotary_table gives them."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    if by_hand(x):
+        return RotateFunction.apply(x, cos, sin)
+    half = x.shape[-1] // 2
+    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
+    return torch.addcmul(x * cos, swapped, sin)
+
+
+def alibi_slopes(n_head: int) -> Tensor:
+    """(H,) slopes: a geometric sequence, for H not a power of two interleaved as in Press et al. 2022."""
+
+    def powers(n: int) -> list[float]:
+        return [2.0 ** (-8.0 * (i + 1) / n) for i in range(n)]
+
+    below = 2 ** int(math.log2(n_head))
+    return torch.tensor(powers(below) + powers(2 * below)[0::2][: n_head - below])

@@ -1,0 +1,78 @@
+"""A run directory: start and resume a run, and load its model."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpt.arguments import checked
+from gpt.config import Config
+from gpt.config_file import config_from_toml
+from gpt.data.tokenizers import Tokenizer, load_tokenizer
+from gpt.device import Device, pick_device
+from gpt.errors import UserError
+from gpt.files import is_folder
+from gpt.folders import adapter, instead
+from gpt.model import GPT
+from gpt.run.checkpoint import best_checkpoint, load_weights, newest_checkpoint, verify
+from gpt.run.layout import checkpoints_of
+
+if TYPE_CHECKING:
+    pass
+
+
+def read_run(
+    run_dir: Path, which: str | Path = "newest", say: Callable[[str], None] = print
+) -> tuple[Config, Tokenizer, Path]:
+    """Config, tokenizer and a sound checkpoint of a run: its newest, its best, or the one at a path.
+
+    Raises UserError where one is missing or damaged.
+    """
+    if not is_folder(run_dir):
+        hint = instead(run_dir) if run_dir.exists() else "there is no such directory"
+        raise UserError(f"{run_dir} is not a run directory: {hint or 'it is a file'}")
+    if not (run_dir / "config.toml").exists():
+        hint = adapter(run_dir) if (run_dir / "config.json").exists() else instead(run_dir)
+        if not hint and (run_dir / "config.json").exists():
+            hint = "it is a Hugging Face checkpoint: train it on with --init-from, or load it with gpt.from_hf"
+        raise UserError(f"{run_dir} is not a run directory: {hint or 'it has no config.toml'}")
+    if which in ("newest", "best"):
+        checkpoint = {"newest": newest_checkpoint, "best": best_checkpoint}[which](checkpoints_of(run_dir), say)
+        if checkpoint is None:
+            kind = "checkpoint" if which == "newest" else "best checkpoint"
+            raise UserError(f"{run_dir} has no {kind} yet: train it first, or wait for its first one")
+    else:
+        checkpoint = Path(which)
+        if fault := verify(checkpoint):
+            raise UserError(f"the checkpoint {checkpoint} cannot be used: {fault}")
+    return config_from_toml(run_dir / "config.toml"), run_tokenizer(run_dir), checkpoint
+
+
+def run_tokenizer(run_dir: Path) -> Tokenizer:
+    """A run's tokenizer; UserError where the file is damaged, or is not the one that the run was trained with."""
+    tokenizer = load_tokenizer(run_dir / "tokenizer.json")
+    try:
+        trained = json.loads((run_dir / "corpus.json").read_bytes()).get("tokenizer")
+    except (OSError, ValueError, AttributeError):
+        trained = None
+    if trained not in (None, tokenizer.fingerprint):
+        raise UserError(
+            f"{run_dir / 'tokenizer.json'} is not the tokenizer that the run was trained with, so its ids mean other "
+            "text: bring the file back"
+        )
+    return tokenizer
+
+
+@checked
+def load(run_dir: str | Path, device: Device = "auto", *, which: str | Path = "newest") -> tuple[GPT, Tokenizer]:
+    """The model (in eval mode, fp32) and tokenizer of a run: the averaged weights, if kept.
+
+    which: "newest", its newest sound checkpoint; "best", that of the lowest validation loss; or a checkpoint's path.
+    Raises UserError where the directory holds no run, no checkpoint, or a damaged one, and for a device that cannot be
+    used.
+    """
+    place = pick_device(device)
+    config, tokenizer, checkpoint = read_run(Path(run_dir), which)
+    model = GPT(config.model)
+    load_weights(checkpoint, model, averaged=True)
+    return model.eval().to(place), tokenizer

@@ -1,0 +1,129 @@
+"""The command line of train.py into a Config: defaults, then a preset, then the file, then the flags."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from gpt.command_line import checked_words, option_kinds, parse_flags
+from gpt.config import PRESETS, Config, ModelConfig
+from gpt.config_file import TABLES, config_from_toml, read_toml, with_changes
+from gpt.errors import UserError
+from gpt.interop.initial import has_tokenizer, initial_config
+
+
+@dataclass(frozen=True)
+class Arguments(Config):
+    """Train a GPT on a text corpus. Every key of the TOML file is also a flag here, and a flag wins."""
+
+    config_file: tyro.conf.Positional[Path | None] = None
+    """TOML file with the tables [data] [tokenizer] [model] [optim] [train] [log]."""
+    preset: Literal[tuple(PRESETS)] | None = None
+    """Model options to start from: modern (Qwen3's block), gpt2, or transformer (2017)."""
+
+
+def _given(argv: Sequence[str], flag: str) -> str | None:
+    """What a flag is set to, before tyro has read the line; given twice, the last one counts, as there."""
+    found = None
+    for i, word in enumerate(argv):
+        name, _, value = word.partition("=")
+        if name.replace("_", "-") == flag:
+            found = value or next(iter(argv[i + 1 : i + 2]), None)
+    return found
+
+
+# Flags that do nothing unless another option has one of these values. A file may hold both: it serves several commands.
+ACTS_WITH: dict[str, tuple[str, str, tuple[Any, ...]]] = {
+    "bpe_vocab_size": ("tokenizer", "tokenizer", ("bpe",)),
+    "rope_theta": ("model", "position", ("rotary",)),
+    "embedding_lr": ("optim", "optimizer", ("muon",)),
+    "head_lr": ("optim", "optimizer", ("muon",)),
+    "muon_momentum": ("optim", "optimizer", ("muon",)),
+    "muon_ns_steps": ("optim", "optimizer", ("muon",)),
+    "min_lr": ("optim", "schedule", ("cosine", "linear", "wsd")),
+    "decay_fraction": ("optim", "schedule", ("wsd",)),
+    "wandb_project": ("log", "wandb", ("offline", "online")),
+}
+
+
+def _check_acting(argv: Sequence[str], config: Config) -> None:
+    """UserError for a flag that would be ignored."""
+    for name, (table, key, values) in ACTS_WITH.items():
+        value = getattr(getattr(config, table), key)
+        flag = "--" + name.replace("_", "-")
+        if value not in values and _given(argv, flag) is not None:
+            raise UserError(f"{flag} does nothing with {key} {value}: it goes with {' or '.join(values)}")
+
+
+def _check_source(argv: Sequence[str], source: str, preset: str | None) -> None:
+    """UserError where what init_from brings is asked for beside it."""
+    named = _given(argv, "--tokenizer")
+    if preset:
+        raise UserError(f"preset {preset} and init_from {source} contradict each other: give one")
+    if named and has_tokenizer(source):
+        raise UserError(f"tokenizer {named} and init_from {source}, which has its own, contradict each other: give one")
+
+
+def _preset(name: str | None) -> dict[str, Any]:
+    """What a preset says of the model: each option that any preset sets. UserError for an unknown preset."""
+    if name is None:
+        return {}
+    if name not in PRESETS:
+        raise UserError(f"there is no preset {name!r}: {', '.join(PRESETS)} are")
+    defaults = asdict(ModelConfig())
+    return {key: defaults[key] for preset in PRESETS.values() for key in preset} | PRESETS[name]
+
+
+def _begun_run(argv: Sequence[str], path: Path | None, tables: dict[str, dict[str, Any]]) -> Path | None:
+    """The config.toml of the run being resumed, if it exists: init_from has then done its part."""
+    train = tables.get("train", {})
+    run_dir = _given(argv, "--run-dir") or train.get("run_dir") or _run_dir(path)
+    saved = Path(run_dir) / "config.toml"
+    return saved if ("--resume" in argv or train.get("resume")) and saved.exists() else None
+
+
+def _run_dir(path: Path | None) -> Path:
+    """Where a run is kept that does not say: by the name of its config file."""
+    return Path("runs") / (path.stem if path else "gpt")
+
+
+def load_config(argv: Sequence[str], prog: str = "train.py") -> Config:
+    """The Config that a command line asks for. Raises UserError.
+
+    With init_from the model's options begin as the source's, in a preset's place. Over a run's own file a preset is as
+    the flags are: what it says is asked of the run.
+    With --resume or --eval-only and a run directory but no file, the run's own config.toml is the file.
+    With --resume and an existing run, its model's options replace the source's.
+    """
+    argv = checked_words(argv, option_kinds(Arguments))
+    path = Path(argv[0]) if argv and not argv[0].startswith("-") else None
+    run_dir, saved = _given(argv, "--run-dir"), None
+    if path is None and run_dir and {"--resume", "--eval-only", "--eval_only"} & set(argv):
+        saved = Path(run_dir) / "config.toml"
+        path = saved if saved.exists() else None
+    tables = read_toml(path) if path else {}
+    model = dict(tables.get("model", {}))
+    preset = _given(argv, "--preset") or model.pop("preset", None)
+    model.pop("preset", None)
+    source = _given(argv, "--init-from") or tables.get("train", {}).get("init_from")
+    if path is not None and path == saved:  # it has every option of the model; the run is checked against a preset
+        tables["model"] = model | _preset(preset)
+    elif source and (begun := _begun_run(argv, path, tables)):
+        tables["model"] = asdict(config_from_toml(begun).model) | _preset(preset) | model
+    elif source:
+        _check_source(argv, source, preset)
+        tables["model"] = asdict(initial_config(source)) | model
+    else:
+        tables["model"] = _preset(preset) | model
+    try:
+        base = {name: cls(**tables.get(name, {})) for name, cls in TABLES.items()}
+    except UserError as error:
+        raise UserError(f"{path}: {error}" if path else str(error)) from error
+    arguments = parse_flags(Arguments, argv, default=Arguments(**base), prog=prog)
+    config = Config(**{name: getattr(arguments, name) for name in TABLES})
+    _check_acting(argv, config)
+    if config.train.run_dir is None:
+        config = with_changes(config, "train", run_dir=_run_dir(path))
+    return config

@@ -1,0 +1,99 @@
+"""A model's loss on every rank: DDP, FSDP2 or alone."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from gpt.distributed import World, gathered
+from gpt.model import GPT
+from gpt.training.config import TrainConfig
+
+Mode = Literal["none", "ddp", "fsdp"]
+
+
+def mode_of(train: TrainConfig, world: World) -> Mode:
+    """How this world trains."""
+    if not world.joined:
+        return "none"
+    return "ddp" if train.parallel == "auto" else train.parallel
+
+
+class _Loss(nn.Module):
+    """GPT.loss as a forward, which is what DDP and FSDP hook into."""
+
+    def __init__(self, model: GPT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, y: Tensor, **options) -> Tensor:
+        return self.model.loss(x, y, **options)
+
+
+class Parallel:
+    """A model's loss on every rank, with gradients that are the mean over ranks.
+
+    none: the model as it is. ddp: each rank has all weights, gradients are averaged in buckets during the backward (Li
+    et al. 2020). fsdp: each rank keeps its rows of each weight, gradient and optimizer state, and each block's weights
+    are gathered for as long as it computes (Zhao et al. 2023, as PyTorch's fully_shard); the model's parameters become
+    DTensors, so that optimizers must be built after this.
+    """
+
+    def __init__(self, model: GPT, world: World, mode: Mode, *, compiled: bool = False):
+        self.mode = mode
+        self.loss: Callable[..., Tensor] = model.loss
+        self._eval_loss = model.loss
+        if mode == "fsdp":
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = init_device_mesh(world.device.type, (world.size,))
+            for block in model.blocks:
+                if compiled:
+                    block.compile()
+                fully_shard(block, mesh=mesh)
+            self.loss = self._eval_loss = fully_shard(_Loss(model), mesh=mesh)
+            return
+        if mode == "ddp":
+            DDP = nn.parallel.DistributedDataParallel
+            devices = [world.device] if world.device.type == "cuda" else None
+            # Our buffers are constant tables. The first name is torch 2.13's, the second that of those before.
+            newer = "forward_sync_buffers" in inspect.signature(DDP).parameters
+            constant = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+            self.loss = DDP(_Loss(model), device_ids=devices, gradient_as_bucket_view=True, **constant)
+        if compiled:
+            self.loss = torch.compile(self.loss)
+
+    @contextmanager
+    def gradients(self, *, reduced: bool) -> Iterator[None]:
+        """Around a forward and backward; reduced=False keeps the gradients on the rank, for later ones to join."""
+        if self.mode == "fsdp":
+            self.loss.set_requires_gradient_sync(reduced)
+        if self.mode == "ddp" and not reduced:
+            with self.loss.no_sync():
+                yield
+        else:
+            yield
+
+    def eval_loss(self, x: Tensor, y: Tensor, **places: Tensor) -> Tensor:
+        """The sum of the losses of this rank's batch, without gradients. Under fsdp all ranks must call it together."""
+        loss = self._eval_loss(x, y, reduction="sum", **places)
+        if self.mode == "fsdp":
+            # Without a backward the outermost weights would stay gathered, and later be taken for the current ones.
+            self._eval_loss.reshard()
+        return loss
+
+
+def whole_model(model: GPT, mode: Mode, world: World) -> GPT | None:
+    """A model that rank 0 can run alone; None on the others. Under fsdp all ranks must call it together."""
+    if mode != "fsdp":
+        return model if world.main else None
+    weights = gathered(model.named_parameters(), world)
+    if not world.main:
+        return None
+    whole = GPT(model.config).to(world.device)
+    whole.load_state_dict(weights, strict=False)  # a tied head has no name of its own
+    return whole

@@ -1,0 +1,84 @@
+"""What all ranks of a training must have alike, compared while nothing has been computed yet.
+
+Ranks that differ would train on without a word, each on its own, or wait for each other for ever.
+"""
+
+import functools
+import hashlib
+import json
+import platform
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gpt.config import Config
+from gpt.data.corpus import Corpus
+from gpt.distributed import World
+from gpt.errors import UserError
+from gpt.run.checkpoint import MANIFEST
+
+ROOT = Path(__file__).parents[2]
+# Nodes may have the same text and runs in other places, and only rank 0 logs.
+OWN_OPTIONS = ("corpus", "cache_dir", "run_dir", "init_from", "resume_from", "wandb", "wandb_project")
+
+
+def check_alike(world: World, facts: dict[str, str]) -> None:
+    """UserError, on every rank, that says which ranks differ from rank 0 in which facts. All must call it together."""
+    if world.size == 1:
+        return
+    first, *others = map(json.loads, world.gather(json.dumps(facts)))
+    different = [
+        f"rank {rank} has {_clauses(theirs, first)}" for rank, theirs in enumerate(others, 1) if theirs != first
+    ]
+    if different:
+        raise UserError(
+            f"the ranks are not alike: {'; '.join(different)}: start all of them with the same command, code and text, "
+            "and with a run directory that all of them share"
+        )
+
+
+def _clauses(theirs: dict[str, str], first: dict[str, str]) -> str:
+    names = [name for name in {**first, **theirs} if theirs.get(name) != first.get(name)]
+    return ", ".join(
+        f"{name} {theirs.get(name, 'unknown')} where rank 0 has {first.get(name, 'none')}" for name in names
+    )
+
+
+def start_facts(config: Config) -> dict[str, str]:
+    """Of a rank's command and program."""
+    facts = {"code": _code_digest(), "torch": torch.__version__, "Python": platform.python_version()}
+    for part in fields(config):
+        options = getattr(config, part.name)
+        for option in fields(options):
+            if option.name not in OWN_OPTIONS:
+                facts[f"--{option.name.replace('_', '-')}"] = str(getattr(options, option.name))
+    return facts
+
+
+def data_facts(corpus: Corpus, checkpoint: Path | None) -> dict[str, str]:
+    """Of what a rank reads: its text, its tokenizer, and the checkpoint that it goes on from."""
+    manifest = "" if checkpoint is None else f"{checkpoint.name} {_short((checkpoint / MANIFEST).read_bytes())}"
+    return {
+        "corpus": f"{corpus.digest[:12]} ({corpus.train_tokens:,} training tokens)",
+        "tokenizer": f"{corpus.tokenizer.fingerprint[:12]} (vocabulary {corpus.tokenizer.vocab_size:,})",
+        "checkpoint": manifest or "none",
+    }
+
+
+def weight_facts(model: nn.Module) -> dict[str, str]:
+    """Of a rank's weights, bit for bit. Waits for the device."""
+    sums = [p.detach().contiguous().view(torch.int32).sum(dtype=torch.int64) for p in model.parameters()]
+    return {"initial weights": _short(str(torch.stack(sums).tolist()).encode())}
+
+
+@functools.cache
+def _code_digest() -> str:
+    """Of all that runs in a training."""
+    files = sorted([*ROOT.glob("gpt/**/*.py"), *ROOT.glob("kernels/**/*.py"), *ROOT.glob("train.py")])
+    return _short(b"".join(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() for path in files))
+
+
+def _short(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]

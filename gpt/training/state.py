@@ -1,0 +1,105 @@
+"""The training state that a checkpoint holds beside the weights."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gpt.distributed import World, gathered
+from gpt.errors import UserError
+from gpt.run.checkpoint import AVERAGE, FILES, Tensors, load_weights, read_like, read_tensors
+from gpt.training.average import Average
+from gpt.training.optimizer_state import optimizer_tensors, restore_optimizers
+
+
+def training_tensors(
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    average: Average | None = None,
+    world: World | None = None,
+) -> Tensors:
+    """The tensors that a checkpoint holds, by file: live, or gathered where they are sharded; shared weights once.
+
+    All ranks must call it together; on those other than 0 there are none.
+    """
+    world = world or World(torch.device("cpu"))
+    tensors = {
+        FILES[0]: gathered(model.named_parameters(), world),
+        FILES[1]: gathered(optimizer_tensors(model, optimizers).items(), world),
+    }
+    if average is not None:
+        tensors[AVERAGE] = gathered(average.tensors.items(), world)
+    return tensors
+
+
+def load_training_state(
+    checkpoint: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], average: Average | None = None
+) -> dict[str, Any]:
+    """Restore weights and optimizers from a verified checkpoint; returns its state.json.
+
+    average: restored too; from the weights where the checkpoint holds none.
+    Raises UserError, naming the file, for what is not a checkpoint of this model though its checksums are right.
+    """
+    load_weights(checkpoint, model)
+    restore_optimizers(model, optimizers, read_tensors(checkpoint / FILES[1]))
+    if average is not None:
+        path = checkpoint / (AVERAGE if (checkpoint / AVERAGE).exists() else FILES[0])
+        average.load(read_like(path, average.tensors))
+    return read_state(checkpoint)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 53
+
+
+def _is_place(value: Any) -> bool:
+    """Whether a value can be a loader's state: numbers, the packing's name, and the states of a mixture's loaders."""
+    if not isinstance(value, dict):
+        return False
+    own = {key: part for key, part in value.items() if key not in ("packing", "corpora")}
+    corpora = value.get("corpora", [])
+    of_one = lambda part: isinstance(part, dict) and "corpora" not in part and _is_place(part)
+    parts = isinstance(corpora, list) and all(map(of_one, corpora))
+    return parts and isinstance(value.get("packing", ""), str) and all(map(_is_count, own.values()))
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's state.json, each of its values of the kind it must be; UserError names the file and the key."""
+    path = checkpoint / FILES[2]
+    try:
+        state = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is not a training state: it is not JSON") from None
+    count = _is_count
+    table = lambda of: lambda value: isinstance(value, dict) and all(map(of, value.values()))
+    number = lambda value: type(value) in (int, float) and math.isfinite(value)
+    checks = {
+        "step": count,
+        "tokens": count,
+        "metrics_bytes": count,
+        "loader": _is_place,
+        "scaler": table(number),
+        "evaluations_since_best": count,
+        "skipped": count,
+        "evaluation_due": lambda value: isinstance(value, bool),
+        "guard": lambda value: (
+            isinstance(value, dict)
+            and count(value.get("in_a_row"))
+            and isinstance(value.get("losses"), list)
+            and all(map(number, value["losses"]))
+        ),
+        "recipe": lambda value: isinstance(value, dict),
+        "best": lambda value: value is None or (isinstance(value, dict) and number(value.get("val_loss"))),
+        "wandb_id": lambda value: value is None or isinstance(value, str),
+    }
+    if not isinstance(state, dict) or "step" not in state:
+        raise UserError(f'{path} is not a training state: it has no "step"')
+    for key in checks.keys() & state.keys():
+        if not checks[key](state[key]):
+            raise UserError(f'{path} is not a training state: "{key}" is {str(state[key])[:40]!r}')
+    return state

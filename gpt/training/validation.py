@@ -1,0 +1,224 @@
+"""What training looks at now and then: the validation loss, and what the model writes."""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt.config import Config
+from gpt.data.loader import PLACES, target_bytes, targets_in
+from gpt.data.packing import packed_validation
+from gpt.data.tokenizers import Tokenizer
+from gpt.device import autocast
+from gpt.distributed import World
+from gpt.inference.generation import generate
+from gpt.inference.sampling import SamplingConfig
+from gpt.model import GPT
+from gpt.stop import Stopped, StopRequest
+from gpt.training.average import Average
+from gpt.training.monitor import Ticker
+from gpt.training.parallel import Parallel, whole_model
+from gpt.training.progress import Progress
+
+DEFAULT_TOKENS = 1 << 18  # that an evaluation reads of each corpus unless --eval-tokens says otherwise
+
+Watch = Callable[[int, int], bool]  # told the targets done and all of them; whether to stop
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT,
+    parallel: Parallel,
+    world: World,
+    tokens: Sequence[Any],
+    tokenizer: Tokenizer,
+    config: Config,
+    limit: int | None = None,
+    watch: Watch = lambda done, total: False,
+) -> dict[str, float] | None:
+    """Loss over the validation slice, each token but the first once, in windows of the context; over all ranks.
+
+    limit: of each corpus only the first so many targets. watch is asked before each batch, by all ranks together; None
+    where it says stop. Of several corpora with weights: the mean by weight, and the loss of each under val_loss_1,
+    val_loss_2, ...
+    """
+    weights, losses = config.data.corpus_weights, []
+    total, done = sum(targets_in(part, limit) for part in tokens), 0
+    model.eval()
+    try:
+        for part in tokens:
+            nats = count = 0
+            for some_nats, some in _batches(parallel, world, part, tokenizer, config, limit):
+                if watch(done + count * world.size, total):
+                    return None
+                nats, count = nats + some_nats(), count + some
+            nats, count = world.sum(nats, count)
+            losses.append(nats / count)
+            done += int(count)
+    finally:
+        model.train()
+    # Bytes of text behind a target, on average.
+    sizes = [max(1, target_bytes(part, tokenizer, limit)) / targets_in(part, limit) for part in tokens]
+    shares = [weight / sum(weights) for weight in weights] if len(tokens) > 1 else [1.0]
+    nats, size = (sum(map(math.prod, zip(shares, values, strict=True))) for values in (losses, sizes))
+    each = {f"val_loss_{i}": loss for i, loss in enumerate(losses, 1)} if len(tokens) > 1 else {}
+    return {"val_loss": nats, "bits_per_byte": nats / math.log(2) / size, **each}
+
+
+def _batches(
+    parallel: Parallel, world: World, tokens: Any, tokenizer: Tokenizer, config: Config, limit: int | None
+) -> Iterator[tuple[Callable[[], float], int]]:
+    """Of each of this rank's batches: what computes the sum of its losses, and its targets."""
+    T = config.model.seq_len
+    options = {"batch_size": max(config.train.batch_size, 8192 // T), "seq_len": T}
+    options |= {"rank": world.rank, "world_size": world.size, "max_tokens": limit}
+    for batch in packed_validation(tokens, config.data.packing, tokenizer.document_token, **options):
+        x, y, *places = (part.to(world.device) for part in batch)
+
+        def nats(x=x, y=y, places=places) -> float:
+            with autocast(world.device, config.train.eval_dtype or config.train.dtype):
+                return float(parallel.eval_loss(x, y, **dict(zip(PLACES, places))))
+
+        yield nats, int((batch[1] >= 0).sum())
+
+
+def evaluate_only(
+    model: GPT,
+    average: Average | None,
+    parallel: Parallel,
+    world: World,
+    tokens: Sequence[Any],
+    tokenizer: Tokenizer,
+    config: Config,
+    step: int,
+    stop: StopRequest,
+) -> None:
+    """Print the validation loss after this step, under the averaged weights if they are kept.
+
+    All ranks must call this together. Raises Stopped, on all of them, where one was told to stop.
+    """
+    ticker = Ticker(print if world.main else lambda text: None)
+    watch = lambda done, total: ticker(done, total) or world.any(stop.reason is not None)
+    with contextlib.nullcontext() if average is None else average.swapped_in():
+        result = evaluate(model, parallel, world, tokens, tokenizer, config, config.train.eval_tokens, watch)
+    if result is None:
+        raise Stopped(stop.reason or "what another process was told")
+    if world.main:
+        loss, bits = result["val_loss"], result["bits_per_byte"]
+        print(f"step {step}: validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte")
+
+
+def limits(config: Config, tokens: Sequence[Any], *, ends: bool) -> list[int | None]:
+    """How many targets of each corpus the evaluations of a step read, one after the other; None: all.
+
+    A bounded one, as at every other step, so that losses are compared on the same text; and where the training ends
+    then one of all the text, unless that is the same or --eval-tokens asks for less.
+    """
+    if config.train.eval_tokens is not None:
+        return [config.train.eval_tokens]
+    if all(targets_in(part, None) <= DEFAULT_TOKENS for part in tokens):
+        return [None]
+    return [DEFAULT_TOKENS] + [None] * ends
+
+
+def evaluations(
+    run: Callable[[int | None], dict[str, float] | None], config: Config, tokens: Sequence[Any], at: Progress
+) -> list[dict[str, float]] | None:
+    """What the evaluations of a step give, the one that is compared first; None where one was stopped.
+
+    run(limit) makes one.
+    """
+    first = run(limits(config, tokens, ends=False)[0])
+    if first is None:
+        return None
+    rest = limits(config, tokens, ends=_ends(at, config, first["val_loss"]))[1:]
+    results = [first, *(result and result | {"val_tokens": _targets(tokens)} for result in map(run, rest))]
+    return None if None in results else results
+
+
+def settle(
+    at: Progress, checkpoint: Path, state: dict[str, Any], config: Config, tokens: Sequence[Any], world: World
+) -> None:
+    """Take over the evaluation that a checkpoint's state was saved before, if its run's metrics.jsonl has it.
+
+    Rank 0 reads the file; all ranks must call this together. The state's metrics_bytes then counts those lines.
+    """
+    if not at.evaluation_due:
+        return
+    found = _losses_written(checkpoint.parent.parent / "metrics.jsonl", at.step, state.get("metrics_bytes"))
+    losses, length = found if world.main else ([], 0)
+    first, count, length = world.sum(losses[0] if losses else 0.0, len(losses), length)
+    if count and count >= len(limits(config, tokens, ends=_ends(at, config, first))):
+        at.evaluated(first)
+        state["metrics_bytes"] += int(length)
+
+
+def _ends(at: Progress, config: Config, val_loss: float) -> bool:
+    """Whether the training ends with a step of this validation loss."""
+    after = replace(at)
+    after.evaluated(val_loss)
+    return at.step >= config.train.max_steps or after.without_progress(config.train.patience)
+
+
+def _targets(tokens: Sequence[Any]) -> int:
+    return sum(targets_in(part, None) for part in tokens)
+
+
+def bound_said(config: Config, tokens: Sequence[Any]) -> str | None:
+    """A line that says what evaluations leave out by default, if they do."""
+    if limits(config, tokens, ends=False) != [DEFAULT_TOKENS] or config.train.eval_tokens is not None:
+        return None
+    left = ", ".join(f"{targets_in(part, None):,}" for part in tokens)
+    each = " of each corpus" if len(tokens) > 1 else ""
+    return (
+        f"evaluations read the first {DEFAULT_TOKENS:,} validation tokens{each}, not all {left}, and the last one all; "
+        "--eval-tokens sets one number for every evaluation"
+    )
+
+
+def _losses_written(metrics: Path, step: int, size: int | None) -> tuple[list[float], int]:
+    """The validation losses of a step that follow the first `size` bytes of a metrics.jsonl, and their lines' bytes."""
+    losses, length = [], 0
+    try:
+        with metrics.open("rb") as file:
+            file.seek(size)
+            for line in file:
+                record = json.loads(line)
+                if record["step"] != step or not line.endswith(b"\n"):
+                    break
+                losses.append(float(record["val_loss"]))
+                length += len(line)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    return losses, length
+
+
+def sample_text(
+    model: GPT,
+    parallel: Parallel,
+    world: World,
+    tokenizer: Tokenizer,
+    config: Config,
+    stopped: Callable[[], bool] = lambda: False,
+) -> str | None:
+    """What the model writes now, for rank 0 to show. It draws from a generator of its own; None if not asked for.
+
+    It ends where stopped() says so.
+    """
+    if not config.log.sample_tokens:
+        return None
+    whole = whole_model(model, parallel.mode, world)
+    if whole is None:
+        return None
+    sampling = SamplingConfig(max_new_tokens=config.log.sample_tokens, rolling=True, seed=config.train.seed)
+    pieces, text = generate(whole, tokenizer, [config.log.sample_prompt], sampling), config.log.sample_prompt
+    for piece in pieces:
+        text += piece.text
+        if stopped():
+            pieces.stop()
+    return "\n".join("  | " + line for line in text.split("\n"))
