@@ -17,10 +17,11 @@ import train as train_module
 from gpt.distributed import join
 from gpt.model import GPT
 from gpt.run.lock import RunLock
+from gpt.training import start as start_module
 from gpt.training.command import load_config
 from tests.optimizer_checks import MAKERS
 
-true_loss, built_in = GPT.loss, train_module.build_optimizers
+true_loss, built_in = GPT.loss, start_module.build_optimizers
 
 
 def loss_with_room_for(rows: int):
@@ -42,7 +43,7 @@ if __name__ == "__main__":
         for words in json.loads(Path(sys.argv[1]).read_text()):
             room = words.pop() if isinstance(words[-1], int) else None
             name = words.pop()["optimizer"] if isinstance(words[-1], dict) else None
-            train_module.build_optimizers = built_in if name is None else made(name)
+            start_module.build_optimizers = built_in if name is None else made(name)
             GPT.loss = true_loss if room is None or world.main else loss_with_room_for(room)
             config = load_config(words)
             with RunLock(config.train.run_dir if world.main else None) as lock:

@@ -94,4 +94,6 @@ MAKERS = {
 
 def use_optimizer(monkeypatch, name: str) -> None:
     """Let train.py train with this one."""
-    monkeypatch.setattr("train.build_optimizers", lambda model, *_: [MAKERS[name](list(model.parameters()))])
+    monkeypatch.setattr(
+        "gpt.training.start.build_optimizers", lambda model, *_: [MAKERS[name](list(model.parameters()))]
+    )

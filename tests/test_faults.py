@@ -219,7 +219,7 @@ def test_ctrl_c_within_a_save_leaves_it_whole(run, capsys, monkeypatch):
     interrupted = threading.Event()
     monkeypatch.setattr(saver_module, "store", slow)
     with monkeypatch.context() as patch:
-        patch.setattr("train.seed_generators", interrupt)  # at the beginning of each step
+        patch.setattr("gpt.training.step.seed_generators", interrupt)  # at the beginning of each step
         with pytest.raises(KeyboardInterrupt):
             main(load_config([*FLAGS, "--resume", "--max-steps", "9"]))
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step_00000006", NEWEST]

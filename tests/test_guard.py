@@ -101,7 +101,9 @@ def test_a_run_that_ends_on_a_bad_step_is_as_good_as_its_weights(folder, capsys,
     """Which the validation loss tells."""
     bad_at(5)
     if not sound:
-        monkeypatch.setattr("train.evaluate", lambda *args: {"val_loss": math.nan, "bits_per_byte": math.nan})
+        monkeypatch.setattr(
+            "gpt.training.due.evaluate", lambda *args: {"val_loss": math.nan, "bits_per_byte": math.nan}
+        )
     assert run("--max-steps", "5") == (0 if sound else 3)
     output, records = capsys.readouterr().out, read_metrics(folder / "run/metrics.jsonl")
     if sound:
@@ -116,7 +118,7 @@ def test_a_run_that_ends_on_a_bad_step_is_as_good_as_its_weights(folder, capsys,
 def test_a_run_that_ends_on_a_bad_step_saves_no_weights_that_are_not_finite(folder, capsys, bad_at, monkeypatch):
     """Whatever the validation loss is: that of a token which the validation text lacks is not in it."""
     bad_at(5)
-    monkeypatch.setattr("train.all_finite", lambda *args: False)
+    monkeypatch.setattr("gpt.training.verdict.all_finite", lambda *args: False)
     assert run("--max-steps", "5") == 3
     assert "step 5: the weights are not finite and training gives up; nothing was saved" in capsys.readouterr().out
     assert not (folder / "run/checkpoints").exists()
@@ -125,7 +127,7 @@ def test_a_run_that_ends_on_a_bad_step_saves_no_weights_that_are_not_finite(fold
 def test_a_run_that_ends_on_a_bad_step_with_bad_weights_goes_back_while_it_may(folder, capsys, bad_at, monkeypatch):
     bad_at(5)
     losses = iter([math.nan, 1.0])
-    monkeypatch.setattr("train.evaluate", lambda *args: {"val_loss": next(losses), "bits_per_byte": 1.0})
+    monkeypatch.setattr("gpt.training.due.evaluate", lambda *args: {"val_loss": next(losses), "bits_per_byte": 1.0})
     assert run("--max-steps", "5", "--checkpoint-interval", "3") == 0
     assert "step 5: the loss is nan; rollback 1: on from step 3 with other data" in capsys.readouterr().out
     assert {path.name for path in (folder / "run/checkpoints").iterdir()} >= {"step_00000005", "best_00000005"}
@@ -133,7 +135,7 @@ def test_a_run_that_ends_on_a_bad_step_with_bad_weights_goes_back_while_it_may(f
 
 def test_a_validation_loss_that_is_not_finite_is_not_written_as_one(folder, capsys, monkeypatch):
     """NaN is not JSON; and it is never the best."""
-    monkeypatch.setattr("train.evaluate", lambda *args: {"val_loss": math.nan, "bits_per_byte": math.inf})
+    monkeypatch.setattr("gpt.training.due.evaluate", lambda *args: {"val_loss": math.nan, "bits_per_byte": math.inf})
     assert run("--max-steps", "5") == 0
     assert "validation loss nan" in capsys.readouterr().out
     assert "NaN" not in (text := (folder / "run/metrics.jsonl").read_text()) and "Infinity" not in text

@@ -129,7 +129,7 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(monkeypatch, capsys
 def test_a_damaged_checkpoint_is_not_gone_back_to(monkeypatch, capsys):
     calls = []
     replace_loss(monkeypatch, lambda x, loss: calls.append(1) or (loss * math.nan if len(calls) > 2 else loss))
-    monkeypatch.setattr("train.verify", lambda checkpoint: f"{checkpoint} is damaged")
+    monkeypatch.setattr("gpt.training.verdict.verify", lambda checkpoint: f"{checkpoint} is damaged")
     assert run("--max-skipped-steps", "2", "--max-steps", "20") == 3
     assert "rollback" not in capsys.readouterr().out
 

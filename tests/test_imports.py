@@ -97,6 +97,6 @@ def test_the_walk_sees_imports():
     """It would pass everything if it saw nothing."""
     assert {"kernels.masks", "torch"} <= imported(ROOT / "gpt" / "model" / "attention.py")
     assert "kernels.tiles.dot" in imported(ROOT / "kernels" / "attention_forward.py")
-    assert "gpt.training.guard" in ours("train")
+    assert "gpt.training.job" in ours("train")
     rooms = set(map(room_of, MODULES))
     assert rooms == ALLOWED.keys()

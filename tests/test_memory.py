@@ -96,7 +96,7 @@ def test_freed_memory_goes_back(mode, MiB):
 def test_recomputation_on_a_cpu_gives_back_what_is_freed(recompute, tmp_path, monkeypatch):
     calls = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("train.give_back_freed_memory", lambda: calls.append(1))
+    monkeypatch.setattr("gpt.training.start.give_back_freed_memory", lambda: calls.append(1))
     (tmp_path / "text.txt").write_text(TEXT)
     assert status_of("--max-steps", "1", *["--activation-checkpointing"] * recompute) == 0
     assert len(calls) == recompute

@@ -247,7 +247,7 @@ def test_a_trace_of_some_steps(folder, capsys):
 def test_mfu_is_in_the_metrics_where_the_peak_is_known(folder, capsys, monkeypatch):
     assert status_of("--max-steps", "1") == 0
     assert not any("mfu" in r for r in read_metrics(folder / "run/metrics.jsonl"))
-    monkeypatch.setattr("train.peak_flops", lambda device: 1e9)
+    monkeypatch.setattr("gpt.training.job.peak_flops", lambda device: 1e9)
     assert status_of("--max-steps", "1", "--overwrite") == 0
     (record,) = [r for r in read_metrics(folder / "run/metrics.jsonl") if "mfu" in r]
     model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, seq_len=16, vocab_size=26))

@@ -19,6 +19,7 @@ from gpt.data.tokenizers import load_tokenizer
 from gpt.errors import UserError
 from gpt.model import GPT, Block
 from gpt.run.metrics import read_metrics
+from gpt.training import start, step, validation
 from gpt.training.command import load_config
 from tests.train_checks import TEXT
 
@@ -121,7 +122,7 @@ class Observed:
         self.tokenizer = load_tokenizer(self.run_dir / "tokenizer.json") if record.exists() else None
 
     def _spy(self, patch: pytest.MonkeyPatch) -> None:
-        loss, body, build, take = GPT.loss, Block.body, train.build_optimizers, train.take_step
+        loss, body, build, take = GPT.loss, Block.body, start.build_optimizers, step.take_step
 
         def seen_loss(model: GPT, x: torch.Tensor, y: torch.Tensor, **options: Any) -> torch.Tensor:
             precision = "float32"
@@ -166,16 +167,16 @@ class Observed:
             self.samplings.append(config)
             return true_generate(model, tokenizer, prompts, config, **options)
 
-        true_generate, profiler = train.sample_text.__globals__["generate"], train.Profiler
-        patch.setattr("gpt.training.validation.generate", generate)
+        true_generate, profiler = validation.generate, start.Profiler
+        patch.setattr(validation, "generate", generate)
         patch.setattr(GPT, "loss", seen_loss)
         patch.setattr(Block, "body", seen_body)
-        patch.setattr(train, "build_optimizers", seen_build)
-        patch.setattr(train, "take_step", seen_take)
-        patch.setattr(train, "require_compiler", lambda device: None)
+        patch.setattr(start, "build_optimizers", seen_build)
+        patch.setattr(step, "take_step", seen_take)
+        patch.setattr(start, "require_compiler", lambda device: None)
         patch.setattr(torch, "compile", compiled)
         patch.setattr(
-            train, "Profiler", lambda folder, steps, say: self.profiled.append(steps) or profiler(folder, 0, say)
+            start, "Profiler", lambda folder, steps, say: self.profiled.append(steps) or profiler(folder, 0, say)
         )
         patch.setattr("os.fsync", lambda fd: None)  # tests/test_durability.py has its own eye on it
         patch.setattr("gpt.training.monitor.plot_losses", lambda losses, path, title: path.write_bytes(b"\x89PNG"))

@@ -2,17 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gpt.config_file import config_from_toml
 from gpt.data.cache import cache_folder
+from gpt.data.corpus import Corpus
 from gpt.files import write_whole
 
-if TYPE_CHECKING:
-    from gpt.data.corpus import Corpus
 
-
-def write_provenance(corpus: "Corpus", path: Path) -> None:
+def write_provenance(corpus: Corpus, path: Path) -> None:
     """What the run was trained on: every source with its size and SHA-256, and how it was split."""
     sources = [{"name": name, "bytes": size, "sha256": sha256} for name, size, sha256 in corpus.sources]
     counts = ("digest", "documents", "train_tokens", "val_tokens", "train_bytes", "val_bytes")

@@ -1,7 +1,6 @@
 """What int8 weights cost, in nats per token."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,9 +13,6 @@ from gpt.data.tokenizers import Tokenizer
 from gpt.inference.generation import generate
 from gpt.inference.sampling import SamplingConfig
 from gpt.model import GPT
-
-if TYPE_CHECKING:
-    pass
 
 
 def loss_of_int8(run_dir: Path, model: GPT, tokenizer: Tokenizer, dtype: str | None = None) -> str:

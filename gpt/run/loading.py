@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gpt.arguments import checked
 from gpt.config import Config
@@ -16,9 +15,6 @@ from gpt.folders import adapter, instead
 from gpt.model import GPT
 from gpt.run.checkpoint import best_checkpoint, load_weights, newest_checkpoint, verify
 from gpt.run.layout import checkpoints_of
-
-if TYPE_CHECKING:
-    pass
 
 
 def read_run(

@@ -5,26 +5,24 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from gpt.config import Config
 from gpt.config_file import config_from_toml, with_changes, write_toml
+from gpt.data.corpus import Corpus
 from gpt.data.provenance import write_provenance
 from gpt.data.tokenizers import Tokenizer
 from gpt.distributed import World
 from gpt.errors import UserError
 from gpt.files import make_folder
-from gpt.interop.initial import has_tokenizer, initial_config
+from gpt.interop.initial import has_tokenizer, initial_config, initial_tokenizer
 from gpt.run.checkpoint import newest_checkpoint, verify
 from gpt.run.layout import RunFiles, checkpoints_of
 from gpt.run.loading import read_run, run_tokenizer
 from gpt.run.lock import RunLock
 from gpt.training.config import TrainConfig
-
-if TYPE_CHECKING:
-    from gpt.data.corpus import Corpus
 
 
 def earlier_run(
@@ -39,8 +37,6 @@ def earlier_run(
     write over what no run wrote, where overwrite would delete what the run begins with, where there is nothing to
     evaluate, where the model or tokenizer asked for is not the run's, or a named checkpoint is damaged.
     """
-    from gpt.interop.initial import initial_tokenizer
-
     train = config.train
     files = run_files(train)
     if files.holds_run and not (train.eval_only or train.dry_run):
@@ -141,7 +137,7 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     return with_changes(config, "model", vocab_size=size)
 
 
-def summary(corpus: "Corpus", parameters: int, tokens_per_step: int, world: World, mode: str) -> str:
+def summary(corpus: Corpus, parameters: int, tokens_per_step: int, world: World, mode: str) -> str:
     """What a training begins with, in two lines."""
     return (
         f"{corpus.documents} document{'s' * (corpus.documents > 1)}: {corpus.train_tokens:,} tokens to train on, "
@@ -151,7 +147,7 @@ def summary(corpus: "Corpus", parameters: int, tokens_per_step: int, world: Worl
     )
 
 
-def write_run(config: Config, tokenizer: Tokenizer, corpus: "Corpus") -> None:
+def write_run(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> None:
     """The run directory's config.toml, tokenizer.json and corpus.json, each written whole or left unchanged."""
     run_dir = config.train.run_dir
     try:

@@ -1,6 +1,5 @@
 """What training looks at now and then: the validation loss, and what the model writes."""
 
-import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +18,6 @@ from gpt.distributed import World
 from gpt.inference.generation import generate
 from gpt.inference.sampling import SamplingConfig
 from gpt.model import GPT
-from gpt.stop import Stopped, StopRequest
-from gpt.training.average import Average
-from gpt.training.monitor import Ticker
 from gpt.training.parallel import Parallel, whole_model
 from gpt.training.progress import Progress
 
@@ -85,32 +81,6 @@ def _batches(
                 return float(parallel.eval_loss(x, y, **dict(zip(PLACES, places))))
 
         yield nats, int((batch[1] >= 0).sum())
-
-
-def evaluate_only(
-    model: GPT,
-    average: Average | None,
-    parallel: Parallel,
-    world: World,
-    tokens: Sequence[Any],
-    tokenizer: Tokenizer,
-    config: Config,
-    step: int,
-    stop: StopRequest,
-) -> None:
-    """Print the validation loss after this step, under the averaged weights if they are kept.
-
-    All ranks must call this together. Raises Stopped, on all of them, where one was told to stop.
-    """
-    ticker = Ticker(print if world.main else lambda text: None)
-    watch = lambda done, total: ticker(done, total) or world.any(stop.reason is not None)
-    with contextlib.nullcontext() if average is None else average.swapped_in():
-        result = evaluate(model, parallel, world, tokens, tokenizer, config, config.train.eval_tokens, watch)
-    if result is None:
-        raise Stopped(stop.reason or "what another process was told")
-    if world.main:
-        loss, bits = result["val_loss"], result["bits_per_byte"]
-        print(f"step {step}: validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte")
 
 
 def limits(config: Config, tokens: Sequence[Any], *, ends: bool) -> list[int | None]:

@@ -1,0 +1,139 @@
+"""What is due after a step: the log, the evaluation, the checkpoint."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from gpt.config import Config
+from gpt.errors import EXIT_DONE, EXIT_STOPPED
+from gpt.run.layout import checkpoints_of
+from gpt.stop import Stopped
+from gpt.training.guard import Reading
+from gpt.training.job import Job
+from gpt.training.monitor import Ticker
+from gpt.training.resume import recipe
+from gpt.training.state import training_tensors
+from gpt.training.validation import evaluate, evaluations, sample_text
+
+
+@dataclass(frozen=True)
+class Due:
+    """What a step brings, and whether it is the last one."""
+
+    last: bool = False
+    log: bool = False
+    evaluate: bool = False
+    save: bool = False
+
+    @classmethod
+    def at(cls, step: int, config: Config) -> "Due":
+        """What is due after this step. The last one logs, evaluates and saves."""
+        train, last = config.train, step == config.train.max_steps
+        return cls(
+            last=last,
+            log=last or step % config.log.log_interval == 0,
+            evaluate=last or step % train.eval_interval == 0,
+            save=last or step % train.checkpoint_interval == 0,
+        )
+
+    @property
+    def anything(self) -> bool:
+        return self.log or self.evaluate or self.save
+
+
+def log(job: Job, seen: Reading, learning_rate: float) -> None:
+    """A line of metrics.jsonl."""
+    numbers = {"learning_rate": learning_rate, **job.throughput()}
+    job.monitor.log({"step": job.at.step, "tokens": job.at.tokens} | seen.record(job.at.skipped) | numbers)
+    job.at.skipped = 0
+
+
+def save(job: Job, *kinds: str) -> Path:
+    """Begin to write a checkpoint of each kind, "step" and "best"; where the first of them will be."""
+    state = {**asdict(job.at), **job.state(), "recipe": recipe(job.config, job.world.size), **job.monitor.state()}
+    job.saver.save(training_tensors(job.model, job.optimizers, job.average, job.world), state, kinds=kinds)
+    return checkpoints_of(job.config.train.run_dir) / f"{kinds[0]}_{job.at.step:08d}"
+
+
+def save_step(job: Job) -> None:
+    """The checkpoint of this step, from which the run can be resumed and to which it can be rolled back."""
+    job.checkpoint, job.saved_step = save(job, "step"), job.at.step
+
+
+def evaluated(job: Job) -> list[dict[str, float]] | None:
+    """The evaluations of this step; None where a stop was heard first."""
+    watch = lambda done, total: job.monitor.evaluating(done, total) or job.heard()
+    run = lambda limit: evaluate(
+        job.model, job.parallel, job.world, job.val_tokens, job.tokenizer, job.config, limit, watch
+    )
+    with job.averaged():
+        return evaluations(run, job.config, job.val_tokens, job.at)
+
+
+def evaluate_only(job: Job) -> None:
+    """Print the validation loss after this step. All ranks must call it together.
+
+    Raises Stopped, on all of them, where one was told to stop.
+    """
+    ticker = Ticker(print if job.world.main else lambda text: None)
+    watch = lambda done, total: ticker(done, total) or job.heard()
+    limit = job.config.train.eval_tokens
+    with job.averaged():
+        result = evaluate(job.model, job.parallel, job.world, job.val_tokens, job.tokenizer, job.config, limit, watch)
+    if result is None:
+        raise Stopped(job.stop.reason or "what another process was told")
+    if job.world.main:
+        loss, bits = result["val_loss"], result["bits_per_byte"]
+        print(f"step {job.at.step}: validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte")
+
+
+def validate(job: Job) -> bool:
+    """Evaluate this step and write it down, and show a sample; False where a stop was heard first."""
+    if (results := evaluated(job)) is None:
+        return False
+    for result in results:
+        job.monitor.log({"step": job.at.step, "tokens": job.at.tokens} | result)
+    job.at.evaluated(results[0]["val_loss"])
+    with job.averaged():
+        stopped = lambda: job.stop.reason is not None
+        sample = sample_text(job.model, job.parallel, job.world, job.tokenizer, job.config, stopped)
+    job.monitor.say(sample)
+    return True
+
+
+def validate_and_save(job: Job, due: Due) -> None:
+    """Evaluate this step; save it where it is the best one so far, or where the training ends with it unsaved."""
+    job.stopping = not validate(job) or (not due.last and job.heard())
+    ends = (job.stopping or job.without_progress) and job.saved_step != job.at.step
+    if kinds := ["step"] * ends + ["best"] * job.at.is_best:
+        made = save(job, *kinds)
+        if job.saved_step != job.at.step:
+            job.checkpoint = made
+        if ends:
+            job.saved_step = job.at.step
+
+
+def catch_up(job: Job) -> None:
+    """Make up for what a stopped or killed run left undone: the evaluation of its last step, the best checkpoint."""
+    options, at = job.config.train, job.at
+    # Of the two checkpoints of one step the first, "step", may be there alone.
+    best = checkpoints_of(options.run_dir) / f"best_{at.step:08d}"
+    lacks_best = job.world.any(job.world.main and not best.exists()) and (options.resume or at.evaluation_due)
+    if at.evaluation_due:
+        job.stopping = not validate(job)
+    if kinds := ["step"] * (job.stopping and job.saved_step is None) + ["best"] * (lacks_best and at.is_best):
+        save(job, *kinds)
+    elif options.resume and at.step >= options.max_steps:
+        job.saver.prune(at.step)  # the last save may have been killed before it did
+
+
+def finish(job: Job) -> int:
+    """Wait for the last checkpoint and say how the training ended; its exit status."""
+    job.saver.wait()
+    if job.without_progress:
+        job.monitor.say(f"{job.at.said()}, and training ends")
+    if not job.stopping:
+        return EXIT_DONE
+    reason = job.stop.reason or "what another process was told"
+    where = "there, with the evaluation of that step" if job.at.evaluation_due else "there"
+    job.monitor.say(f"stopped by {reason} after step {job.at.step}; --resume goes on from {where}")
+    return EXIT_STOPPED

@@ -1,0 +1,139 @@
+"""What the training loop holds."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from gpt.config import Config
+from gpt.data.loader import Batches, Loader
+from gpt.data.tokenizers import Tokenizer
+from gpt.distributed import World
+from gpt.model import GPT
+from gpt.stop import StopRequest
+from gpt.training.average import Average
+from gpt.training.guard import Guard, LossScale
+from gpt.training.hardware import mfu, peak_flops
+from gpt.training.monitor import Monitor, SilentMonitor
+from gpt.training.parallel import Parallel
+from gpt.training.profile import Profiler
+from gpt.training.progress import Progress
+from gpt.training.saver import Saver
+
+
+@dataclass
+class Rate:
+    """Tokens per second since the last log, evaluation or save."""
+
+    step: int = 0
+    since: float = field(default_factory=time.perf_counter)
+
+    def restart(self, step: int) -> None:
+        self.step, self.since = step, time.perf_counter()
+
+    def tokens_per_second(self, step: int, tokens_per_step: int) -> float:
+        return (step - self.step) * tokens_per_step / (time.perf_counter() - self.since)
+
+
+@dataclass
+class Job:
+    """The parts of one training and how far it has come. gpt.training.start.start builds it; train.py drives it."""
+
+    config: Config
+    world: World
+    stop: StopRequest
+    tokenizer: Tokenizer
+    loader: Loader
+    batches: Batches
+    val_tokens: list[np.ndarray]
+    model: GPT
+    parallel: Parallel
+    optimizers: list[torch.optim.Optimizer]
+    weights: list[nn.Parameter]
+    average: Average | None
+    guard: Guard
+    loss_scale: LossScale
+    tokens_per_step: int
+    at: Progress = field(default_factory=Progress)
+    rate: Rate = field(default_factory=Rate)
+    monitor: Monitor | SilentMonitor = field(default_factory=SilentMonitor)
+    saver: Saver | None = None
+    """None until the run directory is open, as it never is for --eval-only."""
+    profiler: Profiler | None = None
+    checkpoint: Path | None = None
+    """the newest sound checkpoint, to roll back to"""
+    saved_step: int | None = None
+    """the step of the run directory's newest checkpoint"""
+    trials: int = 0
+    """steps whose first micro-batch is tried alone, to see whether every rank has memory for it"""
+    stopping: bool = False
+    """some rank was told to stop, and the loop ends after this step"""
+    listens: bool = True
+    """stops are heard between micro-batches: not while steps are skipped"""
+
+    @property
+    def device(self) -> torch.device:
+        return self.world.device
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-batches in a step of this rank."""
+        options = self.config.train
+        return options.batch_size * options.grad_accum_steps // self.loader.batch_size
+
+    @property
+    def hears_at_once(self) -> bool:
+        """Whether asking every rank for a stop is free: no device has to be waited for."""
+        return self.world.size == 1 or self.device.type == "cpu"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no step is left to take."""
+        return self.at.step >= self.config.train.max_steps or self.stopping or self.without_progress
+
+    @property
+    def without_progress(self) -> bool:
+        return self.at.without_progress(self.config.train.patience)
+
+    def heard(self) -> bool:
+        """Whether any rank was told to stop. All ranks must ask together."""
+        return self.world.any(self.stop.reason is not None)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model with its averaged weights, if it keeps them, while the block lasts."""
+        if self.average is None:
+            yield
+            return
+        if self.saver is not None:
+            self.saver.before_change()
+        with self.average.swapped_in():
+            yield
+
+    def throughput(self) -> dict[str, float]:
+        """Tokens per second over all ranks, and MFU where the device's peak is known."""
+        rate = self.rate.tokens_per_second(self.at.step, self.tokens_per_step)
+        numbers, peak = {"tokens_per_second": round(rate, 1)}, peak_flops(self.device)
+        if peak is not None:
+            numbers["mfu"] = round(mfu(rate, self.model.flops_per_token(), peak, self.world.size), 4)
+        return numbers
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside tensors and the recipe, as JSON values. Waits for the device."""
+        return {
+            "loader": self.batches.state_dict(),
+            "scaler": self.loss_scale.state_dict(),
+            "guard": self.guard.state_dict(),
+        }
+
+    def close(self) -> None:
+        """End the threads and files of the training; a save in progress is finished."""
+        for part in (self.saver, self.batches, self.profiler, self.monitor):
+            if part is not None:
+                part.close()

@@ -1,0 +1,127 @@
+"""One optimizer step: micro-batches forward and backward, agreement of the ranks, clipping, the update."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gpt.data.loader import IGNORED, PLACES
+from gpt.device import autocast, seed_generators
+from gpt.errors import out_of_memory
+from gpt.stop import Stopped
+from gpt.training.gradients import scale_gradients
+from gpt.training.job import Job
+from gpt.training.optimizer_state import take_step
+from gpt.training.plan import fewer_rows
+
+SELDOM = 16  # micro-batches between two questions for a stop, where asking waits for the device
+
+
+def accumulate(job: Job) -> Tensor | None:
+    """Add up the gradients of a step; its loss (), the mean over this rank's targets. None where a stop was heard.
+
+    Averaged over the ranks it is the mean over all targets. Out of memory, the step begins again with fewer rows in
+    a micro-batch. Raises UserError where even one row is too much.
+    """
+    while True:
+        loss, fits, start = None, True, job.batches.state_dict()
+        try:
+            fits = job.trials == 0 or _fits_everywhere(job)
+            # Dropout's generators: a resumed run draws alike.
+            seed_generators(job.device, job.config.train.seed, job.at.step, job.world.rank)
+            loss = _forward_backward(job) if fits else None
+        except Stopped:
+            job.model.zero_grad(set_to_none=True)
+            job.batches.go_to(start)
+            return None
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+        if loss is not None:
+            return loss
+        # Out here the error no longer holds on to the activations.
+        job.model.zero_grad(set_to_none=True)
+        rows = job.loader.batch_size
+        fewer = fewer_rows(rows, job.config, job.device, job.world.size, agreed=not fits)
+        job.batches.go_to(start, rows=fewer)
+        job.monitor.say(f"out of memory: micro-batches of {fewer} rows from now on, not {rows}")
+
+
+def _forward_backward(job: Job) -> Tensor:
+    """The gradients and the loss of a step. Raises Stopped where a rank was told to stop."""
+    loss, pace = torch.zeros((), device=job.device), 1 if job.hears_at_once else SELDOM
+    parts = (job.batches.next_batch() for _ in range(job.micro_steps))
+    shares = itertools.repeat(1 / job.micro_steps)
+    if job.config.data.packing == "best_fit":  # rows have places without a target: batches count by what they have
+        parts = list(parts)
+        shares = job.world.shares(torch.stack([(y != IGNORED).sum() for _, y, *_ in parts]).float())
+    for n, (batch, share) in enumerate(zip(parts, shares), start=1):
+        if n > 1 and job.listens and n % pace == 0 and job.heard():
+            raise Stopped
+        loss += _micro_step(job, batch, share, reduced=n == job.micro_steps)
+    return loss
+
+
+def _micro_step(job: Job, batch: Sequence[Tensor], share: Tensor | float, reduced: bool) -> Tensor:
+    """Add the gradients of a batch that is this share of the step; its part of the loss ()."""
+    x, y, *places = batch
+    optim = job.config.optim
+    options = {"z_loss": optim.z_loss, "label_smoothing": optim.label_smoothing, **dict(zip(PLACES, places))}
+    with job.parallel.gradients(reduced=reduced):
+        with autocast(job.device, job.config.train.dtype):
+            loss = job.parallel.loss(x, y, **options) * share
+        (loss * job.loss_scale.scale if job.loss_scale.enabled else loss).backward()
+    return loss.detach()
+
+
+def _fits_everywhere(job: Job) -> bool:
+    """Whether every rank has memory for a micro-batch. Each tries alone: none waits for one that has not.
+
+    Raises Stopped where a rank was told to stop.
+    """
+    start, fits = job.batches.state_dict(), True
+    try:
+        _micro_step(job, job.batches.next_batch(), 1.0, reduced=False)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        fits = False
+    job.model.zero_grad(set_to_none=True)
+    job.batches.go_to(start)
+    fitting, asked = job.world.sum(fits, job.stop.reason is not None)
+    if asked and job.listens:
+        raise Stopped
+    return fitting == job.world.size
+
+
+def agree(job: Job, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of the ranks' losses (), and above 0 where one was told to stop: all must stop at the same step."""
+    asked = torch.full_like(loss, job.stop.reason is not None)
+    return job.world.mean(torch.stack((loss, asked))).unbind()
+
+
+def clip(job: Job, grad_norm: Tensor) -> None:
+    """Scale the gradients down to a norm of grad_clip, and out of float16's loss scale."""
+    most = job.config.optim.grad_clip
+    if most or job.loss_scale.enabled:
+        factor = ((most or math.inf) / (grad_norm + 1e-6)).clamp(max=1.0)
+        scale_gradients(job.weights, factor / job.loss_scale.scale)
+
+
+def update(job: Job, found_inf: Tensor) -> None:
+    """Move the weights, the loss scale and the average; with found_inf () 1 nothing but the scale changes."""
+    job.saver.before_change()
+    for optimizer in job.optimizers:
+        take_step(optimizer, found_inf)
+        optimizer.zero_grad(set_to_none=True)
+    job.loss_scale.update(found_inf)
+    if job.average is not None:
+        job.average.update(found_inf)
+    job.trials = max(0, job.trials - 1)
+    job.at.step += 1
+    job.at.tokens += job.tokens_per_step
+    job.monitor.advance(job.at.step)
+    job.saver.check()
+    job.profiler.step()
