@@ -72,11 +72,13 @@ def dropped(model: GPT) -> tuple[float, float, float]:
         shares["attention"] = dropout_p
         return true_attention(*args, **options)
 
-    def hook(name: str):
-        return lambda layer, x, y: shares.update({name: (y == 0).float().mean().item()})
+    def share(name: str, dropped: torch.Tensor) -> None:
+        shares[name] = dropped.float().mean().item()
 
-    model.dropout.register_forward_hook(hook("embeddings"))
-    model.blocks[0].dropout.register_forward_hook(hook("sublayers"))
+    model.dropout.register_forward_hook(lambda layer, x, y: share("embeddings", y == 0))
+    model.blocks[0].mlp.c_proj.register_forward_hook(
+        lambda layer, x, options, y: share("sublayers", y == options["residual"]), with_kwargs=True
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_module, "attention", attention)
         torch.manual_seed(0)

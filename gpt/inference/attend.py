@@ -104,7 +104,6 @@ class Blocks(NamedTuple):
     stored: list[Tensor]
     sights: list[Sight]
     places: list[tuple[int, int]]
-    n_head: int
 
 
 class NoAttention:
@@ -112,40 +111,35 @@ class NoAttention:
 
     at = slice(0, 1)
 
-    def __init__(self, n_head: int):
-        self.n_head = n_head
-
-    def attend(self, layer: int, qkv: Tensor) -> Tensor:
-        # All of it, so that whoever compares rows sees each of these numbers.
-        return (qkv[:, :, : self.n_head] + qkv[:, :, self.n_head :].sum(2, keepdim=True)).flatten(2)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # All of them, so that whoever compares rows sees each of these numbers.
+        return q + (k.sum(-2, keepdim=True) + v.sum(-2, keepdim=True))
 
 
 class KernelSpan:
     """The next T tokens of some rows, for a kernel that takes rows of any lengths.
 
     where (1 + stores, R + padding): the tokens that each row has, and how many of them each store holds. impl: that of
-    attention_decode. at: positions (R, T) for a table's rows. `padding` rows more are carried along that nothing is
+    attention_decode. at: positions (R * T,) for a table's rows. `padding` rows more are carried along that nothing is
     stored of and that attend to nothing.
     """
 
     def __init__(self, blocks: Blocks, where: Tensor, T: int, impl: str, padding: int = 0):
         self._blocks, self._impl, self._padding = blocks, impl, padding
-        self.at = where[0].unsqueeze(1) + torch.arange(T, device=where.device)
-        self._rows = where.shape[1] - padding
+        self.at = (where[0].unsqueeze(1) + torch.arange(T, device=where.device)).flatten()
+        self._rows, self._T = where.shape[1] - padding, T
         self._filled = where[1:, : self._rows].to(torch.int32).unbind(0)
 
-    def attend(self, layer: int, qkv: Tensor) -> Tensor:
-        """Attention of one layer for qkv (R, T, H + 2 H_kv, D), whose keys and values are stored; (R, T, H * D)."""
-        stored, sights, places, n_head = self._blocks
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of one layer for q (R * T, H, D); k and v (R * T, H_kv, D) are stored. Returns (R * T, H, D)."""
+        stored, sights, places = self._blocks
         store, number = places[layer]
-        sight = sights[store]
-        qkv = qkv[: self._rows]
-        q, new = qkv[:, :, :n_head], qkv[:, :, n_head:]
-        k_new, v_new = new.chunk(2, dim=2)  # (R, T, H_kv, D) each
+        sight, filled = sights[store], self._filled[store]
+        q, k_new, v_new = (x.view(-1, self._T, *x.shape[1:])[: self._rows] for x in (q, k, v))
         k, v = stored[store][number].transpose(2, 3).unbind(1)  # (R, size, H_kv, D) each
         options = {"mask": sight.mask, "alibi_slopes": sight.slopes, "impl": self._impl}
-        y = attention_decode(q, k, v, self._filled[store], k_new=k_new, v_new=v_new, **options).flatten(2)
-        return F.pad(y, (0, 0, 0, 0, 0, self._padding)) if self._padding else y
+        y = attention_decode(q, k, v, filled, k_new=k_new, v_new=v_new, **options).flatten(0, 1)
+        return F.pad(y, (0, 0, 0, 0, 0, self._padding * self._T)) if self._padding else y
 
 
 class Span:
@@ -159,12 +153,12 @@ class Span:
     def __init__(
         self, blocks: Blocks, lengths: list[int], filled: list[list[int]], T: int, padding: int, *, one_by_one: bool
     ):
-        self._blocks, self._padding, device = blocks, padding, blocks.stored[0].device
-        if len(set(lengths)) == 1 and not padding:
+        self._blocks, self._padding, self._T, device = blocks, padding, T, blocks.stored[0].device
+        if len(set(lengths)) == 1 and not padding and (T == 1 or len(lengths) == 1):
             self.at = slice(lengths[0], lengths[0] + T)
         else:
             starts = torch.tensor(lengths + [0] * padding, device=device)
-            self.at = starts[:, None] + torch.arange(T, device=device)  # (R, T)
+            self.at = (starts[:, None] + torch.arange(T, device=device)).flatten()  # (R * T,)
         self._groups = [
             [_Group(part, rows, sight, held[part], T) for part in _together(held, T, one_by_one)]
             for rows, sight, held in zip(blocks.stored, blocks.sights, filled)
@@ -173,12 +167,13 @@ class Span:
             for group in (group for groups in self._groups for group in groups):
                 group.bias, group.blind = group.bias_of_lone_queries()
 
-    def attend(self, layer: int, qkv: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As KernelSpan.attend."""
         store, number = self._blocks.places[layer]
-        outputs = [group.attend(number, qkv, self._blocks.n_head) for group in self._groups[store]]
+        q, k, v = (x.view(-1, self._T, *x.shape[1:]) for x in (q, k, v))  # (R, T, H or H_kv, D)
+        outputs = [group.attend(number, q, k, v) for group in self._groups[store]]
         if self._padding:
-            outputs.append(outputs[0].new_zeros(self._padding, *outputs[0].shape[1:]))
+            outputs.append(outputs[0].new_zeros(self._padding * self._T, *outputs[0].shape[1:]))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -205,12 +200,11 @@ class _Group:
         window = self.sight.window
         self.begin = 0 if window is None else max(0, min(filled) + 1 - window)
         self.end = max(filled) + T
-        if self.is_even:
-            self.targets = cache[..., filled[0] : self.end, :].unbind(0)
-        else:
-            self.targets = cache.unbind(0)
+        new = cache[..., filled[0] : self.end, :] if self.is_even else cache
+        self.k_new, self.v_new = (part.unbind(0) for part in new.unbind(2))  # (R, H_kv, T or size, D) of each layer
+        if not self.is_even:
             at = torch.tensor(filled, device=self.device)
-            self.where = (torch.arange(len(filled), device=self.device), slice(None), slice(None), at)
+            self.where = (torch.arange(len(filled), device=self.device), slice(None), at)
         self.k, self.v = (part.unbind(0) for part in cache[..., self.begin : self.end, :].unbind(2))
 
     def bias_of_lone_queries(self) -> tuple[Tensor | None, Tensor | None]:
@@ -233,20 +227,20 @@ class _Group:
         blind = None if mask.shows_itself else ~seen.any(-1, keepdim=True)
         return bias.masked_fill_(~seen, float("-inf")), blind
 
-    def attend(self, number: int, qkv: Tensor, n_head: int) -> Tensor:
-        """Store the keys and values of qkv's rows, and let the queries see all of theirs: (R, T, H * D)."""
-        qkv = qkv[self.rows]
-        R, T, _, D = qkv.shape
-        new = qkv[:, :, n_head:].view(R, T, 2, -1, D)  # (R, T, 2, H_kv, D)
+    def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store these rows' k and v (R, T, H_kv, D), and let q (R, T, H, D) see all of theirs: (R * T, H, D)."""
+        q, k, v = (x[self.rows] for x in (q, k, v))
+        R, T, n_head, D = q.shape
         if self.is_even:
-            self.targets[number].copy_(new.permute(0, 2, 3, 1, 4))
+            self.k_new[number].copy_(k.transpose(1, 2))
+            self.v_new[number].copy_(v.transpose(1, 2))
         else:
-            self.targets[number][self.where] = new[:, 0]
-        q, k, v = qkv[:, :, :n_head], self.k[number], self.v[number]  # (R, T, H, D), (R, H_kv, Tk, D) twice
+            self.k_new[number][self.where] = k[:, 0]
+            self.v_new[number][self.where] = v[:, 0]
+        k, v = self.k[number], self.v[number]  # (R, H_kv, Tk, D) twice
         if T > 1:
             options = {"mask": self.sight.mask, "alibi_slopes": self.sight.slopes}
-            y = attention(q, k.transpose(1, 2), v.transpose(1, 2), **options)
-            return y.reshape(R, T, n_head * D)
+            return attention(q, k.transpose(1, 2), v.transpose(1, 2), **options).flatten(0, 1)
         if self.rows.start:
             # To where a first row's queries would be, in bytes past a multiple of 64: products round by that too.
             q = q.clone()
@@ -255,4 +249,4 @@ class _Group:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)  # (R, H_kv, G, D)
         if self.blind is not None:
             y = y.masked_fill(self.blind, 0.0)
-        return y.reshape(R, 1, n_head * D)
+        return y.reshape(R, n_head, D)

@@ -1,7 +1,7 @@
 """Rows of tokens that grow: a model with the keys and values of what each row holds so far.
 
-A step computes what GPT.forward does, for a few tokens (gpt/model/gpt.py is the specification), with as few operations
-as it can: at this size an operation costs more in being called than in its arithmetic.
+A step runs the model's own modules (GPT.run) on a few tokens, with linear layers prepared for them and with attention
+to the cache in the place of the model's own.
 """
 
 import functools
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from gpt.inference.attend import FEW, Blocks, KernelSpan, NoAttention, Span, check_masks, decode_impl, group_by_sight
 from gpt.inference.cache import CHUNK, HeldRow, Store
 from gpt.inference.linear import PlainLinear, prepare_linear
+from gpt.inference.prepare import lengthen_tables, prepared
 from gpt.inference.quantize import Int8Linear
 from gpt.inference.step_graph import StepGraphs, can_record
-from gpt.model import GPT, Block, CausalSelfAttention
+from gpt.model import GPT
 
 TILES = (8, 4, 2)  # rows computed together when batch-invariant, the first that serves
 
@@ -98,28 +99,21 @@ class Decoder:
         def linear(layer: nn.Linear) -> PlainLinear:
             return Int8Linear(layer, self.dtype) if quantize else prepare_linear(layer, self.dtype, rows)
 
-        def with_overrun(table: Tensor) -> Tensor:
-            missing = max(0, self.limit - len(table))
-            return torch.cat((table, table[-1:].expand(missing, -1))) if missing else table
-
-        config = self.config
-        self._embed, self._embed_scale = model.embed.weight.detach(), model.embed_scale
-        self._value_tables = [table.weight.detach() for table in model.value_embeds]
-        self._table, self._rotary = None, None
-        if config.position == "learned":
-            self._table = with_overrun(model.position_embed.weight.detach())
-        elif config.position == "sinusoidal":
-            self._table = with_overrun(model.position_table)
-        elif config.position == "rotary":
-            self._rotary = tuple(with_overrun(table).to(self.dtype).unsqueeze(-2) for table in (model.cos, model.sin))
-        self._blocks = [_Block(block, linear, self.dtype) for block in model.blocks]
-        self._norm = model.norm if isinstance(model.norm, nn.Identity) else _norm(model.norm)
-        self._head, self._softcap = linear(model.head), config.logit_softcap
+        self._model = prepared(model, linear, self.dtype)
+        for layer, block in enumerate(self._model.blocks):
+            block.attn.attend = functools.partial(self._attend, layer)
+        lengthen_tables(self._model, self.limit, self.dtype)
         self._sights, of_block = group_by_sight(model)
         kept = {"rows": len(self._lengths), "limit": self.limit, "dtype": self.dtype, "device": self.device}
-        self._stores = [Store(config, sight.window, of_block.count(n), **kept) for n, sight in enumerate(self._sights)]
+        self._stores = [
+            Store(self.config, sight.window, of_block.count(n), **kept) for n, sight in enumerate(self._sights)
+        ]
         # Of each block: its store, and its number there.
         self._places = [(n, of_block[:layer].count(n)) for layer, n in enumerate(of_block)]
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, segment_ids: None) -> Tensor:
+        """What the model's blocks call in the place of their own attention."""
+        return self._span.attend(layer, q, k, v)
 
     @property
     def lengths(self) -> list[int]:
@@ -132,7 +126,7 @@ class Decoder:
         if new.shape[1] == 0:
             raise ValueError("prefill takes one token or more")
         for chunk in new.split(CHUNK, dim=1):
-            hidden = self._hidden(chunk, self._span(range(row, row + 1), chunk.shape[1]))
+            hidden = self._hidden(chunk, self._next(range(row, row + 1), chunk.shape[1]))
         return self._read(hidden[-1:])[0]
 
     @_plainly
@@ -156,7 +150,7 @@ class Decoder:
     def _logits(self, tokens: Tensor, rows: range, tile: int) -> Tensor:
         """Logits of these rows' tokens (R, T), computed as `tile` rows."""
         R, T = tokens.shape
-        hidden = self._hidden(F.pad(tokens, (0, 0, 0, tile - R)) if R < tile else tokens, self._span(rows, T, tile - R))
+        hidden = self._hidden(F.pad(tokens, (0, 0, 0, tile - R)) if R < tile else tokens, self._next(rows, T, tile - R))
         return self._read(hidden).view(tile, T, -1)[:R]
 
     def _run(self, tokens: Tensor, where: Tensor) -> Tensor:
@@ -164,7 +158,7 @@ class Decoder:
         span = KernelSpan(self._blocks_of(range(len(tokens))), where, tokens.shape[1], decode_impl(self.device))
         return self._read(self._hidden(tokens, span)).view(*tokens.shape, -1)
 
-    def _span(self, rows: range, T: int, padding: int = 0) -> Span | KernelSpan:
+    def _next(self, rows: range, T: int, padding: int = 0) -> Span | KernelSpan:
         """The next T tokens of these rows, which from now on hold them."""
         where, impl = self._advance(rows, T), decode_impl(self.device)
         if T <= FEW and impl is not None:
@@ -174,7 +168,7 @@ class Decoder:
 
     def _blocks_of(self, rows: range) -> Blocks:
         stored = [store.rows(rows) for store in self._stores]
-        return Blocks(stored, self._sights, self._places, self.config.n_head)
+        return Blocks(stored, self._sights, self._places)
 
     def _advance(self, rows: range, T: int) -> list[list[int]]:
         """Make room for T more tokens of these rows: how many each had, and how many of them each store holds."""
@@ -187,8 +181,7 @@ class Decoder:
 
     def _read(self, hidden: Tensor) -> Tensor:
         """The head: logits (M, V), float32, of hidden (M, C)."""
-        logits = self._head(hidden).float()
-        return logits if self._softcap is None else torch.tanh_(logits.div_(self._softcap)).mul_(self._softcap)
+        return self._model.read(hidden).float()
 
     @_plainly
     def truncate(self, row: int, length: int) -> None:
@@ -227,20 +220,8 @@ class Decoder:
 
     def _hidden(self, tokens: Tensor, span: Span | KernelSpan | NoAttention) -> Tensor:
         """What the head reads, (R * T, C), for tokens (R, T)."""
-        R, T = tokens.shape
-        x = F.embedding(tokens, self._embed)  # (R, T, C)
-        if self._embed_scale != 1.0:
-            x *= self._embed_scale
-        if self._table is not None:
-            x += self._table[span.at]
-        rotary = None if self._rotary is None else tuple(table[span.at] for table in self._rotary)
-        x = x.view(R * T, -1)
-        tables = [F.embedding(tokens, table) for table in self._value_tables]  # each (R, T, H_kv D)
-        for layer, block in enumerate(self._blocks):
-            table = self.config.value_table_of(layer)
-            values = None if table is None else tables[table]
-            x = block(x, (R, T), values, rotary, functools.partial(span.attend, layer))
-        return self._norm(x)
+        self._span = span
+        return self._model.run(tokens.flatten(), span.at)
 
     def _make_room(self, row: int, T: int) -> None:
         """Check that T more tokens fit, and let every store make room for them."""
@@ -256,81 +237,6 @@ class Decoder:
     @_plainly
     def _same_in_every_place(self, tile: int) -> bool:
         """Whether equal rows of a tile come out equal, wherever in the tile they are."""
-        hidden = self._hidden(
-            torch.zeros(tile, 1, dtype=torch.int64, device=self.device), NoAttention(self.config.n_head)
-        )
-        logits = self._head(hidden)
+        hidden = self._hidden(torch.zeros(tile, 1, dtype=torch.int64, device=self.device), NoAttention())
+        logits = self._read(hidden)
         return bool((logits == logits[:1]).all() and (hidden == hidden[:1]).all())
-
-
-class _Block:
-    """A Block of the model for x (R * T, C), its weights prepared."""
-
-    def __init__(self, block: Block, linear: Callable[[nn.Linear], PlainLinear], dtype: torch.dtype):
-        self.pre_norm, self.activation = block.pre_norm, block.mlp.activation
-        self.attn_norm, self.mlp_norm = _norm(block.attn_norm), _norm(block.mlp_norm)
-        self.c_qkv, self.attn_proj = linear(_qkv_and_gate(block.attn)), linear(block.attn.c_proj)
-        self.c_fc, self.mlp_proj = linear(block.mlp.c_fc), linear(block.mlp.c_proj)
-        self.n_head, self.head_dim = block.attn.n_head, block.attn.head_dim
-        self.n_kv_head = block.attn.n_kv_head
-        self.turned = self.n_head + self.n_kv_head  # heads with a norm and a rotation: queries and keys
-        self.qk_weight = _qk_weight(block.attn, dtype)
-        self.eps = None if block.attn.q_norm is None else block.attn.q_norm.eps
-
-    def __call__(
-        self, x: Tensor, shape: tuple[int, int], values: Tensor | None, rotary: tuple | None, attend: Callable
-    ) -> Tensor:
-        if self.pre_norm:
-            x = self.attn_proj(self._attention(self.attn_norm(x), shape, values, rotary, attend), residual=x)
-            h = self.c_fc(self.mlp_norm(x), self.activation)
-            return self.mlp_proj(h, residual=x)
-        x = self.attn_norm(self.attn_proj(self._attention(x, shape, values, rotary, attend), residual=x))
-        return self.mlp_norm(self.mlp_proj(self.c_fc(x, self.activation), residual=x))
-
-    def _attention(
-        self, x: Tensor, shape: tuple[int, int], values: Tensor | None, rotary: tuple | None, attend: Callable
-    ) -> Tensor:
-        qkv = self.c_qkv(x).view(*shape, -1, self.head_dim)  # (R, T, H + 2 H_kv, D), and gates
-        if values is not None:
-            gate = qkv[:, :, self.turned + self.n_kv_head :].flatten(2)[..., : self.n_kv_head, None]  # (R, T, H_kv, 1)
-            qkv = qkv[:, :, : self.turned + self.n_kv_head]
-            v = qkv[:, :, self.turned :]
-            v.addcmul_(values.view(v.shape).to(v.dtype), gate.sigmoid().mul_(2))
-        qk = qkv[:, :, : self.turned]
-        if self.qk_weight is not None:
-            torch.mul(F.rms_norm(qk, (self.head_dim,), None, self.eps), self.qk_weight, out=qk)
-        if rotary is not None:
-            swapped = qk.roll(self.head_dim // 2, -1)
-            qk.mul_(rotary[0]).addcmul_(swapped, rotary[1])
-        return attend(qkv).view(x.shape[0], -1)
-
-
-def _qkv_and_gate(attn: CausalSelfAttention) -> nn.Linear:
-    """The projection; the gates of value embeddings follow it, up to whole heads: one product, not two."""
-    qkv, gate = attn.c_qkv, attn.value_gate
-    if gate is None:
-        return qkv
-    more = -(-attn.n_kv_head // attn.head_dim) * attn.head_dim
-    both = nn.Linear(qkv.in_features, qkv.out_features + more, bias=qkv.bias is not None, device="meta")
-    gates = F.pad(gate.weight, (0, 0, 0, more - attn.n_kv_head))
-    both.weight = nn.Parameter(torch.cat((qkv.weight, gates)), requires_grad=False)
-    if qkv.bias is not None:
-        both.bias = nn.Parameter(F.pad(qkv.bias, (0, more)), requires_grad=False)
-    return both
-
-
-def _norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The norm as a function: less is called than through a module."""
-    shape, eps, weight = norm.normalized_shape, norm.eps, norm.weight.detach()
-    if isinstance(norm, nn.LayerNorm):
-        bias = None if norm.bias is None else norm.bias.detach()
-        return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
-    return lambda x: torch.rms_norm(x, shape, weight, eps)
-
-
-def _qk_weight(attn: CausalSelfAttention, dtype: torch.dtype) -> Tensor | None:
-    """The weights of the queries' and keys' norms, one row a head, (H + H_kv, D), or None without such norms."""
-    if attn.q_norm is None:
-        return None
-    weights = [attn.q_norm.weight.expand(attn.n_head, -1), attn.k_norm.weight.expand(attn.n_kv_head, -1)]
-    return torch.cat(weights).detach().to(dtype)

@@ -4,26 +4,13 @@ With one row a product reads each weight once and does little with it, so the we
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from gpt.model.linear import activate
 
 SMALL = 600_000  # weights of a matrix
 # oneDNN's names for our activations: (name, algorithm). swiglu and relu2 are not among them.
 _FUSED = {"relu": ("relu", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
-
-
-def activate(h: Tensor, activation: str | None) -> Tensor:
-    """The MLP's non-linearity; for swiglu h is the gate's half and the other, side by side. h may be overwritten."""
-    if activation is None:
-        return h
-    if activation == "swiglu":
-        gate, up = h.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-    if activation == "relu2":
-        return h.relu_().square_()
-    if activation == "relu":
-        return h.relu_()
-    return F.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 class PlainLinear:
@@ -41,7 +28,7 @@ class PlainLinear:
             residual.addmm_(x, self.matrix)
             return residual if self.bias is None else residual.add_(self.bias)
         y = torch.mm(x, self.matrix) if self.bias is None else torch.addmm(self.bias, x, self.matrix)
-        y = activate(y, activation)
+        y = y if activation is None else activate(y, activation)
         return y if residual is None else residual.add_(y)
 
 
@@ -67,7 +54,8 @@ class PackedLinear(PlainLinear):
             name, algorithm = _FUSED[activation]
             y = product(x, self.weight, self.bias, name, [], algorithm)
         else:
-            y = activate(product(x, self.weight, self.bias, "none", [], ""), activation)
+            y = product(x, self.weight, self.bias, "none", [], "")
+            y = y if activation is None else activate(y, activation)
         return y if residual is None else residual.add_(y)
 
 
@@ -80,7 +68,7 @@ class MklLinear(PlainLinear):
 
     def __call__(self, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
         y = torch.ops.mkl._mkl_linear.default(x.to(self.dtype), self.packed, self.weight, self.bias, self.rows)
-        y = activate(y, activation)
+        y = y if activation is None else activate(y, activation)
         return y if residual is None else residual.add_(y)
 
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.inference.linear import PlainLinear, activate
+from gpt.inference.linear import PlainLinear
+from gpt.model.linear import activate
 
 LEVELS = 127
 # torch's product with int8 weights reads whole vectors: with other widths it reads past the end, and may crash.
@@ -52,7 +53,7 @@ class Int8Linear(PlainLinear):
             y = self._unpacked(x)
         if self.bias is not None:
             y += self.bias
-        y = activate(y, activation)
+        y = y if activation is None else activate(y, activation)
         return y if residual is None else residual.add_(y)
 
     def _unpacked(self, x: Tensor) -> Tensor:

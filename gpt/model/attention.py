@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.model.config import ModelConfig
+from gpt.model.linear import ResidualLinear
 from gpt.model.norms import RMSNorm
 from gpt.model.positions import alibi_slopes, rotate
 from kernels import attention, masks
@@ -15,11 +16,13 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.kv_heads, config.head_width
+        self.heads = (self.n_head, self.n_kv_head, self.n_kv_head)
         self.dropout = config.dropout
         window = config.window_of(layer)
         self.mask = masks.CAUSAL if window is None else masks.sliding_window(window)
-        self.c_qkv = nn.Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=config.bias)
-        self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
+        self.c_qkv = nn.Linear(config.n_embd, sum(self.heads) * self.head_dim, bias=config.bias)
+        width = self.n_head * self.head_dim
+        self.c_proj = ResidualLinear(width, config.n_embd, bias=config.bias, dropout=config.dropout)
         self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         # How much of the value embeddings each head takes.
@@ -31,22 +34,37 @@ class CausalSelfAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
+        residual: Tensor,
         values: Tensor | None,
         rotary: tuple[Tensor, Tensor] | None,
         segment_ids: Tensor | None,
     ) -> Tensor:
-        B, T, _ = x.shape
-        heads = (self.n_head, self.n_kv_head, self.n_kv_head)
-        qkv = self.c_qkv(x).view(B, T, sum(heads), self.head_dim)
-        q, k, v = qkv.split(heads, dim=2)  # (B, T, H, D), (B, T, H_kv, D) twice
+        """residual + projection of what each token of x (..., C) attends to; both of x's shape.
+
+        values (..., H_kv D): value embeddings; rotary: cos and sin, which broadcast to (..., 1, D).
+        """
+        q, k, v = self.project(x, values, rotary)
+        y = self.attend(q, k, v, segment_ids)  # (..., H, D)
+        return self.c_proj(y.flatten(-2), residual=residual)
+
+    def project(
+        self, x: Tensor, values: Tensor | None, rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (..., H, D), keys and values (..., H_kv, D) of x (..., C), normalised and rotated."""
+        qkv = self.c_qkv(x).view(*x.shape[:-1], -1, self.head_dim)
+        q, k, v = qkv.split(self.heads, dim=-2)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.value_gate is not None:
-            gate = 2 * torch.sigmoid(self.value_gate(x)).unsqueeze(-1)  # (B, T, H_kv, 1)
+            gate = 2 * torch.sigmoid(self.value_gate(x)).unsqueeze(-1)  # (..., H_kv, 1)
             v = torch.addcmul(v, values.view(v.shape).to(v.dtype), gate)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        y = attention(
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor | None) -> Tensor:
+        """Attention of the tokens of each row (B, T, H, D) to each other. A decoder attends to its cache instead."""
+        return attention(
             q,
             k,
             v,
@@ -55,4 +73,3 @@ class CausalSelfAttention(nn.Module):
             alibi_slopes=self.slopes,
             dropout_p=self.dropout if self.training else 0.0,
         )
-        return self.c_proj(y.reshape(B, T, self.n_head * self.head_dim))  # (B, T, C)

@@ -29,27 +29,27 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.pre_norm = config.norm_order == "pre"
+        self.pre_norm, self.value_table = config.norm_order == "pre", config.value_table_of(layer)
         self.attn_norm = make_norm(config, config.n_embd)
         self.attn = CausalSelfAttention(config, layer)
         self.mlp_norm = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.redraws = config.dropout > 0
         self.checkpointing = False
 
     def forward(self, x: Tensor, *context: Any) -> Tensor:
+        """x (..., C) after the block; context: values, rotary and segment_ids of CausalSelfAttention.forward."""
         if self.checkpointing and torch.is_grad_enabled():
             # Chen et al. 2016: keep the input, compute the rest again in the backward.
-            redraw = self.dropout.p > 0
-            return checkpoint(self.body, x, *context, use_reentrant=False, preserve_rng_state=redraw)
+            return checkpoint(self.body, x, *context, use_reentrant=False, preserve_rng_state=self.redraws)
         return self.body(x, *context)
 
     def body(self, x: Tensor, *context: Any) -> Tensor:
         if self.pre_norm:
-            x = x + self.dropout(self.attn(self.attn_norm(x), *context))
-            return x + self.dropout(self.mlp(self.mlp_norm(x)))
-        x = self.attn_norm(x + self.dropout(self.attn(x, *context)))
-        return self.mlp_norm(x + self.dropout(self.mlp(x)))
+            x = self.attn(self.attn_norm(x), x, *context)
+            return self.mlp(self.mlp_norm(x), x)
+        x = self.attn_norm(self.attn(x, x, *context))
+        return self.mlp_norm(self.mlp(x, x))
 
 
 class GPT(nn.Module):
@@ -133,23 +133,26 @@ class GPT(nn.Module):
         # A slice, not an index, where positions simply count: no gather on the common road.
         at = slice(T) if positions is None else positions
 
-        x = self._embedded(idx)  # (B, T, C)
-        rotary = None
+        return self.run(idx, at, segment_ids)
+
+    def run(self, idx: Tensor, at: Tensor | slice, segment_ids: Tensor | None = None) -> Tensor:
+        """hidden, without its checks, for idx of any shape (...); at: which rows of the position tables it gets."""
+        x, rotary = self._embedded(idx), None  # (..., C)
         if self.config.position == "learned":
             x = x + self.position_embed.weight[at]
         elif self.config.position == "sinusoidal":
             x = x + self.position_table[at]
         elif self.config.position == "rotary":
-            rotary = self.cos[at].unsqueeze(-2), self.sin[at].unsqueeze(-2)  # each (B or none, T, 1, D)
+            rotary = self.cos[at].unsqueeze(-2), self.sin[at].unsqueeze(-2)  # each broadcasts to (..., 1, D)
         x = self.dropout(x)
-        tables = [table(idx) for table in self.value_embeds]  # each (B, T, H_kv D)
-        for layer, block in enumerate(self.blocks):
-            table = self.config.value_table_of(layer)
-            x = block(x, None if table is None else tables[table], rotary, segment_ids)
+        tables = [table(idx) for table in self.value_embeds]  # each (..., H_kv D)
+        for block in self.blocks:
+            values = None if block.value_table is None else tables[block.value_table]
+            x = block(x, values, rotary, segment_ids)
         return self.norm(x)
 
     def _embedded(self, idx: Tensor) -> Tensor:
-        """Rows of the embedding table, scaled (B, T, C)."""
+        """Rows of the embedding table, scaled (..., C)."""
         try:
             x = self.embed(idx)
         except IndexError:
@@ -176,6 +179,10 @@ class GPT(nn.Module):
         """The head: logits (..., V) of hidden (..., C), after the softcap where there is one."""
         if not torch.compiler.is_compiling():
             check_hidden(self.head.weight, hidden)
+        return self.read(hidden)
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """logits, without its checks."""
         logits, cap = self.head(hidden), self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits.float() / cap)
 

@@ -26,13 +26,11 @@ def rotary_table(seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, Ten
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on x (B, T, H, D); cos and sin (B or none, T, 1, D) as rotary_table gives them."""
+    """Rotary positions on x (..., H, D); cos and sin, which broadcast to (..., 1, D), as rotary_table gives them."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     if by_hand(x):
         return RotateFunction.apply(x, cos, sin)
-    half = x.shape[-1] // 2
-    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
-    return torch.addcmul(x * cos, swapped, sin)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def alibi_slopes(n_head: int) -> Tensor:

@@ -1,0 +1,64 @@
+"""A model's modules, made ready to run on a few tokens: the same forward, other linear layers."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from gpt.model import GPT, CausalSelfAttention
+
+Linear = Callable[[nn.Linear], Callable]
+
+
+def prepared(module: nn.Module, linear: Linear, dtype: torch.dtype) -> nn.Module:
+    """A twin of a module that shares its tensors, with linear(layer) in the place of each linear layer.
+
+    Norms become plain functions, those of queries and keys in `dtype`, the matrices'. What a twin holds are attributes
+    of Python's own, which are found faster than a module's. It is for inference: it has no parameters and no dropout.
+    """
+    twin = copy.copy(module)
+    twin.__dict__ |= {"_modules": {}, "_parameters": {}, "_buffers": {}, "training": False}
+    tensors = {**module._parameters, **module._buffers}
+    twin.__dict__ |= {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
+    norm_dtype = dtype if isinstance(module, CausalSelfAttention) else None
+    for name, part in module._modules.items():
+        twin.__dict__[name] = _part(part, linear, dtype, norm_dtype)
+    return twin
+
+
+def _part(part: nn.Module | None, linear: Linear, dtype: torch.dtype, norm_dtype: torch.dtype | None) -> object:
+    if part is None or isinstance(part, nn.Identity):
+        return part
+    if isinstance(part, nn.ModuleList):
+        return [_part(each, linear, dtype, norm_dtype) for each in part]
+    if isinstance(part, nn.Linear):
+        return linear(part)
+    if isinstance(part, nn.RMSNorm | nn.LayerNorm):
+        return _norm(part, norm_dtype)
+    return prepared(part, linear, dtype)
+
+
+def _norm(norm: nn.RMSNorm | nn.LayerNorm, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
+    """The norm as a function: less is called than through a module."""
+    shape, eps, weight = norm.normalized_shape, norm.eps, norm.weight.detach()
+    weight = weight if dtype is None else weight.to(dtype)
+    if isinstance(norm, nn.LayerNorm):
+        bias = None if norm.bias is None else norm.bias.detach()
+        return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+    return lambda x: torch.rms_norm(x, shape, weight, eps)
+
+
+def lengthen_tables(model: GPT, rows: int, dtype: torch.dtype) -> None:
+    """Give the position tables of a twin at least so many rows, repeating the last; rotary ones in `dtype`."""
+
+    def longer(table: Tensor) -> Tensor:
+        missing = max(0, rows - len(table))
+        return torch.cat((table, table[-1:].expand(missing, -1))) if missing else table
+
+    if model.config.position == "learned":
+        model.position_embed.__dict__["weight"] = longer(model.position_embed.weight)
+    elif model.config.position == "sinusoidal":
+        model.__dict__["position_table"] = longer(model.position_table)
+    elif model.config.position == "rotary":
+        model.__dict__ |= {"cos": longer(model.cos).to(dtype), "sin": longer(model.sin).to(dtype)}
