@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from functools import cache
 from pathlib import Path
 
@@ -21,14 +22,15 @@ EVERY_TIME = (
 class Gather:
     """A pytest plugin that writes, for each test that passes, its seconds and the lines it ran, by module.
 
-    A line that ran in a fixture of more than one test counts for each test that uses the fixture. Processes that a
-    test starts are followed, unless they are killed.
+    What ran in a fixture of more than one test, lines and seconds, counts for each test that uses the fixture: it alone
+    may be the one that is run. Processes that a test starts are followed, unless they are killed.
     """
 
     def __init__(self, folder: Path, target: Path):
         self.folder, self.target = folder, target
         self.fixtures: dict[str, list[str]] = {}
         self.seconds: dict[str, float] = {}
+        self.setup: dict[str, float] = {}  # of each shared fixture
         self.failed: set[str] = set()
 
     def pytest_configure(self):
@@ -64,11 +66,14 @@ class Gather:
     def pytest_fixture_setup(self, fixturedef):
         shared = fixturedef.scope != "function"
         before = self._switch(f"fixture {fixturedef.argname}") if shared else ""
+        began = time.monotonic()
         try:
             return (yield)
         finally:
             if shared:
                 self._switch(before)
+                name, took = fixturedef.argname, time.monotonic() - began
+                self.setup[name] = max(took, self.setup.get(name, 0.0))
 
     def pytest_runtest_logreport(self, report):
         self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
@@ -97,7 +102,8 @@ class Gather:
             for fixture in self.fixtures[name]:
                 for module, mask in lines.get(f"fixture {fixture}", {}).items():
                     total[module] = total.get(module, 0) | mask
-            tests[name] = {"seconds": self.seconds[name], "lines": {m: f"{mask:x}" for m, mask in total.items()}}
+            seconds = max(self.seconds[name], sum(self.setup.get(fixture, 0.0) for fixture in self.fixtures[name]))
+            tests[name] = {"seconds": seconds, "lines": {m: f"{mask:x}" for m, mask in total.items()}}
         modules = {module for own in lines.values() for module in own}
         sources = {module: _keep((self.folder / module).read_text(), self.target.parent) for module in modules}
         record = {"sources": sources, "tests": tests, "failed": sorted(self.failed)}

@@ -87,6 +87,19 @@ def test_kernels_take_torch_and_triton_only(module):
     assert packages <= {"kernels", "torch", "triton"} | sys.stdlib_module_names
 
 
+def test_files_and_functions_stay_short():
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert {str(path): n for path, n in lengths.items() if n > 400} == {}
+    assert lengths[ROOT / "train.py"] < 200
+    functions = [
+        (f"{path}:{node.name}", node.end_lineno - node.lineno + 1)
+        for path in [*FILES, *ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/*.py")]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert {name: n for name, n in functions if n > 80} == {}
+
+
 def test_every_room_says_what_it_is_for():
     rooms = list(ROOT.glob("gpt/*/__init__.py"))
     assert len(rooms) == 7

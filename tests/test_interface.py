@@ -22,7 +22,7 @@ import torch
 
 import gpt
 from gpt import config
-from gpt.data.tokenizers import ByteTokenizer, StreamDecoder, load_tokenizer
+from gpt.data.tokenizers import ByteTokenizer, StreamDecoder, Tokenizer, load_tokenizer
 from gpt.evaluation import lm_eval, scoring
 from gpt.inference.sampling import sample_seed
 from gpt.interop.export import export
@@ -111,7 +111,6 @@ def calls(tiny_run, tmp_path_factory) -> dict[str, Call]:
     byte.save(folder / "tokenizer.json")
     export(model, tokenizer, folder / "hf")
     tokens = torch.ones(2, 3, dtype=torch.int64)
-    question, other = scoring.Question("a", ("b", "c"), 0), scoring.Question("x", ("y", "z"), 1)
     both = {"model": model, "tokenizer": tokenizer}
     neither = {"model": "", "tokenizer": ""}
     inputs = {"idx": tokens, "positions": None, "segment_ids": None}
@@ -160,6 +159,13 @@ def calls(tiny_run, tmp_path_factory) -> dict[str, Call]:
         "flops_per_token": Call(
             model.flops_per_token, {"seq_len": 9, "training": False}, {"seq_len": f"none, {COUNT}", "training": FLAG}
         ),
+        **calls_of_tokenizers(tokenizer, folder),
+        **calls_of_scores(both, neither, folder),
+    }
+
+
+def calls_of_tokenizers(tokenizer: Tokenizer, folder: Path) -> dict[str, Call]:
+    return {
         "encode": Call(
             tokenizer.encode,
             {"text": "abc", "allow_special": False},
@@ -175,6 +181,12 @@ def calls(tiny_run, tmp_path_factory) -> dict[str, Call]:
         "load_tokenizer": Call(
             load_tokenizer, {"path": folder / "tokenizer.json"}, {"path": ""}, {"path": "tokenizer"}
         ),
+    }
+
+
+def calls_of_scores(both: dict, neither: dict, folder: Path) -> dict[str, Call]:
+    question, other = scoring.Question("a", ("b", "c"), 0), scoring.Question("x", ("y", "z"), 1)
+    return {
         "score_texts": Call(
             scoring.score_texts,
             both | {"texts": ["abc"], "stride": 4, "batch_size": 2},

@@ -95,8 +95,8 @@ def test_a_sample_spreads_over_lines_and_edits_elsewhere_do_not_change_it():
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory) -> tuple[str, dict[str, dict]]:
-    """What the runner says of a project of two modules, and the records it keeps, by the changed line."""
+def toy(tmp_path_factory) -> tuple[str, dict[str, dict], dict[str, dict]]:
+    """What the runner says of a project of two modules, its records by the changed line, and its tests by name."""
     project = tmp_path_factory.mktemp("toy")
     files = {
         "gpt/tested.py": """
@@ -114,7 +114,16 @@ def toy(tmp_path_factory) -> tuple[str, dict[str, dict]]:
         "gpt/alone.py": "def twice(a):\n    return 2 * a\n\n\ndef same(a):\n    return a * 1\n",
         "tests/test_tested.py": """
             import subprocess, sys
+            import pytest
             from gpt.tested import least, wait
+
+            @pytest.fixture(scope="module")
+            def answer():
+                return subprocess.run([sys.executable, "-c", ""], check=True)
+
+            @pytest.mark.parametrize("n", [0, 1])
+            def test_shared(answer, n):
+                assert answer.returncode == 0 <= least(n)
 
             def test_least():
                 assert [least(n) for n in (-3, 0, 3)] == [0, 0, 3]
@@ -154,7 +163,12 @@ def toy(tmp_path_factory) -> tuple[str, dict[str, dict]]:
     assert done.returncode == 0, done.stderr
     lines = (project / "build/mutants/verdicts.jsonl").read_text().splitlines()
     assert (project / "gpt/tested.py").read_text() == textwrap.dedent(files["gpt/tested.py"])
-    return done.stdout, {record["new"]: record for record in map(json.loads, lines)}
+    (gathered,) = (project / "build/mutants/coverage").glob("*.json")
+    return (
+        done.stdout,
+        {record["new"]: record for record in map(json.loads, lines)},
+        json.loads(gathered.read_text())["tests"],
+    )
 
 
 def test_a_mutant_that_a_test_notices_is_killed_in_another_process_too(toy):
@@ -162,8 +176,13 @@ def test_a_mutant_that_a_test_notices_is_killed_in_another_process_too(toy):
     assert toy[1]["return a - b"]["by"] == "tests/test_tested.py::test_add_in_another_process"
 
 
+def test_a_shared_fixture_counts_for_each_test_that_uses_it(toy):
+    first, second = (toy[2][f"tests/test_tested.py::test_shared[{n}]"]["seconds"] for n in (0, 1))
+    assert second > first / 2, "either may be the one that is run"
+
+
 def test_a_mutant_without_a_test_survives_and_is_reported(toy):
-    said, records = toy
+    said, records, _ = toy
     assert records["return 3 * a"]["result"] == "not covered"
     assert "+ return 3 * a" in said
     assert "gpt/alone.py" in said.splitlines()[-3]
