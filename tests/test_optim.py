@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpt.config import ModelConfig
 from gpt.errors import UserError
 from gpt.model import GPT
+from gpt.model.roles import weights_of
 from gpt.training.average import Average
 from gpt.training.config import OptimConfig
 from gpt.training.gradients import gradient_norm, scale_gradients
@@ -132,6 +133,38 @@ def test_muon_treats_queries_keys_and_values_apart():
     Muon([{"params": [whole], "row_splits": (16, 4, 4)}], lr=1.0).step()
     Muon(parts, lr=1.0).step()
     torch.testing.assert_close(whole.detach(), torch.cat([p.detach() for p in parts]))
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 6), (2, 5, 12), (2, 3, 4, 4)], ids=str)
+def test_muon_treats_the_matrices_of_a_stack_apart(shape):
+    """As the weights of experts are: each moves as it would alone."""
+    start, grads = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).split((1, 2))
+    stack = torch.nn.Parameter(start[0].clone())
+    alone = [torch.nn.Parameter(matrix.clone()) for matrix in start[0].flatten(0, -3)]
+    together, apart = Muon([stack], lr=0.1, weight_decay=0.2), Muon(alone, lr=0.1, weight_decay=0.2)
+    for grad in grads:
+        stack.grad = grad.clone()
+        for p, g in zip(alone, grad.flatten(0, -3), strict=True):
+            p.grad = g.clone()
+        together.step()
+        apart.step()
+    torch.testing.assert_close(stack.detach().flatten(0, -3), torch.stack([p.detach() for p in alone]))
+    assert not stack.equal(start[0])
+
+
+def test_each_weight_has_the_role_that_its_module_says():
+    model = tiny_model(value_embeds=1, position="learned", bias=True, norm="layernorm")
+    names = {p: name for name, p in model.named_parameters()}
+    roles = {names[weight.parameter]: weight.role for weight in weights_of(model)}
+    assert list(roles) == [name for name, _ in model.named_parameters()]
+    kinds = {"embed": "embedding", "position_embed": "embedding", "value_embeds.0": "value_embedding", "head": "head"}
+    block = {"c_qkv": "hidden", "c_fc": "hidden", "c_proj": "residual_out", "value_gate": "value_gate"}
+    for name, role in roles.items():
+        holder = name.removesuffix(".weight")
+        expected = kinds.get(holder) or block.get(holder.rpartition(".")[2], "vector")
+        assert role == ("vector" if name.endswith("bias") else expected), name
+    tied = tiny_model(tied_embeddings=True)
+    assert [weight.role for weight in weights_of(tied)].count("head") == 0
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

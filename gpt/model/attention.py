@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.model.config import ModelConfig
-from gpt.model.linear import ResidualLinear
+from gpt.model.linear import HiddenLinear, ResidualLinear, ValueGate
 from gpt.model.norms import RMSNorm
 from gpt.model.positions import alibi_slopes, rotate
 from kernels import attention, masks
@@ -20,14 +20,14 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         window = config.window_of(layer)
         self.mask = masks.CAUSAL if window is None else masks.sliding_window(window)
-        self.c_qkv = nn.Linear(config.n_embd, sum(self.heads) * self.head_dim, bias=config.bias)
+        rows = tuple(n * self.head_dim for n in self.heads)
+        self.c_qkv = HiddenLinear(config.n_embd, sum(rows), bias=config.bias, row_splits=rows)
         width = self.n_head * self.head_dim
         self.c_proj = ResidualLinear(width, config.n_embd, bias=config.bias, dropout=config.dropout)
         self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        # How much of the value embeddings each head takes.
         has_table = config.value_table_of(layer) is not None
-        self.value_gate = nn.Linear(config.n_embd, self.n_kv_head, bias=False) if has_table else None
+        self.value_gate = ValueGate(config.n_embd, self.n_kv_head, bias=False) if has_table else None
         slopes = alibi_slopes(config.n_head) if config.position == "alibi" else None
         self.register_buffer("slopes", slopes, persistent=False)
 

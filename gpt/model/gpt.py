@@ -18,6 +18,7 @@ from gpt.model.inputs import check_call, check_hidden, check_targets
 from gpt.model.mlp import MLP
 from gpt.model.norms import make_norm
 from gpt.model.positions import rotary_table, sinusoidal_table
+from gpt.model.roles import EMBEDDING, HEAD, RESIDUAL_OUT, VALUE_EMBEDDING, VALUE_GATE, VECTOR, weights_of
 from kernels import linear_cross_entropy
 from kernels.linear_cross_entropy import workspace_bytes
 
@@ -52,6 +53,20 @@ class Block(nn.Module):
         return self.mlp_norm(self.mlp(x, x))
 
 
+class Table(nn.Embedding):
+    """A table of vectors with a role."""
+
+    def __init__(self, role: str, rows: int, width: int):
+        super().__init__(rows, width)
+        self.role = role
+
+
+class Head(nn.Linear):
+    """Logits from the last hidden state."""
+
+    role = HEAD
+
+
 class GPT(nn.Module):
     """Tokens in, next-token logits out.
 
@@ -65,11 +80,11 @@ class GPT(nn.Module):
         if config.vocab_size is None:
             raise ValueError("ModelConfig.vocab_size must be set to build a model")
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embed = Table(EMBEDDING, config.vocab_size, config.n_embd)
         # Vaswani et al. scale the embeddings up to the size of sines and cosines of amplitude 1.
         self.embed_scale = math.sqrt(config.n_embd) if config.position == "sinusoidal" else 1.0
         if config.position == "learned":
-            self.position_embed = nn.Embedding(config.seq_len, config.n_embd)
+            self.position_embed = Table(EMBEDDING, config.seq_len, config.n_embd)
         elif config.position == "sinusoidal":
             self.register_buffer("position_table", sinusoidal_table(config.seq_len, config.n_embd), persistent=False)
         elif config.position == "rotary":
@@ -77,11 +92,13 @@ class GPT(nn.Module):
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         width = config.kv_heads * config.head_width
-        self.value_embeds = nn.ModuleList(nn.Embedding(config.vocab_size, width) for _ in range(config.value_embeds))
+        self.value_embeds = nn.ModuleList(
+            Table(VALUE_EMBEDDING, config.vocab_size, width) for _ in range(config.value_embeds)
+        )
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config, config.n_embd) if config.norm_order == "pre" else nn.Identity()
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = Head(config.n_embd, config.vocab_size, bias=False)
         if config.tied_embeddings:
             self.head.weight = self.embed.weight
         self.init_weights()
@@ -97,22 +114,19 @@ class GPT(nn.Module):
         Value embeddings and their gates start as zeros in all of them.
         """
         C, init = self.config.n_embd, self.config.init
-        for name, weight in self.named_parameters():
-            if name.endswith("bias"):
+        table = {"gpt2": 0.02, "xavier": C**-0.5, "scaled": C**-0.5 if self.config.tied_embeddings else 1.0}[init]
+        for weight, name, role, _ in weights_of(self):
+            if name == "bias" or role in (VALUE_EMBEDDING, VALUE_GATE):
                 weight.zero_()
-            elif weight.ndim == 1:
+            elif role == VECTOR:
                 weight.fill_(1.0)
-            elif "value_" in name:
-                weight.zero_()
-            elif "embed" in name:  # also the head, when tied
-                std = {"gpt2": 0.02, "xavier": C**-0.5, "scaled": C**-0.5 if self.config.tied_embeddings else 1.0}[init]
-                weight.normal_(std=std)
+            elif role == EMBEDDING:  # also the head, when tied
+                weight.normal_(std=table)
             elif init == "gpt2":
-                residual = name.endswith("c_proj.weight")
-                weight.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+                weight.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if role == RESIDUAL_OUT else 0.02)
             elif init == "xavier":
                 nn.init.xavier_uniform_(weight)
-            elif name.endswith("c_proj.weight") or name == "head.weight":
+            elif role in (RESIDUAL_OUT, HEAD):
                 weight.zero_()
             else:
                 weight.normal_(std=weight.shape[1] ** -0.5)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.model.cpu_autograd import ReLUSquaredFunction, by_hand
+from gpt.model.roles import HIDDEN, RESIDUAL_OUT, VALUE_GATE
 
 
 def activate(h: Tensor, activation: str) -> Tensor:
@@ -21,7 +22,17 @@ def activate(h: Tensor, activation: str) -> Tensor:
     return F.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-class ActivatedLinear(nn.Linear):
+class HiddenLinear(nn.Linear):
+    """x W^T + b within a block. row_splits: see gpt.model.roles.Weight."""
+
+    role = HIDDEN
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, row_splits: tuple[int, ...] | None = None):
+        super().__init__(in_features, out_features, bias=bias)
+        self.row_splits = row_splits
+
+
+class ActivatedLinear(HiddenLinear):
     """activation(x W^T + b)."""
 
     def forward(self, x: Tensor, activation: str) -> Tensor:
@@ -31,9 +42,17 @@ class ActivatedLinear(nn.Linear):
 class ResidualLinear(nn.Linear):
     """residual + dropout(x W^T + b): the projections back into the residual stream."""
 
+    role = RESIDUAL_OUT
+
     def __init__(self, in_features: int, out_features: int, *, bias: bool, dropout: float):
         super().__init__(in_features, out_features, bias=bias)
         self.dropout = dropout
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return residual + F.dropout(super().forward(x), self.dropout, self.training)
+
+
+class ValueGate(nn.Linear):
+    """How much of the value embeddings each head takes."""
+
+    role = VALUE_GATE

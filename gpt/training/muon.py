@@ -34,12 +34,12 @@ def orthogonalize(G: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised by Newton-Schulz, for 2-d weights of hidden layers (Jordan et al. 2024).
+    """Momentum, orthogonalised by Newton-Schulz, for hidden layers' matrices and stacks of them (Jordan et al. 2024).
 
     Matrices of one shape go through Newton-Schulz as one batch; each rank takes its share of it. The update of a
     (rows, cols) matrix is scaled by sqrt(max(1, rows / cols)); weight decay is decoupled: w -= lr * weight_decay * w.
-    A group's `row_splits` cuts each of its weights into blocks of rows that are orthogonalised apart, as for the
-    queries, keys and values of a fused projection.
+    A group's `row_splits` cuts each of its weights (rows, cols) into blocks of rows that are orthogonalised apart, as
+    for the queries, keys and values of a fused projection. Of a stack (n, rows, cols) each matrix is one block.
     An attribute `found_inf` of 1 makes a step change nothing, as in torch's fused optimizers.
     """
 
@@ -94,8 +94,8 @@ class Muon(torch.optim.Optimizer):
         by_shape: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)  # (param's index, first row)
         for i, p in enumerate(params):
             start = 0
-            for rows in group["row_splits"] or (p.shape[0],):
-                by_shape[rows, p.shape[1]].append((i, start))
+            for rows in group["row_splits"] or (p.shape[-2],) * math.prod(p.shape[:-2]):
+                by_shape[rows, p.shape[-1]].append((i, start))
                 start += rows
         for (rows, cols), blocks in by_shape.items():
             # Each rank orthogonalises `owned` of them; what is left over is zeros.
@@ -116,15 +116,17 @@ class Muon(torch.optim.Optimizer):
 
     @staticmethod
     def _whole(rows: Tensor, p: Tensor) -> Tensor:
-        """The matrix of p's shape that these rows of this rank belong to; they are all of it unless p is sharded."""
+        """All rows (n * rows, cols) of what has p's shape and of which this rank has these: all unless p is sharded."""
         if local(p) is p:
-            return rows
+            return rows.flatten(0, -2)
         from torch.distributed.tensor import DTensor
 
-        return full(DTensor.from_local(rows, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()))
+        whole = full(DTensor.from_local(rows, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()))
+        return whole.flatten(0, -2)
 
     def _rows_here(self, p: Tensor, start: int, update: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's part of p's rows from `start` on, and of the update of those rows."""
-        weight, low = local(p), first_row(p, self.world)
+        weight = local(p).flatten(0, -2)
+        low = first_row(p, self.world) * (p.shape[1] if p.ndim > 2 else 1)
         a, b = max(start, low), min(start + len(update), low + len(weight))
         return weight[a - low : max(a, b) - low], update[a - start : max(a, b) - start]

@@ -1,9 +1,12 @@
 """How the weights move: AdamW, Muon, their parameter groups, clipping, the schedule, and the weights' average."""
 
+from collections import defaultdict
+
 import torch
 from torch import nn
 
 from gpt.distributed import World
+from gpt.model.roles import HIDDEN, RESIDUAL_OUT, TABLES, VECTOR, Weight, weights_of
 from gpt.training.config import OptimConfig
 from gpt.training.muon import Muon
 
@@ -30,35 +33,23 @@ def build_optimizers(model: nn.Module, config: OptimConfig, world: World | None 
     decay.
     """
     leave_compiler_out()
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    weights = [weight for weight in weights_of(model) if weight.parameter.requires_grad]
     # Only the fused one takes found_inf.
     adam = {"betas": (config.beta1, config.beta2), "eps": 1e-8, "fused": True}
     if config.optimizer == "adamw":
-        share = 1.0 if config.base_width is None else config.base_width / model.config.n_embd
-        # A head that is the embedding table is named as that.
-        grow = {name for name, p in named if share != 1.0 and p.ndim >= 2 and "embed" not in name}
-        groups = [
-            {"params": [p for n, p in named if p.ndim >= 2 and n not in grow], "weight_decay": config.weight_decay},
-            {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        if grow:
-            scaled = {"lr": config.learning_rate * share, "weight_decay": config.weight_decay / share}
-            groups.append({"params": [p for name, p in named if name in grow], **scaled})
-        optimizers = [torch.optim.AdamW(groups, lr=config.learning_rate, **adam)]
+        optimizers = [torch.optim.AdamW(_adamw_groups(model, config, weights), lr=config.learning_rate, **adam)]
     else:
-        hidden = [(name, p) for name, p in named if name.startswith("blocks.") and p.ndim == 2]
-        matrices = {name: p for name, p in hidden if not name.endswith("value_gate.weight")}
-        qkv = [p for name, p in matrices.items() if name.endswith("c_qkv.weight")]
-        rest = [p for name, p in matrices.items() if not name.endswith("c_qkv.weight")]
-        attn = model.blocks[0].attn
-        splits = tuple(n * attn.head_dim for n in (attn.n_head, attn.n_kv_head, attn.n_kv_head))
-        embeddings = [p for name, p in named if "embed" in name]
-        others = [p for name, p in named if name not in matrices and "embed" not in name]
-        groups = [{"params": qkv, "row_splits": splits}, {"params": rest}]
+        stacks: dict[tuple[int, ...] | None, list[nn.Parameter]] = defaultdict(list)  # by how their rows split
+        for weight in weights:
+            if weight.role in (HIDDEN, RESIDUAL_OUT):
+                stacks[weight.row_splits].append(weight.parameter)
+        tables = [weight.parameter for weight in weights if weight.role in TABLES]
+        others = [weight.parameter for weight in weights if weight.role not in (HIDDEN, RESIDUAL_OUT, *TABLES)]
+        groups = [{"params": params, "row_splits": splits} for splits, params in stacks.items()]
         optimizers = [
             Muon(groups, config.learning_rate, config.muon_momentum, config.weight_decay, config.muon_ns_steps, world),
             torch.optim.AdamW(
-                [{"params": embeddings, "lr": config.embedding_lr}, {"params": others, "lr": config.head_lr}],
+                [{"params": tables, "lr": config.embedding_lr}, {"params": others, "lr": config.head_lr}],
                 weight_decay=0.0,
                 **adam,
             ),
@@ -67,3 +58,16 @@ def build_optimizers(model: nn.Module, config: OptimConfig, world: World | None 
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def _adamw_groups(model: nn.Module, config: OptimConfig, weights: list[Weight]) -> list[dict]:
+    """Weights with decay, vectors without; and apart from them, with base_width, the matrices that grow."""
+    share = 1.0 if config.base_width is None else config.base_width / model.config.n_embd
+    grown = [w.parameter for w in weights if share != 1.0 and w.role not in (VECTOR, *TABLES)]
+    rest = [w.parameter for w in weights if w.role != VECTOR and (share == 1.0 or w.role in TABLES)]
+    vectors = [w.parameter for w in weights if w.role == VECTOR]
+    groups = [{"params": rest, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    if grown:
+        scaled = {"lr": config.learning_rate * share, "weight_decay": config.weight_decay / share}
+        groups.append({"params": grown, **scaled})
+    return groups
