@@ -144,6 +144,11 @@ def small(monkeypatch):
     monkeypatch.setattr(tokenizer_module, "_SEGMENT", 300)
 
 
+@pytest.mark.parametrize("text", ["words\n" * 400 + " " * 1200, " " * 1200 + "words\n" * 400], ids=["last", "first"])
+def test_a_group_of_white_space_does_not_make_a_text_empty(tmp_path, make, small, text):
+    assert "".join(sides(make(write(tmp_path / "text.txt", text), "byte"))) == text
+
+
 @pytest.fixture
 def killed(tmp_path, make, monkeypatch, small):
     """killed(text, tokenizer) leaves what a kill amid the fourth part does; the folder, and what it had finished."""

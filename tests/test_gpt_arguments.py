@@ -35,6 +35,13 @@ class Sample:
     whatever: Any = None
 
 
+class Nameless:
+    """Raises in its __repr__, as a caller's own class may."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
 SENTENCES = [
     ({"flag": 1}, "flag must be True or False, not 1"),
     ({"count": True}, "count must be a whole number, not True"),
@@ -65,6 +72,7 @@ SENTENCES = [
     ({"weights": {1: "a"}}, "weights must be a mapping from a whole number or text to a number, not the dict {1: 'a'}"),
     ({"model": int}, "model must be a GPT or None, not the type <class 'int'>"),
     ({"model": object()}, "model must be a GPT or None, not a value of type object"),
+    ({"model": Nameless()}, "model must be a GPT or None, not a value of type Nameless"),
     ({"model": list(range(40))}, "model must be a GPT or None, not a value of type list"),
     ({"models": [1]}, "models must be a list of GPT, not the list [1]"),
 ]

@@ -2,7 +2,7 @@
 
 import importlib
 import typing
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +86,29 @@ def test_the_flags_beside_the_tables(tmp_path):
     for name, options in PRESETS.items():
         model = load_config(["--preset", name]).model
         assert model == ModelConfig(**options), name
+
+
+# A default that changes is a change that users see.
+DEFAULTS = {
+    "data": {"val_fraction": 0.1, "split_seed": 0, "encoding_errors": "strict", "text_field": "text"}
+    | {"max_download_bytes": 16 << 30, "packing": "stream"},
+    "tokenizer": {"tokenizer": "char", "bpe_vocab_size": 4096},
+    "model": {"n_layer": 6, "n_head": 6, "n_embd": 384, "seq_len": 256, "position": "rotary", "rope_theta": 10000.0}
+    | {"norm": "rmsnorm", "norm_eps": 1e-6, "norm_order": "pre", "activation": "swiglu", "bias": False}
+    | {"qk_norm": True, "value_embeds": 0, "tied_embeddings": False, "dropout": 0.0, "init": "scaled"},
+    "optim": {"optimizer": "adamw", "learning_rate": 1e-3, "embedding_lr": 0.05, "head_lr": 0.01, "min_lr": 0.0}
+    | {"schedule": "cosine", "warmup_steps": 100, "decay_fraction": 0.4, "weight_decay": 0.1, "beta1": 0.9}
+    | {"beta2": 0.95, "muon_momentum": 0.95, "muon_ns_steps": 5, "grad_clip": 1.0, "ema_decay": 0.0, "z_loss": 0.0}
+    | {"label_smoothing": 0.0},
+    "train": {"batch_size": 16, "grad_accum_steps": 1, "max_steps": 2000, "seed": 1337, "device": "auto"}
+    | {"dtype": "auto", "parallel": "auto", "eval_interval": 250, "checkpoint_interval": 500, "keep_checkpoints": 2}
+    | {"max_skipped_steps": 10, "max_rollbacks": 3, "spike_threshold": 0.0, "patience": 0, "max_minutes": 0.0}
+    | {"profile_steps": 0}
+    | dict.fromkeys(("activation_checkpointing", "compile", "resume", "overwrite", "eval_only", "dry_run"), False),
+    "log": {"log_interval": 10, "sample_tokens": 200, "sample_prompt": "", "wandb": "off", "wandb_project": "gpt"},
+}
+
+
+def test_the_defaults():
+    for table, values in asdict(Config()).items():
+        assert {key: value for key, value in values.items() if value not in (None, ())} == DEFAULTS[table]

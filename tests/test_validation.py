@@ -2,6 +2,7 @@
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -227,3 +228,13 @@ def test_a_sample_ends_where_a_stop_is_heard(folder, capsys, monkeypatch):
     text = validation.sample_text(model, Parallel(model, world, "none"), world, tokenizer, config, stopped)
     assert text.startswith("  | x") and len(asked) <= 5
     assert len(validation.sample_text(model, Parallel(model, world, "none"), world, tokenizer, config)) > len(text)
+
+
+def test_a_watch_hears_of_each_batch_how_far_the_evaluation_is():
+    config = load_config(["--n-layer", "1", "--n-head", "1", "--n-embd", "8", "--seq-len", "8", "--vocab-size", "256"])
+    model, world, heard = GPT(config.model), World(torch.device("cpu")), []
+    tokens = [torch.randint(256, (9000,), generator=torch.Generator().manual_seed(n)).numpy() for n in (0, 1)]
+    config = replace(config, data=replace(config.data, corpus=("a", "b"), corpus_weights=(1.0, 1.0)))
+    watch = lambda done, total: heard.append((done, total))
+    validation.evaluate(model, Parallel(model, world, "none"), world, tokens, ByteTokenizer(), config, None, watch)
+    assert heard == [(done, 17998) for done in (0, 8192, 8999, 17191)]
