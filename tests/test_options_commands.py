@@ -247,7 +247,7 @@ SAMPLE = [
     Case("cuda_graphs", (False,), lambda r: r.decoder._graphs is None, lambda b, s, v: s, patch=recording),
     Case("dtype", ("bfloat16", "float16"), precision, lambda b, s, v: (b, s) == ("float32", v)),
     Case("dtype", ("float32", "float16"), precision, lambda b, s, v: (b, s) == ("bfloat16", v), {"quantize": "int8"}),
-    Case("quantize", ("int8",), lambda r: (r.err[:12], type(r.decoder._head).__name__)),
+    Case("quantize", ("int8",), lambda r: (r.err[:12], type(r.decoder._model.head).__name__)),
     Case("speculate", ("ngram",), lambda r: r.err, lambda b, s, v: b == "" and "proposed tokens" in s, ONLY_A),
     Case(
         "draft_tokens",
