@@ -163,6 +163,7 @@ class Span:
             [_Group(part, rows, sight, held[part], T) for part in _together(held, T, one_by_one)]
             for rows, sight, held in zip(blocks.stored, blocks.sights, filled)
         ]
+        self._alone = not padding and all(len(groups) == 1 for groups in self._groups)
         if T == 1:
             for group in (group for groups in self._groups for group in groups):
                 group.bias, group.blind = group.bias_of_lone_queries()
@@ -170,7 +171,10 @@ class Span:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As KernelSpan.attend."""
         store, number = self._blocks.places[layer]
-        q, k, v = (x.view(-1, self._T, *x.shape[1:]) for x in (q, k, v))  # (R, T, H or H_kv, D)
+        if self._T > 1:
+            q, k, v = (x.view(-1, self._T, *x.shape[1:]) for x in (q, k, v))  # (R, T, H or H_kv, D)
+        if self._alone:
+            return self._groups[store][0].attend(number, q, k, v)
         outputs = [group.attend(number, q, k, v) for group in self._groups[store]]
         if self._padding:
             outputs.append(outputs[0].new_zeros(self._padding * self._T, *outputs[0].shape[1:]))
@@ -200,7 +204,10 @@ class _Group:
         window = self.sight.window
         self.begin = 0 if window is None else max(0, min(filled) + 1 - window)
         self.end = max(filled) + T
+        self.T = T
         new = cache[..., filled[0] : self.end, :] if self.is_even else cache
+        if self.is_even and T == 1:
+            new = new.squeeze(-2)
         self.k_new, self.v_new = (part.unbind(0) for part in new.unbind(2))  # (R, H_kv, T or size, D) of each layer
         if not self.is_even:
             at = torch.tensor(filled, device=self.device)
@@ -228,24 +235,31 @@ class _Group:
         return bias.masked_fill_(~seen, float("-inf")), blind
 
     def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store these rows' k and v (R, T, H_kv, D), and let q (R, T, H, D) see all of theirs: (R * T, H, D)."""
-        q, k, v = (x[self.rows] for x in (q, k, v))
-        R, T, n_head, D = q.shape
-        if self.is_even:
+        """Store these rows' k and v (R, T, H_kv, D), and let q (R, T, H, D) see all of theirs: (R * T, H, D).
+
+        Where T is 1 none of them has that axis.
+        """
+        if len(q) != len(self.filled):
+            q, k, v = q[self.rows], k[self.rows], v[self.rows]
+        if not self.is_even:
+            self.k_new[number][self.where] = k
+            self.v_new[number][self.where] = v
+        elif self.T == 1:
+            self.k_new[number].copy_(k)
+            self.v_new[number].copy_(v)
+        else:
             self.k_new[number].copy_(k.transpose(1, 2))
             self.v_new[number].copy_(v.transpose(1, 2))
-        else:
-            self.k_new[number][self.where] = k[:, 0]
-            self.v_new[number][self.where] = v[:, 0]
         k, v = self.k[number], self.v[number]  # (R, H_kv, Tk, D) twice
-        if T > 1:
+        if self.T > 1:
             options = {"mask": self.sight.mask, "alibi_slopes": self.sight.slopes}
             return attention(q, k.transpose(1, 2), v.transpose(1, 2), **options).flatten(0, 1)
         if self.rows.start:
             # To where a first row's queries would be, in bytes past a multiple of 64: products round by that too.
             q = q.clone()
         # One query: the heads of a group are queries of one head, and no key is read twice.
-        q = q.view(R, k.shape[1], n_head // k.shape[1], D)
+        R, n_head, D = q.shape
+        q = q.view(R, self.kv_heads, n_head // self.kv_heads, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)  # (R, H_kv, G, D)
         if self.blind is not None:
             y = y.masked_fill(self.blind, 0.0)
