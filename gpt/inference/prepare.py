@@ -1,6 +1,7 @@
 """A model's modules, made ready to run on a few tokens: the same forward, other linear layers."""
 
 import copy
+import functools
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,7 @@ def prepared(module: nn.Module, linear: Linear, dtype: torch.dtype) -> nn.Module
     of Python's own, which are found faster than a module's. It is for inference: it has no parameters and no dropout.
     """
     twin = copy.copy(module)
+    twin.__class__ = _direct(type(module))
     twin.__dict__ |= {"_modules": {}, "_parameters": {}, "_buffers": {}, "training": False}
     tensors = {**module._parameters, **module._buffers}
     twin.__dict__ |= {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
@@ -28,6 +30,12 @@ def prepared(module: nn.Module, linear: Linear, dtype: torch.dtype) -> nn.Module
     if isinstance(module, CausalSelfAttention):
         twin.turn = _turn_together(module, dtype)
     return twin
+
+
+@functools.cache
+def _direct(kind: type[nn.Module]) -> type[nn.Module]:
+    """A kind of module whose call is its forward: no hooks are looked for."""
+    return type(kind.__name__, (kind,), {"__call__": kind.forward})
 
 
 def _turn_together(attn: CausalSelfAttention, dtype: torch.dtype) -> Callable:
