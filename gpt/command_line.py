@@ -1,7 +1,4 @@
-"""A TOML file and the command line into a Config: defaults, then a preset, then the file, then the flags.
-
-A wrong key or value is one sentence that names the file or the flag, whichever it came from.
-"""
+"""Flags into a dataclass of options: suggestions for a wrong one, help, and text in UTF-8 whatever the locale."""
 
 import ast
 import contextlib
@@ -23,7 +20,6 @@ from gpt.errors import UserError
 from gpt.files import decoded
 
 T = TypeVar("T")
-
 
 # Options that hold a path, or a name that may be one; with `run`, the first word of gpt.evaluate.
 PATHS = ("corpus", "cache_dir", "run_dir", "init_from", "resume_from")

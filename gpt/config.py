@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from gpt.arguments import check_fields
 from gpt.data.config import DataConfig, TokenizerConfig
-from gpt.errors import require
 from gpt.model.config import PRESETS, ModelConfig
 from gpt.training.config import LogConfig, OptimConfig, TrainConfig
 
@@ -20,7 +19,6 @@ __all__ = [
     "OptimConfig",
     "TokenizerConfig",
     "TrainConfig",
-    "require",
 ]
 
 

@@ -1,4 +1,4 @@
-"""TOML files to and from a Config."""
+"""TOML files to and from a Config. A wrong key or value is one sentence that names the file."""
 
 import tomllib
 import types

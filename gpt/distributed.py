@@ -1,4 +1,4 @@
-"""What torchrun needs: who is who, the process group, DDP and FSDP2, and whole tensors out of their shards.
+"""What torchrun needs: the ranks, their process group and collectives, and whole tensors out of their shards.
 
 Under `torchrun --nproc-per-node N train.py ...` each process is a rank with a device of its own. A process started
 without it is a world of one, for which everything here does nothing.

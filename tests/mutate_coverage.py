@@ -80,6 +80,10 @@ class Gather:
         if not report.passed:
             self.failed.add(report.nodeid)
 
+    def cost(self, name: str) -> float:
+        """Seconds of a test that runs alone: the first one of a shared fixture has its setup among its own."""
+        return max(self.seconds[name], sum(self.setup.get(fixture, 0.0) for fixture in self.fixtures[name]))
+
     def pytest_sessionfinish(self):
         from coverage import CoverageData
 
@@ -102,11 +106,10 @@ class Gather:
             for fixture in self.fixtures[name]:
                 for module, mask in lines.get(f"fixture {fixture}", {}).items():
                     total[module] = total.get(module, 0) | mask
-            seconds = max(self.seconds[name], sum(self.setup.get(fixture, 0.0) for fixture in self.fixtures[name]))
-            tests[name] = {"seconds": seconds, "lines": {m: f"{mask:x}" for m, mask in total.items()}}
+            tests[name] = {"seconds": self.cost(name), "lines": {m: f"{mask:x}" for m, mask in total.items()}}
         modules = {module for own in lines.values() for module in own}
         sources = {module: _keep((self.folder / module).read_text(), self.target.parent) for module in modules}
-        record = {"sources": sources, "tests": tests, "failed": sorted(self.failed)}
+        record = {"sources": sources, "tests": tests, "failed": sorted(self.failed), "setup": self.setup}
         part = self.target.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps(record))
         part.replace(self.target)

@@ -12,6 +12,7 @@ import pytest
 
 from tests import mutate
 from tests.mutants import all_mutants, sample
+from tests.mutate_coverage import Gather
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ["gpt/files.py", "gpt/data/tokenizers.py", "kernels/tiles.py"]
@@ -96,7 +97,7 @@ def test_a_sample_spreads_over_lines_and_edits_elsewhere_do_not_change_it():
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> tuple[str, dict[str, dict], dict[str, dict]]:
-    """What the runner says of a project of two modules, its records by the changed line, and its tests by name."""
+    """What the runner says of a project of two modules, its records by the changed line, and what it gathered."""
     project = tmp_path_factory.mktemp("toy")
     files = {
         "gpt/tested.py": """
@@ -167,7 +168,7 @@ def toy(tmp_path_factory) -> tuple[str, dict[str, dict], dict[str, dict]]:
     return (
         done.stdout,
         {record["new"]: record for record in map(json.loads, lines)},
-        json.loads(gathered.read_text())["tests"],
+        json.loads(gathered.read_text()),
     )
 
 
@@ -176,9 +177,18 @@ def test_a_mutant_that_a_test_notices_is_killed_in_another_process_too(toy):
     assert toy[1]["return a - b"]["by"] == "tests/test_tested.py::test_add_in_another_process"
 
 
-def test_a_shared_fixture_counts_for_each_test_that_uses_it(toy):
-    first, second = (toy[2][f"tests/test_tested.py::test_shared[{n}]"]["seconds"] for n in (0, 1))
-    assert second > first / 2, "either may be the one that is run"
+def test_a_shared_fixture_counts_for_each_test_that_uses_it(tmp_path):
+    """Either may be the one that is run."""
+    gather = Gather(tmp_path, tmp_path / "coverage.json")
+    gather.setup = {"server": 30.0, "text": 2.0}
+    gather.fixtures = {"first": ["server", "text"], "second": ["server", "text"], "third": ["text"], "fourth": []}
+    gather.seconds = {"first": 33.0, "second": 0.5, "third": 4.0, "fourth": 0.25}
+    assert [gather.cost(name) for name in gather.seconds] == [33.0, 32.0, 4.0, 0.25]
+
+
+def test_the_setup_of_a_shared_fixture_is_measured(toy):
+    tests, setup = toy[2]["tests"], toy[2]["setup"]
+    assert tests["tests/test_tested.py::test_shared[1]"]["seconds"] >= setup["answer"] > 0
 
 
 def test_a_mutant_without_a_test_survives_and_is_reported(toy):

@@ -127,7 +127,7 @@ def test_the_loss_holds_64_tokens_of_a_row_at_once():
     model = model_of(seq_len=130)
     tokens = torch.randint(VOCAB, (2, 131), generator=torch.Generator().manual_seed(2))
     with (
-        mock.patch("gpt.inference.decoder.Decoder", side_effect=Decoder) as made,
+        mock.patch("gpt.evaluation.int8.Decoder", side_effect=Decoder) as made,
         mock.patch.object(Decoder, "step", autospec=True, side_effect=Decoder.step) as step,
     ):
         quantization_loss(model, tokens, dtype=torch.float32)

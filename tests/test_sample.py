@@ -119,7 +119,7 @@ def test_bad_input_is_one_sentence_and_prints_nothing_else(run_dir, capsys, word
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda d: None, "no such directory"),
+        (lambda d: None, "it does not exist"),
         (lambda d: d.mkdir(), "it has no config.toml"),
         (lambda d: (d.mkdir(), (d / "config.toml").write_text("")), "has no checkpoint yet"),
     ],

@@ -198,7 +198,7 @@ def _write(
     counts = write_tokens(
         folder, sources, split, tokenizer, data.encoding_errors, _meter("tokenizing", sources, progress)
     )
-    if counts.blank:
+    if counts.white_space:
         raise UserError(f"the corpus {', '.join(data.corpus)} is empty: it holds nothing but white space")
     if not (counts.train_bytes and counts.val_bytes):
         raise UserError(f"the corpus {', '.join(data.corpus)} is too short to be split: give more text")

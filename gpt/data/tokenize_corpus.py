@@ -53,7 +53,7 @@ class Counts:
     documents: int = 0
     train_bytes: int = 0
     val_bytes: int = 0
-    blank: bool = True  # whether all text so far is white space
+    white_space: bool = True  # whether all text so far is white space
     shards: dict[Side, Any] = field(default_factory=dict)
 
 
@@ -63,7 +63,7 @@ class _Encoded:
 
     ids: dict[Side, np.ndarray]
     bytes: dict[Side, int]
-    blank: bool
+    white_space: bool
 
 
 def write_tokens(
@@ -107,7 +107,7 @@ def _append(writers: dict[Side, ShardWriter], counts: Counts, group: list[_Piece
         writers[side].append(ids)
     counts.train_bytes += encoded.bytes["train"]
     counts.val_bytes += encoded.bytes["val"]
-    counts.blank = counts.blank and encoded.blank
+    counts.white_space = counts.white_space and encoded.white_space
     counts.groups += 1
     counts.characters += sum(len(piece.text) for piece in group)
     counts.documents += sum(piece.starts for piece in group)

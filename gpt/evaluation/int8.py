@@ -10,15 +10,17 @@ from torch import Tensor, nn
 from gpt.data.provenance import tokenized_folders
 from gpt.data.token_files import read_tokens
 from gpt.data.tokenizers import Tokenizer
+from gpt.inference.decoder import Decoder
 from gpt.inference.generation import generate
 from gpt.inference.sampling import SamplingConfig
 from gpt.model import GPT
+
+PIECE = 64  # tokens of a row whose logits are held at once
 
 
 def loss_of_int8(run_dir: Path, model: GPT, tokenizer: Tokenizer, dtype: str | None = None) -> str:
     """A line that says what int8 weights cost this model, in nats per token, and on which tokens that was measured:
     the run's validation text while the cache holds it, otherwise what the model itself writes."""
-
     T = model.config.seq_len
     tokens, what = _validation_tokens(run_dir, tokenizer), "the run's validation text"
     if tokens is None:
@@ -49,16 +51,11 @@ def _validation_tokens(run_dir: Path, tokenizer: Tokenizer) -> np.ndarray | None
     return tokens if len(tokens) > 1 else None
 
 
-PIECE = 64  # tokens of a row whose logits are held at once
-
-
 @torch.inference_mode()
 def quantization_loss(model: nn.Module, tokens: Tensor, *, dtype: torch.dtype | None = None) -> float:
     """What int8 weights cost: nats per token of tokens (B, T) beyond the full-precision model's, each token given all
     before it in its row. dtype: of the int8 model's activations, see Decoder.
     """
-    from gpt.inference.decoder import Decoder
-
     losses = []
     for options in ({"quantize": "int8", "dtype": dtype}, {}):
         decoder = Decoder(model, tokens.shape[0], tokens.shape[1] - 1, **options)

@@ -16,17 +16,17 @@ Linear = Callable[[nn.Linear], Callable]
 def prepared(module: nn.Module, linear: Linear, dtype: torch.dtype) -> nn.Module:
     """A twin of a module that shares its tensors, with linear(layer) in the place of each linear layer.
 
-    Norms become plain functions, those of queries and keys in `dtype`, the matrices'. What a twin holds are attributes
-    of Python's own, which are found faster than a module's. It is for inference: it has no parameters and no dropout.
+    dtype: that of the matrices, in which queries and keys are normalised. Norms become plain functions, and what a twin
+    holds are attributes of Python's own, which are found faster than a module's. It is for inference: it has no
+    parameters and no dropout.
     """
     twin = copy.copy(module)
     twin.__class__ = _direct(type(module))
     twin.__dict__ |= {"_modules": {}, "_parameters": {}, "_buffers": {}, "training": False}
     tensors = {**module._parameters, **module._buffers}
     twin.__dict__ |= {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
-    norm_dtype = dtype if isinstance(module, CausalSelfAttention) else None
     for name, part in module._modules.items():
-        twin.__dict__[name] = _part(part, linear, dtype, norm_dtype)
+        twin.__dict__[name] = _part(part, linear, dtype)
     if isinstance(module, CausalSelfAttention):
         twin.turn = _turn_together(module, dtype)
     return twin
@@ -40,40 +40,37 @@ def _direct(kind: type[nn.Module]) -> type[nn.Module]:
 
 def _turn_together(attn: CausalSelfAttention, dtype: torch.dtype) -> Callable:
     """CausalSelfAttention.turn with queries and keys as one tensor, which takes half as many calls."""
-    heads, shape, weight = attn.heads[:2], (attn.head_dim,), None
+    (n_head, n_kv_head, _), shape, weight = attn.heads, (attn.head_dim,), None
     if attn.q_norm is not None:
-        weights = [norm.weight.expand(n, -1) for norm, n in zip((attn.q_norm, attn.k_norm), heads)]
+        weights = attn.q_norm.weight.expand(n_head, -1), attn.k_norm.weight.expand(n_kv_head, -1)
         weight, eps = torch.cat(weights).detach().to(dtype), attn.q_norm.eps  # (H + H_kv, D)
 
-    def turn(q: Tensor, k: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        if weight is None and rotary is None:
-            return q, k
-        qk = torch.cat((q, k), -2)
+    def turn(qkv: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        qk, v = qkv.split((n_head + n_kv_head, n_kv_head), dim=-2)
         if weight is not None:
             qk = torch.rms_norm(qk, shape, None, eps).mul_(weight)
         if rotary is not None:
             qk = rotate(qk, *rotary)
-        return qk.split(heads, -2)
+        return *qk.split((n_head, n_kv_head), dim=-2), v
 
     return turn
 
 
-def _part(part: nn.Module | None, linear: Linear, dtype: torch.dtype, norm_dtype: torch.dtype | None) -> object:
+def _part(part: nn.Module | None, linear: Linear, dtype: torch.dtype) -> object:
     if part is None or isinstance(part, nn.Identity):
         return part
     if isinstance(part, nn.ModuleList):
-        return [_part(each, linear, dtype, norm_dtype) for each in part]
+        return [_part(each, linear, dtype) for each in part]
     if isinstance(part, nn.Linear):
         return linear(part)
     if isinstance(part, nn.RMSNorm | nn.LayerNorm):
-        return _norm(part, norm_dtype)
+        return _norm(part)
     return prepared(part, linear, dtype)
 
 
-def _norm(norm: nn.RMSNorm | nn.LayerNorm, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
+def _norm(norm: nn.RMSNorm | nn.LayerNorm) -> Callable[[Tensor], Tensor]:
     """The norm as a function: less is called than through a module."""
     shape, eps, weight = norm.normalized_shape, norm.eps, norm.weight.detach()
-    weight = weight if dtype is None else weight.to(dtype)
     if isinstance(norm, nn.LayerNorm):
         bias = None if norm.bias is None else norm.bias.detach()
         return lambda x: torch.layer_norm(x, shape, weight, bias, eps)

@@ -52,19 +52,20 @@ class CausalSelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (..., H, D), keys and values (..., H_kv, D) of x (..., C), normalised and rotated."""
         qkv = self.c_qkv(x).view(*x.shape[:-1], -1, self.head_dim)
-        q, k, v = qkv.split(self.heads, dim=-2)
+        q, k, v = self.turn(qkv, rotary)
         if self.value_gate is not None:
             gate = 2 * torch.sigmoid(self.value_gate(x)).unsqueeze(-1)  # (..., H_kv, 1)
             v = torch.addcmul(v, values.view(v.shape).to(v.dtype), gate)
-        return *self.turn(q, k, rotary), v
+        return q, k, v
 
-    def turn(self, q: Tensor, k: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Queries and keys, normalised and rotated."""
+    def turn(self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, normalised and rotated, and values, of all of them side by side (..., H + 2 H_kv, D)."""
+        q, k, v = qkv.split(self.heads, dim=-2)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        return q, k
+        return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor | None) -> Tensor:
         """Attention of the tokens of each row (B, T, H, D) to each other. A decoder attends to its cache instead."""

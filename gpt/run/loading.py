@@ -1,4 +1,4 @@
-"""A run directory: start and resume a run, and load its model."""
+"""Read a run directory: its config, tokenizer, checkpoints and model."""
 
 import json
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def read_run(
     Raises UserError where one is missing or damaged.
     """
     if not is_folder(run_dir):
-        hint = instead(run_dir) if run_dir.exists() else "there is no such directory"
+        hint = instead(run_dir) if run_dir.exists() else "it does not exist"
         raise UserError(f"{run_dir} is not a run directory: {hint or 'it is a file'}")
     if not (run_dir / "config.toml").exists():
         hint = adapter(run_dir) if (run_dir / "config.json").exists() else instead(run_dir)

@@ -1,4 +1,7 @@
-"""The command line of train.py into a Config: defaults, then a preset, then the file, then the flags."""
+"""The command line of train.py into a Config: defaults, then a preset, then the file, then the flags.
+
+A wrong key or value is one sentence that names the file or the flag, whichever it came from.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -71,7 +74,7 @@ def _preset(name: str | None) -> dict[str, Any]:
     if name is None:
         return {}
     if name not in PRESETS:
-        raise UserError(f"there is no preset {name!r}: {', '.join(PRESETS)} are")
+        raise UserError(f"unknown preset {name!r}: choose {', '.join(list(PRESETS)[:-1])} or {list(PRESETS)[-1]}")
     defaults = asdict(ModelConfig())
     return {key: defaults[key] for preset in PRESETS.values() for key in preset} | PRESETS[name]
 

@@ -1,4 +1,4 @@
-"""How the weights move: AdamW, Muon, their parameter groups, clipping, the schedule, and the weights' average."""
+"""Parameter groups by the weights' roles, and the optimizers that move them."""
 
 from collections import defaultdict
 

@@ -23,7 +23,7 @@ def training_tensors(
 ) -> Tensors:
     """The tensors that a checkpoint holds, by file: live, or gathered where they are sharded; shared weights once.
 
-    All ranks must call it together; on those other than 0 there are none.
+    All ranks must call it together. Ranks other than 0 get no tensors.
     """
     world = world or World(torch.device("cpu"))
     tensors = {
