@@ -13,7 +13,7 @@ from typing import Any
 import tyro
 
 import gpt
-from gpt.command_line import parse_flags
+from gpt.command_line import flag, parse_flags
 from gpt.data.formats import read_lines
 from gpt.data.tokenizers import Tokenizer
 from gpt.errors import EXIT_DONE, EXIT_STOPPED, UserError, require, run_command
@@ -22,6 +22,7 @@ from gpt.files import decoded
 from gpt.inference.generation import Generation, generate
 from gpt.inference.sample_output import FIELDS, Records, SampleFile, Screen
 from gpt.inference.sampling import SamplingConfig, sample_seed
+from gpt.option import check_contradictions, option
 from gpt.run import load
 from gpt.run.layout import FILES, RECORD
 from gpt.stop import StopRequest
@@ -32,11 +33,11 @@ from gpt.streams import check_output, do_without_output
 class Sampling(SamplingConfig):
     """SamplingConfig with the types that a command line has."""
 
-    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = option((), may_be_empty=True)
     """A string that ends the text, which is not shown; may be repeated."""
-    stop_tokens: tyro.conf.UseAppendAction[tuple[int | str, ...]] = ()
+    stop_tokens: tyro.conf.UseAppendAction[tuple[int | str, ...]] = option((), may_be_empty=True)
     """A token that ends the text: an id, or text that is one token; may be repeated."""
-    logit_bias: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    logit_bias: tyro.conf.UseAppendAction[tuple[str, ...]] = option((), may_be_empty=True)
     """TOKEN=NUMBER, added to the token's logit; TOKEN is an id, or text that is one token; may be repeated."""
 
 
@@ -46,19 +47,19 @@ class Arguments:
 
     run: tyro.conf.Positional[Path]
     """The run directory."""
-    prompt: str | None = None
+    prompt: str | None = option(None, may_be_empty=True, contradicts=("prompt_file",))
     """Text to continue; - reads it from standard input. Empty or none: start as a document does."""
     prompt_file: Path | None = None
     """Prompts, one a line; in a .jsonl file one {"prompt": ...} a line, whose other fields are passed on."""
-    output: Path | None = None
+    output: Path | None = option(None, contradicts=("jsonl",))
     """Write samples to this file as JSON, one a line, as they end."""
-    resume: bool = False
+    resume: bool = option(False, contradicts=("overwrite",))
     """Go on with an interrupted command's --output after its last whole sample, with the same prompts and options."""
     overwrite: bool = False
     """Write --output anew where it exists."""
     jsonl: bool = False
     """Write samples to standard output as JSON, one a line, as they end."""
-    interactive: bool = False
+    interactive: bool = option(False, contradicts=("prompt", "prompt_file", "output", "jsonl"))
     """Read prompts from the terminal, line by line."""
     draft: Path | None = None
     """Run directory of a smaller model with the same tokenizer, which proposes tokens for this one to check."""
@@ -67,18 +68,7 @@ class Arguments:
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
-        for first, second in (
-            ("prompt", "prompt_file"),
-            ("output", "jsonl"),
-            ("interactive", "prompt"),
-            ("interactive", "prompt_file"),
-            ("interactive", "output"),
-            ("interactive", "jsonl"),
-            ("resume", "overwrite"),
-        ):
-            given = getattr(self, first) not in (None, False) and getattr(self, second) not in (None, False)
-            flags = [f"--{name.replace('_', '-')}" for name in (first, second)]
-            require(not given, f"{flags[0]} and {flags[1]} contradict each other: give one")
+        check_contradictions(self, spelled=flag)
         for name in ("resume", "overwrite"):
             require(self.output is not None or not getattr(self, name), f"--{name} goes with --output")
         single = not self.interactive or self.sampling.num_samples == 1

@@ -13,11 +13,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import numpy as np
 
 from gpt.errors import UserError
+from gpt.option import check_bounds, check_contradictions, rules_of
 
 NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 MANY = {int: "whole numbers", float: "numbers", str: "texts"}
 MAX_PATH = 4096  # bytes, of every system's limits the highest
-_LARGE = ("seed", "split_seed", "max_corpus_bytes", "max_download_bytes", "eval_tokens")
 
 
 class _Misfit(Exception):
@@ -25,20 +25,24 @@ class _Misfit(Exception):
 
 
 def check_fields(options: Any, kind: type | None = None) -> None:
-    """UserError unless each field of a dataclass is what its annotation says, and a number that a machine could mean.
+    """Raise UserError unless each field of a dataclass fits its annotation and its rules.
 
-    A path may be given as text, and a list for a tuple; the field then is what the annotation says. kind: the class
-    whose annotations count, if it is another one.
+    A path may be given as text and a tuple as a list: they are converted. kind: the class whose annotations count, if
+    it is another one.
     """
     hints = _hints(kind or type(options))
     for f in fields(options):
         value = _fit_argument(f.name, getattr(options, f.name), hints[f.name])
         object.__setattr__(options, f.name, value)
-        limit = 1 << (63 if f.name in _LARGE else 31)
+        rules = rules_of(f)
+        limit = 1 << (63 if rules.is_wide else 31)
         if type(value) is int and abs(value) >= limit:
             raise UserError(f"{f.name} must be below {limit}, not {shown(value)}")
         if type(value) is float and not math.isfinite(value):
             raise UserError(f"{f.name} must be a finite number, not {value}")
+        if value is not None:
+            check_bounds(f.name, value, rules)
+    check_contradictions(options)
 
 
 def checked(function: Callable) -> Callable:

@@ -18,13 +18,10 @@ import tyro
 
 from gpt.errors import UserError
 from gpt.files import decoded
+from gpt.option import Option, Rules, options_of
 
 T = TypeVar("T")
-
-# Options that hold a path, or a name that may be one; with `run`, the first word of gpt.evaluate.
-PATHS = ("corpus", "cache_dir", "run_dir", "init_from", "resume_from")
-# Options whose value may be nothing.
-MAY_BE_EMPTY = ("prompt", "stop", "stop_tokens", "logit_bias", "sample_prompt")
+POSITIONAL = Option(Any, Rules())
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -33,42 +30,35 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {'--' + near[0].replace('_', '-') if word.startswith('-') else near[0]!r}?" if near else ""
 
 
-def flag_names(kind: type) -> list[str]:
-    """Every flag of a dataclass of dataclasses, with underscores."""
-    names = []
-    for f in fields(kind):
-        names += [inner.name for inner in fields(f.default_factory)] if is_dataclass(f.default_factory) else [f.name]
-    return names
+def flag(name: str) -> str:
+    """The flag of an option."""
+    return "--" + name.replace("_", "-")
 
 
-def checked_words(argv: Sequence[str], kinds: dict[str, Any]) -> list[str]:
-    """The command line with its texts in UTF-8, whatever the locale; paths stay as the system has them.
+def checked_words(argv: Sequence[str], options: dict[str, Option]) -> list[str]:
+    """Decode the texts of a command line as UTF-8, whatever the locale; leave paths as the system has them.
 
-    kinds: type of each option. Raises UserError for an empty value, and for a text that is not UTF-8.
+    Raises UserError for an empty value, and for a text that is not UTF-8.
     """
-    words, option = [], None
+    words, name = [], None
     for word in argv:
-        name, is_joined, value = word.partition("=")
+        spelled, is_joined, value = word.partition("=")
         if word.startswith("--"):
-            option = name[2:].replace("-", "_")
+            name = spelled[2:].replace("-", "_")
             if not is_joined:
                 words.append(word)
                 continue
         else:
-            name, value = option and "--" + option.replace("_", "-"), word
-        if not value.strip() and option not in MAY_BE_EMPTY:
-            raise UserError(f"{name or 'an argument'} is empty: give it a value, or leave it out")
-        if option in kinds and option not in PATHS and str in _parts(kinds[option]):
-            value = _text(value, name)
-        words.append(f"{name}={value}" if word.startswith("--") else value)
-        if option != "corpus":  # which takes several
-            option = None
+            spelled, value = name and flag(name), word
+        option = options.get(name, POSITIONAL)
+        if not value.strip() and not option.rules.may_be_empty:
+            raise UserError(f"{spelled or 'an argument'} is empty: give it a value, or leave it out")
+        if str in option.types and not option.is_path:
+            value = _text(value, spelled)
+        words.append(f"{spelled}={value}" if word.startswith("--") else value)
+        if not (option.is_path and typing.get_origin(option.kind) is tuple):  # else the next word may be a path, too
+            name = None
     return words
-
-
-def _parts(kind: Any) -> set[Any]:
-    """The types that a type is made of."""
-    return {kind}.union(*map(_parts, typing.get_args(kind)))
 
 
 def _text(word: str, name: str) -> str:
@@ -92,24 +82,15 @@ def join_help_lines(kind: type) -> None:
                 cls.__annotations__[field.target.id] = typing.Annotated[hint, tyro.conf.arg(help=text)]
 
 
-def option_kinds(kind: type) -> dict[str, Any]:
-    """The type of each option of a dataclass of dataclasses."""
-    kinds = {}
-    for f in fields(kind):
-        inner = is_dataclass(f.default_factory)
-        kinds |= option_kinds(f.default_factory) if inner else {f.name: typing.get_type_hints(kind)[f.name]}
-    return kinds
-
-
 def parse_flags(kind: type[T], argv: Sequence[str], *, default: T | None = None, prog: str) -> T:
     """tyro over a dataclass with flat names. Raises UserError for an unknown flag or a bad value."""
-    known = flag_names(kind)
+    known = options_of(kind)
     for word in argv:
         name = word[2:].split("=")[0].replace("-", "_")
         if word.startswith("--") and name != "help" and name.removeprefix("no_") not in known:
             hint = did_you_mean(word.split("=")[0], known)
             raise UserError(f"{word.split('=')[0]} is not an option of {prog}{hint} ({prog} --help lists them)")
-    argv = checked_words(argv, option_kinds(kind))
+    argv = checked_words(argv, known)
     join_help_lines(kind)
     extra = {} if default is None else {"default": default}
     box = io.StringIO()

@@ -7,12 +7,14 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from gpt.command_line import PATHS, did_you_mean
+from gpt.command_line import did_you_mean
 from gpt.config import PRESETS, Config
 from gpt.errors import UserError
 from gpt.files import path_from_text, path_to_text, write_whole
+from gpt.option import options_of, rules_of
 
 TABLES = {f.name: f.default_factory for f in fields(Config)}
+_OPTIONS = options_of(Config)
 
 
 def convert(value: Any, kind: Any, where: str) -> Any:
@@ -65,7 +67,9 @@ def read_toml(path: Path) -> dict[str, dict[str, Any]]:
                 hint = f"; it belongs in [{home}]" if home else did_you_mean(key, kinds)
                 raise UserError(f"{path}: {key!r} is not a key of [{table}]{hint}")
             where = f"{path}: {key}"
-            checked[table][key] = convert(_paths_in(value, where) if key in PATHS else value, kinds[key], where)
+            if key in _OPTIONS and _OPTIONS[key].is_path:
+                value = _paths_in(value, where)
+            checked[table][key] = convert(value, kinds[key], where)
     return checked
 
 
@@ -89,17 +93,17 @@ def with_changes(config: Config, table: str, **changes: Any) -> Config:
 def write_toml(config: Config, path: Path) -> None:
     """The resolved config as TOML that read_toml takes back; keys that are None are left out.
 
-    What was asked of this one start (resume, overwrite, parallel, ...) is left out too: the file is the run's recipe.
+    Options of this start alone, such as resume, have their defaults there: the file is the run's recipe.
     """
     import tomli_w
 
-    this_start = {"resume": False, "resume_from": None, "overwrite": False, "eval_only": False, "parallel": "auto"}
-    config = with_changes(config, "train", **this_start)
+    per_start = {f.name: f.default for f in fields(config.train) if rules_of(f).per_start}
+    config = with_changes(config, "train", **per_start)
 
     def plain(key: str, value: Any) -> Any:
         if isinstance(value, tuple):
             return [plain(key, each) for each in value]
-        return path_to_text(value) if key in PATHS else value
+        return path_to_text(value) if _OPTIONS[key].is_path else value
 
     tables = {
         table: {key: plain(key, value) for key, value in values.items() if value is not None}

@@ -350,7 +350,7 @@ def test_sinusoidal_table_of_the_paper():
         ({"n_head": 6, "n_kv_head": 4}, "n_head 6 is not a multiple of n_kv_head 4"),
         ({"n_head": 100, "n_embd": 400}, "head width must be 8 to 256, not 4"),
         ({"n_head": 1, "n_embd": 9}, "even head width"),
-        ({"logit_softcap": 0.0}, "logit_softcap must be positive"),
+        ({"logit_softcap": 0.0}, "logit_softcap must be above 0, not 0"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
         ({"n_layer": 3, "value_embeds": 2}, "value_embeds must be 0 to n_layer / 2, not 2"),
         ({"value_embeds": -1}, "value_embeds must be 0 to n_layer / 2"),

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from gpt.command_line import MAY_BE_EMPTY, PATHS, option_kinds
+from gpt.config import Config
 from gpt.config_file import TABLES
 from gpt.errors import UserError
+from gpt.option import options_of
 from gpt.training.command import Arguments, load_config
 from tests.commands import MAINS
 from tests.test_options_commands import PROGRAMS, argv_of
@@ -46,25 +47,25 @@ def test_a_path_is_used_or_refused_in_one_sentence(tmp_path, first, second):
 
 # Empty values: pathlib takes "" for the working directory.
 
-TRAIN = option_kinds(Arguments)
+TRAIN = options_of(Arguments)
 # Of each program: its options that take a value, the words before one, and what reads the words.
 READERS = {"train": (TRAIN, ["--corpus", "text.txt"], (), load_config)}
 READERS |= {
-    name: (option_kinds(kinds[0]), argv_of(name, {}), positional, MAINS[name])
+    name: (options_of(kinds[0]), argv_of(name, {}), positional, MAINS[name])
     for name, (positional, _, kinds) in PROGRAMS.items()
 }
 
 
-def taking_values(kinds: dict, positional: tuple) -> list[str]:
-    skipped = {*MAY_BE_EMPTY, *positional, "config_file"}
-    return [name for name, kind in kinds.items() if kind is not bool and name not in skipped]
+def taking_values(options: dict, positional: tuple) -> list[str]:
+    skipped = {*positional, "config_file"}
+    return [n for n, o in options.items() if o.kind is not bool and not o.rules.may_be_empty and n not in skipped]
 
 
 @pytest.mark.parametrize("program", READERS)
 def test_an_empty_value_is_refused_for_every_option_that_takes_one(program, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    kinds, words, positional, main = READERS[program]
-    names = taking_values(kinds, positional)
+    options, words, positional, main = READERS[program]
+    names = taking_values(options, positional)
     assert len(names) > (40 if program == "train" else 0)
     for name in names:
         flag = "--" + name.replace("_", "-")
@@ -78,7 +79,7 @@ def test_an_empty_value_is_refused_for_every_option_that_takes_one(program, tmp_
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", [name for name, option in options_of(Config).items() if option.is_path])
 @pytest.mark.parametrize("empty", ["", " ", "\t"], ids=repr)
 def test_an_empty_path_in_a_file_is_refused(name, empty, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -209,7 +209,7 @@ def wandb_records(path: Path):
         (["--n-layers", "3"], r"--n-layers is not an option of train.py; did you mean '--n-layer'"),
         (["--n-layer", "three"], r"--n-layer.*'three'"),
         (["--n-embd", "33"], r"n_embd 33 is not divisible by n_head 2"),
-        (["--learning-rate", "-1"], r"learning_rate must be positive"),
+        (["--learning-rate", "-1"], r"learning_rate must be above 0, not -1"),
         (["--schedule", "cosin"], r"cosin"),
         (["--z-loss", "-1"], r"z_loss must be at least 0, not -1"),
         (["--label-smoothing", "1"], r"label_smoothing must be at least 0 and below 1, not 1"),

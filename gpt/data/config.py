@@ -7,33 +7,34 @@ from typing import Literal
 
 from gpt.arguments import check_fields
 from gpt.errors import require
+from gpt.option import option
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Which text, and how it is split."""
 
-    corpus: tuple[str, ...] = ()
+    corpus: tuple[str, ...] = option((), is_path=True, per_rank=True)
     """What to train on: files (text, JSON, Parquet; .gz, .zst, .bz2, .xz), directories, globs, http(s) URLs, hf:NAME
     for a Hugging Face dataset, - for stdin, python:stdlib (Python's library), or .bin files of token ids."""
-    cache_dir: Path | None = None
+    cache_dir: Path | None = option(None, per_rank=True)
     """Where tokenized corpora and downloads are kept; by default a folder under the user's cache folder."""
-    val_fraction: float = 0.1
+    val_fraction: float = option(0.1, above=0, below=1)
     """Share of the text held out for validation: the tail of one document; of several, those a seeded hash picks."""
-    split_seed: int = 0
+    split_seed: int = option(0, is_wide=True)
     """Seed of the hash that picks the validation documents."""
     encoding_errors: Literal["strict", "replace"] = "strict"
     """What to do with bytes that are not UTF-8: refuse, or replace them with U+FFFD."""
     text_field: str = "text"
     """The field of JSON lines, or the column of Parquet files and datasets, that holds the text."""
-    max_corpus_bytes: int | None = None
+    max_corpus_bytes: int | None = option(None, above=0, is_wide=True)
     """Read at most about this many bytes of text, whole documents, in the corpus's order."""
-    max_download_bytes: int = 16 << 30
+    max_download_bytes: int = option(16 << 30, above=0, is_wide=True)
     """Refuse to download a file of more bytes than this."""
-    corpus_weights: tuple[float, ...] = ()
+    corpus_weights: tuple[float, ...] = option((), in_recipe=True)
     """Shares of the training rows that each entry of corpus gives, in its order; each then has epochs and a split of
     its own. None given: the entries are one text."""
-    packing: Literal["stream", "documents", "best_fit"] = "stream"
+    packing: Literal["stream", "documents", "best_fit"] = option("stream", in_recipe=True)
     """How documents fill training rows: as one stream of tokens; as that stream, but no token sees another document's;
     or apart likewise, and as few of them cut as can be (best-fit packing)."""
 
@@ -46,9 +47,6 @@ class DataConfig:
             len(weights) in (0, len(self.corpus)) or not self.corpus,
             f"corpus_weights has {len(weights)} numbers for {len(self.corpus)} entries of corpus: give one for each",
         )
-        require(0 < self.val_fraction < 1, f"val_fraction must lie between 0 and 1, not {self.val_fraction}")
-        require(self.max_corpus_bytes is None or self.max_corpus_bytes > 0, "max_corpus_bytes must be positive")
-        require(self.max_download_bytes > 0, "max_download_bytes must be positive")
 
 
 @dataclass(frozen=True)
@@ -57,9 +55,8 @@ class TokenizerConfig:
 
     tokenizer: str = "char"
     """char (the corpus's own characters), byte, bpe (trained on the corpus), or a tiktoken encoding such as gpt2."""
-    bpe_vocab_size: int = 4096
+    bpe_vocab_size: int = option(4096, at_least=257, acts_with=("tokenizer", ("bpe",)))
     """Size of the trained BPE vocabulary, the 256 bytes and the document token included."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(self.bpe_vocab_size >= 257, f"bpe_vocab_size must be at least 257, not {self.bpe_vocab_size}")

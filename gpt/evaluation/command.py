@@ -5,7 +5,7 @@ python -m gpt.evaluate RUN --multiple-choice QUESTIONS.jsonl [--few-shot K]
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +22,9 @@ from gpt.device import autocast
 from gpt.errors import EXIT_DONE, UserError, require
 from gpt.evaluation.scoring import Question, multiple_choice, score_texts, with_shots
 from gpt.interop.initial import load_source
+from gpt.option import option
 from gpt.stop import StopRequest
 from gpt.streams import check_output
-
-# The options of DataConfig that a text is read with.
-TEXT_OPTIONS = ("text_field", "encoding_errors", "max_corpus_bytes", "max_download_bytes", "cache_dir")
 
 
 @dataclass(frozen=True)
@@ -35,30 +33,30 @@ class Arguments:
 
     run: tyro.conf.Positional[str]
     """The run directory; or a Hugging Face checkpoint, a directory or a name."""
-    corpus: tuple[str, ...] = ()
+    corpus: tuple[str, ...] = option((), is_path=True)
     """Text to score: whatever train.py takes as a corpus, token files excepted."""
     text_field: str | None = None
     """The field of JSON lines, or the column of Parquet files and datasets, that holds the text. None: text."""
     encoding_errors: Literal["strict", "replace"] | None = None
     """What to do with bytes that are not UTF-8: refuse, or replace them with U+FFFD. None: strict."""
-    max_corpus_bytes: int | None = None
+    max_corpus_bytes: int | None = option(None, is_wide=True)
     """Read at most about this many bytes of text, whole documents, in the corpus's order."""
-    max_download_bytes: int | None = None
+    max_download_bytes: int | None = option(None, is_wide=True)
     """Refuse to download a file of more bytes than this. None: 16 GiB."""
     cache_dir: Path | None = None
     """Where downloads are kept. None: a folder under the user's cache folder."""
-    stride: int | None = None
+    stride: int | None = option(None, at_least=1)
     """Tokens between the windows that a text is scored in; each token has at least the context less this before it.
     None: half the context."""
     multiple_choice: Path | None = None
     """Questions to answer: JSON lines with ctx, endings and label, as HellaSwag has them."""
-    few_shot: int = 0
+    few_shot: int = option(0, at_least=0)
     """Answered questions to put before each one."""
     shots: Path | None = None
     """Where those are drawn from. None: from the other questions."""
-    seed: int | None = None
+    seed: int | None = option(None, is_wide=True)
     """Seed of that draw. None: 1337."""
-    batch_size: int = 8
+    batch_size: int = option(8, at_least=1)
     """Rows at a time."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
@@ -70,15 +68,19 @@ class Arguments:
     def __post_init__(self) -> None:
         check_fields(self)
         require(bool(self.corpus) != (self.multiple_choice is not None), "give either corpus or multiple_choice")
-        require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
-        require(self.few_shot >= 0, f"few_shot must be at least 0, not {self.few_shot}")
-        require(self.stride is None or self.stride >= 1, f"stride must be at least 1, not {self.stride}")
         require(self.stride is None or bool(self.corpus), "stride goes with corpus")
-        for name in TEXT_OPTIONS:
-            require(getattr(self, name) is None or bool(self.corpus), f"{name} goes with corpus")
+        for name, value in self.text_options.items():
+            require(value is None or bool(self.corpus), f"{name} goes with corpus")
         require(self.seed is None or self.few_shot > 0, "seed goes with few_shot: nothing else is drawn")
         require(self.shots is None or self.few_shot > 0, "shots goes with few_shot: say how many")
         require(self.few_shot == 0 or not self.corpus, "few_shot goes with multiple_choice")
+
+    @property
+    def text_options(self) -> dict[str, Any]:
+        """The options of DataConfig that this command has, too: how to read the text."""
+        return {
+            f.name: getattr(self, f.name) for f in fields(DataConfig) if f.name != "corpus" and hasattr(self, f.name)
+        }
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -121,8 +123,8 @@ def main(arguments: Arguments) -> int:
 def _main(arguments: Arguments) -> int:
     # Whatever is wrong with the text is said before a model is loaded.
     if arguments.corpus:
-        given = {name: getattr(arguments, name) for name in TEXT_OPTIONS}
-        data = DataConfig(arguments.corpus, **{name: value for name, value in given.items() if value is not None})
+        given = {name: value for name, value in arguments.text_options.items() if value is not None}
+        data = DataConfig(arguments.corpus, **given)
         tokens = find_token_files(replace(data, max_corpus_bytes=None))
         require(not tokens, "token files (.bin) hold no text to score: give text as the corpus")
         sources = find_sources(data, cache_folder(data.cache_dir) / "downloads")

@@ -17,6 +17,7 @@ from torch import Tensor
 from gpt.arguments import check_fields, checked, shown
 from gpt.data.tokenizers import Tokenizer
 from gpt.errors import UserError, require
+from gpt.option import option
 
 # Independent draws at one position: the token itself; whether a proposed token is accepted; the draft's proposal.
 TOKEN, ACCEPT, PROPOSE = 0, 1, 2
@@ -29,17 +30,17 @@ _LIKELIEST = 1024  # tokens among which a nucleus is looked for first
 class SamplingConfig:
     """How tokens are drawn and when to stop."""
 
-    max_new_tokens: int | None = None
+    max_new_tokens: int | None = option(None, at_least=1)
     """Tokens to generate at most. None: as many as the context holds, or 500 when rolling."""
-    temperature: float = 0.8
+    temperature: float = option(0.8, at_least=0)
     """Divides the logits; 0 takes the likeliest token each time."""
-    top_k: int | None = None
+    top_k: int | None = option(None, at_least=1)
     """Draw from the k likeliest tokens only, and from those as likely as the last of them."""
-    top_p: float = 1.0
+    top_p: float = option(1.0, above=0, at_most=1)
     """Draw from the fewest tokens whose probabilities add up to this (nucleus sampling, Holtzman et al. 2020)."""
-    min_p: float = 0.0
+    min_p: float = option(0.0, at_least=0, at_most=1)
     """Leave out tokens less likely than this share of the likeliest one's probability (Nguyen et al. 2024)."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = option(1.0, above=0)
     """Above 1: positive logits of tokens that the text holds already, prompt included, are divided by this and
     negative ones multiplied (CTRL, Keskar et al. 2019)."""
     logit_bias: Mapping[int | str, float] | Sequence[str] = ()
@@ -49,13 +50,13 @@ class SamplingConfig:
     """Strings that end the text; they are not shown, nor what follows them."""
     stop_tokens: Sequence[int | str] = ()
     """Tokens that end the text: ids, spellings of special tokens, or text that is one token."""
-    num_samples: int = 1
+    num_samples: int = option(1, at_least=1)
     """Samples of each prompt."""
-    seed: int = 1337
+    seed: int = option(1337, at_least=0, is_wide=True)
     """Seed of the draws; the same seed and prompt give the same text."""
     rolling: bool = False
     """Past the context, forget the older half of the text and go on; otherwise that is an error."""
-    batch_size: int = 16
+    batch_size: int = option(16, at_least=1)
     """Samples that are worked on at a time, at most."""
     batch_invariant: bool = False
     """Compute each row so that its bits do not depend on the others; slower, and with speculation one at a time."""
@@ -68,7 +69,7 @@ class SamplingConfig:
     """int8: weights of one byte each, scaled by row."""
     speculate: Literal["ngram"] | None = None
     """ngram: propose what followed the last tokens where they stood before, and check it in one step."""
-    draft_tokens: int | None = None
+    draft_tokens: int | None = option(None, at_least=1, at_most=64)
     """Tokens proposed at a time by a draft model or by ngram. None: 4."""
 
     def __post_init__(self) -> None:
@@ -77,16 +78,6 @@ class SamplingConfig:
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else value)
         check_fields(self, SamplingConfig)  # the command line's own class knows no mapping
-        require(self.max_new_tokens is None or self.max_new_tokens >= 1, "max_new_tokens must be at least 1")
-        require(self.temperature >= 0, f"temperature must be at least 0, not {self.temperature}")
-        require(self.top_k is None or self.top_k >= 1, f"top_k must be at least 1, not {self.top_k}")
-        require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, not {self.top_p}")
-        require(0 <= self.min_p <= 1, f"min_p must be at least 0 and at most 1, not {self.min_p}")
-        require(self.repetition_penalty > 0, f"repetition_penalty must be above 0, not {self.repetition_penalty}")
-        require(self.num_samples >= 1, f"num_samples must be at least 1, not {self.num_samples}")
-        require(self.seed >= 0, f"seed must be at least 0, not {self.seed}")
-        require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
-        require(self.draft_tokens is None or 1 <= self.draft_tokens <= 64, "draft_tokens must be 1 to 64")
         require(all(self.stop), "stop must not be an empty string")
         for text in self.stop:
             require(not re.search("[\ud800-\udfff]", text), f"stop {text!a} is not text: no sample can hold it")

@@ -5,35 +5,36 @@ from typing import Any, Literal
 
 from gpt.arguments import check_fields, shown
 from gpt.errors import require
+from gpt.option import option
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The decoder. The defaults are the modern block, equal to Qwen3's; PRESETS holds the older ones."""
 
-    n_layer: int = 6
+    n_layer: int = option(6, at_least=1)
     """Number of blocks."""
-    n_head: int = 6
+    n_head: int = option(6, at_least=1)
     """Query heads."""
-    n_kv_head: int | None = None
+    n_kv_head: int | None = option(None, at_least=1)
     """Key and value heads; fewer than n_head is grouped-query attention. None: n_head."""
-    n_embd: int = 384
+    n_embd: int = option(384, at_least=1)
     """Width of the residual stream, C."""
-    head_dim: int | None = None
+    head_dim: int | None = option(None, at_least=1)
     """Width of one head, D. None: n_embd / n_head."""
-    mlp_dim: int | None = None
+    mlp_dim: int | None = option(None, at_least=1)
     """Hidden width of the MLP. None: 4 C, or for swiglu 8/3 C rounded up to a multiple of 64."""
-    seq_len: int = 256
+    seq_len: int = option(256, at_least=1)
     """Context: the most tokens a training row or a prompt may have."""
-    vocab_size: int | None = None
+    vocab_size: int | None = option(None, at_least=1)
     """Rows of the embedding table. None: what the tokenizer has. More (a multiple of 64, say) is padding."""
     position: Literal["rotary", "learned", "sinusoidal", "alibi", "none"] = "rotary"
     """How positions enter: half-split rotary, a learned or sinusoidal table, ALiBi's linear bias, or not at all."""
-    rope_theta: float = 10000.0
+    rope_theta: float = option(10000.0, above=1, acts_with=("position", ("rotary",)))
     """Base of the rotary wavelengths."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Kind of norm."""
-    norm_eps: float = 1e-6
+    norm_eps: float = option(1e-6, above=0)
     """Added to the variance in a norm."""
     norm_order: Literal["pre", "post"] = "pre"
     """Norm before each sublayer (GPT-2 and later) or after the residual sum (the original Transformer)."""
@@ -43,7 +44,7 @@ class ModelConfig:
     """Biases in the linear layers and in LayerNorm."""
     qk_norm: bool = True
     """RMSNorm with a weight on each head's queries and keys."""
-    window: int | None = None
+    window: int | None = option(None, at_least=1)
     """Keys visible to a query, itself included. None: all before it."""
     window_pattern: str | None = None
     """Which blocks have the window: letters, repeated over the blocks; S has it and L sees all, as in SSSL.
@@ -53,19 +54,15 @@ class ModelConfig:
     of the last. 0: none."""
     tied_embeddings: bool = False
     """The output head shares the embedding table's weights."""
-    logit_softcap: float | None = None
+    logit_softcap: float | None = option(None, above=0)
     """Bound on the logits: c * tanh(logits / c), as in Gemma 2, which has c = 30. None: none."""
-    dropout: float = 0.0
+    dropout: float = option(0.0, at_least=0, below=1, in_recipe=True)
     """Dropout on embeddings, attention weights and both sublayers' outputs."""
     init: Literal["gpt2", "xavier", "scaled"] = "scaled"
     """Initial weights: GPT-2's N(0, 0.02); Xavier's uniform; or N(0, 1/sqrt(fan_in)) with zeroed output projections."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        sizes = "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_dim", "seq_len", "vocab_size", "window"
-        for name in sizes:
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} must be at least 1, not {value}")
         require(
             self.head_dim is not None or self.n_embd % self.n_head == 0,
             f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one, or set head_dim",
@@ -88,11 +85,6 @@ class ModelConfig:
             0 <= 2 * self.value_embeds <= self.n_layer,
             f"value_embeds must be 0 to n_layer / 2, not {self.value_embeds}: each table serves two blocks",
         )
-        require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1, not {self.dropout}")
-        require(self.norm_eps > 0, f"norm_eps must be positive, not {self.norm_eps}")
-        softcap = self.logit_softcap
-        require(softcap is None or softcap > 0, f"logit_softcap must be positive, not {softcap}")
-        require(self.rope_theta > 1, f"rope_theta must be above 1, not {self.rope_theta}")
 
     @property
     def kv_heads(self) -> int:

@@ -4,17 +4,18 @@ A wrong key or value is one sentence that names the file or the flag, whichever 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from gpt.command_line import checked_words, option_kinds, parse_flags
+from gpt.command_line import checked_words, flag, parse_flags
 from gpt.config import PRESETS, Config, ModelConfig
 from gpt.config_file import TABLES, config_from_toml, read_toml, with_changes
 from gpt.errors import UserError
 from gpt.interop.initial import has_tokenizer, initial_config
+from gpt.option import options_of, rules_of
 
 
 @dataclass(frozen=True)
@@ -27,37 +28,24 @@ class Arguments(Config):
     """Model options to start from: modern (Qwen3's block), gpt2, or transformer (2017)."""
 
 
-def _given(argv: Sequence[str], flag: str) -> str | None:
+def _given(argv: Sequence[str], name: str) -> str | None:
     """What a flag is set to, before tyro has read the line; given twice, the last one counts, as there."""
     found = None
     for i, word in enumerate(argv):
-        name, _, value = word.partition("=")
-        if name.replace("_", "-") == flag:
+        spelled, _, value = word.partition("=")
+        if spelled.replace("_", "-") == name:
             found = value or next(iter(argv[i + 1 : i + 2]), None)
     return found
 
 
-# Flags that do nothing unless another option has one of these values. A file may hold both: it serves several commands.
-ACTS_WITH: dict[str, tuple[str, str, tuple[Any, ...]]] = {
-    "bpe_vocab_size": ("tokenizer", "tokenizer", ("bpe",)),
-    "rope_theta": ("model", "position", ("rotary",)),
-    "embedding_lr": ("optim", "optimizer", ("muon",)),
-    "head_lr": ("optim", "optimizer", ("muon",)),
-    "muon_momentum": ("optim", "optimizer", ("muon",)),
-    "muon_ns_steps": ("optim", "optimizer", ("muon",)),
-    "min_lr": ("optim", "schedule", ("cosine", "linear", "wsd")),
-    "decay_fraction": ("optim", "schedule", ("wsd",)),
-    "wandb_project": ("log", "wandb", ("offline", "online")),
-}
-
-
 def _check_acting(argv: Sequence[str], config: Config) -> None:
-    """UserError for a flag that would be ignored."""
-    for name, (table, key, values) in ACTS_WITH.items():
-        value = getattr(getattr(config, table), key)
-        flag = "--" + name.replace("_", "-")
-        if value not in values and _given(argv, flag) is not None:
-            raise UserError(f"{flag} does nothing with {key} {value}: it goes with {' or '.join(values)}")
+    """Raise UserError for a flag that would be ignored. A file may set such options: it serves several commands."""
+    for part in (getattr(config, table) for table in TABLES):
+        for f in fields(part):
+            key, values = rules_of(f).acts_with or (f.name, ())
+            value = getattr(part, key)
+            if values and value not in values and _given(argv, flag(f.name)) is not None:
+                raise UserError(f"{flag(f.name)} does nothing with {key} {value}: it goes with {' or '.join(values)}")
 
 
 def _check_source(argv: Sequence[str], source: str, preset: str | None) -> None:
@@ -100,7 +88,7 @@ def load_config(argv: Sequence[str], prog: str = "train.py") -> Config:
     With --resume or --eval-only and a run directory but no file, the run's own config.toml is the file.
     With --resume and an existing run, its model's options replace the source's.
     """
-    argv = checked_words(argv, option_kinds(Arguments))
+    argv = checked_words(argv, options_of(Arguments))
     path = Path(argv[0]) if argv and not argv[0].startswith("-") else None
     run_dir, saved = _given(argv, "--run-dir"), None
     if path is None and run_dir and {"--resume", "--eval-only", "--eval_only"} & set(argv):

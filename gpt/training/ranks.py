@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from gpt.command_line import flag
 from gpt.config import Config
 from gpt.data.corpus import Corpus
 from gpt.distributed import World
 from gpt.errors import UserError
+from gpt.option import marked
 from gpt.run.checkpoint import MANIFEST
 
 ROOT = Path(__file__).parents[2]
-# Nodes may have the same text and runs in other places, and only rank 0 logs.
-OWN_OPTIONS = ("corpus", "cache_dir", "run_dir", "init_from", "resume_from", "wandb", "wandb_project")
 
 
 def check_alike(world: World, facts: dict[str, str]) -> None:
@@ -50,10 +50,8 @@ def start_facts(config: Config) -> dict[str, str]:
     """Of a rank's command and program."""
     facts = {"code": _code_digest(), "torch": torch.__version__, "Python": platform.python_version()}
     for part in fields(config):
-        options = getattr(config, part.name)
-        for option in fields(options):
-            if option.name not in OWN_OPTIONS:
-                facts[f"--{option.name.replace('_', '-')}"] = str(getattr(options, option.name))
+        compared = marked(getattr(config, part.name), lambda rules: not rules.per_rank)
+        facts |= {flag(name): str(value) for name, value in compared.items()}
     return facts
 
 

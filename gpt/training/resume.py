@@ -18,6 +18,7 @@ from gpt.distributed import World
 from gpt.errors import UserError
 from gpt.files import make_folder
 from gpt.interop.initial import has_tokenizer, initial_config, initial_tokenizer
+from gpt.option import marked
 from gpt.run.checkpoint import newest_checkpoint, verify
 from gpt.run.layout import RunFiles, checkpoints_of
 from gpt.run.loading import read_run, run_tokenizer
@@ -159,11 +160,11 @@ def write_run(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> None:
 
 
 def recipe(config: Config, processes: int = 1) -> dict[str, Any]:
-    """What decides a run's numbers beside its text and model, by name: kept in each checkpoint for differences."""
-    train = {key: getattr(config.train, key) for key in ("batch_size", "grad_accum_steps", "dtype", "max_steps")}
-    data = {"packing": config.data.packing, "corpus_weights": list(config.data.corpus_weights)}
-    rest = {**data, "dropout": config.model.dropout, **asdict(config.optim)}
-    return {"threads": torch.get_num_threads(), "processes": processes, **train, **rest}
+    """Collect what determines a run's numbers beside its text and model: a checkpoint keeps it for `differences`."""
+    found = {"threads": torch.get_num_threads(), "processes": processes}
+    for part in (config.train, config.data, config.model):
+        found |= marked(part, lambda rules: rules.in_recipe)
+    return found | {"corpus_weights": list(config.data.corpus_weights)} | asdict(config.optim)
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any], step: int) -> str | None:
