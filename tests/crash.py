@@ -25,7 +25,8 @@ import rich.progress  # noqa: F401
 import safetensors.torch  # noqa: F401
 
 import train
-from gpt.run.checkpoint import FILES, list_checkpoints, verify
+from gpt.run.checkpoint import list_checkpoints, verify
+from gpt.run.layout import REQUIRED, STATE, WEIGHTS
 from gpt.run.metrics import read_metrics
 from gpt.training.command import load_config
 from gpt.training.state import read_state
@@ -89,11 +90,11 @@ def outcome(run_dir: str) -> tuple[list[dict], dict[str, object]]:
     files: dict[str, object] = {}
     for checkpoint in list_checkpoints(Path(run_dir, "checkpoints")):
         assert verify(checkpoint) is None, verify(checkpoint)
-        files |= {f"{checkpoint.name}/{name}": (checkpoint / name).read_bytes() for name in FILES}
+        files |= {f"{checkpoint.name}/{name}": (checkpoint / name).read_bytes() for name in REQUIRED}
         state = read_state(checkpoint)
         del state["metrics_bytes"]  # the clock's figures have more or fewer digits
-        files[f"{checkpoint.name}/{FILES[2]}"] = state
-    assert f"step_{STEPS:08d}/{FILES[0]}" in files
+        files[f"{checkpoint.name}/{STATE}"] = state
+    assert f"step_{STEPS:08d}/{WEIGHTS}" in files
     return metrics, files
 
 

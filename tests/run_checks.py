@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from gpt.errors import run_command
-from gpt.run.checkpoint import MANIFEST, _sha256
+from gpt.run.checkpoint import _sha256
+from gpt.run.layout import MANIFEST
 from gpt.training.command import load_config
 from tests.train_checks import TEXT
 from train import main

@@ -12,6 +12,7 @@ from gpt.config import ModelConfig
 from gpt.errors import UserError
 from gpt.model import GPT
 from gpt.run import checkpoint as ck
+from gpt.run.layout import MANIFEST, REQUIRED
 from gpt.training.config import OptimConfig
 from gpt.training.optim import build_optimizers
 from gpt.training.optimizer_state import optimizer_tensors
@@ -90,7 +91,7 @@ def flip(path):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("name", ck.FILES)
+@pytest.mark.parametrize("name", REQUIRED)
 @pytest.mark.parametrize(
     "damage", [truncate, flip, lambda path: path.unlink()], ids=["truncated", "flipped", "deleted"]
 )
@@ -113,7 +114,7 @@ def test_a_damaged_file_is_named_and_the_older_checkpoint_taken(tmp_path, name, 
 def test_a_damaged_manifest_is_a_fault_not_a_traceback(tmp_path, text):
     model, optimizers = trained()
     path = save_checkpoint(tmp_path, model, optimizers, {"step": 5}, keep=2)
-    (path / ck.MANIFEST).write_text(text)
+    (path / MANIFEST).write_text(text)
     assert "manifest.json" in ck.verify(path)
 
 
@@ -129,8 +130,8 @@ def test_weights_of_another_model_are_refused(tmp_path):
 def test_the_files_are_safetensors_and_json(tmp_path):
     model, optimizers = trained()
     path = save_checkpoint(tmp_path, model, optimizers, {"step": 5}, keep=2)
-    assert sorted(p.name for p in path.iterdir()) == sorted([*ck.FILES, ck.MANIFEST])
-    for name in ("state.json", ck.MANIFEST):
+    assert sorted(p.name for p in path.iterdir()) == sorted([*REQUIRED, MANIFEST])
+    for name in ("state.json", MANIFEST):
         json.loads((path / name).read_text())
 
 

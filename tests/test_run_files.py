@@ -1,5 +1,6 @@
 """What a training may write over and delete in a folder: a run's own files, and nothing else."""
 
+import importlib
 import json
 import os
 import shutil
@@ -7,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from gpt.run import layout as run_files
+from gpt.run import layout, run_files
 from gpt.run.checkpoint import list_checkpoints, newest_checkpoint, verify
-from gpt.run.layout import FILES, RECORD, TRACES, RunFiles, looks_own
+from gpt.run.layout import CHECKPOINT_FILES, CHECKPOINTS, FILES, LOCK, RECORD, TABLE, TRACES, is_run_file
 from gpt.run.metrics import read_metrics
+from gpt.run.run_files import RunFiles
 from tests.run_checks import NEWEST, OLDER, status_of
 
 MODES = pytest.mark.parametrize("mode", [[], ["--overwrite"], ["--resume"]], ids=["plain", "overwrite", "resume"])
@@ -364,4 +366,18 @@ def test_a_linked_checkpoint_is_unlinked_and_kept(run):
 def test_a_metrics_file_is_known_by_how_it_begins(tmp_path, content, own, mark):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(mark + content)
-    assert looks_own(path) == (content != b'{"step":1')
+    assert is_run_file(path) == (content != b'{"step":1')
+
+
+def test_the_table_names_every_file_of_a_run_and_its_writer(folder):
+    """With --profile-steps; a profile needs a few steps."""
+    assert status_of("--max-steps", "5", "--profile-steps", "1", "--ema-decay", "0.5") == 0
+    found = {path.relative_to(folder / "run") for path in (folder / "run").rglob("*") if path.is_file()}
+    checkpoints = {path for path in found if path.parts[0] == CHECKPOINTS}
+    assert {path.name for path in checkpoints} == CHECKPOINT_FILES
+    assert {path.name for path in found - checkpoints} == {LOCK, *(row.name for row in TABLE)}
+    for row in TABLE:
+        assert is_run_file(folder / "run" / row.name)
+        constant = next(name for name, value in vars(layout).items() if value == row.name)
+        source = Path(importlib.import_module(row.writer).__file__).read_text()
+        assert constant in source, f"{row.writer} does not write {row.name}"

@@ -1,18 +1,18 @@
-"""Checkpoints: one directory each, safetensors and JSON only, complete or not there at all.
+"""Checkpoints: one directory each, in safetensors and JSON, complete or absent.
 
     checkpoints/step_00000500/model.safetensors       the weights
-                              optimizer.safetensors   every optimizer state tensor, as "<weight's name>.<state's name>"
-                              average.safetensors     the weights' moving average, where one is kept
+                              optimizer.safetensors   optimizer states, each named WEIGHT.STATE
+                              average.safetensors     the moving average of the weights, if the run keeps one
                               state.json              step, data position, float16's loss scale, best loss
-                              manifest.json           size and SHA-256 of the files above, written last
-    checkpoints/best_00000400/                        the same, of the step with the lowest validation loss
+                              manifest.json           size and SHA-256 of the other files, written last
+    checkpoints/best_00000400/                        the same for the step with the lowest validation loss
 
-They hold whole tensors, whatever number of processes wrote them, so that any number can go on from them: under
-torchrun all ranks gather them together, and rank 0 writes.
+Tensors are stored whole, so that any number of processes can resume: under torchrun all ranks gather them together, and
+rank 0 writes.
 
-A checkpoint is written beside its place under a temporary name, each file flushed to the disk, then renamed. Deletion
-renames first, too, and takes only the files above: whatever else a folder holds stays. Nothing is unpickled.
-gpt.training.saver writes them beside the training.
+A checkpoint is written under a temporary name beside its own, each file is flushed to the disk, then the folder is
+renamed. Deletion renames first, too, and removes only the files above: anything else in the folder stays. Nothing is
+unpickled. gpt.training.saver writes checkpoints in a thread.
 """
 
 import contextlib
@@ -31,14 +31,11 @@ from torch import Tensor, nn
 from gpt.distributed import like, local
 from gpt.errors import UserError
 from gpt.files import flush, make_folder, utf8_path
+from gpt.run.layout import AVERAGE, CHECKPOINT_FILES, MANIFEST, REQUIRED, STATE, WEIGHTS, checkpoint_name
 
-MANIFEST = "manifest.json"
-FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
-AVERAGE = "average.safetensors"  # the one file that a checkpoint may lack
-OWN = {*FILES, AVERAGE, MANIFEST}
 _NAME = re.compile(r"(step|best)_[0-9]{8,18}")
 _TEMPORARY = re.compile(rf"\.{_NAME.pattern}\.[0-9a-z]+\.tmp")
-Tensors = dict[str, dict[str, Tensor]]  # file name -> tensor's name -> tensor
+TensorFiles = dict[str, dict[str, Tensor]]  # name of the file -> name of the tensor -> tensor
 
 
 def _sha256(path: Path) -> str:
@@ -46,20 +43,20 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def store(directory: Path, tensors: Tensors, state: dict[str, Any], *, keep: int, kinds: tuple[str, ...]) -> None:
-    """Write the checkpoint of state["step"], under each of the kinds "step" and "best", then prune. state: JSON values.
+def store(directory: Path, tensors: TensorFiles, state: dict[str, Any], *, keep: int, kinds: tuple[str, ...]) -> None:
+    """Write the checkpoint of state["step"] as each of the kinds "step" and "best", then prune. state: JSON values.
 
-    Raises UserError, naming the file, where the disk refuses; the older checkpoints are then untouched.
+    Raises UserError naming the file if the disk refuses; the older checkpoints are then untouched.
     """
     for kind in kinds:
-        _write(directory / _name(kind, state["step"]), tensors, state)
+        _write(directory / checkpoint_name(kind, state["step"]), tensors, state)
     prune(directory, state["step"], keep)
 
 
 def prune(directory: Path, step: int, keep: int) -> None:
-    """Delete all checkpoints but the newest `keep` of the kind "step" and the newest of the kind "best".
+    """Delete all checkpoints but the newest `keep` of kind "step" and the newest of kind "best".
 
-    Later steps than this one go too: they are damaged or of a course that the run has left.
+    Checkpoints of later steps are deleted, too: they are damaged, or the run has gone back behind them.
     """
     try:
         for kind, number in (("step", keep), ("best", 1)):
@@ -71,7 +68,7 @@ def prune(directory: Path, step: int, keep: int) -> None:
         raise UserError(f"cannot delete the old checkpoint {error.filename}: {error.strerror}") from error
 
 
-def _write(final: Path, tensors: Tensors, state: dict[str, Any]) -> None:
+def _write(final: Path, tensors: TensorFiles, state: dict[str, Any]) -> None:
     directory = final.parent
     temporary = directory / f".{final.name}.{os.getpid()}.tmp"
     try:
@@ -81,8 +78,8 @@ def _write(final: Path, tensors: Tensors, state: dict[str, Any]) -> None:
         temporary.mkdir()
         for name, values in tensors.items():
             save_file({key: value.contiguous() for key, value in values.items()}, temporary / name)
-        (temporary / FILES[2]).write_text(json.dumps(state, indent=1))
-        names = (*tensors, FILES[2])
+        (temporary / STATE).write_text(json.dumps(state, indent=1))
+        names = (*tensors, STATE)
         for name in names:
             flush(temporary / name)
         manifest = {
@@ -93,7 +90,7 @@ def _write(final: Path, tensors: Tensors, state: dict[str, Any]) -> None:
         flush(temporary)
         if os.path.lexists(final):
             remove(final)
-        if final.exists():  # a file of the user's is in it
+        if final.exists():  # it holds a file of the user's
             for name in (*names, MANIFEST):
                 os.replace(temporary / name, final / name)
             flush(final)
@@ -108,13 +105,13 @@ def _write(final: Path, tensors: Tensors, state: dict[str, Any]) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint so that no half of it is ever taken for a whole one; of a link, the link.
+    """Delete a checkpoint, never leaving a part that could pass for a whole one; of a link, only the link.
 
-    A folder with other files in it stays, with those.
+    A folder that holds other files stays with those.
     """
     if checkpoint.is_symlink():
         checkpoint.unlink()
-    elif any(path.name not in OWN or path.is_dir() for path in checkpoint.iterdir()):
+    elif any(path.name not in CHECKPOINT_FILES or path.is_dir() for path in checkpoint.iterdir()):
         discard(checkpoint)
     else:
         aside = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
@@ -125,8 +122,8 @@ def remove(checkpoint: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Delete a checkpoint's files, the manifest first, and their folder unless it holds something else."""
-    for name in (MANIFEST, *sorted(OWN - {MANIFEST})):
+    """Delete a checkpoint's files, the manifest first, and the folder if it is then empty."""
+    for name in (MANIFEST, *sorted(CHECKPOINT_FILES - {MANIFEST})):
         if not (folder / name).is_dir():
             (folder / name).unlink(missing_ok=True)
     if not os.listdir(folder):
@@ -134,13 +131,9 @@ def discard(folder: Path) -> None:
 
 
 def unfinished(directory: Path) -> list[Path]:
-    """The folders that a save or a deletion, killed on its way, left under their temporary names."""
+    """List the temporary folders of saves and deletions that were killed."""
     found = [path for path in directory.glob(".*.tmp") if _TEMPORARY.fullmatch(path.name)]
     return [path for path in found if path.is_dir() and not path.is_symlink()]
-
-
-def _name(kind: str, step: int) -> str:
-    return f"{kind}_{step:08d}"
 
 
 def _step(checkpoint: Path) -> int:
@@ -148,9 +141,9 @@ def _step(checkpoint: Path) -> int:
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints under a directory, newest first, verified or not; of one step the kind "step" comes first.
+    """List the checkpoints in a directory, verified or not, newest first; of one step, kind "step" comes first.
 
-    A folder that was deleted but for a file of the user's is not one.
+    A folder of which only files of the user's are left is not listed.
     """
     found = [path for path in directory.glob("*_*") if _NAME.fullmatch(path.name) and not _is_leftover(path)]
     return sorted(found, key=lambda path: (_step(path), path.name), reverse=True)
@@ -159,23 +152,23 @@ def list_checkpoints(directory: Path) -> list[Path]:
 def _is_leftover(path: Path) -> bool:
     try:
         names = os.listdir(path)
-    except OSError:  # verify says why
+    except OSError:  # verify will report it
         return False
-    return bool(names) and OWN.isdisjoint(names)
+    return bool(names) and CHECKPOINT_FILES.isdisjoint(names)
 
 
 def verify(checkpoint: Path) -> str | None:
-    """None where every file is as the manifest says; else one clause that names the file and its fault."""
+    """Return None if every file matches the manifest, else a clause that names the file and its fault."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_bytes())
-        for name in {*FILES, *manifest}:
+        for name in {*REQUIRED, *manifest}:
             path, entry = checkpoint / name, manifest[name]
             if path.parent != checkpoint:
                 raise ValueError(name)
             if path.stat().st_size != entry["bytes"]:
                 return f"{path} has {path.stat().st_size} bytes, not {entry['bytes']}"
             if _sha256(path) != entry["sha256"]:
-                return f"{path} does not have the checksum its manifest states"
+                return f"{path} does not have the checksum that its manifest states"
     except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -183,21 +176,12 @@ def verify(checkpoint: Path) -> str | None:
     return None
 
 
-def newest_checkpoint(directory: Path, say=print) -> Path | None:
-    """The newest checkpoint that verifies, the best one included, or None where no checkpoint exists.
+def newest_checkpoint(directory: Path, say=print, *, kind: str = "") -> Path | None:
+    """Return the newest checkpoint that verifies, of one kind if given; None if the directory has no checkpoint.
 
-    Says which newer ones it passes over and why. Raises UserError where there are some but none verifies.
+    Reports each newer one that it skips. Raises UserError if checkpoints exist but none verifies.
     """
-    return _first_sound(list_checkpoints(directory), directory, say)
-
-
-def best_checkpoint(directory: Path, say=print) -> Path | None:
-    """The checkpoint with the lowest validation loss, or None where none is marked so. Else as newest_checkpoint."""
-    found = [path for path in list_checkpoints(directory) if path.name.startswith("best")]
-    return _first_sound(found, directory, say)
-
-
-def _first_sound(found: list[Path], directory: Path, say) -> Path | None:
+    found = [path for path in list_checkpoints(directory) if path.name.startswith(kind)]
     for checkpoint in found:
         fault = verify(checkpoint)
         if fault is None:
@@ -217,13 +201,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(checkpoint: Path, model: nn.Module, *, averaged: bool = False) -> None:
-    """Copy a verified checkpoint's weights into the model; averaged: their moving average, if it holds one.
+    """Copy a verified checkpoint's weights into the model; averaged: their moving average, if the checkpoint has one.
 
-    Raises UserError where names or shapes differ.
+    Raises UserError if names or shapes differ.
     """
-    path = checkpoint / FILES[0]
-    if averaged and (checkpoint / AVERAGE).exists():
-        path = checkpoint / AVERAGE
+    path = checkpoint / (AVERAGE if averaged and (checkpoint / AVERAGE).exists() else WEIGHTS)
     weights = dict(model.named_parameters())
     saved = read_like(path, weights)
     with torch.no_grad():
@@ -232,7 +214,7 @@ def load_weights(checkpoint: Path, model: nn.Module, *, averaged: bool = False) 
 
 
 def read_like(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A file's tensors, which have the names and shapes of the weights."""
+    """Read a file whose tensors must have the names and shapes of the weights."""
     saved = read_tensors(path)
     for name in sorted(weights.keys() ^ saved.keys()):
         raise UserError(f"{path} and the model differ: only one of them has the weight {name!r}")

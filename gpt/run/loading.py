@@ -13,8 +13,8 @@ from gpt.errors import UserError
 from gpt.files import is_folder
 from gpt.folders import adapter, instead
 from gpt.model import GPT
-from gpt.run.checkpoint import best_checkpoint, load_weights, newest_checkpoint, verify
-from gpt.run.layout import checkpoints_of
+from gpt.run.checkpoint import load_weights, newest_checkpoint, verify
+from gpt.run.layout import CONFIG, CORPUS, TOKENIZER, checkpoints_of
 
 
 def read_run(
@@ -27,13 +27,13 @@ def read_run(
     if not is_folder(run_dir):
         hint = instead(run_dir) if run_dir.exists() else "it does not exist"
         raise UserError(f"{run_dir} is not a run directory: {hint or 'it is a file'}")
-    if not (run_dir / "config.toml").exists():
+    if not (run_dir / CONFIG).exists():
         hint = adapter(run_dir) if (run_dir / "config.json").exists() else instead(run_dir)
         if not hint and (run_dir / "config.json").exists():
             hint = "it is a Hugging Face checkpoint: train it on with --init-from, or load it with gpt.from_hf"
         raise UserError(f"{run_dir} is not a run directory: {hint or 'it has no config.toml'}")
     if which in ("newest", "best"):
-        checkpoint = {"newest": newest_checkpoint, "best": best_checkpoint}[which](checkpoints_of(run_dir), say)
+        checkpoint = newest_checkpoint(checkpoints_of(run_dir), say, kind="best" if which == "best" else "")
         if checkpoint is None:
             kind = "checkpoint" if which == "newest" else "best checkpoint"
             raise UserError(f"{run_dir} has no {kind} yet: train it first, or wait for its first one")
@@ -41,14 +41,14 @@ def read_run(
         checkpoint = Path(which)
         if fault := verify(checkpoint):
             raise UserError(f"the checkpoint {checkpoint} cannot be used: {fault}")
-    return config_from_toml(run_dir / "config.toml"), run_tokenizer(run_dir), checkpoint
+    return config_from_toml(run_dir / CONFIG), run_tokenizer(run_dir), checkpoint
 
 
 def run_tokenizer(run_dir: Path) -> Tokenizer:
     """A run's tokenizer; UserError where the file is damaged, or is not the one that the run was trained with."""
-    tokenizer = load_tokenizer(run_dir / "tokenizer.json")
+    tokenizer = load_tokenizer(run_dir / TOKENIZER)
     try:
-        trained = json.loads((run_dir / "corpus.json").read_bytes()).get("tokenizer")
+        trained = json.loads((run_dir / CORPUS).read_bytes()).get("tokenizer")
     except (OSError, ValueError, AttributeError):
         trained = None
     if trained not in (None, tokenizer.fingerprint):

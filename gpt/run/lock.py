@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from gpt.errors import UserError
+from gpt.run.layout import LOCK
 
 try:
     import fcntl
@@ -14,8 +15,6 @@ except ImportError:  # Windows
     fcntl = None
 
 log = logging.getLogger(__name__)
-
-LOCK = ".lock"
 
 
 class RunLock:

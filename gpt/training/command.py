@@ -16,6 +16,7 @@ from gpt.config_file import TABLES, config_from_toml, read_toml, with_changes
 from gpt.errors import UserError
 from gpt.interop.initial import has_tokenizer, initial_config
 from gpt.option import options_of, rules_of
+from gpt.run.layout import CONFIG
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _begun_run(argv: Sequence[str], path: Path | None, tables: dict[str, dict[st
     """The config.toml of the run being resumed, if it exists: init_from has then done its part."""
     train = tables.get("train", {})
     run_dir = _given(argv, "--run-dir") or train.get("run_dir") or _run_dir(path)
-    saved = Path(run_dir) / "config.toml"
+    saved = Path(run_dir) / CONFIG
     return saved if ("--resume" in argv or train.get("resume")) and saved.exists() else None
 
 
@@ -92,7 +93,7 @@ def load_config(argv: Sequence[str], prog: str = "train.py") -> Config:
     path = Path(argv[0]) if argv and not argv[0].startswith("-") else None
     run_dir, saved = _given(argv, "--run-dir"), None
     if path is None and run_dir and {"--resume", "--eval-only", "--eval_only"} & set(argv):
-        saved = Path(run_dir) / "config.toml"
+        saved = Path(run_dir) / CONFIG
         path = saved if saved.exists() else None
     tables = read_toml(path) if path else {}
     model = dict(tables.get("model", {}))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from gpt.config import Config
 from gpt.errors import EXIT_DONE, EXIT_STOPPED
-from gpt.run.layout import checkpoints_of
+from gpt.run.layout import checkpoint_name, checkpoints_of
 from gpt.stop import Stopped
 from gpt.training.guard import Reading
 from gpt.training.job import Job
@@ -51,7 +51,7 @@ def save(job: Job, *kinds: str) -> Path:
     """Begin to write a checkpoint of each kind, "step" and "best"; where the first of them will be."""
     state = {**asdict(job.at), **job.state(), "recipe": recipe(job.config, job.world.size), **job.monitor.state()}
     job.saver.save(training_tensors(job.model, job.optimizers, job.average, job.world), state, kinds=kinds)
-    return checkpoints_of(job.config.train.run_dir) / f"{kinds[0]}_{job.at.step:08d}"
+    return checkpoints_of(job.config.train.run_dir) / checkpoint_name(kinds[0], job.at.step)
 
 
 def save_step(job: Job) -> None:
@@ -116,7 +116,7 @@ def catch_up(job: Job) -> None:
     """Make up for what a stopped or killed run left undone: the evaluation of its last step, the best checkpoint."""
     options, at = job.config.train, job.at
     # Of the two checkpoints of one step the first, "step", may be there alone.
-    best = checkpoints_of(options.run_dir) / f"best_{at.step:08d}"
+    best = checkpoints_of(options.run_dir) / checkpoint_name("best", at.step)
     lacks_best = job.world.any(job.world.main and not best.exists()) and (options.resume or at.evaluation_due)
     if at.evaluation_due:
         job.stopping = not validate(job)

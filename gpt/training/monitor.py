@@ -12,6 +12,7 @@ from typing import Any
 from gpt.config import Config
 from gpt.files import flush
 from gpt.run.checkpoint import list_checkpoints
+from gpt.run.layout import CHECKPOINTS, LOSS_PLOT, METRICS, TABLE, TRACES, checkpoints_of
 from gpt.run.loss_plot import plot_losses
 from gpt.run.metrics import cut_metrics, writing
 from gpt.stop import process_seconds
@@ -50,7 +51,7 @@ class Monitor:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.run_dir, self.max_steps = config.train.run_dir, config.train.max_steps
-        self.path = self.run_dir / "metrics.jsonl"
+        self.path = self.run_dir / METRICS
         self._open(start_step, metrics_bytes)
         self.wandb = start_wandb(config, wandb_id) if config.log.wandb != "off" else None
         self.console = Console(highlight=False)
@@ -143,7 +144,7 @@ class Monitor:
             self.say(f"{self.path} is not on the disk yet: {error.strerror}")
         self.file.close()
         try:
-            plot_losses(self.losses, self.run_dir / "loss.png", title_of(self.run_dir))
+            plot_losses(self.losses, self.run_dir / LOSS_PLOT, title_of(self.run_dir))
         except OSError as error:  # a picture is not worth a run's exit status
             self.say(f"loss.png was not drawn: {error.strerror or error}")
         if self.wandb is not None:
@@ -151,11 +152,11 @@ class Monitor:
 
     def written(self) -> list[str]:
         """Names of what the run directory now holds: of the checkpoints the newest and the best."""
-        names = ["config.toml", "tokenizer.json", "corpus.json", "run.json", "metrics.jsonl", "loss.png"]
-        found = list_checkpoints(self.run_dir / "checkpoints")
+        names = [row.name for row in TABLE if row.option is None]
+        found = list_checkpoints(checkpoints_of(self.run_dir))
         newest = [next((p.name for p in found if p.name.startswith(kind)), None) for kind in ("step", "best")]
-        names += [f"checkpoints/{name}" for name in newest if name]
-        names += [name for name in ("trace.json.gz", "profile.txt") if (self.run_dir / name).exists()]
+        names += [f"{CHECKPOINTS}/{name}" for name in newest if name]
+        names += [name for name in TRACES if (self.run_dir / name).exists()]
         return names + ["wandb"] * (self.wandb is not None)
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from gpt.run.layout import PROFILE, TRACE
+
 SKIPPED = 3  # steps before the trace: the first ones allocate, compile and warm up
 
 
@@ -39,9 +41,9 @@ class Profiler:
     def _write(self, profile: torch.profiler.profile) -> None:
         if self.taken <= SKIPPED:
             return
-        profile.export_chrome_trace(str(self.run_dir / "trace.json.gz"))
+        profile.export_chrome_trace(str(self.run_dir / TRACE))
         by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = profile.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=40)
-        (self.run_dir / "profile.txt").write_text(table + "\n", encoding="utf-8")
+        (self.run_dir / PROFILE).write_text(table + "\n", encoding="utf-8")
         self.say(table)
-        self.say(f"trace: {self.run_dir / 'trace.json.gz'}, table: {self.run_dir / 'profile.txt'}")
+        self.say(f"trace: {self.run_dir / TRACE}, table: {self.run_dir / PROFILE}")

@@ -19,7 +19,7 @@ from gpt.data.corpus import Corpus
 from gpt.distributed import World
 from gpt.errors import UserError
 from gpt.option import marked
-from gpt.run.checkpoint import MANIFEST
+from gpt.run.layout import MANIFEST
 
 ROOT = Path(__file__).parents[2]
 

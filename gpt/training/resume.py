@@ -20,9 +20,10 @@ from gpt.files import make_folder
 from gpt.interop.initial import has_tokenizer, initial_config, initial_tokenizer
 from gpt.option import marked
 from gpt.run.checkpoint import newest_checkpoint, verify
-from gpt.run.layout import RunFiles, checkpoints_of
+from gpt.run.layout import CONFIG, CORPUS, TOKENIZER, checkpoints_of
 from gpt.run.loading import read_run, run_tokenizer
 from gpt.run.lock import RunLock
+from gpt.run.run_files import RunFiles
 from gpt.training.config import TrainConfig
 
 
@@ -68,7 +69,7 @@ def earlier_run(
         )
     else:
         return initial_tokenizer(config), None
-    _check_same(config, config_from_toml(source / "config.toml"), source)
+    _check_same(config, config_from_toml(source / CONFIG), source)
     return run_tokenizer(source), checkpoint
 
 
@@ -86,7 +87,7 @@ def _check_same(config: Config, saved: Config, source: Path) -> None:
 def _run_of(checkpoint: Path) -> Path:
     """The run directory of RUN/checkpoints/step_x, where checkpoints or the whole path may be a link."""
     run_dir = Path(os.path.abspath(checkpoint)).parent.parent
-    return run_dir if (run_dir / "config.toml").exists() else checkpoint.resolve().parent.parent
+    return run_dir if (run_dir / CONFIG).exists() else checkpoint.resolve().parent.parent
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -152,9 +153,9 @@ def write_run(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> None:
     """The run directory's config.toml, tokenizer.json and corpus.json, each written whole or left unchanged."""
     run_dir = config.train.run_dir
     try:
-        write_toml(config, run_dir / "config.toml")
-        tokenizer.save(run_dir / "tokenizer.json")
-        write_provenance(corpus, run_dir / "corpus.json")
+        write_toml(config, run_dir / CONFIG)
+        tokenizer.save(run_dir / TOKENIZER)
+        write_provenance(corpus, run_dir / CORPUS)
     except OSError as error:
         raise UserError(f"cannot write {error.filename}: {error.strerror}; the checkpoints are untouched") from error
 

@@ -8,10 +8,10 @@ import torch
 
 from gpt.errors import UserError
 from gpt.files import flush
-from gpt.run.checkpoint import Tensors, prune, store
+from gpt.run.checkpoint import TensorFiles, prune, store
 
 
-def snapshot(tensors: Tensors) -> Tensors:
+def snapshot(tensors: TensorFiles) -> TensorFiles:
     """A copy in CPU memory that later steps cannot change."""
     copy = lambda tensor: torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format).copy_(tensor)
     return {file: {name: copy(tensor.detach()) for name, tensor in values.items()} for file, values in tensors.items()}
@@ -35,7 +35,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, tensors: Tensors, state: dict[str, Any], *, kinds: tuple[str, ...] = ("step",)) -> None:
+    def save(self, tensors: TensorFiles, state: dict[str, Any], *, kinds: tuple[str, ...] = ("step",)) -> None:
         """Write what the tensors and the state (JSON values) are now. kinds: as gpt.run.checkpoint.store takes them."""
         self.wait()
         if self.directory is None:
@@ -72,7 +72,7 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _write(self, tensors: Tensors, state: dict[str, Any], kinds: tuple[str, ...]) -> None:
+    def _write(self, tensors: TensorFiles, state: dict[str, Any], kinds: tuple[str, ...]) -> None:
         try:
             if self.metrics is not None:
                 flush(self.metrics)

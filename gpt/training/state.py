@@ -10,7 +10,8 @@ from torch import nn
 
 from gpt.distributed import World, gathered
 from gpt.errors import UserError
-from gpt.run.checkpoint import AVERAGE, FILES, Tensors, load_weights, read_like, read_tensors
+from gpt.run.checkpoint import TensorFiles, load_weights, read_like, read_tensors
+from gpt.run.layout import AVERAGE, OPTIMIZER, STATE, WEIGHTS
 from gpt.training.average import Average
 from gpt.training.optimizer_state import optimizer_tensors, restore_optimizers
 
@@ -20,15 +21,15 @@ def training_tensors(
     optimizers: list[torch.optim.Optimizer],
     average: Average | None = None,
     world: World | None = None,
-) -> Tensors:
+) -> TensorFiles:
     """The tensors that a checkpoint holds, by file: live, or gathered where they are sharded; shared weights once.
 
     All ranks must call it together. Ranks other than 0 get no tensors.
     """
     world = world or World(torch.device("cpu"))
     tensors = {
-        FILES[0]: gathered(model.named_parameters(), world),
-        FILES[1]: gathered(optimizer_tensors(model, optimizers).items(), world),
+        WEIGHTS: gathered(model.named_parameters(), world),
+        OPTIMIZER: gathered(optimizer_tensors(model, optimizers).items(), world),
     }
     if average is not None:
         tensors[AVERAGE] = gathered(average.tensors.items(), world)
@@ -44,9 +45,9 @@ def load_training_state(
     Raises UserError, naming the file, for what is not a checkpoint of this model though its checksums are right.
     """
     load_weights(checkpoint, model)
-    restore_optimizers(model, optimizers, read_tensors(checkpoint / FILES[1]))
+    restore_optimizers(model, optimizers, read_tensors(checkpoint / OPTIMIZER))
     if average is not None:
-        path = checkpoint / (AVERAGE if (checkpoint / AVERAGE).exists() else FILES[0])
+        path = checkpoint / (AVERAGE if (checkpoint / AVERAGE).exists() else WEIGHTS)
         average.load(read_like(path, average.tensors))
     return read_state(checkpoint)
 
@@ -68,7 +69,7 @@ def _is_place(value: Any) -> bool:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint's state.json, each of its values of the kind it must be; UserError names the file and the key."""
-    path = checkpoint / FILES[2]
+    path = checkpoint / STATE
     try:
         state = json.loads(path.read_bytes())
     except OSError as error:

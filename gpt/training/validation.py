@@ -18,6 +18,7 @@ from gpt.distributed import World
 from gpt.inference.generation import generate
 from gpt.inference.sampling import SamplingConfig
 from gpt.model import GPT
+from gpt.run.layout import METRICS
 from gpt.training.parallel import Parallel, whole_model
 from gpt.training.progress import Progress
 
@@ -120,7 +121,7 @@ def settle(
     """
     if not at.evaluation_due:
         return
-    found = _losses_written(checkpoint.parent.parent / "metrics.jsonl", at.step, state.get("metrics_bytes"))
+    found = _losses_written(checkpoint.parent.parent / METRICS, at.step, state.get("metrics_bytes"))
     losses, length = found if world.main else ([], 0)
     first, count, length = world.sum(losses[0] if losses else 0.0, len(losses), length)
     if count and count >= len(limits(config, tokens, ends=_ends(at, config, first))):
