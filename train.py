@@ -1,11 +1,11 @@
 """Train a GPT: python train.py [CONFIG.toml] [--name value ...], or torchrun --nproc-per-node N train.py ...
 
-`train` is the whole of it: build the job, take steps until it is over. A run directory holds all of a run.
+It builds the job and takes steps until the job is over. The run directory holds everything that it writes.
 """
 
 import sys
 
-import gpt  # isort: skip  # noqa: F401 - before torch, whose threads' waiting it sets
+import gpt  # isort: skip  # noqa: F401 - sets how threads wait, before torch starts them
 
 from gpt.config import Config
 from gpt.distributed import World, join
@@ -24,9 +24,9 @@ from gpt.training.verdict import Verdict, give_up, judge, roll_back
 
 
 def main(config: Config) -> int:
-    """Train, or with eval_only evaluate; returns the exit status. Under torchrun all ranks together.
+    """Train, or evaluate with eval_only, and return the exit status. Under torchrun all ranks call it together.
 
-    Raises UserError for whatever the user can put right, before anything in the run directory is touched.
+    Raises UserError for wrong input before it changes the run directory.
     """
     check_output() if config.train.dry_run or config.train.eval_only else do_without_output()
     try:
@@ -36,12 +36,12 @@ def main(config: Config) -> int:
         ):
             return train(config, world, lock)
     except Stopped as stopped:
-        print(f"stopped by {stopped} before training began; the same command begins again", file=sys.stderr)
+        print(f"stopped by {stopped} before training began; run the same command again", file=sys.stderr)
         return EXIT_STOPPED
 
 
 def train(config: Config, world: World, lock: RunLock) -> int:
-    """The whole run. world is joined already; the caller releases lock. Raises Stopped before the first step."""
+    """Run a whole training. The caller joins world and releases lock. Raises Stopped before the first step."""
     with StopRequest(config.train.max_minutes) as stop:
         job = start(config, world, lock, stop)
         if job is None:
@@ -52,12 +52,12 @@ def train(config: Config, world: World, lock: RunLock) -> int:
             job.close()
         if world.main:
             print("\n".join(["written:", *(f"  {config.train.run_dir / name}" for name in job.monitor.written())]))
-        world.sum(0)  # torchrun ends the others when one leaves with a status: none does before rank 0 is through
+        world.sum(0)  # ranks exit together: torchrun kills the others when one exits with a status other than 0
         return status
 
 
 def loop(job: Job) -> int:
-    """Take steps until the job is over; its exit status. Nothing before guard.read() waits for the device."""
+    """Take steps until the job is over; return the exit status. Nothing before guard.read() waits for the device."""
     config, at = job.config, job.at
     catch_up(job)
     while not job.is_over:
@@ -72,26 +72,26 @@ def loop(job: Job) -> int:
             clip(job, grad_norm)
             update(job, found_inf)
 
-        # A stop adds no log and no evaluation: a resumed run has the metrics of one that was never stopped.
+        # Do not log or evaluate on a stop: a resumed run's metrics must equal an uninterrupted run's.
         due = Due.at(at.step, config) if loss is not None else Due()
         job.stopping = loss is None or (job.hears_at_once and job.heard())
         if not (due.anything or job.stopping):
             continue
 
-        seen = job.guard.read()
-        at.skipped += seen.skipped
-        job.stopping = job.stopping or seen.stopping
-        job.monitor.say(seen.said(at.step))
+        reading = job.guard.read()
+        at.skipped += reading.skipped
+        job.stopping = job.stopping or reading.stopping
+        job.monitor.say(reading.note(at.step))
         saving = due.save or (job.stopping and at.step != job.saved_step)
 
-        verdict, fault = judge(job, due, saving, seen)
+        verdict, fault = judge(job, due, saving, reading)
         if verdict is Verdict.ROLL_BACK:
             roll_back(job, fault)
         elif verdict is Verdict.GIVE_UP:
             return give_up(job, fault)
         elif verdict is Verdict.GO_ON:
             if due.log:
-                log(job, seen, scale * config.optim.learning_rate)
+                log(job, reading, scale * config.optim.learning_rate)
             at.evaluation_due = due.evaluate
             if saving:  # before the evaluation, which may take long
                 save_step(job)

@@ -1,17 +1,17 @@
-"""A GPT: a decoder-only language model to train on your own text and to generate from.
+"""A GPT: a decoder-only language model to train on your own text and to generate text with.
 
 model, tokenizer = gpt.load("runs/x")
 for piece in gpt.generate(model, tokenizer, ["ROMEO:"], gpt.SamplingConfig(max_new_tokens=200)):
     print(piece.text, end="")
 
-Functions and options raise UserError, a ValueError, for a wrong argument; models, caches and tokenizers TypeError or
-ValueError. The message names the argument.
+Functions and options raise UserError, a ValueError, for a wrong argument; models, caches and tokenizers raise TypeError
+or ValueError. The message names the argument.
 """
 
 import os
 
-# libgomp's threads spin while they wait for each other, by default for milliseconds. Where another process wants the
-# core, the spinning keeps out the very thread that is waited for. It must be set before torch loads libgomp.
+# libgomp's threads spin for milliseconds while they wait for each other. On a busy core the spinning blocks the very
+# thread they wait for. Must be set before torch loads libgomp.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from gpt.config import PRESETS, Config, ModelConfig

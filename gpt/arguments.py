@@ -1,4 +1,4 @@
-"""Check what a user gives from Python, options and arguments, by the annotations of fields and parameters."""
+"""Check options and arguments against the annotations of their fields and parameters."""
 
 import functools
 import inspect
@@ -17,11 +17,11 @@ from gpt.option import check_bounds, check_contradictions, rules_of
 
 NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 MANY = {int: "whole numbers", float: "numbers", str: "texts"}
-MAX_PATH = 4096  # bytes, of every system's limits the highest
+MAX_PATH = 4096  # bytes; the highest limit of any system
 
 
 class _Misfit(Exception):
-    """A value that an annotation does not allow."""
+    """The annotation does not allow the value."""
 
 
 def check_fields(options: Any, kind: type | None = None) -> None:
@@ -46,7 +46,7 @@ def check_fields(options: Any, kind: type | None = None) -> None:
 
 
 def checked(function: Callable) -> Callable:
-    """Raise UserError for an argument that is not what the function's annotation of it says, before it is called."""
+    """Decorate a function to raise UserError for an argument that does not fit its annotation."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)
@@ -64,16 +64,16 @@ def checked(function: Callable) -> Callable:
 
 
 def shown(value: Any) -> str:
-    """A value in a sentence: short, and never more than a line."""
+    """Write a value for a message, in a few words on one line."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
-        return "a much longer number"  # which Python refuses to write
+        return "a much longer number"  # Python refuses to print it
     if value is None or isinstance(value, bool | int | float | complex | str | bytes | Path):
         text = repr(value)
         return text if len(text) <= 60 else f"{text[:57]}..."
     kind = type(value).__name__
     try:
         text = repr(value)
-    except Exception:  # a __repr__ is the caller's code, and may raise anything
+    except Exception:  # __repr__ is the caller's code and may raise anything
         return f"a value of type {kind}"
     is_short = len(text) <= 40 and text.isprintable() and " at 0x" not in text
     return f"the {kind} {text}" if is_short else f"a value of type {kind}"
@@ -89,25 +89,25 @@ def _fit_argument(name: str, value: Any, hint: Any) -> Any:
         return _fit(value, hint)
     except _Misfit:
         rule = _rule(hint)
-        lone = ": for a lone text write [text]" if isinstance(value, str) and "a list of" in rule else ""
+        lone = ": for a single text write [text]" if isinstance(value, str) and "a list of" in rule else ""
         raise UserError(f"{name} must be {rule}, not {shown(value)}{lone}") from None
 
 
 def _check_path(name: str, path: str) -> None:
     if not path:
-        raise UserError(f"{name} is empty: give a path")  # Path("") would be the working directory
+        raise UserError(f"{name} is empty: give a path")  # Path("") is the working directory
     if "\0" in path:
-        raise UserError(f"{name} {shown(path)} holds a NUL, which no path can")
+        raise UserError(f"{name} {shown(path)} contains a NUL, which no path can contain")
     try:
         size = len(os.fsencode(path))
     except UnicodeEncodeError:
-        raise UserError(f"{name} {shown(path)} holds a character that no path can") from None
+        raise UserError(f"{name} {shown(path)} contains a character that no path can contain") from None
     if size >= MAX_PATH:
         raise UserError(f"{name} {shown(path)} is longer than any path can be")
 
 
 def _fit(value: Any, hint: Any) -> Any:
-    """The value as the annotation has it. Raises _Misfit for one that it does not allow."""
+    """Convert the value to its annotation. Raises _Misfit if the annotation does not allow it."""
     origin = get_origin(hint)
     if hint is Any:
         return value
@@ -123,7 +123,7 @@ def _fit(value: Any, hint: Any) -> Any:
     if hint is bool:
         return _if(isinstance(value, bool), value)
     if hint is str:
-        return str(_if(isinstance(value, str), value))  # numpy has its own
+        return str(_if(isinstance(value, str), value))  # also converts numpy.str_
     if hint in (int, float):
         kinds = (int, np.integer) if hint is int else (int, float, np.integer, np.floating)
         _if(isinstance(value, kinds) and not isinstance(value, bool), value)
@@ -139,11 +139,11 @@ def _fit(value: Any, hint: Any) -> Any:
         return tuple(map(_fit, value, get_args(hint)))
     if origin is not None and issubclass(origin, Iterable):
         return _fit_items(value, origin, get_args(hint)[0])
-    return _if(isinstance(getattr(value, "_orig_mod", value), hint), value)  # a compiled model is one, too
+    return _if(isinstance(getattr(value, "_orig_mod", value), hint), value)  # a compiled model wraps the original
 
 
 def _fit_items(value: Any, origin: type, item: Any) -> Any:
-    """A tuple of the items; what can be read once only stays as it is where any Iterable will do."""
+    """Convert to a tuple of converted items. An iterator is returned as it is if the annotation is Iterable."""
     _if(not isinstance(value, str | bytes | bytearray | Mapping), value)
     try:
         items = iter(value)
@@ -161,7 +161,7 @@ def _if(condition: bool, value: Any) -> Any:
 
 
 def _rule(hint: Any) -> str:
-    """What an annotation allows, in words."""
+    """Describe what an annotation allows."""
     origin, parts = get_origin(hint), [part for part in get_args(hint) if part is not ...]
     if hint in NAMES:
         return NAMES[hint]
@@ -181,7 +181,7 @@ def _rule(hint: Any) -> str:
 
 
 def _several(hint: Any) -> str:
-    """_rule for more than one."""
+    """Describe several values of an annotation."""
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(map(_several, get_args(hint)))
     return MANY.get(hint) or f"{_rule(hint).removeprefix('a ').replace('tuple ', 'tuples ')}"

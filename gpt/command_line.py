@@ -1,4 +1,4 @@
-"""Flags into a dataclass of options: suggestions for a wrong one, help, and text in UTF-8 whatever the locale."""
+"""Parse flags into a dataclass of options: help, suggestions for a misspelled flag, UTF-8 text in any locale."""
 
 import ast
 import contextlib
@@ -25,13 +25,13 @@ POSITIONAL = Option(Any, Rules())
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A clause that offers the nearest known word, or an empty string."""
+    """Write a clause that offers the nearest known word, or an empty string."""
     near = difflib.get_close_matches(word.lstrip("-").replace("-", "_"), [k.replace("-", "_") for k in known], n=1)
     return f"; did you mean {'--' + near[0].replace('_', '-') if word.startswith('-') else near[0]!r}?" if near else ""
 
 
 def flag(name: str) -> str:
-    """The flag of an option."""
+    """Spell an option as a flag."""
     return "--" + name.replace("_", "-")
 
 
@@ -56,7 +56,7 @@ def checked_words(argv: Sequence[str], options: dict[str, Option]) -> list[str]:
         if str in option.types and not option.is_path:
             value = _text(value, spelled)
         words.append(f"{spelled}={value}" if word.startswith("--") else value)
-        if not (option.is_path and typing.get_origin(option.kind) is tuple):  # else the next word may be a path, too
+        if not (option.is_path and typing.get_origin(option.kind) is tuple):  # the next word may be another path
             name = None
     return words
 
@@ -70,7 +70,7 @@ def _text(word: str, name: str) -> str:
 
 @functools.cache
 def join_help_lines(kind: type) -> None:
-    """Give tyro each field's docstring as one paragraph; on its own it keeps the source's line breaks."""
+    """Give tyro each field's docstring as one paragraph; tyro alone would keep the line breaks of the source."""
     for inner in (f.default_factory for f in fields(kind) if is_dataclass(f.default_factory)):
         join_help_lines(inner)
     for cls in filter(is_dataclass, kind.__mro__):
@@ -83,7 +83,7 @@ def join_help_lines(kind: type) -> None:
 
 
 def parse_flags(kind: type[T], argv: Sequence[str], *, default: T | None = None, prog: str) -> T:
-    """tyro over a dataclass with flat names. Raises UserError for an unknown flag or a bad value."""
+    """Parse flags into a dataclass with tyro, without prefixes. Raises UserError for an unknown flag or a bad value."""
     known = options_of(kind)
     for word in argv:
         name = word[2:].split("=")[0].replace("-", "_")
@@ -100,8 +100,8 @@ def parse_flags(kind: type[T], argv: Sequence[str], *, default: T | None = None,
     except SystemExit as stop:
         if not stop.code:
             raise
-        # tyro draws its message as a box: a title, the message, a rule, help.
+        # tyro prints a box: title, message, rule, help.
         lines = [line.strip(" │") for line in box.getvalue().splitlines()[1:]]
         message = " ".join(itertools.takewhile(lambda line: line.strip("─╰╯"), lines))
-        message = re.sub(r"^Error parsing (?=[^-])\w+: ", "", message)  # a dataclass's own sentence needs no preface
+        message = re.sub(r"^Error parsing (?=[^-])\w+: ", "", message)  # a dataclass's own message is a sentence
         raise UserError(message or "the command line is wrong") from stop

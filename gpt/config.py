@@ -1,6 +1,6 @@
-"""What a run is made of: frozen dataclasses, filled from defaults, a preset, a TOML file and the command line.
+"""The configuration of a run: frozen dataclasses filled from defaults, a preset, a TOML file and the command line.
 
-Every value is checked when a dataclass is made, so that a Config that exists is a Config that can run.
+Every dataclass checks its values when it is created, so every Config is valid.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Config:
-    """Everything of a run. The TOML tables are the fields' names."""
+    """All options of a run. Each field is a table of the TOML file."""
 
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

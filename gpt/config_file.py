@@ -1,4 +1,4 @@
-"""TOML files to and from a Config. A wrong key or value is one sentence that names the file."""
+"""Read and write a Config as TOML. An error message names the file and the key."""
 
 import tomllib
 import types
@@ -18,7 +18,7 @@ _OPTIONS = options_of(Config)
 
 
 def convert(value: Any, kind: Any, where: str) -> Any:
-    """A TOML value as the annotated type; UserError that begins with `where` if it does not fit."""
+    """Convert a TOML value to an annotated type. Raises UserError, starting with `where`, if it does not fit."""
     options = typing.get_args(kind)
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         if value in ("none", "None"):
@@ -48,7 +48,7 @@ def convert(value: Any, kind: Any, where: str) -> Any:
 
 
 def read_toml(path: Path) -> dict[str, dict[str, Any]]:
-    """The tables of a config file, every key known and every value of its type; [model] may name a preset."""
+    """Read a config file, checking every key and the type of every value; [model] may name a preset."""
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -74,7 +74,7 @@ def read_toml(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _paths_in(value: Any, where: str) -> Any:
-    """A path, or a list of them, as write_toml has written it."""
+    """Decode a path, or a list of paths, written by write_toml."""
     if isinstance(value, list):
         return [_paths_in(each, where) for each in value]
     if isinstance(value, str) and not value.strip():
@@ -86,14 +86,14 @@ def _paths_in(value: Any, where: str) -> Any:
 
 
 def with_changes(config: Config, table: str, **changes: Any) -> Config:
-    """A copy of the config with some keys of one table changed."""
+    """Copy the config with some keys of one table changed."""
     return replace(config, **{table: replace(getattr(config, table), **changes)})
 
 
 def write_toml(config: Config, path: Path) -> None:
-    """The resolved config as TOML that read_toml takes back; keys that are None are left out.
+    """Write the resolved config as TOML for read_toml, without keys that are None.
 
-    Options of this start alone, such as resume, have their defaults there: the file is the run's recipe.
+    Options that concern only this start, such as resume, are written as their defaults: the file is the run's recipe.
     """
     import tomli_w
 
@@ -113,6 +113,6 @@ def write_toml(config: Config, path: Path) -> None:
 
 
 def config_from_toml(path: Path) -> Config:
-    """The Config that a run's config.toml holds."""
+    """Read a run's config.toml."""
     tables = read_toml(path)
     return Config(**{name: cls(**tables.get(name, {})) for name, cls in TABLES.items()})

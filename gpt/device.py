@@ -1,4 +1,4 @@
-"""What a run computes on: the device, its precision, and whether it can compile."""
+"""Device, precision, random seeds and compiler."""
 
 import ctypes
 import functools
@@ -18,14 +18,14 @@ Device = str | torch.device
 
 @functools.cache
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 products run on matrix units: GPUs from sm_80 up, CPUs with AMX."""
+    """Tell whether the device has matrix units for bfloat16: GPUs from sm_80 up, CPUs with AMX."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
 def pick_device(name: Device) -> torch.device:
-    """The device that a name asks for; auto takes a GPU where there is one. UserError for one that is not there."""
+    """Return the named device; auto prefers a GPU. Raises UserError if the device cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -37,14 +37,14 @@ def pick_device(name: Device) -> torch.device:
 
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
-    """The autocast context of a dtype's name; auto is bfloat16 where the device multiplies it in hardware."""
+    """Return the autocast context of a dtype; auto is bfloat16 if the device has matrix units for it."""
     if dtype == "auto":
         dtype = "bfloat16" if multiplies_bfloat16(device) else "float32"
     return nullcontext() if dtype == "float32" else torch.autocast(device.type, dtype=getattr(torch, dtype))
 
 
 def seed_generators(device: torch.device, *numbers: int) -> None:
-    """Seed torch's global generators of the CPU and of the device by a hash of the numbers; waits for no device."""
+    """Seed torch's global CPU and device generators with a hash of the numbers, without waiting for the device."""
     digest = hashlib.sha256(":".join(map(str, numbers)).encode()).digest()
     seed = int.from_bytes(digest[:8], "little") >> 1
     torch.default_generator.manual_seed(seed)
@@ -56,10 +56,10 @@ def seed_generators(device: torch.device, *numbers: int) -> None:
 
 
 def give_back_freed_memory() -> None:
-    """From now on memory of a MiB or more goes back to the system when it is freed, at the cost of a little time.
+    """Make glibc return freed blocks of 1 MiB and more to the system at once, which costs a little time.
 
-    glibc would keep freed pieces of up to 32 MiB for later. Where gradients come to lie between activations that are
-    freed and computed again, what is left between them fits nothing, and the heap grows. Does nothing without glibc.
+    By default glibc keeps freed blocks of up to 32 MiB. Under activation checkpointing gradients end up between
+    activations, the gaps fit nothing else, and the heap grows. Does nothing without glibc.
     """
     mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
@@ -67,7 +67,7 @@ def give_back_freed_memory() -> None:
 
 
 def require_compiler(device: torch.device) -> None:
-    """UserError where torch.compile would fail for want of a C++ compiler."""
+    """Raise UserError if torch.compile needs a C++ compiler and none is installed."""
     compilers = [os.environ.get("CXX"), "c++", "g++", "clang++"]
     if device.type == "cpu" and not any(c and shutil.which(c) for c in compilers):
         raise UserError("--compile needs a C++ compiler on a CPU and none was found: install g++, or leave it out")

@@ -1,7 +1,7 @@
-"""What torchrun needs: the ranks, their process group and collectives, and whole tensors out of their shards.
+"""Ranks under torchrun: the process group, collectives, and whole tensors gathered from shards.
 
-Under `torchrun --nproc-per-node N train.py ...` each process is a rank with a device of its own. A process started
-without it is a world of one, for which everything here does nothing.
+Under `torchrun --nproc-per-node N train.py ...` each process is a rank with its own device. Without torchrun the world
+has one process, and everything here does nothing.
 """
 
 import gc
@@ -20,15 +20,15 @@ from torch import Tensor
 from gpt.device import pick_device
 from gpt.errors import LostProcess, UserError
 
-# The others wait in a collective while rank 0 writes a checkpoint or samples; a dead rank is noticed at once on one
-# node (torchrun ends the job) and after this long where only silence tells.
+# The other ranks wait in a collective while rank 0 writes a checkpoint or samples. On one node torchrun ends the job as
+# soon as a rank dies; across nodes a dead rank is noticed after this time.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-CORPUS_TIMEOUT = timedelta(days=1)  # rank 0 may have a long text to download and to tokenize
+CORPUS_TIMEOUT = timedelta(days=1)  # rank 0 may download and tokenize a long text
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others. `joined`: there is a process group, if only of one."""
+    """This process and its ranks. joined: a process group exists, even with a single process."""
 
     device: torch.device
     rank: int = 0
@@ -37,18 +37,18 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this is rank 0, which alone logs, writes and samples."""
+        """Whether this is rank 0, the only one that logs, writes and samples."""
         return self.rank == 0
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over ranks of a tensor that each of them has; in place, and on the device."""
+        """Average a tensor over the ranks, in place on the device."""
         if self.size > 1:
             dist.all_reduce(value)
             value /= self.size
         return value
 
     def sum(self, *values: float) -> list[float]:
-        """Sums over ranks, in float64. Waits for the device."""
+        """Sum each value over the ranks, in float64. Waits for the device."""
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -56,36 +56,36 @@ class World:
         return total.tolist()
 
     def any(self, value: bool) -> bool:
-        """Whether some rank says so. Waits for the device."""
+        """Tell whether the value is true on any rank. Waits for the device."""
         return self.sum(value)[0] > 0
 
     def shares(self, counts: Tensor) -> Tensor:
-        """Each of this rank's counts (n,) over the mean, over ranks, of their sums: 0 where nothing was counted at all.
+        """Divide this rank's counts (n,) by the mean over the ranks of their sums; 0 if all counts are 0.
 
-        Means weighted with them and averaged over the ranks make the mean over all that was counted.
+        As weights of per-count means, averaged over the ranks, they give the mean over everything counted.
         """
         total = self.mean(counts.sum())
         return counts / total.where(total > 0, 1.0)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Rank 0 goes through the block alone; the others follow when it is through."""
+        """Run the block on rank 0 first, then on the other ranks."""
         if self.size == 1:
             yield
             return
         patient = dist.new_group(backend="gloo", timeout=CORPUS_TIMEOUT)
         if not self.main:
-            through = dist.barrier(patient, async_op=True)
-            while not through.is_completed():  # a wait within the library would hear no signal
+            barrier = dist.barrier(patient, async_op=True)
+            while not barrier.is_completed():  # waiting inside the library would block signals
                 time.sleep(0.05)
-            through.wait()
+            barrier.wait()
         yield
         if self.main:
             dist.barrier(patient)
         dist.destroy_process_group(patient)
 
     def gather(self, text: str) -> list[str]:
-        """The text that each rank gives, by rank. Waits for the device."""
+        """Gather a text from each rank, in rank order. Waits for the device."""
         if self.size == 1:
             return [text]
         data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
@@ -99,11 +99,10 @@ class World:
 
 @contextmanager
 def join(device: str, parallel: str) -> Iterator[World]:
-    """The World that torchrun's environment describes, left in order at the end of the block.
+    """Join the World described by torchrun's environment, and leave it in order at the end of the block.
 
-    device and parallel: options of TrainConfig.
-
-    Raises UserError for --parallel without torchrun, and for a device that the ranks of a node cannot share out.
+    device, parallel: as in TrainConfig. Raises UserError for --parallel without torchrun, and for a device that the
+    ranks of a node cannot share.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         if parallel != "auto":
@@ -122,9 +121,9 @@ def join(device: str, parallel: str) -> Iterator[World]:
     try:
         yield World(own, rank, size, True)
     except UserError:
-        # torchrun sends it when another rank left first: each says its sentence.
+        # torchrun sends SIGTERM when another rank exits first; each rank still prints its error.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if backend == "gloo":  # NCCL could wait for ranks that are gone
+        if backend == "gloo":  # NCCL could wait for ranks that have exited
             _leave()
         raise
     except RuntimeError as error:
@@ -138,23 +137,20 @@ def join(device: str, parallel: str) -> Iterator[World]:
 
 
 def _leave() -> None:
-    """End the process group and its threads: one that outlives Python aborts the process.
-
-    Whatever still holds on to the group, such as DDP's reducer in a cycle, is collected first.
-    """
-    gc.collect()
+    """Destroy the process group and its threads: a thread that outlives Python aborts the process."""
+    gc.collect()  # first what still refers to the group, such as DDP's reducer in a cycle
     dist.destroy_process_group()
 
 
 def _device_of(local_rank: int, name: str) -> torch.device:
-    """The device of a node's local_rank-th process."""
+    """Choose the device of process number local_rank on this node."""
     if name in ("auto", "cuda") and torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"local rank {local_rank} finds {torch.cuda.device_count()} GPUs on this node: start as many "
-                "processes as there are GPUs (--nproc-per-node), or give --device cpu"
+                f"local rank {local_rank} finds {torch.cuda.device_count()} GPUs on this node: start one process "
+                "per GPU (--nproc-per-node), or give --device cpu"
             )
-        torch.cuda.set_device(local_rank)  # before anything takes memory on the first GPU
+        torch.cuda.set_device(local_rank)  # before anything allocates memory on the first GPU
         return torch.device("cuda", local_rank)
     if name.startswith("cuda:"):
         raise UserError(f"--device {name} names one GPU, but each process takes its own: give --device cuda")
@@ -165,53 +161,49 @@ def _device_of(local_rank: int, name: str) -> torch.device:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's rows of a tensor, sharing its memory; all of it unless it is sharded."""
+    """Return this rank's rows of a sharded tensor, sharing its memory; any other tensor as it is."""
     return tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, gathered if it is sharded: then all ranks must call it together."""
+    """Return the whole tensor. All ranks must call it together if the tensor is sharded."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def like(whole: Tensor, pattern: Tensor) -> Tensor:
-    """A copy of a whole tensor that is placed, and sharded, as the pattern is."""
+    """Copy a whole tensor to the device and sharding of the pattern."""
     whole = whole.to(pattern.device, copy=True)
     if not hasattr(pattern, "full_tensor"):
         return whole
     from torch.distributed.tensor import distribute_tensor
 
-    # No rank as the source: each cuts its own part out of what it read.
+    # Without a source rank: each takes its own part of the tensor that it read.
     return distribute_tensor(whole, pattern.device_mesh, pattern.placements, src_data_rank=None)
 
 
 def first_row(tensor: Tensor, world: World) -> int:
-    """Where this rank's rows of a tensor begin; fully_shard deals them out as torch.chunk does."""
+    """Return the index of this rank's first row of a tensor; fully_shard splits rows as torch.chunk does."""
     if not hasattr(tensor, "full_tensor"):
         return 0
     return min(world.rank * -(-tensor.shape[0] // world.size), tensor.shape[0])
 
 
 def gathered(named: Iterable[tuple[str, Tensor]], world: World) -> dict[str, Tensor]:
-    """Whole tensors by name on rank 0, nothing on the others; one at a time, and all ranks together."""
+    """Gather whole tensors by name on rank 0, one at a time; empty on the other ranks. All ranks call it together."""
     whole = {}
     for name, tensor in named:
-        tensor = tensor.detach()
-        if hasattr(tensor, "full_tensor"):
-            tensor = full(tensor)
-            if world.main:
-                whole[name] = tensor.cpu()
-        elif world.main:
-            whole[name] = tensor
+        tensor, is_sharded = full(tensor.detach()), hasattr(tensor, "full_tensor")
+        if world.main:
+            whole[name] = tensor.cpu() if is_sharded else tensor
     return whole
 
 
 def shared_out(stacked: Tensor, owned: int, world: World) -> Tensor:
-    """All ranks' parts (owned, ...) in one tensor (size * owned, ...), in the ranks' order."""
+    """Gather the parts (owned, ...) of all ranks into one tensor (size * owned, ...), in rank order."""
     if world.size == 1:
         return stacked
     whole = stacked.new_empty(world.size * owned, *stacked.shape[1:])
-    # Its name from torch 2.13 on, and the one before.
+    # Named all_gather_single from torch 2.13 on.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(whole, stacked.contiguous())
     return whole

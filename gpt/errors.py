@@ -1,4 +1,4 @@
-"""The one exception for what the user can put right, and how the commands end on it."""
+"""UserError, exit statuses, and how commands end."""
 
 import errno
 import sys
@@ -7,19 +7,18 @@ from collections.abc import Callable
 from gpt.streams import LostOutput, outlets
 
 EXIT_DONE = 0
-EXIT_FAULT = 1  # the program's own fault: a traceback
-EXIT_USER = 2  # the user's input
-EXIT_DIVERGED = 3  # training gave up: not finite
-EXIT_STOPPED = 4  # stopped by a signal or a time limit, with everything saved
-
+EXIT_FAULT = 1  # a bug (with a traceback), or a lost process
+EXIT_USER = 2  # wrong input
+EXIT_DIVERGED = 3  # training gave up: loss, gradient or weights were not finite
+EXIT_STOPPED = 4  # stopped by a signal or a time limit, everything is saved
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# A path that the user gave leads nowhere, and even asking whether it exists is refused.
+# The system refuses even to say whether a path exists.
 NO_WAY = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong. The message is one clear sentence: what is wrong, where, and what to do."""
+    """The user's input is wrong. The message is one sentence: what is wrong, where, and what to do."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -29,15 +28,15 @@ def require(condition: bool, message: str) -> None:
 
 
 class LostProcess(RuntimeError):
-    """Another process of this job is gone, and this one cannot go on without it."""
+    """Another process of this job ended, and this one cannot continue without it."""
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's main and leave with its exit status.
+    """Run a command's main function and exit with its status.
 
-    A UserError becomes one line on stderr and status 2, and so does a disk or a memory that is full, an output that
-    cannot be written, or a path that the system refuses. A reader that goes away, as in `sample.py ... | head`, is not
-    an error. A command that can do without its output ends as it would, with status 2 in the place of 0.
+    A UserError becomes one line on stderr and status 2; so do a full disk, a lack of memory, unwritable output and a
+    path that the system refuses. A reader that closes the pipe, as in `sample.py ... | head`, is not an error. Without
+    its output, a command that does not need it runs to its end, with status 2 instead of 0.
     """
     with outlets() as out:
         try:
@@ -53,7 +52,7 @@ def run_command(main: Callable[[], int | None]) -> None:
 
 
 def _status_of(main: Callable[[], int | None]) -> int | None:
-    """The exit status of a main, which what it raises decides."""
+    """Return the exit status of main, also for what it raises."""
     try:
         return main()
     except UserError as error:
@@ -80,13 +79,13 @@ def _status_of(main: Callable[[], int | None]) -> int | None:
 
 
 def _refuse(message: str) -> int:
-    """Say what the user can put right; the status for it."""
-    print(f"error: {message}\n", end="", file=sys.stderr)  # one write: ranks share the terminal
+    """Print an error for the user; return its exit status."""
+    print(f"error: {message}\n", end="", file=sys.stderr)  # a single write, since ranks share the terminal
     return EXIT_USER
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error is the refusal of memory, by Python, by numpy, or by torch on a CPU or a GPU."""
+    """Tell whether an error of Python, numpy or torch means that memory ran out."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

@@ -1,10 +1,10 @@
-"""What a directory holds where it is not a checkpoint that is read here, and what to do with it, in one clause each."""
+"""Recognise directories of other formats, and say in one clause what they hold and what to do with them."""
 
 import json
 from pathlib import Path
 
 _SAVE = "load it with transformers and save_pretrained it as safetensors"
-# Names of files (as glob patterns), what they are, and what to do; in the order in which they are looked for.
+# Glob pattern, what the directory is, what to do; the first match counts.
 _SIGNS = (
     ("model_index.json", "a diffusers pipeline, not a language model", "give a language model's directory"),
     ("*.gguf", "a GGUF model ({})", "AutoModelForCausalLM.from_pretrained(DIR, gguf_file=...) and save_pretrained it"),
@@ -21,12 +21,12 @@ _SIGNS = (
     ("*.h5", "TensorFlow's weights ({})", _SAVE),
     ("*.msgpack", "Flax's weights ({})", _SAVE),
     ("snapshots/*", "a folder of the Hub's cache", "give {} in it"),
-    ("checkpoint-*", "a training's folder with several checkpoints", "give one of them, such as {}"),
+    ("checkpoint-*", "several checkpoints of a training", "give one of them, such as {}"),
 )
 
 
 def adapter(folder: Path) -> str | None:
-    """The clause for a PEFT adapter, which holds no model but a change to one."""
+    """Write the clause for a PEFT adapter, which is a change to a model; None for anything else."""
     try:
         settings = json.loads((folder / "adapter_config.json").read_bytes())
         kind, base = settings.get("peft_type", "PEFT"), settings.get("base_model_name_or_path")
@@ -41,7 +41,7 @@ def adapter(folder: Path) -> str | None:
 
 
 def instead(folder: Path) -> str | None:
-    """What a directory or file holds instead of config.json and safetensors; None where nothing is known of it."""
+    """Say what a directory or file holds instead of config.json and safetensors; None if it is not recognised."""
     if found := adapter(folder):
         return found
     if folder.is_file():

@@ -1,4 +1,4 @@
-"""When a command should end before its work is done: on a signal, or at its time limit."""
+"""Stop a command early: on a signal, or at its time limit."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ _IMPORTED = time.monotonic()
 
 
 def process_seconds() -> float:
-    """Wall seconds since this process began; where the system does not tell, since this module was imported."""
+    """Return the seconds since this process started, or since this module was imported if the system does not say."""
     try:
         started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
         return time.clock_gettime(time.CLOCK_BOOTTIME) - started
@@ -26,16 +26,16 @@ def process_seconds() -> float:
 
 
 class Stopped(KeyboardInterrupt):
-    """A stop was asked for while there was nothing to save. The message is what asked for it."""
+    """The command was stopped while it had nothing to save. The message names the cause."""
 
 
 class StopRequest:
-    """Why a command should end: a SIGINT or SIGTERM, or a time limit. A SIGINT after that ends the process.
+    """Notes a SIGINT, a SIGTERM or a time limit, so that a command can stop in order. A second SIGINT ends the process.
 
-    A SIGTERM after that does not: where a whole job is told to end, torchrun tells each process again.
+    A second SIGTERM does not: torchrun sends it again to each process of a job that was told to stop.
 
-    max_minutes: since the process began; 0 sets no limit. A stop is noted, for `reason` to tell, and within at_once()
-    raised. close(), or the end of a `with` block, gives the signals back to who had them before.
+    max_minutes: since the process started; 0 sets no limit. `reason` tells why to stop; within at_once() a stop is
+    raised. close(), or the end of a `with` block, restores the earlier signal handlers.
     """
 
     def __init__(self, max_minutes: float = 0.0) -> None:
@@ -46,7 +46,7 @@ class StopRequest:
 
     @property
     def reason(self) -> str | None:
-        """What stops this process; None while nothing does."""
+        """Why this process should stop; None while it should not."""
         if self.signal is not None:
             return signal.Signals(self.signal).name
         if 0 < self.max_minutes <= process_seconds() / 60:
@@ -55,9 +55,9 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within the block a stop is raised as Stopped, wherever the main thread is.
+        """Raise Stopped in the main thread, wherever it is, if a stop comes within the block.
 
-        A time limit is if it ends within the block. One that is over already leaves a quick start its first step.
+        A time limit already exceeded before the block is not raised: a started run takes at least one step.
         """
         if self.signal is not None:
             raise Stopped(self.reason)
@@ -71,9 +71,9 @@ class StopRequest:
                 alarm.cancel()
 
     def _alarm(self) -> threading.Timer | None:
-        """Wakes the main thread when the time limit is reached."""
+        """Start a timer that signals the main thread at the time limit."""
         left = 60 * self.max_minutes - process_seconds()
-        if left <= 0:  # also where no limit is set
+        if left <= 0:  # also without a limit
             return None
 
         def wake() -> None:
@@ -89,10 +89,10 @@ class StopRequest:
         if self.signal is not None and number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        if self.reason is None:  # else the alarm, or torchrun's second SIGTERM
+        if self.reason is None:  # otherwise it is the alarm, or torchrun's second SIGTERM
             self.signal = number
         if self._raises:
-            self._raises = False  # once: what cleans up is left alone
+            self._raises = False  # only once, so that cleanup is not interrupted
             raise Stopped(self.reason)
 
     def __enter__(self) -> "StopRequest":
@@ -107,9 +107,9 @@ class StopRequest:
 
 
 def aside(work: Callable[[], T]) -> T:
-    """What work() returns or raises, done in another thread, so that signals are heard in a long call into a library.
+    """Run work() in another thread, so that signals are handled during a long library call; return or raise its result.
 
-    If one raises in this thread, the other is left alone; it does not hold up the end of the process.
+    If a signal raises in this thread, the other continues but does not delay the end of the process.
     """
     future: Future[T] = Future()
 

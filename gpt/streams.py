@@ -1,4 +1,4 @@
-"""Standard output and error that may be closed, full, or a pipe without a reader."""
+"""Handle standard output and error that are closed, full, or a pipe without a reader."""
 
 import codecs
 import contextlib
@@ -10,14 +10,14 @@ from typing import IO, Any
 
 
 class LostOutput(Exception):
-    """A command's result has nowhere to go. The message says why."""
+    """A command's result cannot be written. The message says why."""
 
 
 class Outlet:
-    """A text stream in front of another, or of none, whose first failure is kept in `error` and the last one there is.
+    """A wrapper of a text stream, or of a closed one (None), that keeps the first write failure in `error`.
 
-    From then on it writes to nowhere. is_needed: a failure is also raised, as BrokenPipeError where the reader went
-    away and as LostOutput otherwise.
+    After a failure it discards all output. is_needed: it also raises the failure, as BrokenPipeError if the reader
+    closed the pipe, else as LostOutput.
     """
 
     def __init__(self, stream: IO[str] | None, *, is_needed: bool) -> None:
@@ -25,7 +25,7 @@ class Outlet:
         self.error: OSError | None = None
         self._stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115
         if hasattr(self._stream, "reconfigure"):
-            # The C locale says ASCII where it knows nothing else. A path may hold bytes that are not text.
+            # The C locale means ASCII, but the text is UTF-8. A path may contain bytes that are not text.
             is_ascii = codecs.lookup(self._stream.encoding).name == "ascii"
             encoding = "utf-8" if is_ascii and "PYTHONIOENCODING" not in os.environ else None
             self._stream.reconfigure(encoding=encoding or self._stream.encoding, errors="backslashreplace")
@@ -47,13 +47,13 @@ class Outlet:
                 self._fail(error)
 
     def check(self) -> None:
-        """Raise LostOutput where nothing that is written can be seen."""
+        """Raise LostOutput if the stream is closed and needed."""
         if self.is_closed and self.is_needed:
             raise LostOutput("standard output is closed")
 
     def _fail(self, error: OSError) -> None:
         self.error = error
-        with contextlib.suppress(OSError, ValueError):  # what its buffer holds must go somewhere when Python ends
+        with contextlib.suppress(OSError, ValueError):  # Python flushes the buffer at exit
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
@@ -68,15 +68,15 @@ class Outlet:
 
 @contextlib.contextmanager
 def outlets() -> Iterator[Outlet]:
-    """Put Outlets in the place of stdout, which is needed, and stderr, which is not; yields that of stdout.
+    """Wrap stdout, which is needed, and stderr, which is not, in Outlets; yields that of stdout.
 
-    Closed descriptors are opened to nowhere, so that no file of the program's gets their numbers.
+    Opens closed descriptors to the null device, so that no file of the program gets their numbers.
     """
     for fd in range(3):
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest free number
     before = sys.stdout, sys.stderr
     out, err = Outlet(sys.stdout, is_needed=True), Outlet(sys.stderr, is_needed=False)
     sys.stdout, sys.stderr = out, err
@@ -90,12 +90,12 @@ def outlets() -> Iterator[Outlet]:
 
 
 def do_without_output() -> None:
-    """Go on when stdout fails: the command's result is in files."""
+    """Continue when stdout fails, because the command's result is in files."""
     if isinstance(sys.stdout, Outlet):
         sys.stdout.is_needed = False
 
 
 def check_output() -> None:
-    """Raise LostOutput where stdout is closed, before any work is done for it."""
+    """Raise LostOutput if stdout is closed, before the command does any work."""
     if isinstance(sys.stdout, Outlet):
         sys.stdout.check()

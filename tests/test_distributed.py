@@ -183,7 +183,7 @@ def test_all_ranks_halve_their_micro_batches_where_one_is_out_of_memory(folder):
     """The last rank has room for one row, not for four; the step is that of the whole batch."""
     printed = (folder / "small-ddp/printed").read_text()
     assert re.findall(r"out of memory: .*", printed) == [
-        f"out of memory: micro-batches of {rows} rows from now on, not {2 * rows}" for rows in (2, 1)
+        f"out of memory: micro-batches have {rows} rows from now on instead of {2 * rows}" for rows in (2, 1)
     ]
     for a, b in zip(lasting(folder / "adamw-one"), lasting(folder / "small-ddp"), strict=True):
         assert a == pytest.approx(b, rel=1e-6)
@@ -310,7 +310,7 @@ def test_a_signal_in_an_evaluation_stops_all_ranks_and_saves(job, tmp_path):
     process, ranks = job("--tokenizer", "byte", "--eval-interval", "3", "--eval-tokens", "1000000")
     os.kill(ranks["1"], signal.SIGTERM)
     output, errors = process.communicate(timeout=60)
-    assert "after step 3; --resume goes on from there, with the evaluation of that step" in output, errors
+    assert "after step 3; continue with --resume, beginning with the evaluation of that step" in output, errors
     assert verify(tmp_path / "run/checkpoints/step_00000003") is None
     assert [r["step"] for r in read_metrics(tmp_path / "run/metrics.jsonl")] == [1, 2, 3]
     assert "exitcode  : 4" in errors
@@ -332,8 +332,8 @@ def test_all_ranks_go_back_and_give_up_together(tmp_path):
     ]
     command = [*LAUNCH, str(ROOT / "train.py"), *words]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment())
-    assert "rollback 2: on from step 1 with other data" in done.stdout, done.stderr
-    assert "training gives up; the checkpoint step_00000001 is sound" in done.stdout
+    assert "rollback 2: continuing from step 1 with other data" in done.stdout, done.stderr
+    assert "training gives up; the checkpoint step_00000001 is valid" in done.stdout
     assert "exitcode: 3" in done.stderr
     assert verify(tmp_path / "run/checkpoints/step_00000001") is None
 

@@ -197,7 +197,7 @@ def test_a_training_that_began_meanwhile_is_not_overwritten(run, capsys, monkeyp
 
     monkeypatch.setattr(RunLock, "take", later)
     assert status_of("--max-steps", "1") == 2
-    assert "another training has begun in run" in sentence(capsys)
+    assert "another training has started in run" in sentence(capsys)
     assert verify(run / "checkpoints" / NEWEST) is None
 
 

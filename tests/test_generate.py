@@ -87,7 +87,7 @@ def test_a_lone_string_and_models_with_too_few_tokens_are_refused():
     """A string would be taken letter by letter."""
     tokenizer = tokenizer_of()
     model, small = model_of(tokenizer), model_of(tokenizer, vocab_size=tokenizer.vocab_size - 1)
-    with pytest.raises(UserError, match=r"prompts must be a list of texts, not .the.: for a lone text write \[text\]"):
+    with pytest.raises(UserError, match=r"prompts must be a list of texts, not .the.: for a single text"):
         generate(model, tokenizer, "the")
     with pytest.raises(UserError, match=f"the tokenizer of this model has the token {small.config.vocab_size}"):
         generate(small, tokenizer, ["the"])

@@ -90,7 +90,7 @@ def test_training_gives_up_after_so_many_in_a_row(folder, capsys, bad_at, limit,
         )
         == 3
     )
-    assert f"step {end}: the loss is nan and training gives up; the checkpoint step_00000002 is sound" in (
+    assert f"step {end}: the loss is nan and training gives up; the checkpoint step_00000002 is valid" in (
         capsys.readouterr().out
     )
     assert [path.name for path in (folder / "run/checkpoints").iterdir()] == ["step_00000002"]
@@ -129,7 +129,7 @@ def test_a_run_that_ends_on_a_bad_step_with_bad_weights_goes_back_while_it_may(f
     losses = iter([math.nan, 1.0])
     monkeypatch.setattr("gpt.training.due.evaluate", lambda *args: {"val_loss": next(losses), "bits_per_byte": 1.0})
     assert run("--max-steps", "5", "--checkpoint-interval", "3") == 0
-    assert "step 5: the loss is nan; rollback 1: on from step 3 with other data" in capsys.readouterr().out
+    assert "step 5: the loss is nan; rollback 1: continuing from step 3 with other data" in capsys.readouterr().out
     assert {path.name for path in (folder / "run/checkpoints").iterdir()} >= {"step_00000005", "best_00000005"}
 
 
@@ -172,15 +172,15 @@ NAN, INF = math.nan, math.inf
         ),
         (
             Reading(9.12345, 0.5, 2, 1, False, spike=True, spikes_skipped=True),
-            "loss is 9.1235, far above the last ones,",
-            "loss or gradient was not finite, or the loss far above those before",
+            "loss is 9.1235, far above the recent ones,",
+            "loss or gradient was not finite, or the loss far above the recent ones",
             {"train_loss": 9.12345, "grad_norm": 0.5},
         ),
     ],
 )
 def test_what_a_reading_says(reading, fault, said, record):
     assert fault is None or reading.fault == fault
-    assert reading.said(7) == (said and f"step 7: skipped 2 of the last steps: {said}")
+    assert reading.note(7) == (said and f"step 7: skipped 2 of the last steps: {said}")
     assert reading.record(0) == record
     assert reading.record(3) == record | {"skipped_steps": 3}
 

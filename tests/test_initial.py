@@ -131,7 +131,9 @@ def test_a_table_may_grow_by_padding_and_never_shrinks(tmp_path):
 def test_a_tokenizer_that_is_not_the_sources_adds_no_rows(tmp_path):
     checkpoint_of(tmp_path / "hf", ByteTokenizer(), rows=257)
     (tmp_path / "hf/tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"has 257 rows and the tokenizer bpe \d+ tokens: name the one that it was"):
+    with pytest.raises(
+        UserError, match=r"has 257 rows and the tokenizer bpe \d+ tokens: give the tokenizer that it was"
+    ):
         start(tmp_path, "--init-from", tmp_path / "hf", "--tokenizer", "bpe", "--bpe-vocab-size", 300)
     assert not (tmp_path / "run").exists()
 
@@ -178,7 +180,7 @@ def test_special_tokens_without_rows_change_no_text(tmp_path, tokenizer):
 
 def test_a_vocabulary_size_that_is_asked_for_is_kept_or_refused(tmp_path):
     checkpoint_of(tmp_path / "hf", WITH_WORD)
-    with pytest.raises(UserError, match="vocab_size 258 is smaller than the tokenizer's 259: raise it, or leave"):
+    with pytest.raises(UserError, match="vocab_size 258 is smaller than the tokenizer's 259: increase it, or leave"):
         start(tmp_path, "--init-from", tmp_path / "hf", "--vocab-size", 258)
     assert not (tmp_path / "run").exists()
     assert start(tmp_path, "--init-from", tmp_path / "hf", "--vocab-size", 259) == 0
@@ -186,7 +188,7 @@ def test_a_vocabulary_size_that_is_asked_for_is_kept_or_refused(tmp_path):
 
 def test_a_checkpoint_of_hugging_face_is_not_a_run(tmp_path):
     checkpoint_of(tmp_path / "hf", ByteTokenizer())
-    with pytest.raises(UserError, match=r"it is a Hugging Face checkpoint: train it on with --init-from, or load it"):
+    with pytest.raises(UserError, match=r"it is a Hugging Face checkpoint: train it with --init-from, or load it"):
         gpt.load(tmp_path / "hf", "cpu")
 
 

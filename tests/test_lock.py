@@ -76,7 +76,7 @@ def test_a_file_system_without_locks_is_warned_about(tmp_path, monkeypatch, capl
     before = open_files()
     with caplog.at_level(logging.WARNING), RunLock(tmp_path) as lock:
         assert lock.take() is False
-    expected = f"{tmp_path} cannot be locked (No locks available): start no second training there"
+    expected = f"{tmp_path} cannot be locked (No locks available): do not start a second training there"
     assert [record.getMessage() for record in caplog.records] == [expected]
     assert open_files() == before
 

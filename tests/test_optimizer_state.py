@@ -166,7 +166,7 @@ def test_states_of_another_optimizer_are_refused():
     step(model, adam, 1)
     saved = optimizer_tensors(model, [adam])
     with pytest.raises(
-        UserError, match=r"only the checkpoint's optimizer keeps '\S+exp_avg': go on with the same --opt"
+        UserError, match=r"only the checkpoint's optimizer keeps '\S+exp_avg': resume with the same --opt"
     ):
         restore_optimizers(model, [rmsprop], saved)
     del saved["embed.weight.max_exp_avg_sq"]
@@ -189,10 +189,10 @@ def test_states_of_another_optimizer_are_refused():
         (
             "groups.0.steps",
             torch.zeros(2),
-            "the checkpoint's optimizer state 'groups.0.steps' does not fit: go on with",
+            "the checkpoint's optimizer state 'groups.0.steps' does not fit: resume with",
         ),
         ("groups.0.largest", torch.zeros(1), "the checkpoint's optimizer state 'groups.0.largest' does not fit"),
-        ("groups.1.steps", torch.tensor(3), "only the checkpoint's optimizer keeps 'groups.1.steps': go on with"),
+        ("groups.1.steps", torch.tensor(3), "only the checkpoint's optimizer keeps 'groups.1.steps': resume with"),
         ("groups.-1.steps", torch.tensor(3), "only the checkpoint's optimizer keeps 'groups.-1.steps'"),
     ],
 )

@@ -150,11 +150,10 @@ def test_the_whole_plan_of_a_small_run(monkeypatch):
         f"memory           {mib(4 * weights + activations)} on cpu with micro-batches of 3 x 16: "
         f"weights {mib(weights)}, gradients {mib(weights)}, optimizer {mib(2 * weights)}, "
         f"activations {mib(activations)}",
-        "tokens           19,200 in 100 steps of 192; 1.56 epochs of 12,345; "
-        f"{19_200 * 4 / weights:.1f} for each parameter",
-        f"FLOPs            {flops * tokens:.3g}, {flops:.3g} for each token",
+        f"tokens           19,200 in 100 steps of 192; 1.56 epochs of 12,345; {19_200 * 4 / weights:.1f} per parameter",
+        f"FLOPs            {flops * tokens:.3g}, {flops:.3g} per token",
         f"learning rate    {curve}  peak 0.002, last 7.71e-07",
-        f"time             {minutes:.1f} min if 40% of the device's peak is reached",
+        f"time             {minutes:.1f} min at 40% of the device's peak",
     ]
 
 
@@ -178,7 +177,7 @@ def test_one_row_that_is_too_much_says_what_it_needs():
         fewer_rows(1, config, CPU)
     with pytest.raises(UserError) as shared:
         fewer_rows(1, replace(config, train=one.train), CPU, 2)
-    assert f"out of memory on cpu with micro-batches of 1 x 48, which need about {memory_of(one, CPU)}," in (
+    assert f"out of memory on cpu with micro-batches of 1 x 48, which need about {memory_of(one, CPU)} and" in (
         str(alone.value)
     )
     assert f"which need about {memory_of(one, CPU, 2)}," in str(shared.value)

@@ -37,7 +37,7 @@ def test_the_steps_after_the_first_three_are_traced(tmp_path, steps, taken, trac
 
 @pytest.mark.parametrize("taken", [0, 1, 3])
 def test_a_run_that_ends_before_the_trace_says_so(tmp_path, taken):
-    assert trace(tmp_path, 2, taken) == (["no step was traced: the first 3 never are"], [])
+    assert trace(tmp_path, 2, taken) == (["no step was traced: the first 3 steps never are"], [])
     assert list(tmp_path.iterdir()) == []
 
 

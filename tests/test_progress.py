@@ -39,5 +39,5 @@ def test_patience_counts_evaluations(patience, since, ends):
 
 def test_the_end_is_said_with_the_best():
     progress = Progress(step=9, best={"step": 3, "val_loss": 1.23456}, evaluations_since_best=2)
-    assert progress.said() == "step 9: 2 evaluations gave no lower validation loss than 1.2346 of step 3"
-    assert Progress(step=9, evaluations_since_best=2).said().endswith("than infinity")
+    assert progress.patience_note() == "step 9: 2 evaluations gave no lower validation loss than 1.2346 of step 3"
+    assert Progress(step=9, evaluations_since_best=2).patience_note().endswith("than infinity")

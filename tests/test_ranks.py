@@ -37,7 +37,9 @@ def test_all_differences_are_in_one_sentence():
     check_alike(World(torch.device("cpu")), {"a": "1"})
     with pytest.raises(UserError) as error:
         check_alike(Together('{"a": "1", "b": "2"}', '{"a": "1", "b": "2"}', '{"a": "3", "b": "4"}'), {})
-    assert "not alike: rank 2 has a 3 where rank 0 has 1, b 4 where rank 0 has 2: start all of" in str(error.value)
+    assert "the ranks differ: rank 2 has a 3 where rank 0 has 1, b 4 where rank 0 has 2: start all of" in str(
+        error.value
+    )
     with pytest.raises(UserError, match=r"rank 1 has a 2 where rank 0 has 1; rank 2 has a unknown where rank 0 has 1:"):
         check_alike(Together('{"a": "1"}', '{"a": "2"}', "{}"), {})
 

@@ -79,7 +79,7 @@ def test_what_a_resumed_run_changes_is_said_in_one_line(folder, capsys):
         torch.set_num_threads(threads)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "differs" in line]
     assert line == (
-        f"from step 4 on this run differs from one that was never stopped: threads is {threads + 1}, was {threads} "
+        f"from step 4 on, this run differs from an uninterrupted one: threads is {threads + 1}, was {threads} "
         "(CPU sums are rounded in another order); batch_size is 4, was 8 (a step sees other text)"
     )
     assert [r["tokens"] for r in lasting("run") if "train_loss" in r] == [128, 256, 384, 512, 576, 640]
@@ -181,7 +181,7 @@ def test_overwrite_does_not_delete_what_a_run_begins_with(folder, capsys, words)
     run(max_steps=2)
     before = names_in("run/checkpoints")
     line = refused(capsys, *words, *flags(max_steps=3), "--overwrite")
-    assert "overwrite would delete run, which this run begins with" in line
+    assert "overwrite would delete run, which this run starts from" in line
     assert names_in("run/checkpoints") == before
 
 
@@ -268,7 +268,7 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
 def test_a_run_at_its_last_step_says_what_to_give(folder, capsys):
     run(max_steps=2)
     capsys.readouterr()
-    said = "the run is at step 2 already: give more --max-steps to go on"
+    said = "the run is already at step 2: raise --max-steps to continue it"
     for max_steps, is_said in ((2, True), (3, False)):
         run(max_steps=max_steps, resume=True)
         assert (said in capsys.readouterr().out) == is_said

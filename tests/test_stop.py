@@ -69,7 +69,7 @@ def test_a_signal_while_the_corpus_is_prepared(folder, capsys, monkeypatch, stag
     with monkeypatch.context() as patch:
         patch.setattr(CorpusProgress, "__call__", told)
         assert run(max_steps=1, cache_dir="cache") == 4
-    assert capsys.readouterr().err == "stopped by SIGTERM before training began; the same command begins again\n"
+    assert capsys.readouterr().err == "stopped by SIGTERM before training began; run the same command again\n"
     assert not Path("run").exists()
     assert run(max_steps=1, cache_dir="cache") == 0
 

@@ -66,7 +66,7 @@ def test_a_signal_in_an_evaluation_saves_at_once(long_text, capsys, monkeypatch,
         assert run(**SHORT) == 4
     assert len(calls) == batch
     output = capsys.readouterr().out
-    assert f"stopped by SIGTERM after step {step}; --resume goes on from there" in output
+    assert f"stopped by SIGTERM after step {step}; continue with --resume" in output
     assert ("with the evaluation of that step" in output) != whole
     assert f"step_{step:08d}" in names_in("run/checkpoints")
     assert [r["step"] for r in lasting("run") if "val_loss" in r] == list(range(2, step + whole, 2))
@@ -150,9 +150,7 @@ def val_losses(run_dir: str) -> list[tuple[int, float]]:
 def test_by_default_evaluations_are_bounded_and_the_last_reads_all(bounded, capsys):
     run(**SHORT)
     output = capsys.readouterr().out
-    assert (
-        "evaluations read the first 100 validation tokens, not all 244, and the last one all; --eval-tokens" in output
-    )
+    assert "evaluations read the first 100 of 244 validation tokens, the last one reads all; --eval-tokens" in output
     assert "bits per byte on all 244 tokens" in output
     run(run_dir="some", eval_tokens=100, **SHORT)
     run(run_dir="all", eval_tokens=244, **SHORT)

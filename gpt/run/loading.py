@@ -20,9 +20,9 @@ from gpt.run.layout import CONFIG, CORPUS, TOKENIZER, checkpoints_of
 def read_run(
     run_dir: Path, which: str | Path = "newest", say: Callable[[str], None] = print
 ) -> tuple[Config, Tokenizer, Path]:
-    """Config, tokenizer and a sound checkpoint of a run: its newest, its best, or the one at a path.
+    """Read a run's config and tokenizer, and find a valid checkpoint: "newest", "best", or the one at a path.
 
-    Raises UserError where one is missing or damaged.
+    Raises UserError if one of them is missing or damaged.
     """
     if not is_folder(run_dir):
         hint = instead(run_dir) if run_dir.exists() else "it does not exist"
@@ -30,7 +30,7 @@ def read_run(
     if not (run_dir / CONFIG).exists():
         hint = adapter(run_dir) if (run_dir / "config.json").exists() else instead(run_dir)
         if not hint and (run_dir / "config.json").exists():
-            hint = "it is a Hugging Face checkpoint: train it on with --init-from, or load it with gpt.from_hf"
+            hint = "it is a Hugging Face checkpoint: train it with --init-from, or load it with gpt.from_hf"
         raise UserError(f"{run_dir} is not a run directory: {hint or 'it has no config.toml'}")
     if which in ("newest", "best"):
         checkpoint = newest_checkpoint(checkpoints_of(run_dir), say, kind="best" if which == "best" else "")
@@ -45,7 +45,7 @@ def read_run(
 
 
 def run_tokenizer(run_dir: Path) -> Tokenizer:
-    """A run's tokenizer; UserError where the file is damaged, or is not the one that the run was trained with."""
+    """Read a run's tokenizer. Raises UserError if it is damaged, or not the one that the run was trained with."""
     tokenizer = load_tokenizer(run_dir / TOKENIZER)
     try:
         trained = json.loads((run_dir / CORPUS).read_bytes()).get("tokenizer")
@@ -53,22 +53,20 @@ def run_tokenizer(run_dir: Path) -> Tokenizer:
         trained = None
     if trained not in (None, tokenizer.fingerprint):
         raise UserError(
-            f"{run_dir / 'tokenizer.json'} is not the tokenizer that the run was trained with, so its ids mean other "
-            "text: bring the file back"
+            f"{run_dir / TOKENIZER} is not the tokenizer that the run was trained with: restore the original file"
         )
     return tokenizer
 
 
 @checked
 def load(run_dir: str | Path, device: Device = "auto", *, which: str | Path = "newest") -> tuple[GPT, Tokenizer]:
-    """The model (in eval mode, fp32) and tokenizer of a run: the averaged weights, if kept.
+    """Load a run's model (float32, in eval mode, with the averaged weights if the run keeps them) and its tokenizer.
 
-    which: "newest", its newest sound checkpoint; "best", that of the lowest validation loss; or a checkpoint's path.
-    Raises UserError where the directory holds no run, no checkpoint, or a damaged one, and for a device that cannot be
-    used.
+    which: "newest", the newest valid checkpoint; "best", that of the lowest validation loss; or a checkpoint's path.
+    Raises UserError if the directory has no run or no valid checkpoint, and if the device cannot be used.
     """
-    place = pick_device(device)
+    target = pick_device(device)
     config, tokenizer, checkpoint = read_run(Path(run_dir), which)
     model = GPT(config.model)
     load_weights(checkpoint, model, averaged=True)
-    return model.eval().to(place), tokenizer
+    return model.eval().to(target), tokenizer

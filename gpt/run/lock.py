@@ -1,4 +1,4 @@
-"""One trainer per run directory: a lock that the system takes back when its process ends, however it ends."""
+"""Lock a run directory for one training process; the system releases the lock however the process ends."""
 
 import errno
 import logging
@@ -18,10 +18,10 @@ log = logging.getLogger(__name__)
 
 
 class RunLock:
-    """RUN/.lock, held by flock from take() to the end of the `with` block; it names the process that holds it.
+    """The lock file of a run directory, held by flock from take() to the end of the `with` block.
 
-    The directory must exist; the file stays when the lock goes. run_dir None: nothing is locked,
-    as on the ranks that write nothing.
+    The directory must exist; the file stays after the release and names the process that holds the lock. run_dir None:
+    take() does nothing, as on ranks other than 0.
     """
 
     def __init__(self, run_dir: Path | None) -> None:
@@ -29,9 +29,9 @@ class RunLock:
         self._fd: int | None = None
 
     def take(self) -> bool:
-        """Lock; whether it was free to be taken, and not this object's already.
+        """Take the lock. Returns False if this object already holds it or the file system has no locks.
 
-        UserError where another process holds it, or nothing can be written.
+        Raises UserError if another process holds it, or if the file cannot be written.
         """
         if self.run_dir is None or self._fd is not None or fcntl is None:
             return False
@@ -46,14 +46,16 @@ class RunLock:
             holder = os.read(fd, 32).decode(errors="replace").strip()
             os.close(fd)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # a file system without locks
-                log.warning("%s cannot be locked (%s): start no second training there", self.run_dir, error.strerror)
+                log.warning(
+                    "%s cannot be locked (%s): do not start a second training there", self.run_dir, error.strerror
+                )
                 return False
             raise UserError(
                 f"{self.run_dir} is in use by another training, process {holder or 'unknown'}: "
                 "wait for it, stop it, or give another --run-dir"
             ) from None
         self._fd = fd
-        with suppress(OSError):  # a full disk: the lock holds without its name
+        with suppress(OSError):  # on a full disk the lock holds without the process id
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         return True

@@ -1,4 +1,4 @@
-"""metrics.jsonl: its records, and cutting it back when a run resumes."""
+"""Read metrics.jsonl, and truncate it when a run resumes."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from gpt.run.loss_plot import Losses
 
 
 def metrics_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each record of a metrics.jsonl, read as it is asked for, and where its line ends in the file, in bytes.
+    """Iterate over the records of a metrics.jsonl, each with the offset of its line's end in bytes.
 
     Stops at the first invalid or truncated line.
     """
@@ -33,16 +33,16 @@ def metrics_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, up to the first invalid or truncated line."""
+    """Read the records of a metrics.jsonl, up to the first invalid or truncated line."""
     return [record for record, _ in metrics_lines(path)]
 
 
 def cut_metrics(path: Path, start_step: int, size: int | None) -> Losses:
-    """Cut a metrics.jsonl to what it was at start_step, when it had `size` bytes; the losses that it then holds.
+    """Truncate a metrics.jsonl to its `size` bytes at start_step; return the losses that remain.
 
-    Without a size, or where the file is shorter: to the records before the first one of a later step.
+    Without a size, or if the file is shorter, remove the first record of a later step and all after it.
     """
-    if path.exists() and path.stat().st_nlink > 1:  # another name of the file, such as a backup's, keeps what it has
+    if path.exists() and path.stat().st_nlink > 1:  # a hard link, such as a backup, keeps its content
         write_whole(path, path.read_bytes())
     if size is not None and path.exists() and path.stat().st_size >= size:
         os.truncate(path, size)
@@ -57,14 +57,14 @@ def cut_metrics(path: Path, start_step: int, size: int | None) -> Losses:
         file.truncate(end)
     with path.open("rb+") as file:
         file.seek(max(0, end - 1))
-        if file.read() not in (b"", b"\n"):  # a last line that was cut after its closing brace
+        if file.read() not in (b"", b"\n"):  # the last line was truncated after its closing brace
             file.write(b"\n")
     return losses
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns a disk's refusal into a UserError that names the file."""
+    """Raise an OSError in the block as a UserError that names the file."""
     try:
         yield
     except OSError as error:

@@ -1,5 +1,5 @@
-"""What train.py is made of.
+"""The parts of training, which train.py puts together.
 
-Start and resume, the optimizers, the guard against bad steps, saving, validation, the monitor, the plan of --dry-run,
-and training on several processes. Imports every other room; only train.py imports this one.
+Starting and resuming, optimizers, skipped steps and rollbacks, checkpoints, validation, metrics, --dry-run, and several
+processes. Imports every other room; only train.py imports this one.
 """

@@ -12,7 +12,7 @@ from gpt.distributed import like, local
 class Average:
     """An exponential moving average of the weights: average += (1 - decay) * (weight - average) after each step.
 
-    Kept in float32, sharded as the weights are. It starts as the weights are when it is made.
+    Kept in float32 and sharded like the weights. It starts as a copy of the weights.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -22,7 +22,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, found_inf: Tensor) -> None:
-        """Follow the weights by one step, unless the step was skipped."""
+        """Update the average after a step; change nothing if found_inf () is 1, a skipped step."""
         weights, averages = map(list, zip(*self._pairs))
         away = torch._foreach_sub(weights, averages)
         torch._foreach_mul_(away, (1 - self.decay) * (1 - found_inf))
@@ -30,7 +30,7 @@ class Average:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """The model has the average's values for as long as the block lasts."""
+        """Give the model the averaged weights for the duration of the block."""
         self._swap()
         try:
             yield
@@ -46,6 +46,6 @@ class Average:
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take whole tensors by name, as checkpoints hold them."""
+        """Load whole tensors by name, as stored in checkpoints."""
         for name, average in self.tensors.items():
             local(average).copy_(local(like(tensors[name], average)))

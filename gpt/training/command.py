@@ -1,6 +1,6 @@
-"""The command line of train.py into a Config: defaults, then a preset, then the file, then the flags.
+"""Build train.py's Config from defaults, a preset, the config file and the flags; later ones win.
 
-A wrong key or value is one sentence that names the file or the flag, whichever it came from.
+An error message names the file or the flag that holds the wrong value.
 """
 
 from collections.abc import Sequence
@@ -21,16 +21,16 @@ from gpt.run.layout import CONFIG
 
 @dataclass(frozen=True)
 class Arguments(Config):
-    """Train a GPT on a text corpus. Every key of the TOML file is also a flag here, and a flag wins."""
+    """Train a GPT on a text corpus. Every key of the TOML file is also a flag, and the flag wins."""
 
     config_file: tyro.conf.Positional[Path | None] = None
     """TOML file with the tables [data] [tokenizer] [model] [optim] [train] [log]."""
     preset: Literal[tuple(PRESETS)] | None = None
-    """Model options to start from: modern (Qwen3's block), gpt2, or transformer (2017)."""
+    """Model options to start from: modern (Qwen3's block), gpt2, or transformer (the original of 2017)."""
 
 
 def _given(argv: Sequence[str], name: str) -> str | None:
-    """What a flag is set to, before tyro has read the line; given twice, the last one counts, as there."""
+    """Find a flag's value before tyro parses the command line. The last one counts, as it does for tyro."""
     found = None
     for i, word in enumerate(argv):
         spelled, _, value = word.partition("=")
@@ -50,7 +50,7 @@ def _check_acting(argv: Sequence[str], config: Config) -> None:
 
 
 def _check_source(argv: Sequence[str], source: str, preset: str | None) -> None:
-    """UserError where what init_from brings is asked for beside it."""
+    """Raise UserError for a preset, or a tokenizer that init_from also provides."""
     named = _given(argv, "--tokenizer")
     if preset:
         raise UserError(f"preset {preset} and init_from {source} contradict each other: give one")
@@ -59,7 +59,7 @@ def _check_source(argv: Sequence[str], source: str, preset: str | None) -> None:
 
 
 def _preset(name: str | None) -> dict[str, Any]:
-    """What a preset says of the model: each option that any preset sets. UserError for an unknown preset."""
+    """Return a preset's model options: all options that any preset sets. Raises UserError for an unknown preset."""
     if name is None:
         return {}
     if name not in PRESETS:
@@ -69,7 +69,7 @@ def _preset(name: str | None) -> dict[str, Any]:
 
 
 def _begun_run(argv: Sequence[str], path: Path | None, tables: dict[str, dict[str, Any]]) -> Path | None:
-    """The config.toml of the run being resumed, if it exists: init_from has then done its part."""
+    """Return config.toml of the run being resumed, if it exists: init_from is then ignored."""
     train = tables.get("train", {})
     run_dir = _given(argv, "--run-dir") or train.get("run_dir") or _run_dir(path)
     saved = Path(run_dir) / CONFIG
@@ -77,17 +77,16 @@ def _begun_run(argv: Sequence[str], path: Path | None, tables: dict[str, dict[st
 
 
 def _run_dir(path: Path | None) -> Path:
-    """Where a run is kept that does not say: by the name of its config file."""
+    """Return the default run directory, named after the config file."""
     return Path("runs") / (path.stem if path else "gpt")
 
 
 def load_config(argv: Sequence[str], prog: str = "train.py") -> Config:
-    """The Config that a command line asks for. Raises UserError.
+    """Build the Config for a command line. Raises UserError.
 
-    With init_from the model's options begin as the source's, in a preset's place. Over a run's own file a preset is as
-    the flags are: what it says is asked of the run.
-    With --resume or --eval-only and a run directory but no file, the run's own config.toml is the file.
-    With --resume and an existing run, its model's options replace the source's.
+    With init_from the source's model options take the place of a preset; when an existing run is resumed, the run's
+    model options do. With --resume or --eval-only and a run directory but no file, the run's config.toml is the file; a
+    preset given beside it is compared with the run, as flags are.
     """
     argv = checked_words(argv, options_of(Arguments))
     path = Path(argv[0]) if argv and not argv[0].startswith("-") else None
@@ -100,7 +99,7 @@ def load_config(argv: Sequence[str], prog: str = "train.py") -> Config:
     preset = _given(argv, "--preset") or model.pop("preset", None)
     model.pop("preset", None)
     source = _given(argv, "--init-from") or tables.get("train", {}).get("init_from")
-    if path is not None and path == saved:  # it has every option of the model; the run is checked against a preset
+    if path is not None and path == saved:  # it holds all model options; the run is compared with the preset
         tables["model"] = model | _preset(preset)
     elif source and (begun := _begun_run(argv, path, tables)):
         tables["model"] = asdict(config_from_toml(begun).model) | _preset(preset) | model

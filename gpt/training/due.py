@@ -1,4 +1,4 @@
-"""What is due after a step: the log, the evaluation, the checkpoint."""
+"""Log, evaluate and save after the steps at which each is due."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from gpt.training.validation import evaluate, evaluations, sample_text
 
 @dataclass(frozen=True)
 class Due:
-    """What a step brings, and whether it is the last one."""
+    """What to do after a step, and whether it is the last step."""
 
     last: bool = False
     log: bool = False
@@ -26,7 +26,7 @@ class Due:
 
     @classmethod
     def at(cls, step: int, config: Config) -> "Due":
-        """What is due after this step. The last one logs, evaluates and saves."""
+        """Tell what is due after a step. The last step logs, evaluates and saves."""
         train, last = config.train, step == config.train.max_steps
         return cls(
             last=last,
@@ -40,27 +40,27 @@ class Due:
         return self.log or self.evaluate or self.save
 
 
-def log(job: Job, seen: Reading, learning_rate: float) -> None:
-    """A line of metrics.jsonl."""
+def log(job: Job, reading: Reading, learning_rate: float) -> None:
+    """Write a line of metrics.jsonl."""
     numbers = {"learning_rate": learning_rate, **job.throughput()}
-    job.monitor.log({"step": job.at.step, "tokens": job.at.tokens} | seen.record(job.at.skipped) | numbers)
+    job.monitor.log({"step": job.at.step, "tokens": job.at.tokens} | reading.record(job.at.skipped) | numbers)
     job.at.skipped = 0
 
 
 def save(job: Job, *kinds: str) -> Path:
-    """Begin to write a checkpoint of each kind, "step" and "best"; where the first of them will be."""
+    """Start to write a checkpoint of each kind, "step" and "best"; return the path of the first."""
     state = {**asdict(job.at), **job.state(), "recipe": recipe(job.config, job.world.size), **job.monitor.state()}
     job.saver.save(training_tensors(job.model, job.optimizers, job.average, job.world), state, kinds=kinds)
     return checkpoints_of(job.config.train.run_dir) / checkpoint_name(kinds[0], job.at.step)
 
 
 def save_step(job: Job) -> None:
-    """The checkpoint of this step, from which the run can be resumed and to which it can be rolled back."""
+    """Save this step, to resume from or to roll back to."""
     job.checkpoint, job.saved_step = save(job, "step"), job.at.step
 
 
 def evaluated(job: Job) -> list[dict[str, float]] | None:
-    """The evaluations of this step; None where a stop was heard first."""
+    """Evaluate this step; None if a rank was told to stop first."""
     watch = lambda done, total: job.monitor.evaluating(done, total) or job.heard()
     run = lambda limit: evaluate(
         job.model, job.parallel, job.world, job.val_tokens, job.tokenizer, job.config, limit, watch
@@ -70,9 +70,9 @@ def evaluated(job: Job) -> list[dict[str, float]] | None:
 
 
 def evaluate_only(job: Job) -> None:
-    """Print the validation loss after this step. All ranks must call it together.
+    """Print the validation loss of the checkpoint. All ranks must call it together.
 
-    Raises Stopped, on all of them, where one was told to stop.
+    Raises Stopped on all ranks if one was told to stop.
     """
     ticker = Ticker(print if job.world.main else lambda text: None)
     watch = lambda done, total: ticker(done, total) or job.heard()
@@ -80,14 +80,14 @@ def evaluate_only(job: Job) -> None:
     with job.averaged():
         result = evaluate(job.model, job.parallel, job.world, job.val_tokens, job.tokenizer, job.config, limit, watch)
     if result is None:
-        raise Stopped(job.stop.reason or "what another process was told")
+        raise Stopped(job.stop.reason or "a signal to another process")
     if job.world.main:
         loss, bits = result["val_loss"], result["bits_per_byte"]
         print(f"step {job.at.step}: validation loss {loss:.4f} nats per token, {bits:.4f} bits per byte")
 
 
 def validate(job: Job) -> bool:
-    """Evaluate this step and write it down, and show a sample; False where a stop was heard first."""
+    """Evaluate this step, log the result and print a sample; False if a rank was told to stop first."""
     if (results := evaluated(job)) is None:
         return False
     for result in results:
@@ -101,7 +101,7 @@ def validate(job: Job) -> bool:
 
 
 def validate_and_save(job: Job, due: Due) -> None:
-    """Evaluate this step; save it where it is the best one so far, or where the training ends with it unsaved."""
+    """Evaluate this step; save it if it is the best so far, or if training ends with it unsaved."""
     job.stopping = not validate(job) or (not due.last and job.heard())
     ends = (job.stopping or job.without_progress) and job.saved_step != job.at.step
     if kinds := ["step"] * ends + ["best"] * job.at.is_best:
@@ -113,9 +113,9 @@ def validate_and_save(job: Job, due: Due) -> None:
 
 
 def catch_up(job: Job) -> None:
-    """Make up for what a stopped or killed run left undone: the evaluation of its last step, the best checkpoint."""
+    """Do what a stopped or killed run left undone: evaluate its last step, save its best checkpoint."""
     options, at = job.config.train, job.at
-    # Of the two checkpoints of one step the first, "step", may be there alone.
+    # A kill can come between the two saves of a step: "step", then "best".
     best = checkpoints_of(options.run_dir) / checkpoint_name("best", at.step)
     lacks_best = job.world.any(job.world.main and not best.exists()) and (options.resume or at.evaluation_due)
     if at.evaluation_due:
@@ -123,17 +123,17 @@ def catch_up(job: Job) -> None:
     if kinds := ["step"] * (job.stopping and job.saved_step is None) + ["best"] * (lacks_best and at.is_best):
         save(job, *kinds)
     elif options.resume and at.step >= options.max_steps:
-        job.saver.prune(at.step)  # the last save may have been killed before it did
+        job.saver.prune(at.step)  # a kill can come between the last save and its pruning
 
 
 def finish(job: Job) -> int:
-    """Wait for the last checkpoint and say how the training ended; its exit status."""
+    """Wait for the last checkpoint, report how training ended, and return the exit status."""
     job.saver.wait()
     if job.without_progress:
-        job.monitor.say(f"{job.at.said()}, and training ends")
+        job.monitor.say(f"{job.at.patience_note()}, and training ends")
     if not job.stopping:
         return EXIT_DONE
-    reason = job.stop.reason or "what another process was told"
-    where = "there, with the evaluation of that step" if job.at.evaluation_due else "there"
-    job.monitor.say(f"stopped by {reason} after step {job.at.step}; --resume goes on from {where}")
+    reason = job.stop.reason or "a signal to another process"
+    first = ", beginning with the evaluation of that step" if job.at.evaluation_due else ""
+    job.monitor.say(f"stopped by {reason} after step {job.at.step}; continue with --resume{first}")
     return EXIT_STOPPED

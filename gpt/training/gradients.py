@@ -1,4 +1,4 @@
-"""Norm and scale of all gradients together."""
+"""Norm and scaling of all gradients together."""
 
 import torch
 from torch import Tensor, nn
@@ -7,11 +7,11 @@ from gpt.distributed import full, local
 
 
 def gradient_norm(weights: list[nn.Parameter]) -> Tensor:
-    """The norm () of all gradients together, over all ranks."""
+    """Return the norm () of all gradients together, over all ranks."""
     return full(torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None]))
 
 
 @torch.no_grad()
 def scale_gradients(weights: list[nn.Parameter], factor: Tensor) -> None:
-    """Multiply every gradient by a factor ()."""
+    """Multiply all gradients by a factor ()."""
     torch._foreach_mul_([local(p.grad) for p in weights if p.grad is not None], factor)

@@ -1,8 +1,7 @@
-"""Steps that must not be taken: decided on the device, before the update, without waiting for it; and fp16's scale.
+"""Skip bad steps without waiting for the device, and scale the loss for float16.
 
-found_inf, 1.0 or 0.0 in a tensor, is how torch's fused optimizers are told: with 1.0 a step changes nothing, neither
-weights nor moments nor step counts. Muon and Average honour it likewise, and optimizer_state.take_step
-makes any other optimizer do so.
+found_inf is a tensor on the device: if it is 1.0, a step of torch's fused optimizers changes neither weights nor
+moments nor step counts. Muon and Average honour it, too, and optimizer_state.take_step makes any other optimizer do so.
 """
 
 import math
@@ -17,64 +16,63 @@ from gpt.distributed import World, local
 
 @dataclass(frozen=True)
 class Reading:
-    """What a Guard saw: the last step's loss and gradient norm, and the steps that were skipped."""
+    """A Guard's values: loss and gradient norm of the last step, and the skipped steps."""
 
     loss: float
     grad_norm: float
     skipped: int
     """since the last reading"""
     in_a_row: int
-    """skipped steps up to and with the last one"""
+    """skipped steps in a row, the last step included"""
     stopping: bool
-    """some rank was asked to stop"""
+    """a rank was told to stop"""
     spike: bool = False
-    """the last step was skipped though its numbers were finite"""
+    """the last step was skipped for its loss, although loss and norm were finite"""
     spikes_skipped: bool = False
-    """such steps are skipped at all"""
+    """spikes are skipped"""
 
     @property
     def fault(self) -> str:
         """What was wrong with the last step, which was skipped."""
         if self.spike:
-            return f"loss is {self.loss:.4f}, far above the last ones,"
+            return f"loss is {self.loss:.4f}, far above the recent ones,"
         return f"gradient's norm is {self.grad_norm}" if math.isfinite(self.loss) else f"loss is {self.loss}"
 
-    def said(self, step: int) -> str | None:
-        """A line about the steps that were skipped, if any were."""
+    def note(self, step: int) -> str | None:
+        """Report the skipped steps in a line; None if there are none."""
         if not self.skipped:
             return None
-        why = "loss or gradient was not finite" + ", or the loss far above those before" * self.spikes_skipped
+        why = "loss or gradient was not finite" + ", or the loss far above the recent ones" * self.spikes_skipped
         return f"step {step}: skipped {self.skipped} of the last steps: {why}"
 
     def record(self, skipped: int) -> dict[str, float]:
-        """What metrics.jsonl says of it: finite numbers, and steps skipped since its last line, if any."""
+        """Return the values for metrics.jsonl: finite numbers, and the steps skipped since its last line, if any."""
         numbers = {"train_loss": self.loss, "grad_norm": self.grad_norm}
         finite = {key: value for key, value in numbers.items() if math.isfinite(value)}
         return finite | ({"skipped_steps": skipped} if skipped else {})
 
 
 class Guard:
-    """Skips a step whose loss or gradient norm is not finite, and counts such steps on the device.
+    """Decides on the device to skip a step whose loss or gradient norm is not finite, and counts skipped steps.
 
-    With a spike_threshold also one whose loss x is finite and far above those of the last steps that were taken: by
-    (log x - median) / s > spike_threshold, where median and s = 1.4826 * MAD are of the logarithms of the last WINDOW
-    such losses (MAD, the median distance from the median: Iglewicz & Hoaglin 1993) and s is at least FLOOR. Skipped
-    losses stay out of the window; until it holds NEEDED, nothing is a spike.
-    Loss and norm must be the same on all ranks, so that all decide alike.
+    With a spike_threshold it also skips a finite loss x with (log x - median) / s > spike_threshold. The median and s =
+    1.4826 * MAD are those of the logarithms of the last WINDOW losses that were not skipped (MAD, the median absolute
+    deviation: Iglewicz & Hoaglin 1993); s is at least FLOOR. With fewer than NEEDED losses nothing is a spike. Loss and
+    norm must be equal on all ranks, so that all decide alike.
     """
 
     WINDOW, NEEDED, FLOOR = 64, 16, 0.01
 
     def __init__(self, device: torch.device, spike_threshold: float = 0.0):
         self.spike_threshold = spike_threshold
-        self._losses = torch.full((self.WINDOW,), math.inf, device=device)  # logarithms, the newest last; inf: none yet
+        self._losses = torch.full((self.WINDOW,), math.inf, device=device)  # logarithms, newest last; inf: unused
         self._spike = torch.zeros((), device=device)
         self._seen: tuple[Tensor, ...] = tuple(torch.full((3,), math.nan, device=device))
         self._skipped = torch.zeros((), device=device)
         self._in_a_row = torch.zeros((), device=device)
 
     def update(self, loss: Tensor, grad_norm: Tensor, stopping: Tensor | None = None) -> Tensor:
-        """found_inf () of a step with this loss and gradient norm. stopping: above 0 where a rank was asked to stop."""
+        """Return found_inf () for this loss and gradient norm. stopping: above 0 if a rank was told to stop."""
         self._seen = loss, grad_norm, torch.zeros_like(loss) if stopping is None else stopping
         found_inf = (loss + grad_norm).isfinite().logical_not_().float()
         if self.spike_threshold:
@@ -84,7 +82,7 @@ class Guard:
         return found_inf
 
     def _with_spikes(self, found_inf: Tensor, loss: Tensor) -> Tensor:
-        """found_inf, or 1 where the loss is a spike; any other loss joins the window."""
+        """Return found_inf, or 1 for a spike; a normal loss joins the window."""
         x, known = loss.clamp(min=1e-30).log(), self._losses.isfinite()
         count = known.sum()
         middle = ((count - 1).clamp(min=0) // 2).view(1)
@@ -98,11 +96,11 @@ class Guard:
         return found_inf
 
     def state_dict(self) -> dict[str, Any]:
-        """What decides over the next steps. Waits for the device."""
+        """Return the state that decides about later steps. Waits for the device."""
         return {"in_a_row": int(self._in_a_row), "losses": self._losses[self._losses.isfinite()].tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what state_dict gave, or begin anew with nothing."""
+        """Restore a state_dict; an empty one starts afresh."""
         losses = state.get("losses", [])[-self.WINDOW :]
         self._losses.fill_(math.inf)
         self._losses[self.WINDOW - len(losses) :] = torch.tensor(losses, device=self._losses.device)
@@ -110,7 +108,7 @@ class Guard:
         self._skipped.zero_()
 
     def read(self) -> Reading:
-        """What was seen since the last reading. Waits for the device, once."""
+        """Return the values since the last reading. Waits for the device once."""
         values = torch.stack((*self._seen, self._skipped, self._in_a_row, self._spike)).tolist()
         self._skipped.zero_()
         loss, grad_norm, stopping, skipped, in_a_row, spike = values
@@ -118,15 +116,15 @@ class Guard:
 
 
 def all_finite(weights: list[Tensor], world: World) -> bool:
-    """Whether every weight of every rank is finite. Waits for the device."""
+    """Tell whether all weights of all ranks are finite. Waits for the device."""
     finite = torch.stack([local(w.detach()).isfinite().all() for w in weights]).all()
     return world.sum(float(finite)) == [world.size]
 
 
 class LossScale:
-    """float16's loss scale, on the device: halved by a step that overflows, doubled after 2,000 that do not in a row.
+    """float16's loss scale, on the device: halved after an overflow, doubled after 2,000 steps in a row without one.
 
-    (Micikevicius et al. 2018.) Off, it is 1 and stays so.
+    (Micikevicius et al. 2018.) Always 1 unless enabled.
     """
 
     GROWTH_INTERVAL = 2000
@@ -134,10 +132,10 @@ class LossScale:
     def __init__(self, device: torch.device, *, enabled: bool):
         self.enabled = enabled
         self.scale = torch.full((), 65536.0 if enabled else 1.0, device=device)
-        self._good = torch.zeros((), device=device)  # steps since it last changed
+        self._good = torch.zeros((), device=device)  # steps since the last change
 
     def update(self, found_inf: Tensor) -> None:
-        """Move the scale by what the step found."""
+        """Adjust the scale after a step."""
         if not self.enabled:
             return
         self._good = (self._good + 1) * (1 - found_inf)
@@ -146,11 +144,11 @@ class LossScale:
         self._good = self._good * (1 - grow)
 
     def state_dict(self) -> dict[str, float]:
-        """Empty where it is off. Waits for the device."""
+        """Return the state, empty unless enabled. Waits for the device."""
         return {"scale": self.scale.item(), "_growth_tracker": int(self._good.item())} if self.enabled else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what state_dict gave; a run that was not in float16 gave nothing."""
+        """Restore a state_dict; that of a run without float16 is empty."""
         if self.enabled and state:
             self.scale.fill_(state["scale"])
             self._good.fill_(state["_growth_tracker"])

@@ -1,14 +1,14 @@
-"""What a device can do at most, and what share of it a run gets.
+"""Peak FLOP/s of devices, and model FLOPs utilisation.
 
 MFU, model FLOPs utilisation (Chowdhery et al. 2022, PaLM, appendix B):
     tokens per second x FLOPs per token (GPT.flops_per_token, forward and backward, causal) / (devices x peak)
-Work done twice, as under activation checkpointing, does not count.
+Recomputed work, as under activation checkpointing, does not count.
 """
 
 import torch
 
-# Dense bfloat16 matrix products with float32 accumulation, in TFLOP/s, from the makers' data sheets (without sparsity,
-# for which some sheets print twice the figure). Longer names come first: "H100 PCIe" contains "H100".
+# Dense bfloat16 matrix products with float32 accumulation, in TFLOP/s, from the makers' data sheets. Some sheets print
+# twice the figure, for sparse matrices.
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "B100": 1750.0,
@@ -46,17 +46,17 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s of dense bfloat16 matrix products on this device; None where the table does not know it."""
+    """Return the peak FLOP/s of dense bfloat16 matrix products on this device; None if it is not in the table."""
     return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def peak_of(name: str) -> float | None:
-    """The same by a device's name, such as "NVIDIA H100 80GB HBM3": the longest entry whose words are all in it."""
+    """Look up a name such as "NVIDIA H100 80GB HBM3": the longest entry whose words are all in it."""
     words = name.replace("-", " ").replace("_", " ").split()
     known = [key for key in PEAK_TFLOPS if all(word in words for word in key.split())]
     return PEAK_TFLOPS[max(known, key=len)] * 1e12 if known else None
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, peak: float | None, devices: int = 1) -> float | None:
-    """Model FLOPs utilisation, 0 to 1; None where the peak is unknown."""
+    """Compute model FLOPs utilisation, 0 to 1; None if the peak is unknown."""
     return None if peak is None else tokens_per_second * flops_per_token / (devices * peak)

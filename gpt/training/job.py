@@ -1,4 +1,4 @@
-"""What the training loop holds."""
+"""The state of the training loop."""
 
 import contextlib
 import time
@@ -43,7 +43,7 @@ class Rate:
 
 @dataclass
 class Job:
-    """The parts of one training and how far it has come. gpt.training.start.start builds it; train.py drives it."""
+    """The parts of a training and its progress. gpt.training.start builds it, train.py runs it."""
 
     config: Config
     world: World
@@ -64,18 +64,18 @@ class Job:
     rate: Rate = field(default_factory=Rate)
     monitor: Monitor | SilentMonitor = field(default_factory=SilentMonitor)
     saver: Saver | None = None
-    """None until the run directory is open, as it never is for --eval-only."""
+    """None until the run directory is open; --eval-only never opens it"""
     profiler: Profiler | None = None
     checkpoint: Path | None = None
-    """the newest sound checkpoint, to roll back to"""
+    """the newest valid checkpoint, to roll back to"""
     saved_step: int | None = None
     """the step of the run directory's newest checkpoint"""
     trials: int = 0
-    """steps whose first micro-batch is tried alone, to see whether every rank has memory for it"""
+    """number of next steps before which every rank tries a micro-batch for memory"""
     stopping: bool = False
-    """some rank was told to stop, and the loop ends after this step"""
+    """a rank was told to stop, and the loop ends after this step"""
     listens: bool = True
-    """stops are heard between micro-batches: not while steps are skipped"""
+    """stop between micro-batches when told to; off while steps are skipped"""
 
     @property
     def device(self) -> torch.device:
@@ -83,13 +83,13 @@ class Job:
 
     @property
     def micro_steps(self) -> int:
-        """Micro-batches in a step of this rank."""
+        """Micro-batches in this rank's part of a step."""
         options = self.config.train
         return options.batch_size * options.grad_accum_steps // self.loader.batch_size
 
     @property
     def hears_at_once(self) -> bool:
-        """Whether asking every rank for a stop is free: no device has to be waited for."""
+        """Whether asking all ranks for a stop costs no wait for a device."""
         return self.world.size == 1 or self.device.type == "cpu"
 
     @property
@@ -102,12 +102,12 @@ class Job:
         return self.at.without_progress(self.config.train.patience)
 
     def heard(self) -> bool:
-        """Whether any rank was told to stop. All ranks must ask together."""
+        """Tell whether any rank was told to stop. All ranks must call it together."""
         return self.world.any(self.stop.reason is not None)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """The model with its averaged weights, if it keeps them, while the block lasts."""
+        """Give the model its averaged weights, if the run keeps them, for the duration of the block."""
         if self.average is None:
             yield
             return
@@ -117,7 +117,7 @@ class Job:
             yield
 
     def throughput(self) -> dict[str, float]:
-        """Tokens per second over all ranks, and MFU where the device's peak is known."""
+        """Return tokens per second over all ranks, and MFU if the device's peak is known."""
         rate = self.rate.tokens_per_second(self.at.step, self.tokens_per_step)
         numbers, peak = {"tokens_per_second": round(rate, 1)}, peak_flops(self.device)
         if peak is not None:
@@ -125,7 +125,7 @@ class Job:
         return numbers
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside tensors and the recipe, as JSON values. Waits for the device."""
+        """Return the states of data, loss scale and guard for a checkpoint, as JSON values. Waits for the device."""
         return {
             "loader": self.batches.state_dict(),
             "scaler": self.loss_scale.state_dict(),
@@ -133,7 +133,7 @@ class Job:
         }
 
     def close(self) -> None:
-        """End the threads and files of the training; a save in progress is finished."""
+        """Close threads and files; finish a save in progress."""
         for part in (self.saver, self.batches, self.profiler, self.monitor):
             if part is not None:
                 part.close()

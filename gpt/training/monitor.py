@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: progress bar, metrics.jsonl, loss.png, and wandb where it is switched on."""
+"""Report a run: progress bar, metrics.jsonl, loss.png and Weights & Biases."""
 
 import errno
 import json
@@ -18,11 +18,11 @@ from gpt.run.metrics import cut_metrics, writing
 from gpt.stop import process_seconds
 from gpt.training.wandb_run import start_wandb, title_of
 
-SILENCE = 10.0  # seconds of an evaluation before it says how far it is
+SILENCE = 10.0  # seconds between progress reports of an evaluation
 
 
 class Ticker:
-    """Says how far an evaluation is, when it has taken SILENCE seconds and after each such time again."""
+    """Reports the progress of an evaluation every SILENCE seconds."""
 
     def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._say, self._clock = say, clock
@@ -37,11 +37,11 @@ class Ticker:
 
 
 class Monitor:
-    """Lines of metrics.jsonl, a bar on a terminal (plain lines elsewhere), and wandb.
+    """Writes metrics.jsonl, a progress bar on a terminal (lines elsewhere), loss.png and a wandb run.
 
-    On resume from step n, what was written after it was saved is dropped, so that the file reads as one run: what
-    is beyond metrics_bytes, or, where the file is shorter than that, the records of later steps.
-    Raises UserError where the file cannot be written.
+    When a run resumes at start_step, metrics.jsonl is truncated to metrics_bytes, its size when that step was saved, so
+    that the file reads as one run; if it is shorter, the records of later steps are removed.
+    Raises UserError if the file cannot be written.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Monitor:
             logging.getLogger(name).setLevel(logging.INFO)
 
     def say(self, text: str | None) -> None:
-        """Print above the bar, as it is; None prints nothing."""
+        """Print a text above the bar, without markup; None prints nothing."""
         if text is not None:
             self.console.print(text, markup=False, emoji=False, soft_wrap=True)
 
@@ -85,21 +85,21 @@ class Monitor:
             self.progress.update(self.task, completed=step)
 
     def evaluating(self, done: int, total: int) -> None:
-        """Show how far an evaluation is, in tokens."""
+        """Show the progress of an evaluation, in tokens."""
         if self.progress.disable:
             self.ticker(done, total)
         else:
             self.progress.update(self.task, status=f"evaluating: {done / total:.0%} of {total:,} tokens")
 
     def log(self, record: dict[str, Any]) -> None:
-        """One line of metrics.jsonl; wall seconds are added. Shown in the bar, or as a line where there is none."""
+        """Write a line of metrics.jsonl, with the seconds since the start, and show it in the bar or as a line."""
         record = {**record, "seconds": round(process_seconds(), 3)}
-        # Only finite numbers are JSON.
+        # JSON has finite numbers only.
         written = {key: x for key, x in record.items() if not isinstance(x, float) or math.isfinite(x)}
         self.losses.add(written)
         with writing(self.path):
             line = (json.dumps(written) + "\n").encode()
-            if self.file.write(line) != len(line):  # a disk that fills within the line
+            if self.file.write(line) != len(line):  # the disk is full
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self.wandb is not None:
             self.wandb.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
@@ -120,17 +120,17 @@ class Monitor:
     def _open(self, step: int, size: int | None) -> None:
         with writing(self.path):
             self.losses = cut_metrics(self.path, step, size)
-            self.file = self.path.open("ab", buffering=0)  # a line is in the file, or the error is here
+            self.file = self.path.open("ab", buffering=0)  # unbuffered: an error is raised by the write
 
     def rewind(self, step: int) -> None:
-        """Drop the records of later steps: the run has gone back to this one."""
+        """Remove the records of later steps, after a rollback to this one."""
         self.file.close()
         self._open(step, None)
         self.last_line = -math.inf
         self.advance(step)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it: how long the metrics are, and the wandb run that they go to."""
+        """Return the state for a checkpoint: the size of metrics.jsonl, and the id of the wandb run."""
         return {"metrics_bytes": self.file.tell(), "wandb_id": self.wandb.id if self.wandb is not None else None}
 
     def close(self) -> None:
@@ -141,17 +141,17 @@ class Monitor:
         try:
             flush(self.path)
         except OSError as error:
-            self.say(f"{self.path} is not on the disk yet: {error.strerror}")
+            self.say(f"{self.path} could not be flushed to the disk: {error.strerror}")
         self.file.close()
         try:
             plot_losses(self.losses, self.run_dir / LOSS_PLOT, title_of(self.run_dir))
-        except OSError as error:  # a picture is not worth a run's exit status
+        except OSError as error:  # the run succeeded all the same
             self.say(f"loss.png was not drawn: {error.strerror or error}")
         if self.wandb is not None:
             self.wandb.finish()
 
     def written(self) -> list[str]:
-        """Names of what the run directory now holds: of the checkpoints the newest and the best."""
+        """List what the run directory now holds; of the checkpoints the newest and the best."""
         names = [row.name for row in TABLE if row.option is None]
         found = list_checkpoints(checkpoints_of(self.run_dir))
         newest = [next((p.name for p in found if p.name.startswith(kind)), None) for kind in ("step", "best")]
@@ -161,7 +161,7 @@ class Monitor:
 
 
 class SilentMonitor:
-    """What the ranks other than 0 have in a Monitor's place."""
+    """The Monitor of ranks other than 0, which do not report."""
 
     path = None
 

@@ -1,4 +1,4 @@
-"""Muon: momentum, orthogonalised."""
+"""Muon: momentum, orthogonalised by Newton-Schulz."""
 
 import math
 from collections import defaultdict
@@ -10,15 +10,15 @@ from torch import Tensor
 from gpt.device import multiplies_bfloat16
 from gpt.distributed import World, first_row, full, local, shared_out
 
-# Quintic Newton-Schulz whose slope at zero is large: singular values land in about [0.7, 1.2] within five steps
-# (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
+# Quintic Newton-Schulz with a large slope at zero: five steps bring singular values into about [0.7, 1.2] (Jordan et
+# al. 2024, "Muon: an optimizer for hidden layers in neural networks").
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(G: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
-    """About U V^T of each matrix G = U S V^T; G (..., rows, cols).
+    """Approximate U V^T of each matrix G = U S V^T; G (..., rows, cols).
 
-    Computed in dtype; None: in bfloat16, which suffices, where the device multiplies it in hardware, else in float32.
+    dtype: of the computation. None: bfloat16, which suffices, if the device has matrix units for it, else float32.
     """
     a, b, c = NEWTON_SCHULZ
     X = G.to(dtype or (torch.bfloat16 if multiplies_bfloat16(G.device) else torch.float32))
@@ -36,11 +36,11 @@ def orthogonalize(G: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by Newton-Schulz, for hidden layers' matrices and stacks of them (Jordan et al. 2024).
 
-    Matrices of one shape go through Newton-Schulz as one batch; each rank takes its share of it. The update of a
-    (rows, cols) matrix is scaled by sqrt(max(1, rows / cols)); weight decay is decoupled: w -= lr * weight_decay * w.
-    A group's `row_splits` cuts each of its weights (rows, cols) into blocks of rows that are orthogonalised apart, as
-    for the queries, keys and values of a fused projection. Of a stack (n, rows, cols) each matrix is one block.
-    An attribute `found_inf` of 1 makes a step change nothing, as in torch's fused optimizers.
+    Matrices of one shape form a batch for Newton-Schulz, which the ranks share out. The update of a (rows, cols) matrix
+    is scaled by sqrt(max(1, rows / cols)); weight decay is decoupled: w -= lr * weight_decay * w. A group's
+    `row_splits` cuts each of its weights (rows, cols) into blocks of rows that are orthogonalised separately, as the
+    queries, keys and values of a fused projection. Each matrix of a stack (n, rows, cols) is a block. With an attribute
+    `found_inf` of 1 a step changes nothing, as with torch's fused optimizers.
     """
 
     found_inf: Tensor | None = None
@@ -65,7 +65,7 @@ class Muon(torch.optim.Optimizer):
         self.world = world or World(torch.device("cpu"))
 
     def make_states(self, params: Iterable[Tensor] | None = None) -> None:
-        """Give the params, all by default, the momentum that they begin with."""
+        """Create the initial momentum of the params, by default of all."""
         for p in [p for group in self.param_groups for p in group["params"]] if params is None else params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p, requires_grad=False)
@@ -80,7 +80,7 @@ class Muon(torch.optim.Optimizer):
             self.make_states(params)
             buffers = [local(self.state[p]["momentum_buffer"]) for p in params]
             grads = [local(p.grad) for p in params]
-            if self.found_inf is not None:  # a buffer drawn towards itself stays, and no NaN gets past here
+            if self.found_inf is not None:  # with itself as the gradient a buffer stays, and no NaN enters it
                 grads = [torch.where(self.found_inf > 0, b, g) for b, g in zip(buffers, grads, strict=True)]
             mu = group["momentum"]
             torch._foreach_lerp_(buffers, grads, 1 - mu)
@@ -90,7 +90,7 @@ class Muon(torch.optim.Optimizer):
             self._apply(params, nesterov, group, taken)
 
     def _apply(self, params: list[Tensor], momenta: list[Tensor], group: dict, taken: Tensor | float) -> None:
-        """Move the params, of whose momenta this rank has its rows."""
+        """Update the params, given this rank's rows of their momenta."""
         by_shape: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)  # (param's index, first row)
         for i, p in enumerate(params):
             start = 0
@@ -98,12 +98,12 @@ class Muon(torch.optim.Optimizer):
                 by_shape[rows, p.shape[-1]].append((i, start))
                 start += rows
         for (rows, cols), blocks in by_shape.items():
-            # Each rank orthogonalises `owned` of them; what is left over is zeros.
+            # Each rank orthogonalises `owned` blocks, padded with zeros.
             owned = -(-len(blocks) // self.world.size)
             mine = range(self.world.rank * owned, (self.world.rank + 1) * owned)
             parts, gathered, whole = [], None, momenta[0]
             for n, (i, start) in enumerate(blocks):
-                if gathered != i:  # all ranks gather together, one matrix at a time
+                if gathered != i:  # all ranks together, one matrix at a time
                     gathered, whole = i, self._whole(momenta[i], params[i])
                 if n in mine:
                     parts.append(whole[start : start + rows])
@@ -116,7 +116,7 @@ class Muon(torch.optim.Optimizer):
 
     @staticmethod
     def _whole(rows: Tensor, p: Tensor) -> Tensor:
-        """All rows (n * rows, cols) of what has p's shape and of which this rank has these: all unless p is sharded."""
+        """Gather all rows (n * rows, cols) of a tensor shaped and sharded like p, given this rank's rows."""
         if local(p) is p:
             return rows.flatten(0, -2)
         from torch.distributed.tensor import DTensor
@@ -125,7 +125,7 @@ class Muon(torch.optim.Optimizer):
         return whole.flatten(0, -2)
 
     def _rows_here(self, p: Tensor, start: int, update: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's part of p's rows from `start` on, and of the update of those rows."""
+        """Return this rank's part of the rows of p that the update changes, from `start` on, and of the update."""
         weight = local(p).flatten(0, -2)
         low = first_row(p, self.world) * (p.shape[1] if p.ndim > 2 else 1)
         a, b = max(start, low), min(start + len(update), low + len(weight))

@@ -1,4 +1,4 @@
-"""Parameter groups by the weights' roles, and the optimizers that move them."""
+"""Build the optimizers, with parameter groups by the weights' roles."""
 
 from collections import defaultdict
 
@@ -12,10 +12,10 @@ from gpt.training.muon import Muon
 
 
 def leave_compiler_out() -> None:
-    """Keep torch.optim from importing torch's compiler, a second and more, only to be exempt from it.
+    """Keep torch.optim from importing torch's compiler, which takes a second, only to exclude its methods from it.
 
-    The methods that torch exempts look for the exempted function under this name before they import. Compiled models
-    are not concerned: our optimizers' steps are never compiled.
+    torch looks for the excluded function under this attribute before it imports. Compiled models are not affected: our
+    optimizers' steps are never compiled.
     """
     for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
         function = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
@@ -24,22 +24,22 @@ def leave_compiler_out() -> None:
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig, world: World | None = None) -> list[torch.optim.Optimizer]:
-    """The optimizers that move a GPT. Each group carries its peak rate as "peak_lr" for set_learning_rate.
+    """Build the optimizers of a GPT. Each group keeps its peak learning rate as "peak_lr" for set_learning_rate.
 
-    adamw: matrices and embeddings decay, vectors (norms and biases) do not, as in GPT-2 and nanoGPT. With base_width
-    the matrices whose fan-in grows with the model have their rate times base_width / n_embd, and their decay divided
-    by it, so that rate * decay stays (muP's rule for Adam: Yang et al. 2022, table 3).
-    muon: the blocks' matrices under Muon; embeddings under Adam with one rate, head, gates and vectors with another, no
-    decay.
+    adamw: matrices and embeddings have weight decay, vectors (norms and biases) none, as in GPT-2 and nanoGPT. With
+    base_width the matrices whose fan-in grows with the width have their rate multiplied by base_width / n_embd and
+    their decay divided by it, so that rate * decay is unchanged (muP's rule for Adam: Yang et al. 2022, table 3). muon:
+    Muon for the matrices of the blocks; Adam without decay for the embeddings at one rate, and for head, gates and
+    vectors at another.
     """
     leave_compiler_out()
     weights = [weight for weight in weights_of(model) if weight.parameter.requires_grad]
-    # Only the fused one takes found_inf.
+    # Only the fused Adam takes found_inf.
     adam = {"betas": (config.beta1, config.beta2), "eps": 1e-8, "fused": True}
     if config.optimizer == "adamw":
         optimizers = [torch.optim.AdamW(_adamw_groups(model, config, weights), lr=config.learning_rate, **adam)]
     else:
-        stacks: dict[tuple[int, ...] | None, list[nn.Parameter]] = defaultdict(list)  # by how their rows split
+        stacks: dict[tuple[int, ...] | None, list[nn.Parameter]] = defaultdict(list)  # by row_splits
         for weight in weights:
             if weight.role in (HIDDEN, RESIDUAL_OUT):
                 stacks[weight.row_splits].append(weight.parameter)
@@ -61,7 +61,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig, world: World | None 
 
 
 def _adamw_groups(model: nn.Module, config: OptimConfig, weights: list[Weight]) -> list[dict]:
-    """Weights with decay, vectors without; and apart from them, with base_width, the matrices that grow."""
+    """Group the weights: with decay; vectors, without; and with base_width the matrices that grow with it."""
     share = 1.0 if config.base_width is None else config.base_width / model.config.n_embd
     grown = [w.parameter for w in weights if share != 1.0 and w.role not in (VECTOR, *TABLES)]
     rest = [w.parameter for w in weights if w.role != VECTOR and (share == 1.0 or w.role in TABLES)]

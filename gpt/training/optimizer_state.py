@@ -1,7 +1,6 @@
-"""What the training needs of any torch optimizer: steps that can be skipped, and states that can be saved.
+"""Skip steps of any torch optimizer, and save and restore its states.
 
-Nothing here knows an optimizer by name but the few that skip a step by themselves: which states one keeps, of what
-shapes and how they are sharded, it is asked.
+Which states an optimizer keeps, with which shapes and sharding, is read from the optimizer itself.
 """
 
 import copy
@@ -19,11 +18,11 @@ Optimizers = list[torch.optim.Optimizer]
 
 
 def take_step(optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
-    """Take a step with the gradients that the weights have; with found_inf () 1 nothing changes, weights or states.
+    """Take an optimizer step that changes neither weights nor states if found_inf () is 1.
 
-    found_inf is given to an optimizer that knows it. Around any other, weights and states are copied before the step
-    and put back on the device, without waiting for it. Only where a step also changed something other than tensors,
-    or made a new state, as the first one does, is found_inf waited for.
+    An optimizer that supports found_inf gets it. For any other, weights and states are copied before the step and
+    restored on the device, without waiting for it. Only a step that changes anything but tensors, or creates a state as
+    the first one does, waits for found_inf.
     """
     options = _options(optimizer)
     if skips_by_itself(optimizer):
@@ -38,7 +37,7 @@ def take_step(optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
 
 
 def _options(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], Any]:
-    """The options of the groups by group and name, but for tensors and the learning rates that the schedule sets."""
+    """Return the groups' options by group and name, without tensors and the learning rates that the schedule sets."""
     return {
         (n, key): copy.copy(value)
         for n, group in enumerate(optimizer.param_groups)
@@ -48,7 +47,7 @@ def _options(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], Any]:
 
 
 def _counters(optimizer: torch.optim.Optimizer) -> set[tuple[int, str]]:
-    """The group and name of each option that steps change, such as a count of steps: a state, not a setting."""
+    """Return group and name of each option that steps change, such as a step count: a state, not a setting."""
     tensors = {
         (n, key)
         for n, group in enumerate(optimizer.param_groups)
@@ -59,16 +58,16 @@ def _counters(optimizer: torch.optim.Optimizer) -> set[tuple[int, str]]:
 
 
 def skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer knows found_inf: torch's fused Adam and AdamW, and classes with such an attribute.
+    """Tell whether the optimizer supports found_inf: torch's fused Adam and AdamW, and classes with this attribute.
 
-    Not torch's fused SGD: a first step that it skips leaves a momentum of any numbers.
+    Not torch's fused SGD: a skipped first step leaves its momentum uninitialised.
     """
     fused_adam = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) and optimizer.defaults["fused"]
     return bool(fused_adam) or hasattr(type(optimizer), "found_inf")
 
 
 class _Copy:
-    """An optimizer's weights, states and group options as they are now."""
+    """A copy of an optimizer's weights, states and group options."""
 
     @torch.no_grad()
     def __init__(self, optimizer: torch.optim.Optimizer):
@@ -79,7 +78,7 @@ class _Copy:
 
     @torch.no_grad()
     def put_back(self, optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
-        """Make all as it was if found_inf is 1."""
+        """Restore everything if found_inf is 1."""
         if not self._only_tensors_moved(optimizer):
             if found_inf.item():
                 self.put_all_back(optimizer)
@@ -89,7 +88,7 @@ class _Copy:
 
     @torch.no_grad()
     def put_all_back(self, optimizer: torch.optim.Optimizer) -> None:
-        """Restore everything; drop states that did not exist."""
+        """Restore everything, and delete states that did not exist."""
         for now, then in self._pairs(optimizer):
             now.copy_(then)
         for p in list(optimizer.state):
@@ -107,7 +106,7 @@ class _Copy:
             group.update({key: value for key, value in before.items() if not torch.is_tensor(value)})
 
     def _pairs(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each tensor of the optimizer that was there before, and what it held."""
+        """Iterate over the optimizer's tensors that existed before, each with its earlier values."""
         for p, then in self.weights.items():
             yield local(p.detach()), then
         now_and_then = [(optimizer.state[p], before) for p, before in self.states.items()]
@@ -118,7 +117,7 @@ class _Copy:
                     yield local(now[key]), then
 
     def _only_tensors_moved(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether the states have the same tensors as before, and the same values of everything else."""
+        """Tell whether nothing but the values of existing tensors changed."""
         if optimizer.state.keys() != self.states.keys():
             return False
         now = [*optimizer.state.values(), *({**group, "params": None} for group in optimizer.param_groups)]
@@ -140,10 +139,10 @@ def _alike(now: dict[str, Any], before: dict[str, Any]) -> bool:
 
 
 def optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
-    """Every state of the optimizers as a tensor, keyed by the weight's name and the state's; numbers have no dimension.
+    """Return all optimizer states as tensors, named WEIGHT.STATE; a number becomes a tensor ().
 
-    A state of a whole group is keyed by the group's number among all and the state's name.
-    Raises UserError for a state that is neither.
+    A state of a whole group is named groups.N.STATE, where N counts the groups of all optimizers.
+    Raises UserError for a state that is neither a tensor nor a number.
     """
     names = {p: name for name, p in model.named_parameters()}
     counters = {
@@ -161,7 +160,7 @@ def optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Ten
 
 
 def _groups(optimizers: Optimizers) -> list[tuple[torch.optim.Optimizer, int]]:
-    """All groups in order: their optimizers, and their numbers there."""
+    """List all groups in order, as their optimizer and their index in it."""
     return [(optimizer, n) for optimizer in optimizers for n in range(len(optimizer.param_groups))]
 
 
@@ -170,8 +169,8 @@ def _as_tensor(value: Any, p: Tensor | None, optimizer: torch.optim.Optimizer, k
         return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
     if not torch.is_tensor(value):
         raise UserError(
-            f"the optimizer {type(optimizer).__name__} keeps {key!r} as a {type(value).__name__}: a checkpoint holds "
-            "tensors and numbers, give it one of them"
+            f"the optimizer {type(optimizer).__name__} keeps {key!r} as a {type(value).__name__}: a checkpoint can "
+            "only hold tensors and numbers"
         )
     if p is None or not _has_rows_of(value, p):
         return value
@@ -183,7 +182,7 @@ def _as_tensor(value: Any, p: Tensor | None, optimizer: torch.optim.Optimizer, k
 
 
 def _has_rows_of(value: Tensor, p: Tensor) -> bool:
-    """Whether a plain tensor belongs to this rank's rows of a weight that is sharded."""
+    """Tell whether a plain tensor belongs to this rank's rows of a sharded weight."""
     plain = hasattr(p, "full_tensor") and not hasattr(value, "full_tensor")
     rows = local(p).shape[0] if p.ndim else 0
     return plain and value.ndim > 0 and value.shape[0] == rows and (rows != p.shape[0])
@@ -191,9 +190,9 @@ def _has_rows_of(value: Tensor, p: Tensor) -> bool:
 
 @torch.no_grad()
 def begin_states(optimizer: torch.optim.Optimizer) -> None:
-    """Give the optimizer the states that a first step makes; the weights stay as they are.
+    """Create the states that the first step would create, without changing the weights.
 
-    An optimizer may have a method make_states for it. Any other takes a step on gradients of zeros.
+    Calls the optimizer's own make_states if it has one; any other optimizer takes a step on zero gradients.
     """
     if hasattr(optimizer, "make_states"):
         optimizer.make_states()
@@ -212,9 +211,9 @@ def begin_states(optimizer: torch.optim.Optimizer) -> None:
 
 
 def restore_optimizers(model: nn.Module, optimizers: Optimizers, tensors: dict[str, Tensor]) -> None:
-    """Put back what optimizer_tensors gave. UserError where it is not what these optimizers keep for this model.
+    """Restore the result of optimizer_tensors. All ranks must call it together.
 
-    All ranks must call it together.
+    Raises UserError if it does not fit these optimizers and this model.
     """
     names = {p: name for name, p in model.named_parameters()}
     wanted: dict[str, tuple[Tensor, dict[str, Any], str]] = {}
@@ -231,14 +230,14 @@ def restore_optimizers(model: nn.Module, optimizers: Optimizers, tensors: dict[s
         if own.keys() & tensors.keys():
             wanted |= own
             continue
-        optimizer.state.clear()  # it took no step yet, or keeps nothing for a weight
+        optimizer.state.clear()  # the saved optimizer had taken no step, or keeps no states
         for group, keys in zip(optimizer.param_groups, before, strict=True):
             for key in group.keys() - keys:
                 del group[key]
     counters = {name for name in tensors if name.startswith("groups.")}
     for key in sorted((tensors.keys() - counters) ^ wanted.keys()):
         who = "this run's" if key in wanted else "the checkpoint's"
-        raise UserError(f"only {who} optimizer keeps {key!r}: go on with the same --optimizer and model")
+        raise UserError(f"only {who} optimizer keeps {key!r}: resume with the same --optimizer and model")
     for name, (p, state, key) in wanted.items():
         _put(tensors[name], p, state, key, name)
     groups = _groups(optimizers)
@@ -246,18 +245,18 @@ def restore_optimizers(model: nn.Module, optimizers: Optimizers, tensors: dict[s
         _, n, key = name.split(".", 2)
         if not n.isdecimal() or int(n) >= len(groups):
             raise UserError(
-                f"only the checkpoint's optimizer keeps {name!r}: go on with the same --optimizer and model"
+                f"only the checkpoint's optimizer keeps {name!r}: resume with the same --optimizer and model"
             )
         _put_counter(tensors[name], *groups[int(n)], key, name)
 
 
 @torch.no_grad()
 def _put_counter(saved: Tensor, optimizer: torch.optim.Optimizer, n: int, key: str, name: str) -> None:
-    """One state of a group as it was saved."""
+    """Restore a state of a group."""
     group = optimizer.param_groups[n]
     now = group.get(key)
     if saved.shape != (now.shape if torch.is_tensor(now) else ()):
-        raise UserError(f"the checkpoint's optimizer state {name!r} does not fit: go on with the same --optimizer")
+        raise UserError(f"the checkpoint's optimizer state {name!r} does not fit: resume with the same --optimizer")
     if torch.is_tensor(now):
         now.copy_(saved)
     else:
@@ -267,17 +266,15 @@ def _put_counter(saved: Tensor, optimizer: torch.optim.Optimizer, n: int, key: s
 
 @torch.no_grad()
 def _put(saved: Tensor, p: Tensor, state: dict[str, Any], key: str, name: str) -> None:
-    """One state as it was saved."""
+    """Restore a state of a weight."""
     now = state[key]
-    is_rows = torch.is_tensor(now) and _has_rows_of(now, p)
-    if torch.is_tensor(now):
-        shape = (p.shape[0], *now.shape[1:]) if is_rows else now.shape
-    else:
-        shape = ()
-    fractions = now.is_floating_point() if torch.is_tensor(now) else isinstance(now, float)
-    if saved.shape != shape or saved.is_floating_point() != fractions:
+    is_tensor = torch.is_tensor(now)
+    is_rows = is_tensor and _has_rows_of(now, p)
+    shape = (p.shape[0], *now.shape[1:]) if is_rows else now.shape if is_tensor else ()
+    is_float = now.is_floating_point() if is_tensor else isinstance(now, float)
+    if saved.shape != shape or saved.is_floating_point() != is_float:
         raise UserError(f"the checkpoint's optimizer state {name!r} does not fit its weight of {tuple(p.shape)}")
-    if torch.is_tensor(now):
+    if is_tensor:
         local(now).copy_(local(like(saved, p if is_rows else now)))
     else:
         state[key] = type(now)(saved.item())

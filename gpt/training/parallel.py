@@ -1,4 +1,4 @@
-"""A model's loss on every rank: DDP, FSDP2 or alone."""
+"""Compute the loss on one process, or on several with DDP or FSDP2."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -16,14 +16,14 @@ Mode = Literal["none", "ddp", "fsdp"]
 
 
 def mode_of(train: TrainConfig, world: World) -> Mode:
-    """How this world trains."""
+    """Choose how the processes share the work."""
     if not world.joined:
         return "none"
     return "ddp" if train.parallel == "auto" else train.parallel
 
 
 class _Loss(nn.Module):
-    """GPT.loss as a forward, which is what DDP and FSDP hook into."""
+    """GPT.loss as a forward method, which DDP and FSDP hook into."""
 
     def __init__(self, model: GPT):
         super().__init__()
@@ -34,12 +34,12 @@ class _Loss(nn.Module):
 
 
 class Parallel:
-    """A model's loss on every rank, with gradients that are the mean over ranks.
+    """A model's loss on every rank, whose gradients are the mean over the ranks.
 
-    none: the model as it is. ddp: each rank has all weights, gradients are averaged in buckets during the backward (Li
-    et al. 2020). fsdp: each rank keeps its rows of each weight, gradient and optimizer state, and each block's weights
-    are gathered for as long as it computes (Zhao et al. 2023, as PyTorch's fully_shard); the model's parameters become
-    DTensors, so that optimizers must be built after this.
+    none: a single process. ddp: each rank has all weights, and gradients are averaged in buckets during the backward
+    pass (Li et al. 2020). fsdp: each rank keeps its rows of each weight, gradient and optimizer state, and a block's
+    weights are gathered while it computes (Zhao et al. 2023; PyTorch's fully_shard). It turns the model's parameters
+    into DTensors, so build optimizers afterwards.
     """
 
     def __init__(self, model: GPT, world: World, mode: Mode, *, compiled: bool = False):
@@ -60,7 +60,7 @@ class Parallel:
         if mode == "ddp":
             DDP = nn.parallel.DistributedDataParallel
             devices = [world.device] if world.device.type == "cuda" else None
-            # Our buffers are constant tables. The first name is torch 2.13's, the second that of those before.
+            # Our buffers are constant tables. The option is named forward_sync_buffers from torch 2.13 on.
             newer = "forward_sync_buffers" in inspect.signature(DDP).parameters
             constant = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
             self.loss = DDP(_Loss(model), device_ids=devices, gradient_as_bucket_view=True, **constant)
@@ -69,7 +69,7 @@ class Parallel:
 
     @contextmanager
     def gradients(self, *, reduced: bool) -> Iterator[None]:
-        """Around a forward and backward; reduced=False keeps the gradients on the rank, for later ones to join."""
+        """Enclose a forward and backward pass; reduced=False accumulates its gradients on the rank."""
         if self.mode == "fsdp":
             self.loss.set_requires_gradient_sync(reduced)
         if self.mode == "ddp" and not reduced:
@@ -79,21 +79,21 @@ class Parallel:
             yield
 
     def eval_loss(self, x: Tensor, y: Tensor, **places: Tensor) -> Tensor:
-        """The sum of the losses of this rank's batch, without gradients. Under fsdp all ranks must call it together."""
+        """Sum the losses of this rank's batch, without gradients. Under fsdp all ranks must call it together."""
         loss = self._eval_loss(x, y, reduction="sum", **places)
         if self.mode == "fsdp":
-            # Without a backward the outermost weights would stay gathered, and later be taken for the current ones.
+            # Without a backward pass the outermost weights would stay gathered and become stale.
             self._eval_loss.reshard()
         return loss
 
 
 def whole_model(model: GPT, mode: Mode, world: World) -> GPT | None:
-    """A model that rank 0 can run alone; None on the others. Under fsdp all ranks must call it together."""
+    """Return a model that rank 0 can run alone; None on the others. Under fsdp all ranks must call it together."""
     if mode != "fsdp":
         return model if world.main else None
     weights = gathered(model.named_parameters(), world)
     if not world.main:
         return None
     whole = GPT(model.config).to(world.device)
-    whole.load_state_dict(weights, strict=False)  # a tied head has no name of its own
+    whole.load_state_dict(weights, strict=False)  # a tied head is no parameter of its own
     return whole

@@ -1,7 +1,7 @@
-"""What a run will cost, before anything is spent: python train.py ... --dry-run.
+"""Plan a run: parameters, memory, tokens, FLOPs and time (python train.py ... --dry-run).
 
-Memory is counted, not guessed: the model runs forward on tensors without data (torch's FakeTensorMode), and what
-autograd keeps for the backward is added up.
+Memory is counted: the model runs forward on tensors without data (torch's FakeTensorMode), and the tensors that
+autograd saves for the backward pass are added up.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ from gpt.training.optimizer_state import begin_states
 from gpt.training.schedule import lr_scale
 from gpt.training.validation import limits
 
-ASSUMED_MFU = 0.4  # of the peak; what llm.c reaches on an H100 at 124M parameters
+ASSUMED_MFU = 0.4  # of the peak; llm.c reaches this on an H100 at 124M parameters
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device, by what they are for. loss: what the loss works in; process: Python and its libraries."""
+    """Bytes on one device by purpose. loss: the workspace of the loss; process: Python and its libraries."""
 
     weights: int
     gradients: int
@@ -50,14 +50,14 @@ class Memory:
 
 
 def saved_bytes(model: GPT, batch_size: int, dtype: str, packing: str = "stream") -> int:
-    """Bytes that a forward pass of batch_size rows keeps for the backward, weights aside; each storage once.
+    """Count the bytes that a forward pass of batch_size rows saves for the backward pass, each storage once.
 
-    Runs on real tensors and on fake ones. Labels and what an operator needs only while it runs are not in it.
+    Works on real and fake tensors. Weights, labels and temporary buffers of operators do not count.
     """
     device = model.embed.weight.device
     own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
-    alive = []  # a storage that is freed could come again under the same address
+    alive = []  # keeps the storages, since a freed address could be reused
 
     def pack(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
@@ -70,7 +70,7 @@ def saved_bytes(model: GPT, batch_size: int, dtype: str, packing: str = "stream"
         for x in filter(torch.is_tensor, args):
             pack(x)
 
-    # What a block that is computed again begins with, whether torch's checkpoint shows it to the hooks or not.
+    # The input of a recomputed block counts, whether torch's checkpoint shows it to the hooks or not.
     again = [block for block in getattr(model, "blocks", ()) if block.checkpointing]
     handles = [block.register_forward_pre_hook(pack_inputs) for block in again]
     idx = torch.zeros(batch_size, model.config.seq_len, dtype=torch.int64, device=device)
@@ -84,27 +84,27 @@ def saved_bytes(model: GPT, batch_size: int, dtype: str, packing: str = "stream"
 
 
 def activation_bytes(model: GPT, config: Config) -> int:
-    """What the forward pass of a micro-batch keeps for the backward.
+    """Count the bytes that the forward pass of a micro-batch saves for the backward pass.
 
-    Under activation checkpointing: what is outside the blocks, what each block begins with, and all of one block.
+    With activation checkpointing: everything outside the blocks, the input of each block, and all of one block.
     """
     train, blocks = config.train, model.config.n_layer
     kept = saved_bytes(model, train.batch_size, train.dtype, config.data.packing)
     if not train.activation_checkpointing:
         return kept
-    model.checkpoint_activations()  # each block then keeps what it begins with, and no more
+    model.checkpoint_activations()  # each block then saves its input only
     outside = saved_bytes(model, train.batch_size, train.dtype, config.data.packing)
     return outside + (kept - outside) // blocks
 
 
 def loss_bytes(model: GPT, config: Config, device: torch.device) -> int:
-    """What the loss of a micro-batch works in."""
+    """Return the bytes of the workspace of a micro-batch's loss."""
     with autocast(device, config.train.dtype):
         return model.loss_workspace_bytes(config.train.batch_size * model.config.seq_len, device)
 
 
 def process_bytes(device: torch.device) -> int:
-    """The memory of this process where it is the device's own, a CPU's on Linux; 0 elsewhere."""
+    """Return the memory of this process if the device is a CPU and the system is Linux, else 0."""
     status = Path("/proc/self/statm")
     if device.type != "cpu" or not status.exists():
         return 0
@@ -112,15 +112,15 @@ def process_bytes(device: torch.device) -> int:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the tensors that an optimizer of fake weights keeps from its first step on."""
-    with contextlib.suppress(DataDependentOutputException):  # the states are made before a number is looked at
+    """Count the bytes of the states that an optimizer of fake weights keeps from its first step on."""
+    with contextlib.suppress(DataDependentOutputException):  # the states exist before a value is read
         begin_states(optimizer)
     values = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     return sum(value.numel() * value.element_size() for value in values if value.ndim > 0)
 
 
 def memory_of(config: Config, device: torch.device, processes: int = 1) -> Memory:
-    """What training needs on one device. config.model.vocab_size must be set."""
+    """Count the memory of training on one device. config.model.vocab_size must be set."""
     with FakeTensorMode(allow_non_fake_inputs=True), device:
         model = GPT(config.model)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -133,24 +133,24 @@ def memory_of(config: Config, device: torch.device, processes: int = 1) -> Memor
 
 
 def fewer_rows(rows: int, config: Config, device: torch.device, processes: int = 1, *, agreed: bool = False) -> int:
-    """How many rows a micro-batch gets when one of `rows` needs too much memory: the most up to half that divide rows.
+    """Return the size of smaller micro-batches after `rows` rows ran out of memory: the largest divisor up to half.
 
-    Raises UserError, which says what takes the memory, for a single row, and where several processes have not agreed:
-    one rank alone cannot begin its step again, because the others wait for its gradients.
+    Raises UserError, which lists what needs the memory, for a single row. Also raised with several processes that have
+    not agreed: one rank alone cannot restart a step, because the others wait for its gradients.
     """
     if rows > 1 and (processes == 1 or agreed):
         return next(part for part in range(rows // 2, 0, -1) if rows % part == 0)
     small = replace(config, train=replace(config.train, batch_size=rows))
     raise UserError(
         f"out of memory on {device} with micro-batches of {rows} x {config.model.seq_len}, which need about "
-        f"{memory_of(small, device, processes)}, and room to work in: lower --batch-size (and raise --grad-accum-steps "
-        "alike), --seq-len or the model's size, or add --activation-checkpointing, --dtype bfloat16 or, with torchrun, "
-        "--parallel fsdp"
+        f"{memory_of(small, device, processes)} and temporary buffers: lower --batch-size (and raise "
+        "--grad-accum-steps alike), --seq-len or the model's size, or add --activation-checkpointing, --dtype bfloat16 "
+        "or, with torchrun, --parallel fsdp"
     )
 
 
 def sparkline(values: list[float]) -> str:
-    """Numbers from 0 up as a line of blocks, the largest the highest."""
+    """Draw non-negative numbers as a line of blocks; the largest gets the full block."""
     blocks, largest = " ▁▂▃▄▅▆▇█", max([*values, 1e-30])
     return "".join(blocks[round(8 * value / largest)] for value in values)
 
@@ -158,9 +158,9 @@ def sparkline(values: list[float]) -> str:
 def describe(
     config: Config, device: torch.device, train_tokens: int, world_size: int = 1, val_tokens: Sequence[int] = ()
 ) -> str:
-    """The plan as text: parameters, memory, tokens, FLOPs, learning rate and, where the device is known, time."""
+    """Write the plan: parameters, memory, tokens, FLOPs, learning rate and, for a known device, time."""
     train, optim, T = config.train, config.optim, config.model.seq_len
-    process = process_bytes(device)  # before the counting, for which torch imports more
+    process = process_bytes(device)  # first, since counting makes torch import more
     with torch.device("meta"):
         model = GPT(config.model)
     memory = replace(memory_of(config, device, world_size), process=process)
@@ -175,8 +175,8 @@ def describe(
         f"parameters       {total:,}: embeddings {tables:,}, blocks {blocks:,}, rest {total - tables - blocks:,}",
         f"memory           {size(memory.total)} on {device} with micro-batches of {train.batch_size} x {T}: {memory}",
         f"tokens           {tokens:,} in {train.max_steps:,} steps of {step_tokens:,}; "
-        f"{tokens / train_tokens:.2f} epochs of {train_tokens:,}; {tokens / total:.1f} for each parameter",
-        f"FLOPs            {flops:.3g}, {model.flops_per_token():.3g} for each token",
+        f"{tokens / train_tokens:.2f} epochs of {train_tokens:,}; {tokens / total:.1f} per parameter",
+        f"FLOPs            {flops:.3g}, {model.flops_per_token():.3g} per token",
         f"learning rate    {sparkline(curve)}  peak {optim.learning_rate:g}, "
         f"last {optim.learning_rate * lr_scale(train.max_steps - 1, train.max_steps, optim):.3g}",
     ]
@@ -185,14 +185,14 @@ def describe(
     peak = peak_flops(device)
     if peak is not None:
         seconds = flops / (peak * world_size * ASSUMED_MFU)
-        lines.append(f"time             {duration(seconds)} if {ASSUMED_MFU:.0%} of the device's peak is reached")
+        lines.append(f"time             {duration(seconds)} at {ASSUMED_MFU:.0%} of the device's peak")
     else:
-        lines.append(f"time             unknown: no peak of {device} is known")
+        lines.append(f"time             unknown: the peak of {device} is not known")
     return "\n".join(lines)
 
 
 def _evaluations(config: Config, model: GPT, flops: float, val_tokens: Sequence[int]) -> str:
-    """What the evaluations will cost beside a training of so many FLOPs."""
+    """Write the cost of the evaluations, relative to the FLOPs of training."""
     corpora = [range(n) for n in val_tokens]
     read = [sum(targets_in(part, limit) for part in corpora) for limit in limits(config, corpora, ends=True)]
     times = -(-config.train.max_steps // config.train.eval_interval)
@@ -203,12 +203,12 @@ def _evaluations(config: Config, model: GPT, flops: float, val_tokens: Sequence[
 
 
 def size(n_bytes: int) -> str:
-    """Bytes as people say them."""
+    """Format bytes for people."""
     return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 1 << 30 else f"{n_bytes / 2**20:.1f} MiB"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """Format seconds for people."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""Where a step's time goes: python train.py ... --profile-steps 5 traces a few steps with torch.profiler."""
+"""Trace a few steps with torch.profiler: python train.py ... --profile-steps 5."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,14 +7,14 @@ import torch
 
 from gpt.run.layout import PROFILE, TRACE
 
-SKIPPED = 3  # steps before the trace: the first ones allocate, compile and warm up
+SKIPPED = 3  # steps before the trace, which allocate, compile and warm up
 
 
 class Profiler:
-    """Traces `steps` steps after the first ones into run_dir: trace.json.gz (for chrome://tracing or Perfetto) and
-    profile.txt, the operations that took most time. Call step() at the end of each step; say(text) gets the table.
+    """Traces `steps` steps after the first SKIPPED into run_dir; with steps 0 does nothing.
 
-    With steps 0 it does nothing.
+    trace.json.gz is for chrome://tracing or Perfetto, profile.txt lists the slowest operations. Call step() at the end
+    of each step; say(text) prints the table.
     """
 
     def __init__(self, run_dir: Path, steps: int, say: Callable[[str], None]) -> None:
@@ -27,16 +27,16 @@ class Profiler:
 
     def step(self) -> None:
         if self.profile is not None:
-            self.taken += 1  # first: the last step's end writes the trace
+            self.taken += 1  # before profile.step(), which may write the trace
             self.profile.step()
 
     def close(self) -> None:
-        """End the trace; what was recorded so far is written, if it was not yet."""
+        """End the trace, and write it if it is not written yet."""
         if self.profile is not None:
             self.profile.stop()
             self.profile = None
             if self.taken <= SKIPPED:
-                self.say(f"no step was traced: the first {SKIPPED} never are")
+                self.say(f"no step was traced: the first {SKIPPED} steps never are")
 
     def _write(self, profile: torch.profiler.profile) -> None:
         if self.taken <= SKIPPED:

@@ -1,6 +1,6 @@
-"""What all ranks of a training must have alike, compared while nothing has been computed yet.
+"""Check before training that all ranks run the same code with the same options, data and weights.
 
-Ranks that differ would train on without a word, each on its own, or wait for each other for ever.
+Ranks that differ would silently train different models, or wait for each other forever.
 """
 
 import functools
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def check_alike(world: World, facts: dict[str, str]) -> None:
-    """UserError, on every rank, that says which ranks differ from rank 0 in which facts. All must call it together."""
+    """Raise UserError on every rank if facts differ from rank 0's, naming them. All ranks must call it together."""
     if world.size == 1:
         return
     first, *others = map(json.loads, world.gather(json.dumps(facts)))
@@ -34,7 +34,7 @@ def check_alike(world: World, facts: dict[str, str]) -> None:
     ]
     if different:
         raise UserError(
-            f"the ranks are not alike: {'; '.join(different)}: start all of them with the same command, code and text, "
+            f"the ranks differ: {'; '.join(different)}: start all of them with the same command, code and text, "
             "and with a run directory that all of them share"
         )
 
@@ -47,7 +47,7 @@ def _clauses(theirs: dict[str, str], first: dict[str, str]) -> str:
 
 
 def start_facts(config: Config) -> dict[str, str]:
-    """Of a rank's command and program."""
+    """Describe a rank's program and options."""
     facts = {"code": _code_digest(), "torch": torch.__version__, "Python": platform.python_version()}
     for part in fields(config):
         compared = marked(getattr(config, part.name), lambda rules: not rules.per_rank)
@@ -56,7 +56,7 @@ def start_facts(config: Config) -> dict[str, str]:
 
 
 def data_facts(corpus: Corpus, checkpoint: Path | None) -> dict[str, str]:
-    """Of what a rank reads: its text, its tokenizer, and the checkpoint that it goes on from."""
+    """Describe the text, tokenizer and checkpoint that a rank reads."""
     manifest = "" if checkpoint is None else f"{checkpoint.name} {_short((checkpoint / MANIFEST).read_bytes())}"
     return {
         "corpus": f"{corpus.digest[:12]} ({corpus.train_tokens:,} training tokens)",
@@ -66,14 +66,14 @@ def data_facts(corpus: Corpus, checkpoint: Path | None) -> dict[str, str]:
 
 
 def weight_facts(model: nn.Module) -> dict[str, str]:
-    """Of a rank's weights, bit for bit. Waits for the device."""
+    """Describe the bits of a rank's weights. Waits for the device."""
     sums = [p.detach().contiguous().view(torch.int32).sum(dtype=torch.int64) for p in model.parameters()]
     return {"initial weights": _short(str(torch.stack(sums).tolist()).encode())}
 
 
 @functools.cache
 def _code_digest() -> str:
-    """Of all that runs in a training."""
+    """Hash all source files that training runs."""
     files = sorted([*ROOT.glob("gpt/**/*.py"), *ROOT.glob("kernels/**/*.py"), *ROOT.glob("train.py")])
     return _short(b"".join(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() for path in files))
 

@@ -1,4 +1,4 @@
-"""Start or resume a run: what it begins from, and what it writes at startup."""
+"""Start or resume a run: the checkpoint it starts from, and the files it writes at startup."""
 
 import math
 import os
@@ -30,26 +30,26 @@ from gpt.training.config import TrainConfig
 def earlier_run(
     config: Config, lock: RunLock, say: Callable[[str], None] = print
 ) -> tuple[Tokenizer | None, Path | None]:
-    """The tokenizer and the checkpoint that this run goes on from.
+    """Find the tokenizer and the checkpoint to resume from.
 
-    A run that begins anew has no checkpoint, and no tokenizer unless init_from brings one.
+    A new run has no checkpoint, and a tokenizer only if init_from provides one. Takes the lock of an existing run that
+    may be written to, before reading from it.
 
-    Takes the lock of a run that exists and may be written to, before anything of it is read.
-    Raises UserError where the run directory is taken and neither resume nor overwrite is given, where the run would
-    write over what no run wrote, where overwrite would delete what the run begins with, where there is nothing to
-    evaluate, where the model or tokenizer asked for is not the run's, or a named checkpoint is damaged.
+    Raises UserError if the run directory is taken and neither resume nor overwrite is given, if the run would destroy
+    files that are not a run's or delete what it starts from, if there is nothing to evaluate, if model or tokenizer
+    differ from those of the run, or if a named checkpoint is damaged.
     """
     train = config.train
     files = run_files(train)
     if files.holds_run and not (train.eval_only or train.dry_run):
         lock.take()
-    beginnings = [_run_of(train.resume_from)] if train.resume_from else []
-    beginnings += [Path(train.init_from)] if train.init_from else []
-    deleted = any(_same(train.run_dir, place) for place in beginnings)
+    sources = [_run_of(train.resume_from)] if train.resume_from else []
+    sources += [Path(train.init_from)] if train.init_from else []
+    deleted = any(_same(train.run_dir, source) for source in sources)
     if train.resume_from and _same(train.resume_from.parent, checkpoints_of(train.run_dir)):
-        deleted = True  # named by what a link leads to
+        deleted = True  # `checkpoints` is a link
     if train.overwrite and deleted:
-        raise UserError(f"overwrite would delete {train.run_dir}, which this run begins with: give another --run-dir")
+        raise UserError(f"overwrite would delete {train.run_dir}, which this run starts from: give another --run-dir")
     if train.resume_from is not None:
         fault = verify(train.resume_from)
         if fault:
@@ -64,8 +64,8 @@ def earlier_run(
             return initial_tokenizer(config), None
     elif files.holds_run and not (train.overwrite or train.resume):
         raise UserError(
-            f"{train.run_dir} already holds a run: add --resume to go on, --overwrite to begin anew, "
-            "or give another --run-dir"
+            f"{train.run_dir} already holds a run: add --resume to continue it, --overwrite to delete "
+            "it, or give another --run-dir"
         )
     else:
         return initial_tokenizer(config), None
@@ -74,9 +74,9 @@ def earlier_run(
 
 
 def _check_same(config: Config, saved: Config, source: Path) -> None:
-    """UserError where the config asks for another model or tokenizer than a run was trained with."""
+    """Raise UserError if the config's model or tokenizer is not the one that a run was trained with."""
     ours, theirs = ({**asdict(c.model), **asdict(c.tokenizer)} for c in (config, saved))
-    if config.tokenizer.tokenizer != "bpe":  # nothing else looks at it
+    if config.tokenizer.tokenizer != "bpe":  # it is ignored
         del ours["bpe_vocab_size"]
     for key, value in ours.items():
         if value != theirs[key] and not (key == "vocab_size" and value is None):
@@ -85,7 +85,7 @@ def _check_same(config: Config, saved: Config, source: Path) -> None:
 
 
 def _run_of(checkpoint: Path) -> Path:
-    """The run directory of RUN/checkpoints/step_x, where checkpoints or the whole path may be a link."""
+    """Return the run directory of RUN/checkpoints/step_x; any part of the path may be a link."""
     run_dir = Path(os.path.abspath(checkpoint)).parent.parent
     return run_dir if (run_dir / CONFIG).exists() else checkpoint.resolve().parent.parent
 
@@ -95,7 +95,7 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def run_files(train: TrainConfig) -> RunFiles:
-    """What the run directory holds. UserError where this training would cost something that is not a run's."""
+    """Inspect the run directory. Raises UserError if this training would destroy files that are not a run's."""
     files = RunFiles(train.run_dir, traces=train.profile_steps > 0)
     if not train.eval_only:
         own = train.resume_from is not None and _same(_run_of(train.resume_from), train.run_dir)
@@ -104,12 +104,12 @@ def run_files(train: TrainConfig) -> RunFiles:
 
 
 def claim_run_dir(train: TrainConfig, lock: RunLock) -> Path:
-    """Make the run directory, take its lock and record the run's files; overwrite then deletes an earlier run's."""
+    """Create the run directory, lock it and write run.json; with overwrite, delete the earlier run."""
     try:
         make_folder(train.run_dir)
-        free, files = lock.take(), run_files(train)
-        if free and files.holds_run and not train.overwrite:
-            raise UserError(f"another training has begun in {train.run_dir}: give another --run-dir")
+        is_new, files = lock.take(), run_files(train)
+        if is_new and files.holds_run and not train.overwrite:
+            raise UserError(f"another training has started in {train.run_dir}: give another --run-dir")
         files.record()
         if train.overwrite:
             files.delete()
@@ -120,27 +120,27 @@ def claim_run_dir(train: TrainConfig, lock: RunLock) -> Path:
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
-    """The config with the tokenizer's vocabulary, unless it asks for a larger one; UserError where it is too small.
+    """Set vocab_size to the tokenizer's size, or check that the given one is large enough (else UserError).
 
-    A table that comes with its tokenizer, by init_from, may grow to fit it.
+    A table loaded by init_from together with its tokenizer may grow to fit it.
     """
     size, source = config.model.vocab_size or tokenizer.vocab_size, config.train.init_from
     if source is not None and size < tokenizer.vocab_size and size == initial_config(source).vocab_size:
         if not has_tokenizer(source):
             raise UserError(
                 f"the table of {source} has {size} rows and the tokenizer {config.tokenizer.tokenizer} "
-                f"{tokenizer.vocab_size} tokens: name the one that it was trained with by --tokenizer"
+                f"{tokenizer.vocab_size} tokens: give the tokenizer that it was trained with by --tokenizer"
             )
         size = tokenizer.vocab_size
     if size < tokenizer.vocab_size:
         raise UserError(
-            f"vocab_size {size} is smaller than the tokenizer's {tokenizer.vocab_size}: raise it, or leave it out"
+            f"vocab_size {size} is smaller than the tokenizer's {tokenizer.vocab_size}: increase it, or leave it out"
         )
     return with_changes(config, "model", vocab_size=size)
 
 
 def summary(corpus: Corpus, parameters: int, tokens_per_step: int, world: World, mode: str) -> str:
-    """What a training begins with, in two lines."""
+    """Summarise data and model in two lines."""
     return (
         f"{corpus.documents} document{'s' * (corpus.documents > 1)}: {corpus.train_tokens:,} tokens to train on, "
         f"{corpus.val_tokens:,} to validate; vocabulary {corpus.tokenizer.vocab_size:,}\n"
@@ -150,7 +150,7 @@ def summary(corpus: Corpus, parameters: int, tokens_per_step: int, world: World,
 
 
 def write_run(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> None:
-    """The run directory's config.toml, tokenizer.json and corpus.json, each written whole or left unchanged."""
+    """Write the run's config.toml, tokenizer.json and corpus.json, each atomically."""
     run_dir = config.train.run_dir
     try:
         write_toml(config, run_dir / CONFIG)
@@ -169,16 +169,17 @@ def recipe(config: Config, processes: int = 1) -> dict[str, Any]:
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any], step: int) -> str | None:
-    """One sentence on what has changed since a checkpoint was saved, and what that does; None: nothing has."""
-    rows = [[made.get(key) for key in ("batch_size", "grad_accum_steps", "processes")] for made in (saved, now)]
-    alike = all(type(n) is int for n in rows[0]) and math.prod(rows[0]) == math.prod(rows[1])
-    dealt = "sums are rounded in another order" + ", dropout is drawn anew" * bool(now["dropout"])
+    """Say in one sentence which values of the recipe changed since a checkpoint, and their effect; None if none did."""
+    split = ("processes", "batch_size", "grad_accum_steps")
+    before, after = ([each.get(key) for key in split] for each in (saved, now))
+    same_rows = all(type(n) is int for n in before) and math.prod(before) == math.prod(after)
+    rounding = "sums are rounded in another order" + ", dropout is drawn anew" * bool(now["dropout"])
     reasons = {
         "threads": "CPU sums are rounded in another order",
-        **dict.fromkeys(("processes", "batch_size", "grad_accum_steps"), dealt if alike else "a step sees other text"),
-        "packing": "documents fill rows in another way",
+        **dict.fromkeys(split, rounding if same_rows else "a step sees other text"),
+        "packing": "documents fill rows differently",
         "corpus_weights": "a step sees other text",
-        "max_steps": "the learning rate falls along another curve",
+        "max_steps": "the learning rate follows another curve",
     }
     changed = [key for key in now if key in saved and saved[key] != now[key]]
     if now["schedule"] == "constant" == saved.get("schedule"):
@@ -188,4 +189,4 @@ def differences(saved: dict[str, Any], now: dict[str, Any], step: int) -> str | 
     clauses = [
         f"{key} is {now[key]}, was {saved[key]}" + f" ({reasons.get(key)})" * (key in reasons) for key in changed
     ]
-    return f"from step {step} on this run differs from one that was never stopped: {'; '.join(clauses)}"
+    return f"from step {step} on, this run differs from an uninterrupted one: {'; '.join(clauses)}"

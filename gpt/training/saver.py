@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training, by one thread: from a copy, or in place until the state is to change."""
+"""Write checkpoints in a thread during training, from a copy of the state or from the state itself."""
 
 import threading
 from pathlib import Path
@@ -12,20 +12,19 @@ from gpt.run.checkpoint import TensorFiles, prune, store
 
 
 def snapshot(tensors: TensorFiles) -> TensorFiles:
-    """A copy in CPU memory that later steps cannot change."""
+    """Copy the tensors to CPU memory."""
     copy = lambda tensor: torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format).copy_(tensor)
     return {file: {name: copy(tensor.detach()) for name, tensor in values.items()} for file, values in tensors.items()}
 
 
 class Saver:
-    """Writes the checkpoints of one run, one at a time.
+    """Writes the checkpoints of a run, one at a time.
 
-    save() first waits for the checkpoint before. By default it returns when the state is copied to CPU memory.
-    in_place: the thread writes the tensors that it was given, so that no memory is needed for a copy; call
-    before_change() before anything changes them. What goes wrong in the thread is raised, as UserError, by the next
-    check(), save(), wait() or before_change(). Python waits for the thread before it exits, after Ctrl-C too.
-    metrics: a file to flush to the disk before each checkpoint that counts on its lines. directory None: write nothing,
-    as on the ranks other than 0.
+    save() first waits for the previous checkpoint. By default it returns when the state is copied to CPU memory.
+    in_place: the thread writes the given tensors themselves, without memory for a copy; call before_change() before
+    changing them. The next check(), save(), wait() or before_change() raises the thread's error, as UserError. Python
+    waits for the thread before it exits, also after Ctrl-C. metrics: a file to flush to the disk before each
+    checkpoint, which relies on its lines. directory None: write nothing, as on ranks other than 0.
     """
 
     def __init__(
@@ -36,7 +35,7 @@ class Saver:
         self._error: BaseException | None = None
 
     def save(self, tensors: TensorFiles, state: dict[str, Any], *, kinds: tuple[str, ...] = ("step",)) -> None:
-        """Write what the tensors and the state (JSON values) are now. kinds: as gpt.run.checkpoint.store takes them."""
+        """Start to write the tensors and the state (JSON values). kinds: as for gpt.run.checkpoint.store."""
         self.wait()
         if self.directory is None:
             return
@@ -45,29 +44,29 @@ class Saver:
         self._thread.start()
 
     def before_change(self) -> None:
-        """Wait until no save reads the tensors that it was given."""
+        """Wait until no save reads the given tensors."""
         if self.in_place:
             self.wait()
 
     def prune(self, step: int) -> None:
-        """Delete what a save that was killed at this step has left to delete."""
+        """Prune the checkpoints, for a save of this step that was killed before it did."""
         self.wait()
         if self.directory is not None:
             prune(self.directory, step, self.keep)
 
     def check(self) -> None:
-        """Raise what went wrong in a save that has ended; does not wait."""
+        """Raise the error of a finished save, without waiting."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
     def wait(self) -> None:
-        """Wait for the save that is under way, and raise what went wrong in it."""
+        """Wait for the current save, and raise its error."""
         self.close()
         self.check()
 
     def close(self) -> None:
-        """Wait for the save that is under way."""
+        """Wait for the current save."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -1,4 +1,4 @@
-"""The learning rate over the steps."""
+"""Learning rate schedules."""
 
 import math
 
@@ -8,15 +8,15 @@ from gpt.training.config import OptimConfig
 
 
 def lr_scale(step: int, max_steps: int, config: OptimConfig) -> float:
-    """The learning rate at a step (0 is the first) as a share of its peak.
+    """Compute the learning rate at a step (from 0) as a fraction of its peak.
 
-    Linear warm-up; then a cosine (Loshchilov & Hutter 2017), or a straight line, or stable and linear decay over the
-    last decay_fraction (WSD, Hu et al. 2024), or constant. Ends at min_lr / learning_rate.
+    Linear warm-up; then cosine decay (Loshchilov & Hutter 2017), or linear decay, or constant with linear decay over
+    the last decay_fraction (WSD, Hu et al. 2024), or constant. Decay ends at min_lr / learning_rate.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     floor = config.min_lr / config.learning_rate
-    left = max_steps - step  # steps still to take, this one included
+    left = max_steps - step  # remaining steps, including this one
     if config.schedule == "cosine":
         share = 0.5 - 0.5 * math.cos(math.pi * left / max(1, max_steps - config.warmup_steps))
     elif config.schedule == "linear":
@@ -29,7 +29,7 @@ def lr_scale(step: int, max_steps: int, config: OptimConfig) -> float:
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], scale: float) -> None:
-    """Set every group's rate to scale times its peak."""
+    """Set the learning rate of each group to scale times its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = scale * group.setdefault("peak_lr", group["lr"])

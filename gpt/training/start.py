@@ -1,4 +1,4 @@
-"""Build the Job of a training: its corpora, its model, what it resumes from, and its run directory."""
+"""Build the Job of a training: corpora, model, optimizers, restored state and run directory."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,14 +42,13 @@ from gpt.training.resume import (
 )
 from gpt.training.saver import Saver
 from gpt.training.state import load_training_state
-from gpt.training.validation import bound_said, settle
+from gpt.training.validation import bound_note, recover_evaluation
 
 
 def start(config: Config, world: World, lock: RunLock, stop: StopRequest) -> Job | None:
-    """The training that config asks for, its run directory open; None where --dry-run or --eval-only is all it asks.
+    """Build the Job and open its run directory; with dry_run or eval_only, do only that and return None.
 
-    Raises UserError for whatever the user can put right, before anything in the run directory is touched, and Stopped
-    where a rank was told to stop.
+    Raises UserError for wrong input before it changes the run directory, and Stopped if a rank was told to stop.
     """
     options, device = config.train, world.device
     if options.compile:
@@ -68,7 +67,7 @@ def start(config: Config, world: World, lock: RunLock, stop: StopRequest) -> Job
     if options.dry_run:
         say(describe(config, device, corpus.train_tokens, world.size, [c.val_tokens for c in corpora]))
         return None
-    job = _job(config, world, stop, corpora, corpus.tokenizer, begins_anew=checkpoint is None)
+    job = _job(config, world, stop, corpora, corpus.tokenizer, is_new=checkpoint is None)
     state = {}
     if checkpoint is not None:
         with stop.at_once():
@@ -81,7 +80,7 @@ def start(config: Config, world: World, lock: RunLock, stop: StopRequest) -> Job
 
 
 def _corpora(config: Config, world: World, stop: StopRequest, tokenizer: Tokenizer | None) -> list[Corpus]:
-    """The run's corpora: rank 0 makes what the others then find in the cache."""
+    """Prepare the corpora: rank 0 tokenizes them, then the other ranks read them from the cache."""
     with stop.at_once(), world.main_first(), CorpusProgress() as progress:
         shown = progress if world.main else None
         return prepare_all(config.data, config.tokenizer, fixed_tokenizer=tokenizer, progress=shown)
@@ -90,14 +89,14 @@ def _corpora(config: Config, world: World, stop: StopRequest, tokenizer: Tokeniz
 def _checked(
     config: Config, world: World, corpora: Sequence[Corpus], corpus: Corpus, checkpoint: Path | None
 ) -> Config:
-    """The config with the vocabulary of the corpus. Raises UserError where the two do not fit each other."""
+    """Return the config with the vocabulary of the corpus. Raises UserError if config and corpus do not fit."""
     tokenizer = corpus.tokenizer
     check_alike(world, data_facts(corpus, checkpoint))
     check_lengths(corpora, config.data, config.model.seq_len)
     check_packing(config.data.packing, tokenizer.document_token, corpus.documents)
     config = with_vocabulary(config, tokenizer)
     if config.log.sample_tokens:
-        tokenizer.encode(config.log.sample_prompt)  # a character that it lacks is refused here, not after hours
+        tokenizer.encode(config.log.sample_prompt)  # refuse an unknown character now, not after hours
     return config
 
 
@@ -108,14 +107,14 @@ def _job(
     corpora: Sequence[Corpus],
     tokenizer: Tokenizer,
     *,
-    begins_anew: bool,
+    is_new: bool,
 ) -> Job:
-    """Data, model and optimizers, with the weights that a run begins with."""
+    """Build data, model and optimizers, with initial weights for a new run."""
     options, device = config.train, world.device
     val_tokens = [read_tokens(c.val, tokenizer) for c in corpora]
     loader = make_mixture([read_tokens(c.train, tokenizer) for c in corpora], tokenizer, config, world)
     model = GPT(config.model).to(device)
-    if begins_anew:
+    if is_new:
         copy_initial_weights(config, model, print if world.main else lambda text: None)
     check_alike(world, weight_facts(model))
     model.checkpoint_activations(options.activation_checkpointing)
@@ -136,23 +135,23 @@ def _job(
         guard=Guard(device, options.spike_threshold),
         loss_scale=LossScale(device, enabled=options.dtype == "float16"),
         tokens_per_step=options.batch_size * options.grad_accum_steps * world.size * config.model.seq_len,
-        trials=2 * (parallel.mode == "ddp" and world.size > 1),  # the second step has optimizer states
+        trials=2 * (parallel.mode == "ddp" and world.size > 1),  # the first creates optimizer states, so two
     )
 
 
-def restore(job: Job, checkpoint: Path, **place: int) -> dict[str, Any]:
-    """Take over the training state of a checkpoint, which it returns; place: changes of its place in the data."""
+def restore(job: Job, checkpoint: Path, **position: int) -> dict[str, Any]:
+    """Restore the training state of a checkpoint, and return it. position: changes of its data position."""
     state = load_training_state(checkpoint, job.model, job.optimizers, job.average)
     job.at.load(state, job.tokens_per_step)
-    job.batches.go_to(state.get("loader", {}) | place)
+    job.batches.go_to(state.get("loader", {}) | position)
     job.loss_scale.load_state_dict(state.get("scaler", {}))
     job.guard.load_state_dict(state.get("guard", {}))
-    settle(job.at, checkpoint, state, job.config, job.val_tokens, job.world)
+    recover_evaluation(job.at, checkpoint, state, job.config, job.val_tokens, job.world)
     return state
 
 
 def _open_run(job: Job, lock: RunLock, corpus: Corpus, checkpoint: Path | None, state: dict[str, Any]) -> None:
-    """The run directory: from here on rank 0 writes in it."""
+    """Open the run directory, in which rank 0 writes from here on."""
     config, world, options, begins = job.config, job.world, job.config.train, job.at.step
     if world.main:
         claim_run_dir(options, lock)
@@ -163,16 +162,16 @@ def _open_run(job: Job, lock: RunLock, corpus: Corpus, checkpoint: Path | None, 
         checkpoints_of(options.run_dir) if world.main else None,
         keep=options.keep_checkpoints,
         metrics=job.monitor.path,
-        in_place=world.device.type == "cpu",  # where a copy would take memory from the training
+        in_place=world.device.type == "cpu",  # a copy would take memory from training
     )
     job.profiler = Profiler(options.run_dir, options.profile_steps * world.main, job.monitor.say)
     job.checkpoint = checkpoint
     job.saved_step = begins if options.resume or checkpoint is None else None
     say = job.monitor.say
     say(summary(corpus, job.model.num_parameters(), job.tokens_per_step, world, job.parallel.mode))
-    say(bound_said(config, job.val_tokens))
+    say(bound_note(config, job.val_tokens))
     if begins >= options.max_steps:
-        say(f"the run is at step {begins} already: give more --max-steps to go on")
+        say(f"the run is already at step {begins}: raise --max-steps to continue it")
     say(differences(state.get("recipe", {}), recipe(config, world.size), begins))
     job.model.train()
     job.rate.restart(begins)

@@ -1,4 +1,4 @@
-"""The training state that a checkpoint holds beside the weights."""
+"""Collect, restore and check the training state in a checkpoint."""
 
 import json
 import math
@@ -22,9 +22,9 @@ def training_tensors(
     average: Average | None = None,
     world: World | None = None,
 ) -> TensorFiles:
-    """The tensors that a checkpoint holds, by file: live, or gathered where they are sharded; shared weights once.
+    """Collect a checkpoint's tensors by file: the live tensors, or gathered ones if sharded; shared weights once.
 
-    All ranks must call it together. Ranks other than 0 get no tensors.
+    All ranks must call it together; ranks other than 0 get no tensors.
     """
     world = world or World(torch.device("cpu"))
     tensors = {
@@ -39,10 +39,10 @@ def training_tensors(
 def load_training_state(
     checkpoint: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], average: Average | None = None
 ) -> dict[str, Any]:
-    """Restore weights and optimizers from a verified checkpoint; returns its state.json.
+    """Restore weights, optimizers and average from a verified checkpoint; return its state.json.
 
-    average: restored too; from the weights where the checkpoint holds none.
-    Raises UserError, naming the file, for what is not a checkpoint of this model though its checksums are right.
+    Without a saved average, the average starts from the weights.
+    Raises UserError, naming the file, for another model's checkpoint, even one with valid checksums.
     """
     load_weights(checkpoint, model)
     restore_optimizers(model, optimizers, read_tensors(checkpoint / OPTIMIZER))
@@ -56,19 +56,19 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 53
 
 
-def _is_place(value: Any) -> bool:
-    """Whether a value can be a loader's state: numbers, the packing's name, and the states of a mixture's loaders."""
+def _is_data_position(value: Any) -> bool:
+    """Tell whether a value may be a loader's state: counts, a packing, and the states of a mixture's loaders."""
     if not isinstance(value, dict):
         return False
     own = {key: part for key, part in value.items() if key not in ("packing", "corpora")}
     corpora = value.get("corpora", [])
-    of_one = lambda part: isinstance(part, dict) and "corpora" not in part and _is_place(part)
+    of_one = lambda part: isinstance(part, dict) and "corpora" not in part and _is_data_position(part)
     parts = isinstance(corpora, list) and all(map(of_one, corpora))
     return parts and isinstance(value.get("packing", ""), str) and all(map(_is_count, own.values()))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's state.json, each of its values of the kind it must be; UserError names the file and the key."""
+    """Read a checkpoint's state.json. Raises UserError, naming file and key, for a value of the wrong kind."""
     path = checkpoint / STATE
     try:
         state = json.loads(path.read_bytes())
@@ -83,7 +83,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         "step": count,
         "tokens": count,
         "metrics_bytes": count,
-        "loader": _is_place,
+        "loader": _is_data_position,
         "scaler": table(number),
         "evaluations_since_best": count,
         "skipped": count,

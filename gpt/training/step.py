@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches forward and backward, agreement of the ranks, clipping, the update."""
+"""Take an optimizer step: micro-batches forward and backward, agreement of the ranks, clipping, update."""
 
 import itertools
 import math
@@ -16,20 +16,20 @@ from gpt.training.job import Job
 from gpt.training.optimizer_state import take_step
 from gpt.training.plan import fewer_rows
 
-SELDOM = 16  # micro-batches between two questions for a stop, where asking waits for the device
+SELDOM = 16  # micro-batches between checks for a stop, if a check waits for the device
 
 
 def accumulate(job: Job) -> Tensor | None:
-    """Add up the gradients of a step; its loss (), the mean over this rank's targets. None where a stop was heard.
+    """Accumulate the gradients of a step; return the loss (), or None if a rank was told to stop.
 
-    Averaged over the ranks it is the mean over all targets. Out of memory, the step begins again with fewer rows in
-    a micro-batch. Raises UserError where even one row is too much.
+    The mean of the loss over the ranks is the mean over all targets. If memory runs out, the step starts again with
+    fewer rows per micro-batch. Raises UserError if even one row needs too much.
     """
     while True:
         loss, fits, start = None, True, job.batches.state_dict()
         try:
             fits = job.trials == 0 or _fits_everywhere(job)
-            # Dropout's generators: a resumed run draws alike.
+            # A resumed run draws the same dropout.
             seed_generators(job.device, job.config.train.seed, job.at.step, job.world.rank)
             loss = _forward_backward(job) if fits else None
         except Stopped:
@@ -41,20 +41,20 @@ def accumulate(job: Job) -> Tensor | None:
                 raise
         if loss is not None:
             return loss
-        # Out here the error no longer holds on to the activations.
+        # Outside the handler the error no longer keeps the activations alive.
         job.model.zero_grad(set_to_none=True)
         rows = job.loader.batch_size
         fewer = fewer_rows(rows, job.config, job.device, job.world.size, agreed=not fits)
         job.batches.go_to(start, rows=fewer)
-        job.monitor.say(f"out of memory: micro-batches of {fewer} rows from now on, not {rows}")
+        job.monitor.say(f"out of memory: micro-batches have {fewer} rows from now on instead of {rows}")
 
 
 def _forward_backward(job: Job) -> Tensor:
-    """The gradients and the loss of a step. Raises Stopped where a rank was told to stop."""
+    """Compute the gradients and the loss () of a step. Raises Stopped if a rank was told to stop."""
     loss, pace = torch.zeros((), device=job.device), 1 if job.hears_at_once else SELDOM
     parts = (job.batches.next_batch() for _ in range(job.micro_steps))
     shares = itertools.repeat(1 / job.micro_steps)
-    if job.config.data.packing == "best_fit":  # rows have places without a target: batches count by what they have
+    if job.config.data.packing == "best_fit":  # batches have different numbers of targets: weight them
         parts = list(parts)
         shares = job.world.shares(torch.stack([(y != IGNORED).sum() for _, y, *_ in parts]).float())
     for n, (batch, share) in enumerate(zip(parts, shares), start=1):
@@ -65,7 +65,7 @@ def _forward_backward(job: Job) -> Tensor:
 
 
 def _micro_step(job: Job, batch: Sequence[Tensor], share: Tensor | float, reduced: bool) -> Tensor:
-    """Add the gradients of a batch that is this share of the step; its part of the loss ()."""
+    """Add the gradients of a batch weighted with its share of the step; return its part of the loss ()."""
     x, y, *places = batch
     optim = job.config.optim
     options = {"z_loss": optim.z_loss, "label_smoothing": optim.label_smoothing, **dict(zip(PLACES, places))}
@@ -77,9 +77,9 @@ def _micro_step(job: Job, batch: Sequence[Tensor], share: Tensor | float, reduce
 
 
 def _fits_everywhere(job: Job) -> bool:
-    """Whether every rank has memory for a micro-batch. Each tries alone: none waits for one that has not.
+    """Try a micro-batch on each rank alone, so that none waits for another; tell whether all have memory for it.
 
-    Raises Stopped where a rank was told to stop.
+    Raises Stopped if a rank was told to stop.
     """
     start, fits = job.batches.state_dict(), True
     try:
@@ -97,13 +97,13 @@ def _fits_everywhere(job: Job) -> bool:
 
 
 def agree(job: Job, loss: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean of the ranks' losses (), and above 0 where one was told to stop: all must stop at the same step."""
+    """Average the losses () over the ranks; the second value () is above 0 if any rank was told to stop."""
     asked = torch.full_like(loss, job.stop.reason is not None)
     return job.world.mean(torch.stack((loss, asked))).unbind()
 
 
 def clip(job: Job, grad_norm: Tensor) -> None:
-    """Scale the gradients down to a norm of grad_clip, and out of float16's loss scale."""
+    """Clip the gradients to the norm grad_clip, and undo float16's loss scale."""
     most = job.config.optim.grad_clip
     if most or job.loss_scale.enabled:
         factor = ((most or math.inf) / (grad_norm + 1e-6)).clamp(max=1.0)
@@ -111,7 +111,7 @@ def clip(job: Job, grad_norm: Tensor) -> None:
 
 
 def update(job: Job, found_inf: Tensor) -> None:
-    """Move the weights, the loss scale and the average; with found_inf () 1 nothing but the scale changes."""
+    """Update weights, loss scale and average; if found_inf () is 1, only the loss scale changes."""
     job.saver.before_change()
     for optimizer in job.optimizers:
         take_step(optimizer, found_inf)

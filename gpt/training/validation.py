@@ -1,4 +1,4 @@
-"""What training looks at now and then: the validation loss, and what the model writes."""
+"""Compute the validation loss and generate a sample during training."""
 
 import json
 import math
@@ -22,9 +22,9 @@ from gpt.run.layout import METRICS
 from gpt.training.parallel import Parallel, whole_model
 from gpt.training.progress import Progress
 
-DEFAULT_TOKENS = 1 << 18  # that an evaluation reads of each corpus unless --eval-tokens says otherwise
+DEFAULT_TOKENS = 1 << 18  # that an evaluation reads of each corpus without --eval-tokens
 
-Watch = Callable[[int, int], bool]  # told the targets done and all of them; whether to stop
+Watch = Callable[[int, int], bool]  # (finished targets, all targets) -> whether to stop
 
 
 @torch.no_grad()
@@ -38,11 +38,10 @@ def evaluate(
     limit: int | None = None,
     watch: Watch = lambda done, total: False,
 ) -> dict[str, float] | None:
-    """Loss over the validation slice, each token but the first once, in windows of the context; over all ranks.
+    """Compute the validation loss over all ranks: each token but the first once, in windows of the context.
 
-    limit: of each corpus only the first so many targets. watch is asked before each batch, by all ranks together; None
-    where it says stop. Of several corpora with weights: the mean by weight, and the loss of each under val_loss_1,
-    val_loss_2, ...
+    limit: read only the first targets of each corpus. All ranks call watch together before each batch; returns None if
+    it tells to stop. Several corpora give their weighted mean, and the loss of each as val_loss_1, val_loss_2, ...
     """
     weights, losses = config.data.corpus_weights, []
     total, done = sum(targets_in(part, limit) for part in tokens), 0
@@ -59,7 +58,7 @@ def evaluate(
             done += int(count)
     finally:
         model.train()
-    # Bytes of text behind a target, on average.
+    # Average bytes of text per target.
     sizes = [max(1, target_bytes(part, tokenizer, limit)) / targets_in(part, limit) for part in tokens]
     shares = [weight / sum(weights) for weight in weights] if len(tokens) > 1 else [1.0]
     nats, size = (sum(map(math.prod, zip(shares, values, strict=True))) for values in (losses, sizes))
@@ -70,7 +69,7 @@ def evaluate(
 def _batches(
     parallel: Parallel, world: World, tokens: Any, tokenizer: Tokenizer, config: Config, limit: int | None
 ) -> Iterator[tuple[Callable[[], float], int]]:
-    """Of each of this rank's batches: what computes the sum of its losses, and its targets."""
+    """Iterate over this rank's batches: a function that sums the batch's losses, and its number of targets."""
     T = config.model.seq_len
     options = {"batch_size": max(config.train.batch_size, 8192 // T), "seq_len": T}
     options |= {"rank": world.rank, "world_size": world.size, "max_tokens": limit}
@@ -85,10 +84,10 @@ def _batches(
 
 
 def limits(config: Config, tokens: Sequence[Any], *, ends: bool) -> list[int | None]:
-    """How many targets of each corpus the evaluations of a step read, one after the other; None: all.
+    """List how many targets of each corpus the evaluations of a step read, one after the other; None: all.
 
-    A bounded one, as at every other step, so that losses are compared on the same text; and where the training ends
-    then one of all the text, unless that is the same or --eval-tokens asks for less.
+    Every step has a bounded evaluation, so that losses compare on the same text. At the end of training a second one
+    reads all text, unless that is the same or --eval-tokens is given.
     """
     if config.train.eval_tokens is not None:
         return [config.train.eval_tokens]
@@ -100,10 +99,7 @@ def limits(config: Config, tokens: Sequence[Any], *, ends: bool) -> list[int | N
 def evaluations(
     run: Callable[[int | None], dict[str, float] | None], config: Config, tokens: Sequence[Any], at: Progress
 ) -> list[dict[str, float]] | None:
-    """What the evaluations of a step give, the one that is compared first; None where one was stopped.
-
-    run(limit) makes one.
-    """
+    """Run the evaluations of a step, the bounded one first; None if one was stopped. run(limit) runs one."""
     first = run(limits(config, tokens, ends=False)[0])
     if first is None:
         return None
@@ -112,12 +108,12 @@ def evaluations(
     return None if None in results else results
 
 
-def settle(
+def recover_evaluation(
     at: Progress, checkpoint: Path, state: dict[str, Any], config: Config, tokens: Sequence[Any], world: World
 ) -> None:
-    """Take over the evaluation that a checkpoint's state was saved before, if its run's metrics.jsonl has it.
+    """Read the evaluation of a checkpoint saved before it, if the run's metrics.jsonl has it.
 
-    Rank 0 reads the file; all ranks must call this together. The state's metrics_bytes then counts those lines.
+    The state's metrics_bytes then includes its lines. Rank 0 reads the file; all ranks must call this together.
     """
     if not at.evaluation_due:
         return
@@ -130,7 +126,7 @@ def settle(
 
 
 def _ends(at: Progress, config: Config, val_loss: float) -> bool:
-    """Whether the training ends with a step of this validation loss."""
+    """Tell whether training ends with a step of this validation loss."""
     after = replace(at)
     after.evaluated(val_loss)
     return at.step >= config.train.max_steps or after.without_progress(config.train.patience)
@@ -140,20 +136,20 @@ def _targets(tokens: Sequence[Any]) -> int:
     return sum(targets_in(part, None) for part in tokens)
 
 
-def bound_said(config: Config, tokens: Sequence[Any]) -> str | None:
-    """A line that says what evaluations leave out by default, if they do."""
+def bound_note(config: Config, tokens: Sequence[Any]) -> str | None:
+    """Write a line on the text that evaluations skip by default, if they do."""
     if limits(config, tokens, ends=False) != [DEFAULT_TOKENS] or config.train.eval_tokens is not None:
         return None
     left = ", ".join(f"{targets_in(part, None):,}" for part in tokens)
     each = " of each corpus" if len(tokens) > 1 else ""
     return (
-        f"evaluations read the first {DEFAULT_TOKENS:,} validation tokens{each}, not all {left}, and the last one all; "
-        "--eval-tokens sets one number for every evaluation"
+        f"evaluations read the first {DEFAULT_TOKENS:,} of {left} validation tokens{each}, the last one reads all; "
+        "--eval-tokens sets a number for all evaluations"
     )
 
 
 def _losses_written(metrics: Path, step: int, size: int | None) -> tuple[list[float], int]:
-    """The validation losses of a step that follow the first `size` bytes of a metrics.jsonl, and their lines' bytes."""
+    """Read a step's validation losses after the first `size` bytes of a metrics.jsonl, and the bytes of their lines."""
     losses, length = [], 0
     try:
         with metrics.open("rb") as file:
@@ -177,9 +173,9 @@ def sample_text(
     config: Config,
     stopped: Callable[[], bool] = lambda: False,
 ) -> str | None:
-    """What the model writes now, for rank 0 to show. It draws from a generator of its own; None if not asked for.
+    """Generate a sample on rank 0, until stopped(); None on other ranks or without sample_tokens.
 
-    It ends where stopped() says so.
+    It has its own random generator.
     """
     if not config.log.sample_tokens:
         return None

@@ -12,15 +12,15 @@ from gpt.files import path_to_text
 
 
 def title_of(run_dir: Path) -> str:
-    """The run directory's name, as any library can show it."""
+    """Return the run directory's name as valid UTF-8."""
     return os.fsencode(run_dir.resolve().name).decode("utf-8", "replace")
 
 
 def start_wandb(config: Config, run_id: str | None) -> Any:
-    """A wandb run with its files in the run directory; with the id of an earlier run it resumes that one."""
+    """Start a wandb run with its files in the run directory, or resume the one with the given id."""
     run_dir, mode = config.train.run_dir, config.log.wandb
     if path_to_text(run_dir) != str(run_dir):
-        raise UserError(f"wandb cannot use {run_dir}, which is not UTF-8 here: give another --run-dir, or --wandb off")
+        raise UserError(f"wandb cannot use {run_dir}, which is not UTF-8: give another --run-dir, or --wandb off")
     try:
         import wandb
 
@@ -30,7 +30,7 @@ def start_wandb(config: Config, run_id: str | None) -> Any:
             dir=run_dir,
             mode=mode,
             id=run_id,
-            resume="allow" if run_id and mode == "online" else None,  # offline it has nothing to ask
+            resume="allow" if run_id and mode == "online" else None,  # offline no server can be asked
             config=json.loads(json.dumps(asdict(config), default=str, ensure_ascii=False).encode("utf-8", "replace")),
             settings=wandb.Settings(silent=True, console="off"),
         )

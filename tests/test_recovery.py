@@ -84,7 +84,7 @@ BACK = ["--max-skipped-steps", "2", "--max-steps", "8", "--checkpoint-interval",
 
 def test_a_run_goes_back_and_on_with_other_data(bad_rows, capsys):
     assert run(*BACK) == 0
-    assert "step 6: the loss is nan; rollback 1: on from step 3 with other data" in capsys.readouterr().out
+    assert "step 6: the loss is nan; rollback 1: continuing from step 3 with other data" in capsys.readouterr().out
     assert len(bad_rows) == 2  # not met again
     steps = [r["step"] for r in lasting() if "train_loss" in r]
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -115,7 +115,7 @@ def test_a_run_that_goes_back_too_often_gives_up(monkeypatch, capsys, limit):
     assert run(*words) == 3
     output = capsys.readouterr().out
     assert output.count("rollback ") == limit
-    assert "step 4: the loss is nan and training gives up; the checkpoint step_00000002 is sound" in output
+    assert "step 4: the loss is nan and training gives up; the checkpoint step_00000002 is valid" in output
     assert len(calls) == 2 + 2 * (limit + 1)
     assert checkpoints() == ["step_00000002"]
 
@@ -274,7 +274,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(room_for,
     room_for(4)
     assert run("--max-steps", "4", "--batch-size", "12") == 0
     output = capsys.readouterr().out
-    assert "of 6 rows from now on, not 12\n" in output and "of 3 rows from now on, not 6\n" in output
+    assert "have 6 rows from now on instead of 12\n" in output and "have 3 rows from now on instead of 6\n" in output
     assert output.count("out of memory") == 2
     for one, other in zip(lasting("plain"), lasting(), strict=True):
         assert one == pytest.approx(other, rel=1e-4)
