@@ -15,11 +15,10 @@ from gpt.stop import Stopped, StopRequest
 from gpt.streams import check_output, do_without_output
 from gpt.training.command import load_config
 from gpt.training.due import Due, catch_up, finish, log, save_step, validate_and_save
-from gpt.training.gradients import gradient_norm
 from gpt.training.job import Job
 from gpt.training.schedule import lr_scale, set_learning_rate
 from gpt.training.start import start
-from gpt.training.step import accumulate, agree, clip, update
+from gpt.training.step import accumulate, agree, clip, gradient_norm, update
 from gpt.training.verdict import Verdict, give_up, judge, roll_back
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from gpt.errors import UserError
 from gpt.option import check_bounds, check_contradictions, rules_of
 
-NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 MANY = {int: "whole numbers", float: "numbers", str: "texts"}
 MAX_PATH = 4096  # bytes; the highest limit of any system
 
@@ -32,7 +32,7 @@ def check_fields(options: Any, kind: type | None = None) -> None:
     """
     hints = _hints(kind or type(options))
     for f in fields(options):
-        value = _fit_argument(f.name, getattr(options, f.name), hints[f.name])
+        value = fit_argument(f.name, getattr(options, f.name), hints[f.name])
         object.__setattr__(options, f.name, value)
         rules = rules_of(f)
         limit = 1 << (63 if rules.is_wide else 31)
@@ -57,7 +57,7 @@ def checked(function: Callable) -> Callable:
             return function(*args, **kwargs)  # for Python's own message, which names the function
         hints = _hints(function)
         for name, value in given.arguments.items():
-            given.arguments[name] = _fit_argument(name, value, hints.get(name, Any))
+            given.arguments[name] = fit_argument(name, value, hints.get(name, Any))
         return function(*given.args, **given.kwargs)
 
     return wrapped
@@ -82,7 +82,8 @@ def shown(value: Any) -> str:
 _hints = functools.cache(get_type_hints)
 
 
-def _fit_argument(name: str, value: Any, hint: Any) -> Any:
+def fit_argument(name: str, value: Any, hint: Any) -> Any:
+    """Convert the value to its annotation. Raises UserError, starting with the name, if the annotation forbids it."""
     if isinstance(value, str | Path) and Path in (hint, *get_args(hint)):
         _check_path(name, str(value))
     try:

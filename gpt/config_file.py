@@ -7,6 +7,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from gpt.arguments import fit_argument
 from gpt.command_line import did_you_mean
 from gpt.config import PRESETS, Config
 from gpt.errors import UserError
@@ -19,32 +20,16 @@ _OPTIONS = options_of(Config)
 
 def convert(value: Any, kind: Any, where: str) -> Any:
     """Convert a TOML value to an annotated type. Raises UserError, starting with `where`, if it does not fit."""
-    options = typing.get_args(kind)
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+    if types.NoneType in typing.get_args(kind):
+        kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
         if value in ("none", "None"):
             return None
-        return convert(value, next(o for o in options if o is not types.NoneType), where)
-    if typing.get_origin(kind) is Literal:
-        if value in options:
-            return value
-        raise UserError(f"{where} must be one of {', '.join(map(str, options))}, not {value!r}")
-    if typing.get_origin(kind) is tuple:
-        if options[0] is float:
-            if isinstance(value, list) and all(type(v) in (int, float) for v in value):
-                return tuple(map(float, value))
-            raise UserError(f"{where} must be a list of numbers, not {value!r}")
-        values = [value] if isinstance(value, str) else value
-        if isinstance(values, list) and all(isinstance(v, str) for v in values):
-            return tuple(values)
-        raise UserError(f"{where} must be a string or a list of strings, not {value!r}")
-    if kind is Path and isinstance(value, str):
-        return Path(value)
-    if kind is float and type(value) in (int, float):
-        return float(value)
-    if type(value) is kind:
-        return value
-    name = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", Path: "a path"}[kind]
-    raise UserError(f"{where} must be {name}, not {value!r}")
+    if typing.get_origin(kind) is tuple and isinstance(value, str):
+        value = [value]
+    fitted = fit_argument(where, value, kind)
+    if typing.get_args(kind)[:1] == (float,):
+        return tuple(map(float, fitted))
+    return float(fitted) if kind is float else fitted
 
 
 def read_toml(path: Path) -> dict[str, dict[str, Any]]:

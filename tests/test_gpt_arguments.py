@@ -12,6 +12,7 @@ import torch
 
 import gpt
 from gpt.arguments import check_fields, checked
+from gpt.option import option
 
 
 @dataclasses.dataclass
@@ -20,7 +21,7 @@ class Sample:
 
     flag: bool = False
     count: int = 1
-    seed: int = 1
+    seed: int = option(1, is_wide=True)
     number: float | None = None
     word: str = "a"
     place: Path | None = None
@@ -43,7 +44,7 @@ class Nameless:
 
 
 SENTENCES = [
-    ({"flag": 1}, "flag must be True or False, not 1"),
+    ({"flag": 1}, "flag must be true or false, not 1"),
     ({"count": True}, "count must be a whole number, not True"),
     ({"count": 2.0}, "count must be a whole number, not 2.0"),
     ({"count": 1 << 31}, "count must be below 2147483648, not 2147483648"),

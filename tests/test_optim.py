@@ -12,10 +12,10 @@ from gpt.model import GPT
 from gpt.model.roles import weights_of
 from gpt.training.average import Average
 from gpt.training.config import OptimConfig
-from gpt.training.gradients import gradient_norm, scale_gradients
 from gpt.training.muon import Muon, orthogonalize
 from gpt.training.optim import build_optimizers
 from gpt.training.schedule import lr_scale, set_learning_rate
+from gpt.training.step import gradient_norm, scale_gradients
 
 
 def tiny_model(**options) -> GPT:

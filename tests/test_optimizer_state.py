@@ -12,13 +12,13 @@ from gpt.distributed import World, local
 from gpt.errors import UserError
 from gpt.model import GPT
 from gpt.run.checkpoint import store
-from gpt.training.gradients import gradient_norm
 from gpt.training.muon import Muon
 from gpt.training.optimizer_state import begin_states, optimizer_tensors, restore_optimizers, skips_by_itself, take_step
 from gpt.training.parallel import Parallel
 from gpt.training.plan import state_bytes
 from gpt.training.schedule import set_learning_rate
 from gpt.training.state import load_training_state, training_tensors
+from gpt.training.step import gradient_norm
 from tests.optimizer_checks import MAKERS, Counting, use_optimizer
 from tests.test_guard import Waits, WaitsInPython
 from tests.train_checks import lasting, run, weights_of

@@ -180,7 +180,7 @@ def test_one_row_that_is_too_much_says_what_it_needs():
     assert f"out of memory on cpu with micro-batches of 1 x 48, which need about {memory_of(one, CPU)} and" in (
         str(alone.value)
     )
-    assert f"which need about {memory_of(one, CPU, 2)}," in str(shared.value)
+    assert f"which need about {memory_of(one, CPU, 2)} and" in str(shared.value)
 
 
 def test_numbers_as_people_say_them():

@@ -161,21 +161,13 @@ class Monitor:
 
 
 class SilentMonitor:
-    """The Monitor of ranks other than 0, which do not report."""
+    """The Monitor of ranks other than 0, which report nothing."""
 
     path = None
-
-    def say(self, text: str | None) -> None: ...
-
-    def advance(self, step: int) -> None: ...
-
-    def evaluating(self, done: int, total: int) -> None: ...
-
-    def log(self, record: dict[str, Any]) -> None: ...
-
-    def rewind(self, step: int) -> None: ...
 
     def state(self) -> dict[str, Any]:
         return {}
 
-    def close(self) -> None: ...
+    def _ignore(self, *args: Any) -> None: ...
+
+    say = advance = evaluating = log = rewind = close = _ignore

@@ -118,24 +118,20 @@ class _Copy:
 
     def _only_tensors_moved(self, optimizer: torch.optim.Optimizer) -> bool:
         """Tell whether nothing but the values of existing tensors changed."""
-        if optimizer.state.keys() != self.states.keys():
-            return False
-        now = [*optimizer.state.values(), *({**group, "params": None} for group in optimizer.param_groups)]
-        before = [*self.states.values(), *({**group, "params": None} for group in self.groups)]
-        return all(map(_alike, now, before))
+        return optimizer.state.keys() == self.states.keys() and all(
+            _fixed(values) == _fixed(before)
+            for now, then in ((optimizer.state.values(), self.states.values()), (optimizer.param_groups, self.groups))
+            for values, before in zip(now, then)
+        )
 
 
-def _alike(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    if now.keys() != before.keys():
-        return False
-    for key, value in now.items():
-        if torch.is_tensor(value):
-            then = before[key]
-            if not torch.is_tensor(then) or local(value).shape != then.shape or value.dtype != then.dtype:
-                return False
-        elif type(value) is not type(before[key]) or value != before[key]:
-            return False
-    return True
+def _fixed(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what a step may only change by waiting: shapes and dtypes of tensors, types and values of the rest."""
+    return {
+        key: (local(value).shape, value.dtype) if torch.is_tensor(value) else (type(value), value)
+        for key, value in values.items()
+        if key != "params"
+    }
 
 
 def optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:

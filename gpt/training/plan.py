@@ -97,12 +97,6 @@ def activation_bytes(model: GPT, config: Config) -> int:
     return outside + (kept - outside) // blocks
 
 
-def loss_bytes(model: GPT, config: Config, device: torch.device) -> int:
-    """Return the bytes of the workspace of a micro-batch's loss."""
-    with autocast(device, config.train.dtype):
-        return model.loss_workspace_bytes(config.train.batch_size * model.config.seq_len, device)
-
-
 def process_bytes(device: torch.device) -> int:
     """Return the memory of this process if the device is a CPU and the system is Linux, else 0."""
     status = Path("/proc/self/statm")
@@ -125,7 +119,8 @@ def memory_of(config: Config, device: torch.device, processes: int = 1) -> Memor
         model = GPT(config.model)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         states = sum(map(state_bytes, build_optimizers(model, config.optim)))
-        loss = loss_bytes(model, config, device)
+        with autocast(device, config.train.dtype):
+            loss = model.loss_workspace_bytes(config.train.batch_size * model.config.seq_len, device)
         activations = activation_bytes(model, config)
     average = weights if config.optim.ema_decay else 0
     shards = processes if config.train.parallel == "fsdp" else 1

@@ -5,13 +5,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpt.data.loader import IGNORED, PLACES
 from gpt.device import autocast, seed_generators
+from gpt.distributed import full, local
 from gpt.errors import out_of_memory
 from gpt.stop import Stopped
-from gpt.training.gradients import scale_gradients
 from gpt.training.job import Job
 from gpt.training.optimizer_state import take_step
 from gpt.training.plan import fewer_rows
@@ -100,6 +100,17 @@ def agree(job: Job, loss: Tensor) -> tuple[Tensor, Tensor]:
     """Average the losses () over the ranks; the second value () is above 0 if any rank was told to stop."""
     asked = torch.full_like(loss, job.stop.reason is not None)
     return job.world.mean(torch.stack((loss, asked))).unbind()
+
+
+def gradient_norm(weights: list[nn.Parameter]) -> Tensor:
+    """Return the norm () of all gradients together, over all ranks."""
+    return full(nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None]))
+
+
+@torch.no_grad()
+def scale_gradients(weights: list[nn.Parameter], factor: Tensor) -> None:
+    """Multiply all gradients by a factor ()."""
+    torch._foreach_mul_([local(p.grad) for p in weights if p.grad is not None], factor)
 
 
 def clip(job: Job, grad_norm: Tensor) -> None:

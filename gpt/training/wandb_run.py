@@ -20,7 +20,7 @@ def start_wandb(config: Config, run_id: str | None) -> Any:
     """Start a wandb run with its files in the run directory, or resume the one with the given id."""
     run_dir, mode = config.train.run_dir, config.log.wandb
     if path_to_text(run_dir) != str(run_dir):
-        raise UserError(f"wandb cannot use {run_dir}, which is not UTF-8: give another --run-dir, or --wandb off")
+        raise UserError(f"wandb cannot use {run_dir}, which is not UTF-8 here: give another --run-dir, or --wandb off")
     try:
         import wandb
 
