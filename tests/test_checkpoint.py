@@ -41,7 +41,7 @@ def save_checkpoint(directory: Path, model, optimizers, state: dict, *, keep: in
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("options", [{}, {"tied_embeddings": True, "bias": True}], ids=["untied", "tied"])
-def test_everything_comes_back_bit_for_bit(tmp_path, optimizer, options):
+def test_a_checkpoint_restores_everything_bit_for_bit(tmp_path, optimizer, options):
     model, optimizers = trained(optimizer, **options)
     path = save_checkpoint(tmp_path, model, optimizers, {"step": 7, "note": [1, "x"]}, keep=2)
     other, others = trained(optimizer, steps=0, **options)
@@ -53,21 +53,21 @@ def test_everything_comes_back_bit_for_bit(tmp_path, optimizer, options):
     assert all(torch.equal(saved[key], restored[key]) for key in saved)
 
 
-def test_only_the_newest_are_kept_and_nothing_temporary(tmp_path):
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
     model, optimizers = trained()
     for step in (5, 10, 200):
         save_checkpoint(tmp_path, model, optimizers, {"step": step}, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000010", "step_00000200"]
 
 
-def test_leftovers_of_a_killed_save_are_swept_and_never_loaded(tmp_path):
+def test_leftovers_of_a_killed_save_are_deleted_and_never_loaded(tmp_path):
     model, optimizers = trained()
     (tmp_path / ".step_00000009.123.tmp").mkdir()
     save_checkpoint(tmp_path, model, optimizers, {"step": 5}, keep=2)
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000005"]
 
 
-def test_a_failed_write_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
     model, optimizers = trained()
     good = save_checkpoint(tmp_path, model, optimizers, {"step": 5}, keep=1)
 
@@ -95,7 +95,7 @@ def flip(path):
 @pytest.mark.parametrize(
     "damage", [truncate, flip, lambda path: path.unlink()], ids=["truncated", "flipped", "deleted"]
 )
-def test_a_damaged_file_is_named_and_the_older_checkpoint_taken(tmp_path, name, damage):
+def test_a_damaged_file_is_named_and_the_older_checkpoint_is_used(tmp_path, name, damage):
     model, optimizers = trained()
     older = save_checkpoint(tmp_path, model, optimizers, {"step": 5}, keep=2)
     newer = save_checkpoint(tmp_path, model, optimizers, {"step": 6}, keep=2)
@@ -174,7 +174,7 @@ SOUND = {
 
 
 @pytest.mark.parametrize("key", ODD_STATES)
-def test_each_value_of_a_state_is_of_its_kind(tmp_path, key):
+def test_state_json_rejects_values_of_the_wrong_kind(tmp_path, key):
     path = tmp_path / "state.json"
     for state in (SOUND, {"step": 7}, SOUND | {"best": None, "wandb_id": None, "new in a later version": 3}):
         path.write_text(json.dumps(state))
@@ -186,14 +186,14 @@ def test_each_value_of_a_state_is_of_its_kind(tmp_path, key):
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "3", '{"tokens": 3}'])
-def test_a_state_has_a_step(tmp_path, text):
+def test_state_json_needs_a_step(tmp_path, text):
     (tmp_path / "state.json").write_text(text)
     with pytest.raises(UserError, match='is not a training state: it has no "step"'):
         read_state(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", '{"step": 3', "[" * 100_000])
-def test_a_state_is_json(tmp_path, text):
+def test_state_json_must_be_json(tmp_path, text):
     (tmp_path / "state.json").write_text(text)
     with pytest.raises(UserError, match="is not a training state: it is not JSON"):
         read_state(tmp_path)
@@ -202,7 +202,7 @@ def test_a_state_is_json(tmp_path, text):
         read_state(tmp_path)
 
 
-def test_a_save_that_finds_a_file_of_the_users_in_its_way_leaves_it(tmp_path):
+def test_a_save_keeps_a_users_file_in_its_folder(tmp_path):
     """A folder with the temporary name, and in it something that no checkpoint has."""
     model, optimizers = trained()
     mine = tmp_path / f".step_00000005.{os.getpid()}.tmp" / "notes.txt"

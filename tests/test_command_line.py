@@ -24,7 +24,7 @@ def test_the_command_line_wins_over_the_file_over_the_preset(tmp_path):
     assert load_config([str(file), "--preset=transformer"]).model.norm_eps == 1e-3
 
 
-def test_dashes_and_underscores_are_one(tmp_path):
+def test_dashes_and_underscores_are_equal(tmp_path):
     assert load_config(["--n_layer", "2", "--n-head", "3"]).model.n_layer == 2
 
 
@@ -36,7 +36,7 @@ def test_the_run_directory_is_named_after_the_recipe(tmp_path):
     assert load_config([]).train.run_dir == Path("runs/gpt")
 
 
-def test_names_are_flat_so_no_two_tables_share_one():
+def test_no_two_tables_share_a_name():
     names = [f.name for cls in TABLES.values() for f in fields(cls)]
     assert len(names) == len(set(names))
 
@@ -86,7 +86,7 @@ def test_resume_without_a_file_takes_the_runs_own(tmp_path):
     assert load_config(["--run-dir", str(tmp_path)]).model.n_layer == Config().model.n_layer
 
 
-def test_a_preset_is_asked_of_the_run_that_is_gone_on_with(tmp_path):
+def test_a_preset_is_compared_with_the_resumed_run(tmp_path):
     write_toml(load_config(["--preset", "gpt2", "--n-layer", "2"]), tmp_path / "config.toml")
     again = ["--run-dir", str(tmp_path), "--resume"]
     saved = config_from_toml(tmp_path / "config.toml").model
@@ -95,7 +95,7 @@ def test_a_preset_is_asked_of_the_run_that_is_gone_on_with(tmp_path):
     assert load_config([*again, "--preset", "modern"]).model == ModelConfig(n_layer=2)
 
 
-def test_of_a_flag_given_twice_the_last_counts(tmp_path):
+def test_the_last_of_two_equal_flags_counts(tmp_path):
     for name, layers in (("a", "2"), ("b", "3")):
         (tmp_path / name).mkdir()
         write_toml(load_config(["--n-layer", layers]), tmp_path / name / "config.toml")
@@ -118,7 +118,7 @@ def test_of_a_flag_given_twice_the_last_counts(tmp_path):
     ],
     ids=lambda value: value.strip("-") if isinstance(value, str) and value.startswith("--") else "",
 )
-def test_a_flag_that_would_do_nothing_is_refused(flag, value, without, with_):
+def test_a_flag_without_effect_is_refused(flag, value, without, with_):
     with pytest.raises(UserError, match=f"{flag} does nothing with "):
         load_config([*without, flag, value])
     load_config([*with_, flag, value])

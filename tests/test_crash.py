@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 
-def test_a_killed_training_resumes_and_ends_as_the_undisturbed_one():
+def test_a_killed_training_resumes_and_equals_an_uninterrupted_one():
     command = [sys.executable, "-m", "tests.crash", "--kills", "10", "--seed", "2"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr

@@ -69,7 +69,7 @@ def test_no_traceback_and_a_sensible_status(outcomes, command, case):
         assert outcome["out"]
 
 
-def test_a_process_that_begins_without_any_descriptor(tiny_run, tmp_path):
+def test_a_process_without_any_descriptor(tiny_run, tmp_path):
     """As `sample.py RUN --output FILE <&- >&- 2>&-` begins it."""
     command = [sys.executable, "sample.py", str(tiny_run), "--output", str(tmp_path / "out"), "--max-new-tokens", "3"]
     done = subprocess.run(["sh", "-c", '"$@" <&- >&- 2>&-', "sh", *command], cwd=ROOT, check=False)
@@ -91,7 +91,7 @@ def test_no_file_gets_the_number_of_a_closed_descriptor():
     assert done.returncode == 0
 
 
-def test_the_streams_come_back(capsys):
+def test_the_streams_are_restored(capsys):
     before = sys.stdout, sys.stderr
     with pytest.raises(SystemExit) as stop:
         run_command(lambda: print("x"))

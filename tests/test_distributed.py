@@ -135,7 +135,7 @@ def checkpoint(run_dir: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 @pytest.mark.parametrize("recipe", RECIPES)
 class TestTwoProcesses:
-    def test_give_the_losses_of_one_with_the_whole_batch(self, folder, recipe, mode):
+    def test_losses_equal_those_of_one_process(self, folder, recipe, mode):
         one, two = lasting(folder / f"{recipe}-one"), lasting(folder / f"{recipe}-{mode}")
         assert len(one) == len(two) == 8
         for a, b in zip(one, two):
@@ -145,7 +145,7 @@ class TestTwoProcesses:
         one, two = (samples(folder / f"{recipe}-{who}/printed") for who in ("one", mode))
         assert len(one) == 2 and one == two
 
-    def test_leave_the_checkpoint_of_one(self, folder, recipe, mode):
+    def test_checkpoints_equal_those_of_one_process(self, folder, recipe, mode):
         """To what sums in another order lose.
 
         Muon's Newton-Schulz steps stretch small singular values, and their rounding, by 3.4445 each, five times in each
@@ -156,13 +156,13 @@ class TestTwoProcesses:
         atol = {"adamw": 1e-6, "muon": 6 * 0.02 * gpt.training.muon.NEWTON_SCHULZ[0] ** 5 * 2.0**-24}[recipe]
         torch.testing.assert_close(one, two, rtol=1e-5, atol=atol)
 
-    def test_go_on_as_if_never_stopped(self, folder, recipe, mode):
+    def test_two_processes_resume_exactly(self, folder, recipe, mode):
         whole, again = folder / f"{recipe}-{mode}", folder / f"{recipe}-{mode}-again"
         assert lasting(whole, since=3) == lasting(again)
         one, two = checkpoint(whole), checkpoint(again)
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
-    def test_go_on_from_one_and_one_from_two(self, folder, recipe, mode):
+    def test_one_and_two_processes_resume_each_others_runs(self, folder, recipe, mode):
         expected = lasting(folder / f"{recipe}-one", since=3)
         for name in (f"{recipe}-one-{mode}", f"{recipe}-{mode}-one"):
             for a, b in zip(expected, lasting(folder / name), strict=True):
@@ -179,7 +179,7 @@ def test_another_optimizer_in_two_processes(folder, name, mode):
     assert all(torch.equal(two[key], again[key]) for key in two)
 
 
-def test_all_ranks_halve_their_micro_batches_where_one_is_out_of_memory(folder):
+def test_all_ranks_halve_their_micro_batches_if_one_is_out_of_memory(folder):
     """The last rank has room for one row, not for four; the step is that of the whole batch."""
     printed = (folder / "small-ddp/printed").read_text()
     assert re.findall(r"out of memory: .*", printed) == [
@@ -247,7 +247,7 @@ def test_a_micro_batch_without_targets_adds_zero(world, mode):
     assert all(bool(g.any()) for g in some) and not any(bool(g.any()) for g in empty)
 
 
-def test_shares_are_of_the_mean_over_ranks():
+def test_shares_are_relative_to_the_mean_over_ranks():
     class Two(World):
         def mean(self, value):
             return (value + 5.0) / 2  # the other rank has five
@@ -316,7 +316,7 @@ def test_a_signal_in_an_evaluation_stops_all_ranks_and_saves(job, tmp_path):
     assert "exitcode  : 4" in errors
 
 
-def test_all_ranks_go_back_and_give_up_together(tmp_path):
+def test_all_ranks_roll_back_and_give_up_together(tmp_path):
     """A rate so high that the first step leaves weights which the second cannot use."""
     (tmp_path / "text.txt").write_text(TEXT)
     words = flags("run", 4, "--parallel", "fsdp", "--learning-rate", "1e30", "--warmup-steps", "0")

@@ -25,14 +25,14 @@ def val_loss(run_dir: Path, step: int) -> float:
     return next(r["val_loss"] for r in read_metrics(run_dir / "metrics.jsonl") if r["step"] == step and "val_loss" in r)
 
 
-def test_it_is_evaluated_and_sampled_from(earlier, capsys):
+def test_an_earlier_run_is_evaluated_and_sampled(earlier, capsys):
     assert MAINS["train"](["--run-dir", "run", "--eval-only", "--device", "cpu"]) == 0
     assert f"step 6: validation loss {val_loss(earlier, 6):.4f} nats" in capsys.readouterr().out
     assert MAINS["sample"](["run", "--prompt", "It was", "--max-new-tokens", "8", "--device", "cpu"]) == 0
     assert len(capsys.readouterr().out.strip()) >= len("It was")
 
 
-def test_it_resumes_and_ends_as_it_did(earlier):
+def test_an_earlier_run_resumes_to_the_same_result(earlier):
     """Beyond rounding, which the order of sums on this processor decides."""
     words = ["run/config.toml", "--resume-from", "run/checkpoints/step_00000003", "--run-dir", "again"]
     assert MAINS["train"](words) == 0

@@ -18,7 +18,7 @@ def ended(capsys, main) -> tuple[int, str]:
     [lambda: torch.empty(1 << 50), lambda: np.empty(1 << 50), lambda: [0] * (1 << 50)],
     ids=["torch", "numpy", "python"],
 )
-def test_memory_that_runs_out_is_one_sentence(capsys, allocate):
+def test_out_of_memory_is_one_sentence(capsys, allocate):
     status, errors = ended(capsys, lambda: allocate() and 0)
     assert status == 2
     assert errors == "error: out of memory: lower --batch-size, --seq-len or the model's size\n"
@@ -39,7 +39,7 @@ class OutOfMemoryError(Exception):
     ],
     ids=repr,
 )
-def test_who_refuses_memory(error, is_one):
+def test_errors_that_mean_out_of_memory(error, is_one):
     assert out_of_memory(error) is is_one
 
 
@@ -50,13 +50,13 @@ def test_a_message_with_line_breaks_is_one_line(capsys):
     assert ended(capsys, main) == (2, "error: no file 'a b'\n")
 
 
-def test_a_path_that_the_system_refuses_is_one_sentence(capsys, tmp_path):
+def test_a_refused_path_is_one_sentence(capsys, tmp_path):
     name = tmp_path / ("x" * 5000)
     assert ended(capsys, lambda: name.is_dir()) == (2, f"error: cannot use {name}: File name too long\n")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(5, "Input/output error")], ids=["runtime", "os"])
-def test_the_programs_own_faults_keep_their_traceback(error):
+def test_a_bug_keeps_its_traceback(error):
     def main():
         raise error
 

@@ -61,7 +61,7 @@ def mounted(place: Path, options: str):
     [(1000, r"cannot write run/config\.toml: File too large"), (8_000, r"checkpoints/step_00000006: .*File too large")],
     ids=["at-the-config", "at-the-weights"],
 )
-def test_a_disk_that_is_full_ends_the_run_and_the_older_checkpoints_stay(run, capsys, size, message):
+def test_a_full_disk_ends_the_run_and_keeps_the_older_checkpoints(run, capsys, size, message):
     with largest_file(size):
         status = status_of("--resume", "--max-steps", "8")
     assert status == 2
@@ -83,7 +83,7 @@ def test_metrics_that_cannot_be_written_are_named(run, capsys):
     assert [r["step"] for r in read_metrics(run / "metrics.jsonl")] == [2, 2, 4, 4]
 
 
-def test_a_small_disk_that_fills_up(run, capsys):
+def test_a_small_disk_fills_up(run, capsys):
     """The checkpoints of steps 2 and 4 fit on it, and that of step 6 does not."""
     held = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
     (run.parent / "disk").mkdir()
@@ -144,7 +144,7 @@ def test_a_damaged_file_of_the_run_is_named(run, capsys, name, damage):
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == [NEWEST, OLDER]
 
 
-def test_a_manifest_without_its_files_is_passed_over(run, capsys):
+def test_a_manifest_without_its_files_is_skipped(run, capsys):
     for path in (run / "checkpoints" / NEWEST).glob("*[rs].safetensors"):
         path.unlink()
     assert status_of("--resume", "--max-steps", "2") == 0
@@ -158,7 +158,7 @@ def test_damaged_metrics_do_not_stop_a_resume(run, capsys):
     assert [r["step"] for r in read_metrics(run / "metrics.jsonl")] == [1, 6, 6]
 
 
-def test_a_deleted_shard_is_made_again(run, caplog):
+def test_a_deleted_token_file_is_rebuilt(run, caplog):
     shards = list(Path("cache").rglob("train.tokens"))
     for shard in shards:
         shard.unlink()
@@ -186,7 +186,7 @@ def test_a_second_training_in_the_same_directory_is_refused(run, capsys):
     assert (run / "metrics.jsonl").read_bytes() == metrics
 
 
-def test_a_training_that_began_meanwhile_is_not_overwritten(run, capsys, monkeypatch):
+def test_a_concurrently_started_training_is_not_overwritten(run, capsys, monkeypatch):
     """Both found the directory free; the other was done before this one came to write."""
     shutil.move(run, "aside")
     take = RunLock.take
@@ -201,7 +201,7 @@ def test_a_training_that_began_meanwhile_is_not_overwritten(run, capsys, monkeyp
     assert verify(run / "checkpoints" / NEWEST) is None
 
 
-def test_ctrl_c_within_a_save_leaves_it_whole(run, capsys, monkeypatch):
+def test_ctrl_c_during_a_save_does_not_break_it(run, capsys, monkeypatch):
     """The interrupt comes while the thread is writing step 6; the end of main waits for it."""
     begun, store = threading.Event(), saver_module.store
 

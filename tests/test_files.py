@@ -10,7 +10,7 @@ from gpt.files import decoded, path_from_text, path_to_text, utf8_path, write_wh
 STRANGE = os.fsdecode(b"a\xff\xc3\xa9\x80z")  # bytes that are not UTF-8 around one that is
 
 
-def test_a_path_of_any_bytes_is_text_and_back():
+def test_a_path_of_any_bytes_survives_encoding_as_text():
     assert path_to_text("a/é 日") == "a/é 日" and path_from_text("a/é 日") == "a/é 日"
     assert path_to_text(STRANGE) == "a\0ffé\x0080z"
     assert path_from_text("a\0ffé\x0080z") == STRANGE
@@ -18,12 +18,12 @@ def test_a_path_of_any_bytes_is_text_and_back():
 
 
 @pytest.mark.parametrize("text", ["a\0", "a\0f", "a\x007f", "a\0xx", "a\0FF", "\0ff\0"])
-def test_a_nul_that_stands_for_no_byte_is_refused(text):
+def test_a_nul_that_encodes_no_byte_is_refused(text):
     with pytest.raises(ValueError, match="a path cannot hold a NUL"):
         path_from_text(text)
 
 
-def test_a_library_gets_a_path_that_it_can_read(tmp_path):
+def test_a_library_gets_a_utf8_path(tmp_path):
     for name in ("plain", STRANGE):
         path = tmp_path / name
         path.write_text(name[0])
@@ -33,13 +33,13 @@ def test_a_library_gets_a_path_that_it_can_read(tmp_path):
     assert not os.path.exists(readable)
 
 
-def test_what_the_locale_took_for_bytes_is_utf8_again():
+def test_text_read_in_another_locale_is_decoded():
     taken = "é".encode().decode("ascii", "surrogateescape")
     assert decoded(taken + " a") == "é a"
     assert [decoded(text) for text in ("é", "\udcff", "\ud800")] == ["é", "\udcff", "\ud800"]
 
 
-def test_a_file_is_written_where_a_link_leads_and_nothing_else_is_left(tmp_path):
+def test_write_whole_follows_links_and_leaves_no_temporary_file(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "file")
     for content in (b"one", b"two"):
         write_whole(tmp_path / "link", content)

@@ -80,13 +80,13 @@ SENTENCES = [
 
 
 @pytest.mark.parametrize(("options", "sentence"), SENTENCES, ids=[next(iter(options)) for options, _ in SENTENCES])
-def test_sentences(options, sentence):
+def test_a_wrong_argument_is_one_sentence(options, sentence):
     with pytest.raises(gpt.UserError) as info:
         check_fields(Sample(**options))
     assert str(info.value) == sentence
 
 
-def test_what_is_taken_is_what_the_annotation_says():
+def test_values_are_converted_to_their_annotations():
     model = gpt.GPT(gpt.ModelConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=9, seq_len=8))
     compiled = torch.compile(model, backend="eager")
     given = {
@@ -115,7 +115,7 @@ def test_what_is_taken_is_what_the_annotation_says():
     check_fields(Sample(count=(1 << 31) - 1, seed=1 - (1 << 63), number=2**31 - 1))
 
 
-def test_a_text_of_one_read_is_not_read_twice():
+def test_an_iterator_is_not_consumed():
     """An Iterable that is not a collection is passed through unchanged."""
     texts = iter(["a"])
     assert checked(texts_of)(texts) is texts

@@ -49,7 +49,7 @@ def bad_at(monkeypatch):
     return bad_at
 
 
-def test_a_bad_step_is_left_out_and_training_goes_on(folder, capsys, bad_at):
+def test_a_bad_step_is_skipped_and_training_continues(folder, capsys, bad_at):
     bad_at(3, 4)
     assert run("--max-steps", "6", "--checkpoint-interval", "3") == 0
     records = [r for r in read_metrics(folder / "run/metrics.jsonl") if "train_loss" in r]
@@ -71,7 +71,7 @@ def test_skipped_steps_are_counted_between_logs(folder, capsys, bad_at):
 
 
 @pytest.mark.parametrize("words", [[], ["--log-interval", "9", "--max-skipped-steps", "1"]], ids=["some", "too-many"])
-def test_a_run_that_is_stopped_on_a_bad_step_takes_one_more_and_saves(folder, capsys, bad_at, monkeypatch, words):
+def test_a_stop_on_a_bad_step_waits_for_a_good_one_to_save(folder, capsys, bad_at, monkeypatch, words):
     """Also where so many are too many: an undisturbed run has not looked at them, and does not go back."""
     bad_at(3, 4)
     advance = Monitor.advance
@@ -82,7 +82,7 @@ def test_a_run_that_is_stopped_on_a_bad_step_takes_one_more_and_saves(folder, ca
 
 
 @pytest.mark.parametrize(("limit", "end"), [(3, 6), (4, 7)])
-def test_training_gives_up_after_so_many_in_a_row(folder, capsys, bad_at, limit, end):
+def test_training_gives_up_after_too_many_bad_steps(folder, capsys, bad_at, limit, end):
     bad_at(1, *range(4, 100))
     assert (
         run(
@@ -97,7 +97,7 @@ def test_training_gives_up_after_so_many_in_a_row(folder, capsys, bad_at, limit,
 
 
 @pytest.mark.parametrize("sound", [True, False], ids=["sound", "unsound"])
-def test_a_run_that_ends_on_a_bad_step_is_as_good_as_its_weights(folder, capsys, bad_at, monkeypatch, sound):
+def test_a_last_bad_step_succeeds_only_if_the_validation_loss_is_finite(folder, capsys, bad_at, monkeypatch, sound):
     """Which the validation loss tells."""
     bad_at(5)
     if not sound:
@@ -115,7 +115,7 @@ def test_a_run_that_ends_on_a_bad_step_is_as_good_as_its_weights(folder, capsys,
         assert not (folder / "run/checkpoints").exists()
 
 
-def test_a_run_that_ends_on_a_bad_step_saves_no_weights_that_are_not_finite(folder, capsys, bad_at, monkeypatch):
+def test_a_last_bad_step_saves_no_weights_that_are_not_finite(folder, capsys, bad_at, monkeypatch):
     """Whatever the validation loss is: that of a token which the validation text lacks is not in it."""
     bad_at(5)
     monkeypatch.setattr("gpt.training.verdict.all_finite", lambda *args: False)
@@ -124,7 +124,7 @@ def test_a_run_that_ends_on_a_bad_step_saves_no_weights_that_are_not_finite(fold
     assert not (folder / "run/checkpoints").exists()
 
 
-def test_a_run_that_ends_on_a_bad_step_with_bad_weights_goes_back_while_it_may(folder, capsys, bad_at, monkeypatch):
+def test_a_last_bad_step_with_bad_weights_rolls_back(folder, capsys, bad_at, monkeypatch):
     bad_at(5)
     losses = iter([math.nan, 1.0])
     monkeypatch.setattr("gpt.training.due.evaluate", lambda *args: {"val_loss": next(losses), "bits_per_byte": 1.0})
@@ -133,7 +133,7 @@ def test_a_run_that_ends_on_a_bad_step_with_bad_weights_goes_back_while_it_may(f
     assert {path.name for path in (folder / "run/checkpoints").iterdir()} >= {"step_00000005", "best_00000005"}
 
 
-def test_a_validation_loss_that_is_not_finite_is_not_written_as_one(folder, capsys, monkeypatch):
+def test_a_validation_loss_that_is_not_finite_is_left_out_of_the_metrics(folder, capsys, monkeypatch):
     """NaN is not JSON; and it is never the best."""
     monkeypatch.setattr("gpt.training.due.evaluate", lambda *args: {"val_loss": math.nan, "bits_per_byte": math.inf})
     assert run("--max-steps", "5") == 0
@@ -144,7 +144,7 @@ def test_a_validation_loss_that_is_not_finite_is_not_written_as_one(folder, caps
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("which", ["loss", "grad_norm"])
-def test_either_number_decides(which, bad):
+def test_loss_and_norm_must_both_be_finite(which, bad):
     guard, fine = Guard(torch.device("cpu")), torch.tensor(1.5)
     numbers = {"loss": fine, "grad_norm": fine, which: torch.tensor(bad)}
     assert guard.update(fine, fine).item() == 0
@@ -178,7 +178,7 @@ NAN, INF = math.nan, math.inf
         ),
     ],
 )
-def test_what_a_reading_says(reading, fault, said, record):
+def test_a_reading_reports_its_fault_and_the_skipped_steps(reading, fault, said, record):
     assert fault is None or reading.fault == fault
     assert reading.note(7) == (said and f"step 7: skipped 2 of the last steps: {said}")
     assert reading.record(0) == record
@@ -186,13 +186,13 @@ def test_what_a_reading_says(reading, fault, said, record):
 
 
 @pytest.mark.parametrize(("asked", "stopping"), [(None, False), (0.0, False), (1.0, True), (2.0, True)])
-def test_a_reading_tells_whether_any_rank_was_asked_to_stop(asked, stopping):
+def test_a_reading_tells_whether_a_rank_was_told_to_stop(asked, stopping):
     guard, fine = Guard(torch.device("cpu")), torch.tensor(1.5)
     guard.update(fine, fine, None if asked is None else torch.tensor(asked))
     assert guard.read() == Reading(1.5, 1.5, 0, 0, stopping)
 
 
-def test_the_loss_scale_moves_as_torchs_own():
+def test_the_loss_scale_equals_that_of_torchs_grad_scaler():
     found = [0, 1, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0]
     ours = LossScale(torch.device("cpu"), enabled=True)
     ours.GROWTH_INTERVAL = 3
@@ -248,7 +248,7 @@ class WaitsInPython(TorchFunctionMode):
     ],
     ids=["adamw-average", "muon-spikes", "float16"],
 )
-def test_steps_between_logs_wait_for_no_device(folder, capsys, monkeypatch, words):
+def test_steps_between_logs_do_not_wait_for_the_device(folder, capsys, monkeypatch, words):
     waits, at = Waits(), []
     monkeypatch.setattr(Monitor, "advance", lambda self, step: at.append(waits.count))
     intervals = ["--log-interval", "4", "--eval-interval", "100", "--checkpoint-interval", "100", "--max-steps", "9"]

@@ -28,12 +28,12 @@ def test_every_entry_is_in_the_second_list():
     assert len(SHEETS) == len(PEAK_TFLOPS)
 
 
-def test_words_are_whole():
+def test_only_whole_words_of_a_device_name_match():
     """An A100X, or an H1000, is not known."""
     assert [peak_of(name) for name in ("NVIDIA A100X", "NVIDIA H1000", "RTX", "")] == [None] * 4
 
 
-def test_a_gpu_is_asked_for_its_name(monkeypatch):
+def test_the_peak_is_looked_up_by_the_gpus_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"NVIDIA H100 PCIe {device.index}")
     assert peak_flops(torch.device("cuda", 1)) == 756e12
     assert peak_flops(torch.device("cpu")) is None

@@ -31,7 +31,7 @@ def start(tmp_path, *words, name="run"):
 
 
 @pytest.mark.parametrize("kind", ["run", "hf"])
-def test_training_begins_with_the_weights(tiny_run, tmp_path, kind):
+def test_training_starts_from_the_given_weights(tiny_run, tmp_path, kind):
     source = tiny_run
     before, tokenizer = gpt.load(tiny_run, "cpu")
     if kind == "hf":

@@ -50,7 +50,7 @@ def open_files() -> int:
 
 
 @pytest.mark.parametrize("text", ["", "\xff\n"], ids=["unnamed", "garbage"])
-def test_a_holder_without_a_name_is_refused_as_well(tmp_path, text):
+def test_a_lock_without_a_process_id_is_respected(tmp_path, text):
     """A full disk keeps the name out of the file; the lock holds."""
     with RunLock(tmp_path) as lock:
         lock.take()
@@ -61,14 +61,14 @@ def test_a_holder_without_a_name_is_refused_as_well(tmp_path, text):
         assert open_files() == before
 
 
-def test_the_name_is_the_last_holders(tmp_path):
+def test_the_lock_names_its_last_holder(tmp_path):
     (tmp_path / ".lock").write_text("a much longer name than a number\n")
     with RunLock(tmp_path) as lock:
         lock.take()
         assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
 
 
-def test_a_file_system_without_locks_is_warned_about(tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -86,7 +86,7 @@ def test_a_directory_that_cannot_be_locked_is_named(tmp_path):
         RunLock(tmp_path / "x").take()
 
 
-def test_no_lock_without_a_directory_or_where_the_system_has_none(tmp_path, monkeypatch):
+def test_no_lock_without_a_directory_or_fcntl(tmp_path, monkeypatch):
     with RunLock(None) as lock:
         assert lock.take() is False
     monkeypatch.setattr(module, "fcntl", None)

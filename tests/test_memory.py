@@ -32,7 +32,7 @@ def held_while(call) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("N", "V", "C"), [(350, 50304, 8), (1000, 20001, 8), (72, 300_000, 64)], ids=str)
-def test_what_the_loss_works_in(N, V, C, dtype):
+def test_the_workspace_of_the_loss(N, V, C, dtype):
     """Several chunks, one, and a product of the weight's size that is larger than the chunk's copies."""
     x, weight = (torch.randn(rows, C, requires_grad=True) for rows in (N, V))
     targets = torch.randint(V, (N,))
@@ -63,7 +63,7 @@ def test_a_plan_has_the_loss_of_its_micro_batch_in_its_dtype():
 
 
 @reads_proc
-def test_the_process_is_counted_where_its_memory_is_the_device_s():
+def test_process_memory_counts_on_a_cpu():
     before = process_bytes(CPU)
     block = torch.ones(16 << 20)
     assert 60 << 20 < process_bytes(CPU) - before < 70 << 20 < before
@@ -86,14 +86,14 @@ print(before - process_bytes(torch.device("cpu")))
 
 @reads_proc
 @pytest.mark.parametrize(("mode", "MiB"), [("give back", 124), ("keep", 0)])
-def test_freed_memory_goes_back(mode, MiB):
+def test_freed_memory_is_returned_to_the_system(mode, MiB):
     """All of it; without the call it stays, so that the test can fail."""
     done = subprocess.run([sys.executable, "-c", HEAP, mode], capture_output=True, text=True, check=True)
     assert abs((int(done.stdout) >> 20) - MiB) < 10
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_recomputation_on_a_cpu_gives_back_what_is_freed(recompute, tmp_path, monkeypatch):
+def test_activation_checkpointing_on_a_cpu_returns_freed_memory(recompute, tmp_path, monkeypatch):
     calls = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("gpt.training.start.give_back_freed_memory", lambda: calls.append(1))

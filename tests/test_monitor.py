@@ -22,7 +22,7 @@ def monitor_in(folder, **options) -> Monitor:
     return Monitor(load_config(["--run-dir", str(folder), "--max-steps", "20"]), **options)
 
 
-def test_resume_drops_later_records_and_a_line_cut_short(tmp_path, capsys):
+def test_resume_removes_later_records_and_a_truncated_line(tmp_path, capsys):
     monitor = monitor_in(tmp_path)
     for step in (1, 2, 3):
         monitor.log(record(step, train_loss=1.0 / step))
@@ -79,7 +79,7 @@ def test_the_plot_draws_the_smoothed_curve_in_front_of_single_steps(tmp_path):
     assert rows.max() > 300 and 3 <= (rows > 0).sum() < 40  # of 450
 
 
-def test_a_curve_keeps_few_points_of_many_and_their_mean():
+def test_a_curve_averages_its_points_at_the_limit():
     curve, few = Curve(), Curve()
     for step in range(3 * LIMIT + 1):
         curve.add(step, float(step % 7))
@@ -101,7 +101,7 @@ def test_the_smoothed_curve_is_the_mean_of_a_twentieth_of_the_points():
     assert smooth[99] == pytest.approx((97**2 + 98**2 + 99**2) / 3)
 
 
-def test_twice_the_records_take_no_more_memory(tmp_path, capsys):
+def test_memory_does_not_grow_with_the_records(tmp_path, capsys):
     """In the run and when it is resumed: both curves have the same number of points. 20,000 records take megabytes."""
     line = json.dumps(record(1, train_loss=1.0, grad_norm=1.0, learning_rate=0.1)) + "\n"
 
@@ -123,7 +123,7 @@ def test_twice_the_records_take_no_more_memory(tmp_path, capsys):
     assert peak(40_000) < peak(20_000) + 500_000
 
 
-def test_metrics_shorter_than_was_saved_are_cut_at_the_first_later_step(tmp_path, capsys):
+def test_shortened_metrics_are_cut_at_the_first_later_step(tmp_path, capsys):
     """The last line kept may have lost its line end."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "train_loss": 2.0}\n{"step": 2}')
@@ -133,7 +133,7 @@ def test_metrics_shorter_than_was_saved_are_cut_at_the_first_later_step(tmp_path
         assert path.read_bytes()[-1:] == (b"\n" if kept else b"")
 
 
-def test_an_empty_run_still_draws(tmp_path):
+def test_an_empty_run_is_plotted(tmp_path):
     plot_losses(Losses(), tmp_path / "loss.png", "run")
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
@@ -154,7 +154,7 @@ def test_metrics_are_json_lines(tmp_path, capsys):
     assert json.loads(line).keys() == {"step", "tokens", "tokens_per_second", "train_loss", "seconds"}
 
 
-def test_a_resumed_run_goes_on_with_its_wandb_run(tmp_path, capsys, monkeypatch):
+def test_a_resumed_run_continues_its_wandb_run(tmp_path, capsys, monkeypatch):
     calls = []
 
     def init(**options):
@@ -172,7 +172,7 @@ def test_a_resumed_run_goes_on_with_its_wandb_run(tmp_path, capsys, monkeypatch)
     assert [(call["id"], call["resume"]) for call in calls] == [(None, None), ("new1", "allow")]
 
 
-def test_metrics_beyond_the_saved_length_are_cut_off(tmp_path, capsys):
+def test_metrics_beyond_the_saved_length_are_removed(tmp_path, capsys):
     monitor = monitor_in(tmp_path)
     monitor.log(record(2, train_loss=0.5))
     length = monitor.state()["metrics_bytes"]

@@ -99,7 +99,7 @@ def test_a_terminal_gets_a_bar_instead_of_lines(tmp_path, capsys, on_a_terminal)
     assert "step" in output and "5/100" in output and "step 7/100: " not in output
 
 
-def test_a_pipe_hears_of_an_evaluation_after_a_while(tmp_path, capsys, monkeypatch):
+def test_a_long_evaluation_is_reported_on_a_pipe(tmp_path, capsys, monkeypatch):
     monitor = monitor_in(tmp_path)
     seconds = iter([0.0, 0.0, 10.0, 10.0])
     monkeypatch.setattr(monitor.ticker, "_clock", lambda: next(seconds))
@@ -120,7 +120,7 @@ def test_nothing_to_say_prints_nothing_and_a_long_line_is_not_broken(tmp_path, c
 
 
 @pytest.mark.parametrize("name", ["kernels.attention", "gpt.corpus"])
-def test_what_the_program_logs_is_said_above_the_bar_until_the_end(tmp_path, capsys, name):
+def test_log_messages_are_printed_above_the_bar(tmp_path, capsys, name):
     monitor = monitor_in(tmp_path)
     logging.getLogger(name).info("%d [tables]", 3)
     logging.getLogger(name).debug("a detail")
@@ -129,7 +129,7 @@ def test_what_the_program_logs_is_said_above_the_bar_until_the_end(tmp_path, cap
     assert capsys.readouterr().out == "3 [tables]\n"
 
 
-def test_a_disk_that_takes_half_a_line_is_full(tmp_path, capsys):
+def test_a_half_written_line_means_a_full_disk(tmp_path, capsys):
     monitor = monitor_in(tmp_path)
     monitor.file.close()
     monitor.file = types.SimpleNamespace(write=lambda line: len(line) - 1, close=lambda: None)
@@ -146,7 +146,7 @@ def test_records_end_at_the_first_line_that_is_invalid(tmp_path, line):
     assert list(metrics_lines(tmp_path / "none")) == []
 
 
-def test_what_was_written_is_named(tmp_path, capsys):
+def test_written_files_are_listed(tmp_path, capsys):
     """The newest and the best checkpoint, and only what is there of a trace."""
     monitor = monitor_in(tmp_path)
     always = ["config.toml", "tokenizer.json", "corpus.json", "run.json", "metrics.jsonl", "loss.png"]
@@ -161,7 +161,7 @@ def test_what_was_written_is_named(tmp_path, capsys):
     monitor.close()
 
 
-def test_a_picture_that_cannot_be_drawn_is_said(tmp_path, capsys, monkeypatch):
+def test_a_failed_plot_is_reported(tmp_path, capsys, monkeypatch):
     def refuse(*arguments):
         raise OSError(28, "No space left on device")
 
@@ -187,7 +187,7 @@ def test_a_name_that_is_not_utf8_can_be_shown(tmp_path, monkeypatch):
     assert title_of(type(tmp_path)(".")) == tmp_path.name
 
 
-def test_other_ranks_say_and_keep_nothing(capsys):
+def test_other_ranks_report_nothing(capsys):
     silent = SilentMonitor()
     silent.say("text"), silent.advance(1), silent.log({"step": 1}), silent.rewind(0), silent.close()
     assert silent.state() == {} and capsys.readouterr().out == ""
@@ -248,7 +248,7 @@ def test_wandb_gets_the_options_and_every_number(tmp_path, capsys, monkeypatch, 
     assert wandb.finished == 1
 
 
-def test_wandb_that_does_not_start_says_what_to_do(tmp_path, monkeypatch, wandb):
+def test_a_failed_wandb_start_says_what_to_do(tmp_path, monkeypatch, wandb):
     config = load_config(["--run-dir", str(tmp_path), "--wandb", "online"])
     wandb.failure = "no network"
     with pytest.raises(UserError, match=r"wandb online could not start \(no network\): try --wandb offline, or off"):
@@ -291,7 +291,7 @@ def test_reading_a_corpus_has_a_bar_for_each_stage_on_a_terminal(monkeypatch, on
     assert ("2.0/5.0 MB" in screen.getvalue()) is terminal
 
 
-def test_a_corpus_that_is_not_read_imports_and_shows_nothing():
+def test_without_reading_a_corpus_no_bar_is_imported():
     with CorpusProgress() as progress:
         pass
     assert progress.progress is None

@@ -124,7 +124,7 @@ def test_muon_leaves_weights_without_a_gradient_alone():
     assert still.equal(torch.eye(3)) and not moved.equal(torch.eye(3))
 
 
-def test_muon_treats_queries_keys_and_values_apart():
+def test_muon_orthogonalises_queries_keys_and_values_separately():
     grad = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
     whole, parts = torch.nn.Parameter(torch.zeros(24, 8)), [torch.nn.Parameter(torch.zeros(n, 8)) for n in (16, 4, 4)]
     whole.grad = grad.clone()
@@ -136,7 +136,7 @@ def test_muon_treats_queries_keys_and_values_apart():
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 6), (2, 5, 12), (2, 3, 4, 4)], ids=str)
-def test_muon_treats_the_matrices_of_a_stack_apart(shape):
+def test_muon_orthogonalises_the_matrices_of_a_stack_separately(shape):
     """As the weights of experts are: each moves as it would alone."""
     start, grads = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).split((1, 2))
     stack = torch.nn.Parameter(start[0].clone())
@@ -273,7 +273,7 @@ def test_the_average_is_the_weighted_sum_of_all_weights():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_with_found_inf_never_was(optimizer):
+def test_a_step_with_found_inf_changes_nothing(optimizer):
     """Whatever the gradients are: weights, moments and step counts stay, bit for bit."""
     config = OptimConfig(optimizer=optimizer, weight_decay=0.1)
     one, two = tiny_model(), tiny_model()

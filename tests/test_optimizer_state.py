@@ -58,7 +58,7 @@ def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> N
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_skipped_step_never_was(name):
+def test_a_skipped_step_changes_nothing(name):
     """Whatever the gradients are: before the first step, between two, and after the last."""
     (one, bad), (two, good) = (
         (model, MAKERS[name](list(model.parameters()))) for model in (tiny_model(), tiny_model())
@@ -92,7 +92,7 @@ def test_a_resumed_training_is_bit_equal(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sgd-momentum", "adam-amsgrad", "rmsprop", "nadam", "lion-without-count"])
-def test_after_its_first_step_no_step_waits_for_the_device(name):
+def test_only_the_first_step_waits_for_the_device(name):
     model = tiny_model()
     optimizer = MAKERS[name](list(model.parameters()))
     step(model, optimizer, 1)
@@ -105,13 +105,13 @@ def test_after_its_first_step_no_step_waits_for_the_device(name):
         assert alone == waits.count
 
 
-def test_who_skips_by_itself():
+def test_optimizers_that_support_found_inf():
     weights = [torch.nn.Parameter(torch.zeros(2, 2))]
     skips = {"muon": Muon(weights, lr=0.1), **{name: maker(weights) for name, maker in MAKERS.items()}}
     assert {name for name, optimizer in skips.items() if skips_by_itself(optimizer)} == {"muon", "adamw-fused-amsgrad"}
 
 
-def test_states_are_made_without_moving_a_weight():
+def test_begin_states_does_not_change_the_weights():
     model = tiny_model()
     before = [p.detach().clone() for p in model.parameters()]
     for name, maker in MAKERS.items():
@@ -129,7 +129,7 @@ def test_states_are_made_without_moving_a_weight():
                 p.grad = None
 
 
-def test_states_of_a_group_are_as_they_were_when_those_of_weights_are_made():
+def test_begin_states_does_not_change_group_states():
     model = tiny_model()
     optimizer = Counting(model.parameters(), quiet=False)
     for number in (1, 2, 3):
@@ -206,7 +206,7 @@ def test_states_of_a_group_that_do_not_fit_are_refused(name, value, message):
         restore_optimizers(model, [optimizer], saved | {name: value})
 
 
-def test_a_state_that_no_checkpoint_can_hold_is_named():
+def test_a_state_that_a_checkpoint_cannot_hold_is_named():
     model = tiny_model()
     sgd = MAKERS["sgd"](model.parameters())
     sgd.state[model.embed.weight]["seen"] = ["a list"]

@@ -27,7 +27,7 @@ def config_of(preset: str, **options) -> Config:
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_memory_is_that_of_the_real_thing(preset, optimizer):
+def test_planned_memory_equals_that_of_a_real_step(preset, optimizer):
     """Weights and optimizer by what is there after a step; activations by what autograd keeps of real tensors."""
     config = config_of(preset, optimizer=optimizer)
     planned = memory_of(config, CPU)
@@ -45,7 +45,7 @@ def test_memory_is_that_of_the_real_thing(preset, optimizer):
 
 
 @pytest.mark.parametrize("packing", ["documents", "best_fit"])
-def test_activations_of_documents_that_are_kept_apart(packing):
+def test_activations_with_packed_documents(packing):
     """More than a stream's: positions and segments are kept too, of each row."""
     config = config_of("modern")
     config = replace(config, data=replace(config.data, packing=packing))
@@ -58,7 +58,7 @@ def test_activations_of_documents_that_are_kept_apart(packing):
     [{"window": 7, "seq_len": 51}, {"position": "alibi", "seq_len": 52}, {"window": 5, "window_pattern": "SL"}],
     ids=["window", "alibi", "pattern"],
 )
-def test_activations_of_masks_that_are_kept(options):
+def test_activations_include_saved_masks(options):
     """Planned before the mask was ever made, and after."""
     config = config_of("modern")
     config = replace(config, model=replace(config.model, **options))
@@ -66,7 +66,7 @@ def test_activations_of_masks_that_are_kept(options):
     assert planned == saved_bytes(GPT(config.model), 3, "float32") == memory_of(config, CPU).activations
 
 
-def test_memory_of_the_average_of_shards_and_of_recomputation():
+def test_memory_with_average_shards_and_checkpointing():
     plain, more = config_of("modern"), config_of("modern", ema_decay=0.9)
     few = Config(model=plain.model, train=replace(plain.train, activation_checkpointing=True, parallel="fsdp"))
     one, average, two = memory_of(plain, CPU), memory_of(more, CPU), memory_of(few, CPU, 2)
@@ -75,7 +75,7 @@ def test_memory_of_the_average_of_shards_and_of_recomputation():
     assert one.activations / 2 < two.activations < one.activations
 
 
-def test_recomputation_keeps_what_each_block_begins_with_once():
+def test_checkpointing_saves_each_blocks_input_once():
     """Its input, and the vectors of value embeddings, which two blocks share."""
     config, kept = config_of("modern").model, []
     for layers, tables in ((2, 0), (4, 0), (4, 2)):
@@ -124,7 +124,7 @@ def test_describe(monkeypatch):
     assert duration(flops / 0.4e9) in describe(config, CPU, train_tokens=10_000).splitlines()[-1]
 
 
-def test_the_whole_plan_of_a_small_run(monkeypatch):
+def test_the_plan_of_a_small_run(monkeypatch):
     """Every number, counted by hand: 3 blocks of width 16 with biases, a tied vocabulary of 70,000, 16 positions."""
     model = ModelConfig(**PRESETS["gpt2"], n_layer=3, n_head=2, n_embd=16, seq_len=16, vocab_size=70_000)
     train = TrainConfig(batch_size=3, grad_accum_steps=2, max_steps=100, dtype="float32")
@@ -157,12 +157,12 @@ def test_the_whole_plan_of_a_small_run(monkeypatch):
     ]
 
 
-def test_memory_in_words_leaves_out_what_takes_none():
+def test_memory_leaves_out_zeros():
     assert str(Memory(1 << 20, 2 << 20, 0, 3 << 30, 0)) == "weights 1.0 MiB, gradients 2.0 MiB, average 3.00 GiB"
 
 
 @pytest.mark.parametrize("rows", [2, 3, 4, 6, 7, 9, 10, 15, 25, 35])
-def test_fewer_rows_are_the_most_that_divide_them(rows):
+def test_fewer_rows_is_the_largest_divisor_up_to_half(rows):
     config = config_of("gpt2")
     most = max(n for n in range(1, rows) if rows % n == 0)
     assert fewer_rows(rows, config, CPU) == fewer_rows(rows, config, CPU, 2, agreed=True) == most
@@ -170,7 +170,7 @@ def test_fewer_rows_are_the_most_that_divide_them(rows):
         fewer_rows(rows, config, CPU, 2)
 
 
-def test_one_row_that_is_too_much_says_what_it_needs():
+def test_out_of_memory_with_one_row_is_explained():
     config = config_of("gpt2", ema_decay=0.9)  # of 3 rows of 48
     one = replace(config, train=replace(config.train, batch_size=1, parallel="fsdp"))
     with pytest.raises(UserError) as alone:
@@ -183,7 +183,7 @@ def test_one_row_that_is_too_much_says_what_it_needs():
     assert f"which need about {memory_of(one, CPU, 2)} and" in str(shared.value)
 
 
-def test_numbers_as_people_say_them():
+def test_bytes_and_seconds_are_formatted_for_people():
     seconds = {0.2: "1 s", 119: "119 s", 120: "2.0 min", 121: "2.0 min", 7199: "120.0 min", 7200: "2.0 h"}
     seconds |= {172_799: "48.0 h", 172_800: "2.0 days", 200_000: "2.3 days"}
     assert {n: duration(n) for n in seconds} == seconds
@@ -222,7 +222,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_dry_run_says_the_plan_and_touches_no_run(folder, capsys):
+def test_a_dry_run_prints_the_plan_and_writes_nothing(folder, capsys):
     assert status_of("--dry-run", "--max-steps", "7") == 0
     output = capsys.readouterr().out
     assert "in 7 steps of 64" in output and output.startswith("parameters")

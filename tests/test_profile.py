@@ -41,7 +41,7 @@ def test_a_run_that_ends_before_the_trace_says_so(tmp_path, taken):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_steps_asked_for(tmp_path):
+def test_without_profile_steps_nothing_happens(tmp_path):
     assert trace(tmp_path, 0, 5) == ([], [])
     assert list(tmp_path.iterdir()) == []
 

@@ -5,7 +5,7 @@ import pytest
 from gpt.training.progress import Progress
 
 
-def test_what_a_checkpoint_holds_is_taken():
+def test_load_takes_all_values_of_a_checkpoint():
     progress = Progress()
     best = {"step": 3, "val_loss": 1.5}
     state = {"step": 7, "tokens": 50, "best": best, "evaluations_since_best": 2, "skipped": 4}
@@ -13,7 +13,7 @@ def test_what_a_checkpoint_holds_is_taken():
     assert progress == Progress(step=7, tokens=50, best=best, evaluations_since_best=2, skipped=4)
 
 
-def test_what_an_older_checkpoint_does_not_hold_begins_anew():
+def test_load_starts_values_missing_in_an_old_checkpoint_afresh():
     progress = Progress(best={"step": 1, "val_loss": 9.0}, evaluations_since_best=5, skipped=6)
     progress.load({"step": 7}, tokens_per_step=10)
     assert progress == Progress(step=7, tokens=70)
@@ -37,7 +37,7 @@ def test_patience_counts_evaluations(patience, since, ends):
     assert Progress(evaluations_since_best=since).without_progress(patience) is ends
 
 
-def test_the_end_is_said_with_the_best():
+def test_the_patience_note_names_the_best_step():
     progress = Progress(step=9, best={"step": 3, "val_loss": 1.23456}, evaluations_since_best=2)
     assert progress.patience_note() == "step 9: 2 evaluations gave no lower validation loss than 1.2346 of step 3"
     assert Progress(step=9, evaluations_since_best=2).patience_note().endswith("than infinity")

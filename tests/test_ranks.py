@@ -44,7 +44,7 @@ def test_all_differences_are_in_one_sentence():
         check_alike(Together('{"a": "1"}', '{"a": "2"}', "{}"), {})
 
 
-def test_the_weights_are_told_by_twelve_digits_of_a_hash():
+def test_weights_are_compared_by_a_hash():
     """Of the sums of their bits, taken as whole numbers."""
     model = torch.nn.Linear(2, 2)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_the_weights_are_told_by_twelve_digits_of_a_hash():
     assert weight_facts(model) == {"initial weights": hashlib.sha256(words.encode()).hexdigest()[:12]}
 
 
-def test_every_option_that_decides_a_training_is_compared():
+def test_every_option_that_affects_training_is_compared():
     config = load_config(other_flags())
     facts = start_facts(config)
     names = {option.name for part in fields(Config) for option in fields(getattr(config, part.name))}
@@ -74,7 +74,7 @@ def test_every_option_that_decides_a_training_is_compared():
     assert {k for k, v in start_facts(other).items() if facts[k] != v} == {"--learning-rate"}
 
 
-def test_another_version_of_the_code_is_seen(tmp_path, monkeypatch):
+def test_another_version_of_the_code_is_detected(tmp_path, monkeypatch):
     for path in ("gpt/a.py", "kernels/b.py", "train.py"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text("x = 1\n")
@@ -89,7 +89,7 @@ def test_another_version_of_the_code_is_seen(tmp_path, monkeypatch):
     assert len(set(seen)) == 4
 
 
-def test_text_tokenizer_and_checkpoint_are_seen(tmp_path, make):
+def test_another_text_tokenizer_or_checkpoint_is_detected(tmp_path, make):
     for name, text in (("a", TEXT), ("b", TEXT.replace("hill", "lane")), ("c", TEXT + "?")):
         (tmp_path / f"{name}.txt").write_text(text)
     checkpoint = tmp_path / "step_00000001"
@@ -104,7 +104,7 @@ def test_text_tokenizer_and_checkpoint_are_seen(tmp_path, make):
     assert data_facts(make(tmp_path / "a.txt"), None)["checkpoint"] == "none"
 
 
-def test_one_bit_of_a_weight_is_seen():
+def test_one_bit_of_a_weight_is_detected():
     model = GPT(replace(load_config(other_flags()).model, vocab_size=11))
     before = weight_facts(model)
     assert weight_facts(model) == before
@@ -131,7 +131,7 @@ RANKS_DIFFER = {
 }
 
 
-def test_two_ranks_that_differ_both_say_so(tmp_path):
+def test_two_different_ranks_both_report_it(tmp_path):
     """One start for each kind, all at once; rank 1 runs a command of its own, with a cache of its own."""
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "other.txt").write_text(TEXT.replace("up the hill", "to the mill"))

@@ -82,7 +82,7 @@ def bad_rows(monkeypatch):
 BACK = ["--max-skipped-steps", "2", "--max-steps", "8", "--checkpoint-interval", "3"]
 
 
-def test_a_run_goes_back_and_on_with_other_data(bad_rows, capsys):
+def test_a_rollback_continues_with_other_data(bad_rows, capsys):
     assert run(*BACK) == 0
     assert "step 6: the loss is nan; rollback 1: continuing from step 3 with other data" in capsys.readouterr().out
     assert len(bad_rows) == 2  # not met again
@@ -95,7 +95,7 @@ def test_a_run_goes_back_and_on_with_other_data(bad_rows, capsys):
 
 
 @pytest.mark.parametrize("step", [3, 6])
-def test_a_run_that_went_back_resumes_exactly(bad_rows, capsys, step):
+def test_a_run_resumes_exactly_after_a_rollback(bad_rows, capsys, step):
     """From before it went back, which it then does again, and from after."""
     assert run(*BACK, "--keep-checkpoints", "9") == 0
     whole, metrics = weights_of("run", 8), lasting()
@@ -108,7 +108,7 @@ def test_a_run_that_went_back_resumes_exactly(bad_rows, capsys, step):
 
 
 @pytest.mark.parametrize("limit", [0, 2])
-def test_a_run_that_goes_back_too_often_gives_up(monkeypatch, capsys, limit):
+def test_a_run_gives_up_after_too_many_rollbacks(monkeypatch, capsys, limit):
     calls = []
     replace_loss(monkeypatch, lambda x, loss: calls.append(1) or (loss * math.nan if len(calls) > 2 else loss))
     words = ["--max-skipped-steps", "2", "--max-steps", "20", "--max-rollbacks", str(limit)]
@@ -120,13 +120,13 @@ def test_a_run_that_goes_back_too_often_gives_up(monkeypatch, capsys, limit):
     assert checkpoints() == ["step_00000002"]
 
 
-def test_without_a_checkpoint_there_is_nothing_to_go_back_to(monkeypatch, capsys):
+def test_a_rollback_needs_a_checkpoint(monkeypatch, capsys):
     replace_loss(monkeypatch, lambda x, loss: loss * math.nan)
     assert run("--max-skipped-steps", "1", "--max-steps", "20") == 3
     assert "training gives up; nothing was saved" in capsys.readouterr().out
 
 
-def test_a_damaged_checkpoint_is_not_gone_back_to(monkeypatch, capsys):
+def test_a_rollback_refuses_a_damaged_checkpoint(monkeypatch, capsys):
     calls = []
     replace_loss(monkeypatch, lambda x, loss: calls.append(1) or (loss * math.nan if len(calls) > 2 else loss))
     monkeypatch.setattr("gpt.training.verdict.verify", lambda checkpoint: f"{checkpoint} is damaged")
@@ -137,7 +137,7 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(monkeypatch, capsys):
 # Spikes.
 
 
-def test_a_spike_is_far_above_the_last_losses_that_were_taken():
+def test_a_spike_is_far_above_the_recent_losses():
     guard, norm = Guard(torch.device("cpu"), spike_threshold=6.0), torch.tensor(1.0)
     skipped = lambda loss: bool(guard.update(torch.tensor(loss), norm))
     noisy = [3.0 + 0.1 * math.sin(7.0 * i) for i in range(15)]
@@ -164,7 +164,7 @@ def test_the_window_forgets_and_a_flat_loss_has_no_spikes():
     assert guard.update(torch.tensor(2.05), norm) == 0 and guard.update(torch.tensor(2.2), norm) == 1
 
 
-def test_a_step_with_a_spike_is_left_out(monkeypatch, capsys):
+def test_a_step_with_a_spike_is_skipped(monkeypatch, capsys):
     calls = []
     replace_loss(monkeypatch, lambda x, loss: calls.append(1) or (loss * 50 if len(calls) in (19, 22) else loss))
     assert run("--max-steps", "22", "--spike-threshold", "8", "--checkpoint-interval", "18") == 0
@@ -182,7 +182,7 @@ def test_a_step_with_a_spike_is_left_out(monkeypatch, capsys):
     assert all(torch.equal(w, whole[name]) for name, w in weights_of("run", 22).items())
 
 
-def test_without_the_option_a_spike_is_a_step(monkeypatch, capsys):
+def test_without_the_option_a_spike_is_not_skipped(monkeypatch, capsys):
     calls = []
     replace_loss(monkeypatch, lambda x, loss: calls.append(1) or (loss * 50 if len(calls) == 19 else loss))
     assert run("--max-steps", "20") == 0
@@ -194,7 +194,7 @@ def test_without_the_option_a_spike_is_a_step(monkeypatch, capsys):
 WORSE = ["--eval-interval", "2", "--max-steps", "40", "--schedule", "constant", "--patience", "2"]
 
 
-def test_training_ends_when_the_validation_loss_no_longer_falls(capsys):
+def test_patience_ends_training_when_the_validation_loss_stops_falling(capsys):
     assert run(*WORSE, "--max-steps", "2") == 0
     assert run(*WORSE, "--resume", "--learning-rate", "2.0") == 0
     losses = {r["step"]: r["val_loss"] for r in lasting() if "val_loss" in r}
@@ -226,14 +226,14 @@ def test_patience_is_in_the_checkpoint(capsys):
 
 
 @pytest.mark.parametrize(("seconds", "end"), [(89.9, 3), (90.1, 1)])
-def test_a_time_limit_is_in_minutes_of_the_process(capsys, monkeypatch, seconds, end):
+def test_the_time_limit_counts_minutes_from_the_start_of_the_process(capsys, monkeypatch, seconds, end):
     monkeypatch.setattr("gpt.stop.process_seconds", lambda: seconds)
     assert run("--max-steps", "3", "--max-minutes", "1.5") == (0 if end == 3 else 4)
     assert ("stopped by its limit of 1.5 minutes after step 1" in capsys.readouterr().out) == (end == 1)
     assert f"step_{end:08d}" in checkpoints()
 
 
-def test_a_time_limit_saves_and_resume_goes_on(capsys, monkeypatch):
+def test_a_time_limit_saves_and_the_run_resumes(capsys, monkeypatch):
     """The limit of 100 minutes ends within the second step."""
     clock = [5999.0]
     monkeypatch.setattr("gpt.stop.process_seconds", lambda: clock[0])
@@ -247,7 +247,7 @@ def test_a_time_limit_saves_and_resume_goes_on(capsys, monkeypatch):
     assert all(torch.equal(w, weights_of("plain", 4)[name]) for name, w in weights_of("run", 4).items())
 
 
-def test_a_time_limit_that_is_over_at_the_start_leaves_a_step(capsys):
+def test_an_exceeded_time_limit_leaves_one_step(capsys):
     """Else a job that is started again and again would never come further. A process of tests is older than 6 ms."""
     assert run("--max-steps", "4", "--max-minutes", "0.0001") == 4
     assert "stopped by its limit of 0.0001 minutes after step 1; --resume goes on" in capsys.readouterr().out
@@ -269,7 +269,7 @@ def room_for(monkeypatch):
     return room_for
 
 
-def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(room_for, capsys):
+def test_out_of_memory_only_halves_the_micro_batch(room_for, capsys):
     assert run("--max-steps", "4", "--batch-size", "12", run_dir="plain") == 0
     room_for(4)
     assert run("--max-steps", "4", "--batch-size", "12") == 0
@@ -282,7 +282,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(room_for,
     assert states[0]["loader"] == states[1]["loader"] and states[0]["recipe"] == states[1]["recipe"]
 
 
-def test_out_of_memory_with_one_row_names_what_needs_it(room_for, capsys):
+def test_out_of_memory_with_one_row_lists_what_needs_memory(room_for, capsys):
     room_for(0)
     with pytest.raises(SystemExit) as stop:
         run_command(lambda: run("--max-steps", "4"))

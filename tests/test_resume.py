@@ -40,7 +40,7 @@ ROOT = Path(__file__).parent.parent
     ],
     ids=["adamw-dropout-accumulation", "muon-average", "bfloat16", "float16"],
 )
-def test_a_run_resumed_at_any_step_ends_as_the_undisturbed_one(folder, capsys, interval, options):
+def test_a_run_resumed_at_any_step_equals_an_uninterrupted_one(folder, capsys, interval, options):
     """The corpus's one epoch of 153 windows ends within the 20th step of 8 rows."""
     options = {"max_steps": 22, "n_layer": 1, "eval_interval": 6} | options
     run(run_dir="plain", checkpoint_interval=100, **options)
@@ -55,7 +55,7 @@ def test_a_run_resumed_at_any_step_ends_as_the_undisturbed_one(folder, capsys, i
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_resume_goes_on_in_the_same_directory(folder, capsys):
+def test_resume_continues_in_the_same_directory(folder, capsys):
     run(max_steps=20, eval_interval=5)
     whole, metrics = weights_of("run", 20), lasting("run")
     for name in ("step_00000020", "best_00000020"):
@@ -69,7 +69,7 @@ def test_resume_goes_on_in_the_same_directory(folder, capsys):
     assert "this run differs" not in output
 
 
-def test_what_a_resumed_run_changes_is_said_in_one_line(folder, capsys):
+def test_resume_reports_changed_options_in_one_line(folder, capsys):
     threads = torch.get_num_threads()
     run(max_steps=4, checkpoint_interval=2, schedule="constant")
     try:
@@ -94,7 +94,7 @@ def test_what_a_resumed_run_changes_is_said_in_one_line(folder, capsys):
         (4, 2, 1, 0.0, "a step sees other text"),
     ],
 )
-def test_what_a_step_sees_is_told_from_how_it_is_dealt_out(batch_size, accumulated, processes, dropout, reason):
+def test_resume_tells_other_text_from_another_rounding(batch_size, accumulated, processes, dropout, reason):
     """The checkpoint is of 8 rows, twice a step, in one process."""
     before = recipe(load_config(flags(batch_size=8, grad_accum_steps=2, dropout=dropout)))
     now = recipe(load_config(flags(batch_size=batch_size, grad_accum_steps=accumulated, dropout=dropout)), processes)
@@ -103,7 +103,7 @@ def test_what_a_step_sees_is_told_from_how_it_is_dealt_out(batch_size, accumulat
     assert line.count(f"({reason})") == line.count("(") == changed
 
 
-def test_the_best_checkpoint_is_kept_apart_and_can_be_loaded(folder, capsys):
+def test_the_best_checkpoint_is_kept_separately_and_can_be_loaded(folder, capsys):
     """A rate that is far too high from step 4 on: the validation loss has its minimum early."""
     run(max_steps=4, eval_interval=2, checkpoint_interval=2)
     raised = {"learning_rate": 0.5, "warmup_steps": 0, "schedule": "constant"}
@@ -123,7 +123,7 @@ def test_the_best_checkpoint_is_kept_apart_and_can_be_loaded(folder, capsys):
 
 
 @pytest.mark.parametrize("max_steps", [4, 6], ids=["at-the-end", "on-the-way"])
-def test_a_best_checkpoint_that_a_kill_left_out_is_made_up_for(folder, capsys, max_steps):
+def test_resume_writes_a_best_checkpoint_that_a_kill_prevented(folder, capsys, max_steps):
     """A step that is both is saved twice, and the kill came in between; the next evaluation is not better."""
     run(max_steps=4, eval_interval=2, checkpoint_interval=4)
     name = "run/checkpoints/best_00000004"
@@ -134,7 +134,7 @@ def test_a_best_checkpoint_that_a_kill_left_out_is_made_up_for(folder, capsys, m
         assert Path(name, file).read_bytes() == Path("whole", file).read_bytes()
 
 
-def test_a_finished_run_deletes_what_a_kill_left_to_delete(folder, capsys):
+def test_resume_prunes_after_a_kill(folder, capsys):
     """The kill came between the last save and the deletion of older checkpoints."""
     run(max_steps=8, eval_interval=2, checkpoint_interval=2, keep_checkpoints=9)
     shutil.copytree("run/checkpoints/step_00000006", "run/checkpoints/best_00000006")
@@ -144,7 +144,7 @@ def test_a_finished_run_deletes_what_a_kill_left_to_delete(folder, capsys):
     assert names_in("run/checkpoints") == kept
 
 
-def test_going_back_leaves_nothing_of_the_course_that_was_left(folder, capsys):
+def test_resuming_from_an_earlier_step_removes_the_later_ones(folder, capsys):
     """Else a later --resume would take the abandoned step 20, not the newest step of this course."""
     run(checkpoint_interval=5, keep_checkpoints=4)
     run("--resume-from", "run/checkpoints/step_00000005", max_steps=7, learning_rate=1e-4, eval_interval=100)
@@ -152,12 +152,12 @@ def test_going_back_leaves_nothing_of_the_course_that_was_left(folder, capsys):
     assert [r["step"] for r in lasting("run") if "train_loss" in r] == [*range(1, 8)]
 
 
-def test_resume_starts_where_there_is_nothing(folder, capsys):
+def test_resume_starts_a_run_that_does_not_exist(folder, capsys):
     assert run("--resume", max_steps=2) == 0
     assert (folder / "run/checkpoints/step_00000002").is_dir()
 
 
-def test_resume_passes_over_a_damaged_checkpoint_and_says_so(folder, capsys):
+def test_resume_skips_a_damaged_checkpoint_and_reports_it(folder, capsys):
     run()
     shutil.rmtree("run/checkpoints/best_00000020")
     newest = folder / "run/checkpoints/step_00000020/model.safetensors"
@@ -177,7 +177,7 @@ def test_resume_from_a_checkpoint_of_another_run(folder, capsys):
 @pytest.mark.parametrize(
     "words", [["--resume-from", "run/checkpoints/step_00000002"], ["--init-from", "run"]], ids=["resume", "init"]
 )
-def test_overwrite_does_not_delete_what_a_run_begins_with(folder, capsys, words):
+def test_overwrite_does_not_delete_what_the_run_starts_from(folder, capsys, words):
     run(max_steps=2)
     before = names_in("run/checkpoints")
     line = refused(capsys, *words, *flags(max_steps=3), "--overwrite")
@@ -217,7 +217,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(folder, capsys
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
-def test_a_signal_saves_and_resume_goes_on(folder, number):
+def test_a_signal_saves_and_the_run_resumes(folder, number):
     command = [sys.executable, str(ROOT / "train.py"), *flags(max_steps=100_000, eval_interval=100_000)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: len(read_metrics(folder / "run/metrics.jsonl")) >= 3, process)
@@ -239,7 +239,7 @@ def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not(first):
     assert (done.stdout, done.returncode) == (f"{first.name}\n", -signal.SIGINT)
 
 
-def test_a_run_that_was_stopped_between_logs_has_the_metrics_of_one_that_was_not(folder, capsys, monkeypatch):
+def test_a_stop_between_logs_does_not_change_the_metrics(folder, capsys, monkeypatch):
     """The second step is skipped, which the line of the fourth reports; the run is stopped before that."""
     options = {"max_steps": 12, "log_interval": 4, "eval_interval": 5}
     true_loss, advance, count, stops = GPT.loss, Monitor.advance, iter(range(1, 100)), {3: signal.SIGINT, 7: 15}
@@ -265,7 +265,7 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
         os.sched_yield()
 
 
-def test_a_run_at_its_last_step_says_what_to_give(folder, capsys):
+def test_a_finished_run_says_how_to_continue(folder, capsys):
     run(max_steps=2)
     capsys.readouterr()
     said = "the run is already at step 2: raise --max-steps to continue it"

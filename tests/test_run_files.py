@@ -58,7 +58,7 @@ def steps_in(run: Path) -> list[int]:
     ],
     ids=" ".join,
 )
-def test_a_folder_that_holds_something_else_under_a_runs_name_is_refused(folder, capsys, names, mode):
+def test_foreign_files_with_names_of_a_run_are_refused(folder, capsys, names, mode):
     for name in names:
         (folder / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "mine" / name).write_text("[server]\nport = 1\n")
@@ -97,7 +97,7 @@ def test_foreign_checkpoints_are_not_a_run_and_stay(folder, mode):
 
 @pytest.mark.parametrize("place", ["/", "~", ".", "..", "gpt", "kernels/x", ".git"])
 @MODES
-def test_places_that_a_run_would_litter(folder, capsys, monkeypatch, place, mode):
+def test_folders_that_a_run_would_litter_are_refused(folder, capsys, monkeypatch, place, mode):
     """The file system's root, the home folder, this program's own, one above it, and its source."""
     program = Path(run_files.__file__).parents[1]
     monkeypatch.setenv("HOME", str(folder / "home"))
@@ -122,7 +122,7 @@ def test_the_working_directory_can_be_a_run_directory(folder, monkeypatch):
 # Overwriting a run.
 
 
-def test_overwrite_takes_the_runs_files_and_leaves_the_users(run):
+def test_overwrite_deletes_the_runs_files_and_keeps_the_users(run):
     mine = ["notes.txt", "checkpoints/notes.txt", f"checkpoints/{NEWEST}/notes.txt", "checkpoints/.mine.tmp/x"]
     mine += ["checkpoints/.step_1.tmp", "checkpoints/step_00000002.bak/x", "profile.txt", "wandb/offline-run-1/x"]
     for name in mine:
@@ -139,7 +139,7 @@ def test_overwrite_takes_the_runs_files_and_leaves_the_users(run):
     assert not (run / "checkpoints/.step_00000009.123.tmp").exists()
 
 
-def test_pruning_leaves_the_users_files(run):
+def test_pruning_keeps_the_users_files(run):
     (run / "checkpoints" / OLDER / "notes.txt").write_text("mine")
     assert status_of("--resume", "--max-steps", "8") == 0
     assert tree(run / "checkpoints" / OLDER) == {"notes.txt": b"mine"}
@@ -148,7 +148,7 @@ def test_pruning_leaves_the_users_files(run):
 
 @MODES
 @pytest.mark.parametrize("name", [*FILES, RECORD])
-def test_a_folder_under_a_files_name_is_refused(run, capsys, name, mode):
+def test_a_folder_with_the_name_of_a_file_is_refused(run, capsys, name, mode):
     old(run) if name == RECORD else (run / name).unlink()
     (run / name).mkdir()
     (run / name / "mine").write_text("x")
@@ -157,18 +157,18 @@ def test_a_folder_under_a_files_name_is_refused(run, capsys, name, mode):
 
 
 @pytest.mark.parametrize("name", ["config.toml", "tokenizer.json", "corpus.json", "metrics.jsonl", "loss.png"])
-def test_a_file_that_someone_put_in_a_runs_place_is_not_deleted(run, capsys, name):
+def test_a_replaced_file_of_a_run_is_not_deleted(run, capsys, name):
     (run / name).write_text('{"name": "mine"}')
     assert f"run holds {name}, which no run wrote here" in refused(capsys, run, "--overwrite")
 
 
-def test_the_users_profile_is_not_written_over(run, capsys):
+def test_a_users_profile_is_not_overwritten(run, capsys):
     (run / "profile.txt").write_text("mine")
     for mode in ("--resume", "--overwrite"):
         assert "run holds profile.txt, which no run wrote" in refused(capsys, run, mode, "--profile-steps", "1")
 
 
-def test_a_record_names_only_what_a_run_can_write(run):
+def test_run_json_lists_only_files_of_runs(run):
     """Whoever hands out a run does not choose what --overwrite deletes."""
     (run.parent / "mine").write_text("x")
     names = ["../mine", "/mine", str(run.parent / "mine"), "notes.txt", *FILES]
@@ -199,7 +199,7 @@ def dying(function, left):
     return call
 
 
-def test_an_overwriting_that_is_killed_anywhere_can_be_done_again(run, monkeypatch):
+def test_a_killed_overwrite_can_be_repeated(run, monkeypatch):
     """It is killed before its first change to the folder, its second, and so on to the last."""
     for number in range(100):
         copy = run.parent / f"copy{number}"
@@ -223,14 +223,14 @@ def test_an_overwriting_that_is_killed_anywhere_can_be_done_again(run, monkeypat
 
 
 @pytest.mark.parametrize("name", ["checkpoints", f"checkpoints/{OLDER}"])
-def test_a_read_only_entry_is_found_before_anything_is_deleted(run, capsys, monkeypatch, name):
+def test_overwrite_finds_read_only_folders_before_it_deletes(run, capsys, monkeypatch, name):
     """As root every folder can be written, so the system's answer is replaced."""
     real = os.access
     monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != run / name and real(place, mode))
     assert f"cannot delete {run}/checkpoints" in refused(capsys, run, "--overwrite")
 
 
-def test_a_link_into_a_read_only_folder_is_found_before_anything_is_deleted(run, capsys, monkeypatch):
+def test_overwrite_finds_links_into_read_only_folders_before_it_deletes(run, capsys, monkeypatch):
     disk = run.parent / "disk"
     disk.mkdir()
     (run / "loss.png").rename(disk / "loss.png")
@@ -242,7 +242,7 @@ def test_a_link_into_a_read_only_folder_is_found_before_anything_is_deleted(run,
     )
 
 
-def test_other_names_of_a_runs_files_keep_their_content(run):
+def test_hard_links_keep_their_content(run):
     """A backup by hard links, through a resume that cuts the metrics, and an overwriting."""
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "of": "a course that was left"}\n')
@@ -263,7 +263,7 @@ def old(run: Path, *gone: str) -> None:
 
 
 @pytest.mark.parametrize("gone", [[], ["corpus.json"], ["metrics.jsonl", "loss.png"]], ids=" ".join)
-def test_an_old_run_is_known_and_gets_a_record(run, gone):
+def test_a_run_without_run_json_is_recognised_and_gets_one(run, gone):
     old(run, *gone)
     (run / "profile.txt").write_text("mine")
     shutil.copytree(run, run.parent / "other")
@@ -273,7 +273,7 @@ def test_an_old_run_is_known_and_gets_a_record(run, gone):
     assert steps_in(run.parent / "other") == [1] and (run.parent / "other/profile.txt").read_text() == "mine"
 
 
-def test_an_old_runs_traces_are_its_own_if_it_made_them(run):
+def test_a_run_without_run_json_owns_its_traces_if_it_was_profiled(run):
     old(run)
     text = (run / "config.toml").read_text()
     (run / "config.toml").write_text(text.replace("profile_steps = 0", "profile_steps = 2"))
@@ -284,7 +284,7 @@ def test_an_old_runs_traces_are_its_own_if_it_made_them(run):
 
 
 @pytest.mark.parametrize("gone", ["config.toml", "tokenizer.json", "corpus.json checkpoints"])
-def test_an_old_run_of_which_too_much_is_gone_is_left_alone(run, capsys, gone):
+def test_an_incomplete_run_without_run_json_is_not_deleted(run, capsys, gone):
     old(run)
     for name in gone.split():
         shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
@@ -292,7 +292,7 @@ def test_an_old_run_of_which_too_much_is_gone_is_left_alone(run, capsys, gone):
         assert "which no run wrote here" in refused(capsys, run, *mode)
 
 
-def test_a_record_that_is_damaged_is_as_none(run, capsys):
+def test_a_damaged_run_json_is_ignored(run, capsys):
     (run / RECORD).write_text('{"files": "config.toml"}')
     assert status_of("--resume", "--max-steps", "6") == 0
     assert json.loads((run / RECORD).read_text())["files"] == sorted(FILES)
@@ -305,7 +305,7 @@ LINKED = ["run", "run/checkpoints", *(f"run/{name}" for name in FILES)]
 
 
 @pytest.mark.parametrize("name", LINKED)
-def test_a_link_is_followed_and_stays(run, capsys, name):
+def test_links_are_followed_and_kept(run, capsys, name):
     """Resume, resume from a named checkpoint, evaluation, sampling and overwriting through a link to another disk."""
     import gpt
 
@@ -327,13 +327,13 @@ def test_a_link_is_followed_and_stays(run, capsys, name):
 
 @MODES
 @pytest.mark.parametrize("name", ["new", "new/checkpoints", "new/loss.png"])
-def test_a_link_that_leads_nowhere_is_refused(folder, capsys, name, mode):
+def test_a_dangling_link_to_a_folder_is_refused(folder, capsys, name, mode):
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).symlink_to(folder / "no/where")
     assert f"{name} is a link to {folder}/no/where, which does not exist" in refused(capsys, folder / "new", *mode)
 
 
-def test_a_link_to_a_file_that_is_to_be_made(folder):
+def test_a_dangling_link_to_a_file_is_written_through(folder):
     (folder / "run").mkdir()
     for name in FILES:
         (folder / "run" / name).symlink_to(folder / f"scratch_{name}")
@@ -352,7 +352,7 @@ def test_a_link_into_another_run_is_refused(run, capsys, name):
     assert tree(run.parent / "other") == before
 
 
-def test_a_linked_checkpoint_is_unlinked_and_kept(run):
+def test_overwrite_deletes_a_link_to_a_checkpoint_not_its_target(run):
     shutil.move(run / "checkpoints" / OLDER, run.parent / "archive")
     (run / "checkpoints" / OLDER).symlink_to(run.parent / "archive")
     assert status_of("--overwrite", "--max-steps", "1") == 0
@@ -363,7 +363,7 @@ def test_a_linked_checkpoint_is_unlinked_and_kept(run):
 @pytest.mark.parametrize(
     ("content", "own"), [(b'{"step": 1', True), (b'{"st', True), (b"", True), (b'{"step":1', False)]
 )
-def test_a_metrics_file_is_known_by_how_it_begins(tmp_path, content, own, mark):
+def test_a_metrics_file_is_recognised_by_its_first_bytes(tmp_path, content, own, mark):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(mark + content)
     assert is_run_file(path) == (content != b'{"step":1')

@@ -35,7 +35,7 @@ def gate(monkeypatch):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_what_is_saved_is_the_state_at_the_save(tmp_path, gate, optimizer):
+def test_a_save_writes_the_state_at_its_start(tmp_path, gate, optimizer):
     model, optimizers = trained(optimizer)
     live = training_tensors(model, optimizers)
     then = {file: {name: value.clone() for name, value in tensors.items()} for file, tensors in live.items()}
@@ -52,7 +52,7 @@ def test_what_is_saved_is_the_state_at_the_save(tmp_path, gate, optimizer):
         assert all(torch.equal(saved[name], tensors[name]) for name in tensors)
 
 
-def test_a_snapshot_is_in_cpu_memory_whatever_the_device():
+def test_a_snapshot_is_in_cpu_memory():
     with FakeTensorMode():
         tensors = {"a": {"x": torch.empty(4, 3, device="cuda").T, "y": torch.empty(2, dtype=torch.bfloat16)}}
         copies = module.snapshot(tensors)["a"]
@@ -63,7 +63,7 @@ def test_a_snapshot_is_in_cpu_memory_whatever_the_device():
     assert all(x.is_contiguous() for x in copies.values())
 
 
-def test_a_save_waits_for_the_one_before(tmp_path, gate):
+def test_a_save_waits_for_the_previous_one(tmp_path, gate):
     model, optimizers = trained()
     saver = Saver(tmp_path, keep=2)
     saver.save(training_tensors(model, optimizers), {"step": 1})
@@ -77,7 +77,7 @@ def test_a_save_waits_for_the_one_before(tmp_path, gate):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000002", "step_00000001"]
 
 
-def test_an_error_of_the_thread_is_raised_once_and_the_older_checkpoint_stays(tmp_path, monkeypatch):
+def test_a_thread_error_is_raised_once_and_keeps_the_older_checkpoint(tmp_path, monkeypatch):
     model, optimizers = trained()
     saver = Saver(tmp_path, keep=1)
     saver.save(training_tensors(model, optimizers), {"step": 1})
@@ -104,7 +104,7 @@ def test_an_exit_waits_for_the_thread(tmp_path, gate):
     assert saver._thread.is_alive() and not saver._thread.daemon
 
 
-def test_the_best_is_kept_apart_from_the_newest(tmp_path):
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
     model, optimizers = trained()
     saver = Saver(tmp_path, keep=2)
     for step, kinds in {1: ("step", "best"), 2: ("best",), 3: ("step",), 4: ("step",), 5: ("step",)}.items():
@@ -115,7 +115,7 @@ def test_the_best_is_kept_apart_from_the_newest(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {*names}
 
 
-def test_ranks_that_write_nothing(tmp_path, monkeypatch):
+def test_other_ranks_write_no_checkpoint(tmp_path, monkeypatch):
     """directory None: a save copies nothing and starts no thread, and there is nothing to prune."""
     monkeypatch.setattr(module, "snapshot", None)
     saver = Saver(None, keep=1)
@@ -124,7 +124,7 @@ def test_ranks_that_write_nothing(tmp_path, monkeypatch):
     assert saver._thread is None
 
 
-def test_metrics_are_on_the_disk_before_the_checkpoint_that_counts_on_them(tmp_path, monkeypatch):
+def test_metrics_are_flushed_before_the_checkpoint_that_relies_on_them(tmp_path, monkeypatch):
     done = []
     monkeypatch.setattr(module, "flush", lambda path: done.append(path.name))
     monkeypatch.setattr(module, "store", lambda directory, tensors, state, **_: done.append(state["step"]))
@@ -143,7 +143,7 @@ def test_metrics_that_cannot_be_flushed_are_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pruning_waits_for_the_save_before(tmp_path, gate):
+def test_pruning_waits_for_the_previous_save(tmp_path, gate):
     model, optimizers = trained()
     saver = Saver(tmp_path, keep=1)
     saver.save(training_tensors(model, optimizers), {"step": 2})
@@ -163,7 +163,7 @@ def test_check_does_not_wait(tmp_path, gate):
     assert saver._thread.is_alive()
 
 
-def test_an_interrupt_in_the_thread_is_raised_too(tmp_path, monkeypatch):
+def test_an_interrupt_in_the_thread_is_raised(tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
@@ -196,7 +196,7 @@ def late(monkeypatch):
     waited.set()
 
 
-def test_in_place_no_copy_is_held_and_a_change_waits(tmp_path, monkeypatch, late):
+def test_in_place_saves_make_no_copy_and_delay_changes(tmp_path, monkeypatch, late):
     monkeypatch.setattr(module, "snapshot", None)
     model, optimizers = trained()
     live = training_tensors(model, optimizers)
@@ -225,7 +225,7 @@ def test_a_copy_may_be_written_after_the_change(tmp_path, late):
 
 
 @pytest.mark.parametrize("options", [{}, {"optimizer": "muon"}, {"eval_interval": 3}], ids=["adamw", "muon", "alone"])
-def test_a_training_writes_what_it_was_at_each_save(folder, capsys, monkeypatch, late, options):
+def test_training_saves_its_state_at_each_checkpoint(folder, capsys, monkeypatch, late, options):
     """Each save is written, without a copy, at the latest moment that the training leaves it, or in an evaluation."""
     monkeypatch.setattr(module, "snapshot", None)
     options = {"max_steps": 4, "checkpoint_interval": 1, "eval_interval": 2, "ema_decay": 0.5, **options}

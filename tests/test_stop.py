@@ -20,7 +20,7 @@ from tests.train_checks import SHORT, TEXT, lasting, names_in, run, weights_of
 
 
 @pytest.mark.parametrize("micro_batch", [10, 11, 12])
-def test_a_signal_between_micro_batches_gives_up_the_step(folder, capsys, monkeypatch, micro_batch):
+def test_a_signal_between_micro_batches_abandons_the_step(folder, capsys, monkeypatch, micro_batch):
     """The third step has micro-batches 9 to 12; a signal in the last one comes too late to give the step up."""
     options = SHORT | {"batch_size": 2, "grad_accum_steps": 4, "dropout": 0.1}
     run(run_dir="plain", **options)
@@ -46,7 +46,7 @@ def test_a_signal_between_micro_batches_gives_up_the_step(folder, capsys, monkey
     assert all(torch.equal(w, whole[name]) for name, w in weights_of("run", 6).items())
 
 
-def test_a_signal_in_the_first_step_saves_nothing_and_loses_nothing(folder, capsys, monkeypatch):
+def test_a_signal_in_the_first_step_saves_nothing(folder, capsys, monkeypatch):
     true_loss = GPT.loss
     options = SHORT | {"batch_size": 4, "grad_accum_steps": 2}
     with monkeypatch.context() as patch:
@@ -104,7 +104,7 @@ def test_what_was_tokenized_before_a_signal_is_kept(folder, capsys, monkeypatch)
 # The command that scores.
 
 
-def test_the_command_that_scores_hears_sigterm(tiny_run, tmp_path, capsys, monkeypatch):
+def test_evaluate_stops_on_sigterm(tiny_run, tmp_path, capsys, monkeypatch):
     (tmp_path / "text.txt").write_text(TEXT)
     true_forward = GPT.forward
 
@@ -124,14 +124,14 @@ def test_the_command_that_scores_hears_sigterm(tiny_run, tmp_path, capsys, monke
 
 
 @pytest.mark.parametrize("told", ["", "1 (python) R", "1 (python) R" + " x" * 30])
-def test_a_process_that_cannot_know_its_start_counts_from_the_import(monkeypatch, told):
+def test_without_proc_the_time_counts_from_the_import(monkeypatch, told):
     monkeypatch.setattr("gpt.stop.Path.read_text", lambda path: told)
     monkeypatch.setattr("gpt.stop._IMPORTED", 90.0)
     monkeypatch.setattr("gpt.stop.time.monotonic", lambda: 100.0)
     assert process_seconds() == 10.0
 
 
-def test_a_signal_is_heard_beside_a_long_call():
+def test_a_signal_interrupts_a_long_library_call():
     """As in the training of a BPE, which is one call; the other thread is left alone."""
     never, main_thread = threading.Event(), threading.main_thread().ident
 
@@ -150,7 +150,7 @@ def test_a_signal_is_heard_beside_a_long_call():
         aside(lambda: {}[0])
 
 
-def test_a_time_limit_that_ends_within_a_block_is_raised_there():
+def test_a_time_limit_is_raised_within_a_block():
     with StopRequest((process_seconds() + 0.05) / 60) as stop:
         with pytest.raises(Stopped, match="its limit of"), stop.at_once():
             threading.Event().wait(60)
@@ -158,7 +158,7 @@ def test_a_time_limit_that_ends_within_a_block_is_raised_there():
             assert stop.reason.startswith("its limit of")
 
 
-def test_an_alarm_is_set_for_what_is_left_and_does_not_outlive_its_block():
+def test_the_alarm_ends_with_its_block():
     timers = lambda: {thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)}
     before = timers()
     with StopRequest(1000) as stop, stop.at_once():

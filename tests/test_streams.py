@@ -17,7 +17,7 @@ from gpt.streams import Outlet
         ("utf-8", None, "é ☃ \\udcff".encode()),
     ],
 )
-def test_ascii_becomes_utf_8_unless_it_was_asked_for_and_the_rest_is_escaped(encoding, chosen, expected, monkeypatch):
+def test_ascii_becomes_utf_8_unless_requested(encoding, chosen, expected, monkeypatch):
     monkeypatch.delenv("PYTHONIOENCODING", raising=False)
     if chosen:
         monkeypatch.setenv("PYTHONIOENCODING", chosen)

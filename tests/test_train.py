@@ -251,7 +251,7 @@ def test_bad_input_is_one_sentence(folder, capsys, words, message):
     assert not (folder / "run").exists()
 
 
-def test_an_existing_run_is_not_touched(folder, capsys):
+def test_an_existing_run_is_refused_and_unchanged(folder, capsys):
     run(max_steps=1)
     before = sorted((p, p.stat().st_mtime_ns) for p in (folder / "run").rglob("[!.]*"))
     assert "run already holds a run: add --resume" in refused(capsys, *flags())

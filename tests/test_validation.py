@@ -77,14 +77,14 @@ def test_a_signal_in_an_evaluation_saves_at_once(long_text, capsys, monkeypatch,
     assert {name for name in plain if "00006" in name or "best" in name} <= set(again)
 
 
-def test_a_signal_in_the_last_batch_of_all_ends_a_run_as_it_would_have_ended(long_text, capsys, monkeypatch):
+def test_a_signal_in_the_very_last_batch_changes_nothing(long_text, capsys, monkeypatch):
     run(run_dir="plain", **SHORT)
     patch_evaluation(monkeypatch, 6, lambda: signal.raise_signal(signal.SIGTERM))
     assert run(**SHORT) == 0
     assert lasting("run") == lasting("plain") and files_of("run") == files_of("plain")
 
 
-def test_what_a_kill_in_an_evaluation_leaves_was_saved_before_it(long_text, capsys, monkeypatch):
+def test_a_step_is_saved_before_its_evaluation(long_text, capsys, monkeypatch):
     run(run_dir="plain", **SHORT)
 
     def die():
@@ -100,7 +100,7 @@ def test_what_a_kill_in_an_evaluation_leaves_was_saved_before_it(long_text, caps
     assert files_of("run") == files_of("plain")
 
 
-def test_an_evaluation_that_was_made_is_not_made_again(long_text, capsys, monkeypatch):
+def test_a_finished_evaluation_is_not_repeated(long_text, capsys, monkeypatch):
     """The kill came after its line in metrics.jsonl and before the best checkpoint; and once more, after the end."""
     run(run_dir="plain", **SHORT)
     save = Saver.save
@@ -123,7 +123,7 @@ def test_an_evaluation_that_was_made_is_not_made_again(long_text, capsys, monkey
     assert calls == []
 
 
-def test_a_run_that_is_continued_elsewhere_knows_the_evaluation_of_its_step(long_text, capsys):
+def test_resuming_in_another_directory_finds_the_evaluation(long_text, capsys):
     """--resume-from another run: its best loss counts, and is in the new run's checkpoints."""
     options = SHORT | {"eval_interval": 3}
     run(run_dir="first", **options)
@@ -164,7 +164,7 @@ def test_by_default_evaluations_are_bounded_and_the_last_reads_all(bounded, caps
     assert val_losses("run") == bounded_losses
 
 
-def test_a_run_that_patience_ends_reads_all_at_its_end(bounded, capsys):
+def test_patience_ends_with_a_full_evaluation(bounded, capsys):
     run(run_dir="some", **(SHORT | {"max_steps": 2}))
     high = {"learning_rate": 2.0, "schedule": "constant", "warmup_steps": 0, "patience": 1, "max_steps": 40}
     words = ["--resume-from", "some/checkpoints/step_00000002"]
@@ -173,7 +173,7 @@ def test_a_run_that_patience_ends_reads_all_at_its_end(bounded, capsys):
     assert before[0] == last[0] == steps[-1] < 40 and before[1] != last[1]
 
 
-def test_a_signal_in_the_last_evaluation_of_all_makes_both_again(bounded, capsys, monkeypatch):
+def test_a_signal_in_the_last_evaluation_repeats_both(bounded, capsys, monkeypatch):
     run(run_dir="plain", **SHORT)
     with monkeypatch.context() as patch:
         patch_evaluation(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))  # the bounded one of step 6
@@ -184,7 +184,7 @@ def test_a_signal_in_the_last_evaluation_of_all_makes_both_again(bounded, capsys
 
 
 @pytest.mark.parametrize(("eval_dtype", "dtype"), [(None, "bfloat16"), ("float32", None), ("bfloat16", "bfloat16")])
-def test_evaluations_have_their_own_precision(folder, capsys, monkeypatch, eval_dtype, dtype):
+def test_eval_dtype_sets_the_precision_of_evaluations(folder, capsys, monkeypatch, eval_dtype, dtype):
     seen, eval_loss = [], Parallel.eval_loss
 
     def look(self, *args, **options):
@@ -197,7 +197,7 @@ def test_evaluations_have_their_own_precision(folder, capsys, monkeypatch, eval_
     assert seen == [f"torch.{dtype}"]
 
 
-def test_an_evaluation_says_how_far_it_is():
+def test_an_evaluation_reports_its_progress():
     said, clock = [], iter([0.0, 0.0, 9.0, 10.0, 10.0, 15.0, 21.0, 21.0])
     ticker = Ticker(said.append, lambda: next(clock))
     for done in (0, 10, 20, 30, 1000):
@@ -218,7 +218,7 @@ def test_eval_only_is_stopped_by_a_signal_and_by_a_limit(long_text, capsys, monk
     assert calls == [] and files_of("run") == before
 
 
-def test_a_sample_ends_where_a_stop_is_heard(folder, capsys, monkeypatch):
+def test_a_stop_ends_the_sample(folder, capsys, monkeypatch):
     model, tokenizer = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, seq_len=8, vocab_size=257)), ByteTokenizer()
     config, world = load_config(flags(sample_tokens=50, sample_prompt="x")), World(torch.device("cpu"))
     asked = []
@@ -228,7 +228,7 @@ def test_a_sample_ends_where_a_stop_is_heard(folder, capsys, monkeypatch):
     assert len(validation.sample_text(model, Parallel(model, world, "none"), world, tokenizer, config)) > len(text)
 
 
-def test_a_watch_hears_of_each_batch_how_far_the_evaluation_is():
+def test_watch_is_called_with_the_progress_before_each_batch():
     config = load_config(["--n-layer", "1", "--n-head", "1", "--n-embd", "8", "--seq-len", "8", "--vocab-size", "256"])
     model, world, heard = GPT(config.model), World(torch.device("cpu")), []
     tokens = [torch.randint(256, (9000,), generator=torch.Generator().manual_seed(n)).numpy() for n in (0, 1)]

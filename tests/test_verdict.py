@@ -59,7 +59,7 @@ def job(monkeypatch):
 
 @pytest.mark.parametrize("rollback", [True, False], ids=["rollback", "none left"])
 @pytest.mark.parametrize("row", TABLE.values(), ids=TABLE.keys())
-def test_the_table(job, row, rollback):
+def test_judge_follows_the_truth_table(job, row, rollback):
     due, saving, *_, expected = row
     made, seen = job(row, rollback)
     verdict, fault = judge(made, due, saving, seen)
@@ -78,7 +78,7 @@ def test_a_stop_waits_while_steps_are_skipped(job):
     assert (made.stopping, made.listens) == (True, True)
 
 
-def test_a_stopped_evaluation_of_the_last_step_ends_the_training(job):
+def test_a_stop_in_the_last_evaluation_ends_training(job):
     made, seen = job(TABLE["the last step is skipped and its evaluation is stopped"], True)
     made.stopping = False
     judge(made, LAST, True, seen)
