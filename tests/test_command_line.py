@@ -165,3 +165,13 @@ def test_a_wrong_file_is_named_with_its_fault(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(UserError, match=f"bad.toml: {message}"):
         load_config([str(file)])
+
+
+def test_text_is_utf8_whatever_the_locale():
+    """An ASCII locale hands bytes over as surrogates (PEP 383)."""
+    assert load_config(["--sample-prompt", "\udcc3\udca9"]).log.sample_prompt == "é"
+    assert load_config(["--sample-prompt=\udcc3\udca9"]).log.sample_prompt == "é"
+    for words in (["--sample-prompt", "\udcff"], ["--sample-prompt=\udcff"]):
+        with pytest.raises(UserError, match=r"--sample-prompt is not valid UTF-8: '\\udcff'"):
+            load_config(words)
+    assert load_config(["--run-dir", "a\udcff"]).train.run_dir == Path("a\udcff")

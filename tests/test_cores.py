@@ -13,5 +13,5 @@ def test_cores_that_may_be_used_else_that_are_there_else_one(allowed, count, cor
     if allowed is None:
         monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     else:
-        monkeypatch.setattr(os, "sched_getaffinity", lambda process: allowed, raising=False)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: allowed if process == 0 else {0, 1}, raising=False)
     assert _cores() == cores

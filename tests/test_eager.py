@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from gpt.model.cpu_autograd import ReLUSquaredFunction, RMSNormFunction, RotateFunction, by_hand
+from gpt.model.linear import activate
+from gpt.model.norms import RMSNorm
 from gpt.model.positions import rotary_table, rotate
 
 
@@ -76,6 +78,15 @@ def test_the_rotation_is_that_of_the_plain_formula():
         assert not by_hand(rotated_x)
         torch.testing.assert_close(ours, rotate(rotated_x, *table), rtol=1e-12, atol=1e-12)
     assert type(ours.grad_fn).__name__ == "RotateFunctionBackward"
+
+
+def test_modules_take_the_functions_written_by_hand():
+    x, norm = random(2, 8), RMSNorm(8, eps=1e-6).double()
+    assert type(norm(x).grad_fn).__name__ == "RMSNormFunctionBackward"
+    assert type(activate(x, "relu2").grad_fn).__name__ == "ReLUSquaredFunctionBackward"
+    with torch.no_grad():
+        plain = F.rms_norm(x, (8,), norm.weight, 1e-6)
+        torch.testing.assert_close(norm(x), plain, rtol=1e-12, atol=1e-12)
 
 
 def test_by_hand_is_for_eager_training_on_a_cpu():

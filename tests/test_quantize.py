@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from gpt.config import PRESETS
+from gpt.data.tokenizers import ByteTokenizer
+from gpt.evaluation import int8
 from gpt.evaluation.int8 import quantization_loss
 from gpt.inference import quantize
 from gpt.inference.decoder import Decoder
@@ -133,3 +135,10 @@ def test_the_loss_holds_64_tokens_of_a_row_at_once():
         quantization_loss(model, tokens, dtype=torch.float32)
     assert [call.args[1:] for call in made.call_args_list] == [(2, 130)] * 2
     assert [call.args[1].shape for call in step.call_args_list] == [(2, 64), (2, 64), (2, 2)] * 2
+
+
+def test_a_model_that_writes_nothing_has_no_loss_to_show(tmp_path, monkeypatch):
+    monkeypatch.setattr(int8, "generate", lambda *args: iter(()))
+    model = model_of()
+    line = int8.loss_of_int8(tmp_path, model, ByteTokenizer())
+    assert line.startswith("int8 weights: ") and "not measured" in line

@@ -5,10 +5,12 @@ import re
 import subprocess
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from gpt import distributed
 from gpt.config import Config
 from gpt.distributed import World
 from gpt.errors import UserError
@@ -165,3 +167,28 @@ def test_two_different_ranks_both_report_it(tmp_path):
         assert re.search(message, lines[0]), lines[0]
         assert errors.count("exitcode  : 2") == 2 and "/train.py" not in errors, errors
         assert not Path(tmp_path, f"run-{kind}").exists()
+
+
+def test_ranks_that_wait_for_rank_0_can_be_stopped(monkeypatch):
+    """They look again and again, and wait within the library only when there is nothing left to wait for."""
+    looks = iter([False, False, True])
+    calls = []
+
+    class Barrier:
+        def is_completed(self) -> bool:
+            calls.append("look")
+            return next(looks)
+
+        def wait(self) -> None:
+            calls.append("wait")
+
+    group = SimpleNamespace(
+        new_group=lambda **options: "patient",
+        barrier=lambda group, async_op=False: Barrier(),
+        destroy_process_group=calls.append,
+    )
+    monkeypatch.setattr(distributed, "dist", group)
+    monkeypatch.setattr(distributed.time, "sleep", lambda seconds: None)
+    with World(torch.device("cpu"), 1, 2).main_first():
+        calls.append("block")
+    assert calls == ["look", "look", "look", "wait", "block", "patient"]

@@ -1,10 +1,13 @@
 """gpt/training/verdict.py: what is decided after a step, as a truth table."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from gpt.distributed import World
 from gpt.training import verdict as module
 from gpt.training.due import Due
 from gpt.training.guard import Reading
@@ -93,3 +96,21 @@ DUE |= {30: Due(log=True, evaluate=True, save=True)}
 def test_what_is_due(step, expected):
     train = SimpleNamespace(max_steps=31, eval_interval=3, checkpoint_interval=10)
     assert Due.at(step, SimpleNamespace(train=train, log=SimpleNamespace(log_interval=2))) == expected
+
+
+def test_the_writer_ends_before_its_checkpoint_is_read(monkeypatch):
+    """Otherwise a rollback would look at a checkpoint that is half written."""
+    calls = []
+    monkeypatch.setattr(module, "verify", lambda checkpoint: calls.append("verify"))
+    job = SimpleNamespace(
+        config=SimpleNamespace(train=SimpleNamespace(max_rollbacks=1)),
+        loader=SimpleNamespace(rollbacks=0),
+        saver=SimpleNamespace(wait=lambda: calls.append("wait")),
+        world=World(torch.device("cpu")),
+        checkpoint=Path("step_00000005"),
+        monitor=SimpleNamespace(say=lambda text: None),
+    )
+    assert module.can_go_back(job)
+    assert calls == ["wait", "verify"]
+    module.give_up(job, "step 7: the loss is not finite")
+    assert calls == ["wait", "verify", "wait"]
