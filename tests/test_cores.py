@@ -1,9 +1,11 @@
-"""How many processes tokenize a corpus."""
+"""How many threads tokenize a corpus, and how long threads spin."""
 
+import importlib
 import os
 
 import pytest
 
+import gpt
 from gpt.data.tokenize_corpus import _cores
 
 
@@ -15,3 +17,12 @@ def test_cores_that_may_be_used_else_that_are_there_else_one(allowed, count, cor
     else:
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: allowed if process == 0 else {0, 1}, raising=False)
     assert _cores() == cores
+
+
+def test_waiting_threads_spin_briefly_unless_the_environment_says_otherwise(monkeypatch):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    importlib.reload(gpt)
+    assert os.environ["GOMP_SPINCOUNT"] == "10000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    importlib.reload(gpt)
+    assert os.environ["GOMP_SPINCOUNT"] == "7"

@@ -42,3 +42,9 @@ def test_the_peak_is_looked_up_by_the_gpus_name(monkeypatch):
 def test_mfu_is_of_one_device_by_default():
     assert mfu(3.0, 5.0, 60.0) == 0.25
     assert mfu(3.0, 5.0, 15.0, devices=4) == 0.25
+
+
+def test_the_longest_entry_of_the_table_wins(monkeypatch):
+    monkeypatch.setattr("gpt.training.hardware.PEAK_TFLOPS", {"Z1": 1.0, "A Z1": 2.0})
+    assert peak_of("NVIDIA Z1") == 1e12
+    assert peak_of("NVIDIA Z1 A") == 2e12
