@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +24,8 @@ class Gather:
     """A pytest plugin that writes, for each test that passes, its seconds and the lines it ran, by module.
 
     What ran in a fixture of more than one test, lines and seconds, counts for each test that uses the fixture: it alone
-    may be the one that is run. Processes that a test starts are followed, unless they are killed.
+    may be the one that is run. Functions that ran while the file was imported, such as those that make the parameters
+    of its tests, are kept under "imported". Processes that a test starts are followed, unless they are killed.
     """
 
     def __init__(self, folder: Path, target: Path):
@@ -108,8 +110,11 @@ class Gather:
                     total[module] = total.get(module, 0) | mask
             tests[name] = {"seconds": self.cost(name), "lines": {m: f"{mask:x}" for m, mask in total.items()}}
         modules = {module for own in lines.values() for module in own}
-        sources = {module: _keep((self.folder / module).read_text(), self.target.parent) for module in modules}
-        record = {"sources": sources, "tests": tests, "failed": sorted(self.failed), "setup": self.setup}
+        texts = {module: (self.folder / module).read_text() for module in modules}
+        sources = {module: _keep(text, self.target.parent) for module, text in texts.items()}
+        imported = {m: f"{mask & _bits(_function_lines(texts[m])):x}" for m, mask in lines.get("", {}).items()}
+        record = {"sources": sources, "tests": tests, "imported": imported, "failed": sorted(self.failed)}
+        record["setup"] = self.setup
         part = self.target.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps(record))
         part.replace(self.target)
@@ -153,6 +158,7 @@ class Coverage:
                 record = json.loads(target.read_text())
                 for test in record["tests"].values():
                     test["lines"] = {module: int(mask, 16) for module, mask in test["lines"].items()}
+                record["imported"] = {module: int(mask, 16) for module, mask in record["imported"].items()}
                 self.records[name] = record
                 for test in record["failed"]:
                     print(f"{test} does not pass, and is left out")
@@ -160,19 +166,27 @@ class Coverage:
                 print(f"{name} has no test that passes")
 
     def tests(self, mutant: Mutant) -> list[tuple[str, float]]:
-        """The tests that run a mutant's lines and their seconds: its module's own file first, then the quick ones."""
+        """The tests that run a mutant's lines and their seconds.
+
+        Those of its module's own file come first and those whose file ran the lines while it was imported last; among
+        them the quick ones are first.
+        """
         found = []
         for name, record in self.records.items():
             digest = record["sources"].get(mutant.module)
             wanted = digest and self._wanted(mutant.module, digest, mutant.lines)
+            imported = bool(wanted and record["imported"].get(mutant.module, 0) & wanted)
             for test, entry in record["tests"].items():
-                if wanted and entry["lines"].get(mutant.module, 0) & wanted:
-                    found.append((Path(mutant.module).stem not in name, entry["seconds"], test))
+                runs = bool(wanted and entry["lines"].get(mutant.module, 0) & wanted)
+                if runs or imported:
+                    found.append((not runs, Path(mutant.module).stem not in name, entry["seconds"], test))
         if not found and not mutant.lines:
             found = [
-                (True, entry["seconds"], test) for r in self.records.values() for test, entry in r["tests"].items()
+                (False, True, entry["seconds"], test)
+                for r in self.records.values()
+                for test, entry in r["tests"].items()
             ]
-        return [(test, seconds) for _, seconds, test in sorted(found)]
+        return [(test, seconds) for *_, seconds, test in sorted(found)]
 
     @cache  # noqa: B019 - lives as long as the program
     def _wanted(self, module: str, digest: str, lines: range) -> int:
@@ -181,7 +195,7 @@ class Coverage:
         old = [places[line] for line in lines if line in places]
         if not old:
             old = [places[line] for line in _function_lines(self.tree.source(module)) if line in places]
-        return sum(1 << line for line in set(old))
+        return _bits(old)
 
     @cache  # noqa: B019
     def _places(self, module: str, digest: str) -> dict[int, int]:
@@ -192,6 +206,11 @@ class Coverage:
         for a, b, size in difflib.SequenceMatcher(None, now, before, autojunk=False).get_matching_blocks():
             places |= {a + i + 1: b + i + 1 for i in range(size)}
         return places
+
+
+def _bits(lines: Iterable[int]) -> int:
+    """A bit for each line."""
+    return sum(1 << line for line in set(lines))
 
 
 def _function_lines(source: str) -> set[int]:

@@ -304,6 +304,7 @@ def test_bfloat16_is_what_autocast_gives(preset):
         decoder.prefill(0, text[:10])
         decoder.restore(1, decoder.snapshot(0))
         inside = decoder.step(torch.tensor([text[10:], text[10:]]))
+    assert decoder.dtype == torch.bfloat16
     decoder = Decoder(model, 2, 40, dtype=torch.bfloat16)
     decoder.prefill(0, text[:10])
     decoder.restore(1, decoder.snapshot(0))

@@ -300,6 +300,13 @@ def test_another_directory_is_named_for_what_it_is(tmp_path, kind):
         load_config(["--init-from", str(tmp_path)])
 
 
+def test_of_several_pickles_the_models_is_named(tmp_path):
+    for name in ("optimizer.bin", "pytorch_model-00001-of-00002.bin", "scheduler.pt"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match=r"in a pickle, pytorch_model-00001-of-00002\.bin"):
+        gpt.from_hf(tmp_path)
+
+
 def test_an_adapter_beside_a_model_is_refused(checkpoint):
     """transformers would apply it."""
     folder = checkpoint("llama")

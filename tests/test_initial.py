@@ -82,6 +82,14 @@ def test_another_model_than_the_source_is_refused(tiny_run, tmp_path, words, mes
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_without_its_tokenizer_gets_no_other(tiny_run, tmp_path):
+    source = shutil.copytree(tiny_run, tmp_path / "source")
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
+        start(tmp_path, "--init-from", source)
+    assert not (tmp_path / "run").exists()
+
+
 # A vocabulary larger than the table.
 
 

@@ -381,3 +381,13 @@ def test_activation_checkpointing_changes_no_bit_and_computes_blocks_twice(dropo
         assert len(calls) == (4 if checkpointing else 2)
         results.append([loss, *(p.grad for p in model.parameters())])
     assert all(torch.equal(one, other) for one, other in zip(*results))
+
+
+def test_a_wrong_call_names_the_argument():
+    model, idx = make_model(), torch.zeros(2, 5, dtype=torch.int64)
+    last = model.config.vocab_size - 1
+    with pytest.raises(ValueError, match=rf"outside the vocabulary, 0 to {last}$"):
+        model(idx + last + 1)
+    for name, dtype in (("positions", "torch.int64 or torch.int32"), ("segment_ids", "torch.int32")):
+        with pytest.raises(TypeError, match=rf"{name} is {dtype}, not torch.float32"):
+            model(idx, **{name: idx.float()})

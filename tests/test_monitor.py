@@ -66,6 +66,17 @@ def test_the_plot_shows_both_losses(tmp_path):
     assert not list(tmp_path.glob("*tmp*"))
 
 
+def test_the_plot_names_its_curves(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    named, legend = [], Axes.legend
+    monkeypatch.setattr(Axes, "legend", lambda axes: named.append(axes.get_legend_handles_labels()[1]) or legend(axes))
+    plot_losses(Losses([record(1, train_loss=3.0), record(2, val_loss=1.0)]), tmp_path / "both.png", "run")
+    plot_losses(Losses([record(2, val_loss=1.0)]), tmp_path / "val.png", "run")
+    plot_losses(Losses([]), tmp_path / "none.png", "run")
+    assert named == [["training", "validation"], ["validation"]]
+
+
 def test_the_plot_draws_the_smoothed_curve_in_front_of_single_steps(tmp_path):
     """Of steps that jump up and down, almost all of the strong blue is on the line between."""
     from matplotlib import image

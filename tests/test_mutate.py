@@ -110,13 +110,18 @@ def toy(tmp_path_factory) -> tuple[str, dict[str, dict], dict[str, dict]]:
             def wait(n):
                 while n < 3:
                     n += 1
+
+            def distance(a):
+                return abs(a - 7)
             """,
         "gpt/__init__.py": "",
         "gpt/alone.py": "def twice(a):\n    return 2 * a\n\n\ndef same(a):\n    return a * 1\n",
         "tests/test_tested.py": """
             import subprocess, sys
             import pytest
-            from gpt.tested import least, wait
+            from gpt.tested import distance, least, wait
+
+            FAR = distance(17)
 
             @pytest.fixture(scope="module")
             def answer():
@@ -131,6 +136,9 @@ def toy(tmp_path_factory) -> tuple[str, dict[str, dict], dict[str, dict]]:
 
             def test_wait():
                 wait(2)
+
+            def test_what_was_made_when_the_file_was_imported():
+                assert FAR == 10
 
             def test_add_in_another_process():
                 code = "from gpt.tested import add; assert add(2, 3) == 5"
@@ -175,6 +183,12 @@ def toy(tmp_path_factory) -> tuple[str, dict[str, dict], dict[str, dict]]:
 def test_a_mutant_that_a_test_notices_is_killed_in_another_process_too(toy):
     assert toy[1]["return a - b"]["result"] == "killed"
     assert toy[1]["return a - b"]["by"] == "tests/test_tested.py::test_add_in_another_process"
+
+
+def test_a_mutant_that_runs_while_tests_are_imported_is_killed(toy):
+    record = toy[1]["return abs(a + 7)"]
+    assert record["result"] == "killed"
+    assert record["by"] == "tests/test_tested.py::test_what_was_made_when_the_file_was_imported"
 
 
 def test_a_shared_fixture_counts_for_each_test_that_uses_it(tmp_path):

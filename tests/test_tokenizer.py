@@ -83,6 +83,14 @@ def test_ids_outside_the_vocabulary_raise(tokenizer, wrong):
 
 
 @every_kind
+def test_encode_refuses_arguments_of_another_type(tokenizer):
+    with pytest.raises(TypeError, match="text must be text, not 5"):
+        tokenizer.encode(5)
+    with pytest.raises(TypeError, match="allow_special must be True or False, not 'all'"):
+        tokenizer.encode("n", allow_special="all")
+
+
+@every_kind
 def test_lone_surrogate_is_refused(tokenizer):
     with pytest.raises(UserError, match=r"U\+DC80 at position 2"):
         tokenizer.encode("na\udc80ve")
