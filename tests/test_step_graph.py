@@ -1,5 +1,6 @@
 """A decoder's step as a CUDA graph, here on a stand-in that keeps to its rules: it replays operations on addresses."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -146,3 +147,26 @@ def test_graphs_on_a_gpu_give_what_steps_give(name):
         ours, theirs = (decoder.step(tokens) for decoder in decoders)
         assert torch.equal(ours, theirs)
     assert len(decoders[0]._graphs._recorded) == 1
+
+
+def test_what_a_recording_gives(monkeypatch):
+    """How to replay it, and the tensor that run returned while the graph was open."""
+    calls = []
+
+    class Graph:
+        def replay(self) -> None:
+            calls.append("replay")
+
+    @contextlib.contextmanager
+    def capture(graph):
+        calls.append(type(graph))
+        yield
+        calls.append("end")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    logits = torch.zeros(2)
+    replay, result = step_graph.record(lambda: calls.append("run") or logits)
+    assert result is logits and calls == [Graph, "run", "end"]
+    replay()
+    assert calls[3:] == ["replay"]

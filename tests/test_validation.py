@@ -236,3 +236,22 @@ def test_watch_is_called_with_the_progress_before_each_batch():
     watch = lambda done, total: heard.append((done, total))
     validation.evaluate(model, Parallel(model, world, "none"), world, tokens, ByteTokenizer(), config, None, watch)
     assert heard == [(done, 17998) for done in (0, 8192, 8999, 17191)]
+
+
+def test_what_an_interrupted_evaluation_had_written(tmp_path):
+    """Whole lines of this step alone, from where the checkpoint's metrics end."""
+    metrics = tmp_path / "metrics.jsonl"
+    first, loss = b'{"step": 4, "val_loss": 9.0}\n', b'{"step": 5, "val_loss": 1.5}\n'
+    other = b'{"step": 6, "val_loss": 2}\n'
+    for written, expected in (
+        (b"", ([], 0)),
+        (loss, ([1.5], len(loss))),
+        (loss + loss, ([1.5, 1.5], 2 * len(loss))),
+        (loss + other + loss, ([1.5], len(loss))),
+        (loss + loss[:-1], ([1.5], len(loss))),
+        (loss + b"{\n", ([1.5], len(loss))),
+        (b'{"step": 5}\n', ([], 0)),
+    ):
+        metrics.write_bytes(first + written)
+        assert validation._losses_written(metrics, 5, len(first)) == expected
+    assert validation._losses_written(tmp_path / "none", 5, 0) == ([], 0)
