@@ -1,4 +1,4 @@
-"""What the README claims: each line of its table of attention runs, and is right."""
+"""What README and docs claim: README stays short, links lead somewhere, and each example of attention is correct."""
 
 import re
 from pathlib import Path
@@ -9,8 +9,9 @@ import torch
 from kernels import attention, attention_reference, masks
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-LINES = re.findall(r"^\| .* \| `(.*attention.*\(q.*)` \|$", README, flags=re.MULTILINE)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ATTENTION_PAGE = (ROOT / "docs/attention.md").read_text(encoding="utf-8")
+CALLS = re.findall(r"^\| .* \| `(.*attention.*\(q.*)` \|$", ATTENTION_PAGE, flags=re.MULTILINE)
 T = 80
 
 
@@ -18,8 +19,8 @@ def even(q, k):
     return (q - k) % 2 == 0
 
 
-def evaluate(line: str, fn, device: str, impl: str):
-    """out of one line, and the gradients of all that is learned."""
+def evaluate(call: str, fn, device: str, impl: str):
+    """Run one call; its output, and the gradients of every learned tensor."""
     draw = torch.Generator().manual_seed(0)
 
     def leaf(*shape):
@@ -38,25 +39,45 @@ def evaluate(line: str, fn, device: str, impl: str):
         "slopes": torch.tensor([0.5, 0.25], device=device),
         **leaves,
     }
-    out = eval(line.split(" = ")[-1].replace("\\|", "|"), names)
+    out = eval(call.split(" = ")[-1].replace("\\|", "|"), names)
     loss = sum(part.square().sum() for part in (out if isinstance(out, tuple) else (out,)))
     return out, *torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
 
 
-@pytest.mark.parametrize("line", LINES)
-def test_line_of_attention(line, device, monkeypatch):
-    if "compile" in line:
+@pytest.mark.parametrize("call", CALLS)
+def test_each_attention_example_equals_the_reference(call, device, monkeypatch):
+    if "compile" in call:
         real = torch.compile
         monkeypatch.setattr(torch, "compile", lambda fn, **options: real(fn, backend="aot_eager", **options))
     expected = evaluate(
-        line.replace("torch.compile(attention, fullgraph=True)", "attention"), attention_reference, device, ""
+        call.replace("torch.compile(attention, fullgraph=True)", "attention"), attention_reference, device, ""
     )
     for impl in ("auto", "triton"):
-        torch.testing.assert_close(evaluate(line, attention, device, impl), expected, rtol=2e-4, atol=2e-4)
+        torch.testing.assert_close(evaluate(call, attention, device, impl), expected, rtol=2e-4, atol=2e-4)
 
 
-def test_the_table_was_found():
-    assert len(LINES) == 20
+def test_all_attention_examples_were_found():
+    assert len(CALLS) == 20
+
+
+def test_readme_has_at_most_150_lines():
+    assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_existing_files_and_headings(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8"))
+    assert links or page.name != "README.md"
+    for file, anchor in links:
+        target = page.parent / file if file else page
+        assert target.is_file(), f"{page.name} links to {file}, which does not exist"
+        assert not anchor or anchor in anchors(target), f"{page.name} links to {file}#{anchor}, an unknown heading"
 
 
 def test_the_drawing_names_every_file_in_its_room():
@@ -65,7 +86,6 @@ def test_the_drawing_names_every_file_in_its_room():
     for line in drawing.splitlines():
         room = line.split()[0] if re.match(r"\w+/", line) else room if line.startswith(" ") else ""
         named += [room * line.startswith(" ") + name for name in re.findall(r"[\w*]+\.py", line)]
-    missing = [name for name in named if not list(ROOT.glob(name))]
-    assert missing == []
-    there = {path for folder in ("gpt", "kernels") for path in (ROOT / folder).glob("**/[!_]*.py")}
-    assert there - {path for name in named for path in ROOT.glob(name)} == set()
+    assert [name for name in named if not list(ROOT.glob(name))] == []
+    files = {path for folder in ("gpt", "kernels") for path in (ROOT / folder).glob("**/[!_]*.py")}
+    assert files - {path for name in named for path in ROOT.glob(name)} == set()
