@@ -89,3 +89,20 @@ def test_the_drawing_names_every_file_in_its_room():
     assert [name for name in named if not list(ROOT.glob(name))] == []
     files = {path for folder in ("gpt", "kernels") for path in (ROOT / folder).glob("**/[!_]*.py")}
     assert files - {path for name in named for path in ROOT.glob(name)} == set()
+
+
+def test_files_and_names_on_the_architecture_page_exist():
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").split("```")[2]
+    paths = [
+        *ROOT.glob("*.py"),
+        *(path for room in ("gpt", "kernels", "tests") for path in ROOT.glob(f"{room}/**/*.py")),
+    ]
+    program = "\n".join(path.read_text(encoding="utf-8") for path in paths)
+    files = [path.relative_to(ROOT).as_posix() for path in paths]
+    for name in re.findall(r"`([\w./]+)`", page):
+        if name.endswith(".py"):
+            assert any(file == name or file.endswith(f"/{name}") for file in files), f"no file {name}"
+        elif name.endswith("/") or "/" in name:
+            assert (ROOT / name).is_dir(), f"no folder {name}"
+        else:
+            assert re.search(rf"\b{name.rpartition('.')[2]}\b", program), f"no {name} in any file"
