@@ -1,11 +1,11 @@
-# make quickstart   install into .venv, train a small model on Python's own source text, let it write
-# make test         install, then linter and tests
-# make slow         the tests that take minutes
-# make numerics     the tests that compare numbers, under the arithmetic of other processors (an hour or more; docs/testing.md)
-# make mutants      change the program in 300 places, one at a time, and list what no test notices (hours; docs/testing.md)
-# make tritons      kernel tests with the oldest and the newest triton, each in a folder of its own over .venv
-# make compile-report   docs/compile_report.md, anew (minutes; needs no GPU)
-# PYTHON=python3.12 picks the interpreter; 3.11 and 3.12 are supported.
+# make quickstart       install into .venv, train a small model on Python's own source code, sample from it
+# make test             install, then run the linter and the tests
+# make slow             the tests that take minutes
+# make numerics         the tests that compare numbers, under the arithmetic of other processors (an hour)
+# make mutants          change the program in 300 places, one at a time, and list the changes that no test notices (hours)
+# make tritons          kernel tests with the oldest and the newest Triton, each installed into build/
+# make compile-report   write docs/compile_report.md (minutes; needs no GPU)
+# docs/testing.md says more. PYTHON=python3.12 picks the interpreter; 3.11 and 3.12 are supported.
 
 OK_VERSION = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(OK_VERSION)' 2>/dev/null && { echo $$p; break; }; done)

@@ -106,3 +106,11 @@ def test_files_and_names_on_the_architecture_page_exist():
             assert (ROOT / name).is_dir(), f"no folder {name}"
         else:
             assert re.search(rf"\b{name.rpartition('.')[2]}\b", program), f"no {name} in any file"
+
+
+def test_every_make_target_is_in_the_testing_page():
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1].split()
+    page = (ROOT / "docs/testing.md").read_text(encoding="utf-8")
+    assert [
+        target for target in targets if not re.search(rf"^\| `make {target}` \| .+ \| .+ \|$", page, re.MULTILINE)
+    ] == []
