@@ -1,7 +1,7 @@
-"""What is in the inner loops of a compiled kernel: its matrix instructions, and everything else.
+"""Count the matrix instructions and all others in the inner loops of a compiled kernel.
 
-Two kinds of assembly are read: SASS as nvdisasm prints it, and amdgcn. A loop is what the flow graph calls one (a
-branch back to a block that dominates it), so that blocks which the compiler moved elsewhere still count.
+Reads SASS as nvdisasm prints it, and amdgcn. Loops are found in the flow graph (a branch back to a block that dominates
+it), so that blocks which the compiler moved elsewhere still count.
 """
 
 import re
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Instruction(NamedTuple):
-    """One instruction, the labels before it, the label that it may jump to, and whether the next one may follow."""
+    """One instruction, the labels before it, its jump target, and whether the next instruction can follow it."""
 
     name: str
     labels: tuple[str, ...] = ()
@@ -18,7 +18,7 @@ class Instruction(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """Instructions in one pass through a loop: matrix instructions, and all others."""
+    """Numbers of instructions in one pass through a loop."""
 
     matrix: int
     others: int
@@ -30,7 +30,7 @@ _LABEL = re.compile(r"(?P<name>[.$\w]+):")
 
 
 def sass(text: str) -> list[Instruction]:
-    """Instructions of `nvdisasm -c`."""
+    """Read the instructions that `nvdisasm -c` prints."""
     found, labels = [], []
     for line in text.splitlines():
         if label := _LABEL.match(line):
@@ -38,9 +38,9 @@ def sass(text: str) -> list[Instruction]:
         elif line_found := _SASS.search(line):
             name, rest = line_found["name"], line_found["rest"]
             kind = name.split(".")[0]
-            # A call of a label within the function is a jump of another name, which ptxas uses to leave loops.
+            # ptxas also leaves loops by a call of a label within the function.
             target = re.search(r"`\((\.L\w+)\)", rest) if kind in ("BRA", "CALL", "JMP") else None
-            # "BRA.U UP0, `(.L_x_1)" has its condition among the operands.
+            # The condition of "BRA.U UP0, `(.L_x_1)" is an operand.
             is_sure = line_found["guard"] is None and "," not in rest
             falls_through = not (is_sure and kind in ("BRA", "JMP", "EXIT", "RET"))
             found.append(Instruction(name, tuple(labels), target and target[1], falls_through))
@@ -49,12 +49,12 @@ def sass(text: str) -> list[Instruction]:
 
 
 def bytes_spilled(text: str) -> int:
-    """Bytes that the stores to local memory in `nvdisasm -c` write: the kernels keep nothing else there."""
+    """Count the bytes that `nvdisasm -c` stores to local memory, which the kernels use for spills only."""
     return sum(int(bits or 32) // 8 for bits in re.findall(r"\sSTL(?:\.(\d+))?\s", text))
 
 
 def amdgcn(text: str) -> list[Instruction]:
-    """Instructions of the AMD back end's assembly, which ends with the function's end; what follows is data."""
+    """Read the instructions of the AMD back end's assembly, up to the end of the function; data follows."""
     found, labels = [], []
     for line in text.splitlines():
         if line.startswith(".Lfunc_end"):
@@ -70,7 +70,7 @@ def amdgcn(text: str) -> list[Instruction]:
 
 
 def inner_loops(code: list[Instruction], matrix: str) -> list[Loop]:
-    """The innermost loops with an instruction whose name begins with `matrix`, in the order of their first one."""
+    """Find the innermost loops with an instruction whose name begins with `matrix`, in the order of their heads."""
     blocks = _blocks(code)
     bodies = _loops(_edges(code, blocks))
     loops = []
@@ -82,7 +82,7 @@ def inner_loops(code: list[Instruction], matrix: str) -> list[Loop]:
 
 
 def _blocks(code: list[Instruction]) -> list[tuple[int, int]]:
-    """Begin and end of each basic block."""
+    """Find the begin and end of each basic block."""
     begins = {i for i, one in enumerate(code) if one.labels}
     begins |= {i + 1 for i, one in enumerate(code) if one.target or not one.falls_through}
     begins = sorted((begins | {0}) - {len(code)})
@@ -90,7 +90,7 @@ def _blocks(code: list[Instruction]) -> list[tuple[int, int]]:
 
 
 def _edges(code: list[Instruction], blocks: list[tuple[int, int]]) -> list[list[int]]:
-    """For each block the blocks that may follow."""
+    """List the possible successors of each block."""
     places = {label: n for n, (begin, _) in enumerate(blocks) for label in code[begin].labels}
     edges = []
     for n, (_, end) in enumerate(blocks):
@@ -101,7 +101,7 @@ def _edges(code: list[Instruction], blocks: list[tuple[int, int]]) -> list[list[
 
 
 def _loops(edges: list[list[int]]) -> dict[int, set[int]]:
-    """Natural loops: the block at the head of each, and all of its blocks."""
+    """Find the natural loops: the head of each, with all of its blocks."""
     reached, todo = {0}, [0]
     while todo:
         new = set(edges[todo.pop()]) - reached

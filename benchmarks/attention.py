@@ -1,9 +1,9 @@
-"""Attention, timed: `python -m benchmarks.attention`, on a GPU.
+"""Time attention on a GPU: `python -m benchmarks.attention`.
 
-Forward and backward TFLOP/s of our kernels beside torch's scaled_dot_product_attention pinned to FlashAttention-2 and
-to cuDNN, and FlexAttention, in one process on the same tensors. Every round times each of them once, in an order that
-rotates, so that a clock that drifts is shared by all; medians are reported, with the median of the paired ratios. The
-result goes to results/<device>.json with the clocks, the driver and the versions it was measured under.
+Measures forward and backward TFLOP/s of our kernels, of torch's scaled_dot_product_attention pinned to FlashAttention-2
+and to cuDNN, and of FlexAttention, in one process on the same tensors. Every round times each of them once, in a
+rotating order, so that drifting clocks affect all alike. Reports medians, and the median of the paired ratios. Writes
+results/<device>.json with the clocks, the driver and the versions.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import positive
+from benchmarks import positive, print_table
 from kernels import attention, masks
 
 RESULTS = Path(__file__).parent / "results"
@@ -32,7 +32,7 @@ OURS, FLASH, CUDNN, FLEX = "ours", "sdpa flash", "sdpa cudnn", "flex"
 
 @dataclass(frozen=True)
 class Setting:
-    """One line of the table. `tokens`: B * T; `width`: H * D (FlashAttention's own benchmark has 16k and 2048)."""
+    """One line of the table. `tokens`: B * T; `width`: H * D (FlashAttention's own benchmark uses 16k and 2048)."""
 
     D: int
     T: int
@@ -46,7 +46,7 @@ class Setting:
         return max(1, self.tokens // self.T), self.T, self.width // self.D, self.D
 
     def flops(self) -> float:
-        """Of the matrix products that the mask needs, as FlashAttention counts: a causal mask needs half of T * T.
+        """Count the operations of the matrix products as FlashAttention does: a causal mask needs half of T * T.
 
         Forward has two products of 2 * D operations for each pair of positions, backward five.
         """
@@ -57,7 +57,7 @@ class Setting:
 
 @dataclass
 class Row:
-    """What was measured: medians in milliseconds, TFLOP/s, and how many times as fast as each other ours was."""
+    """A measurement: medians in milliseconds, TFLOP/s, and our speed relative to each other contender."""
 
     setting: Setting
     milliseconds: dict[str, float]
@@ -67,7 +67,7 @@ class Row:
 
 
 def sdpa_on(backend: SDPBackend) -> Callable:
-    """torch's attention pinned to one back end, for (B, T, H, D) tensors."""
+    """Pin torch's attention to one back end, for (B, T, H, D) tensors."""
 
     def call(q, k, v, mask: str):
         with sdpa_kernel(backend):
@@ -78,11 +78,11 @@ def sdpa_on(backend: SDPBackend) -> Callable:
 
 
 def flex() -> Callable:
-    """FlexAttention, compiled, with its block mask made once for each length."""
+    """Compile FlexAttention; its block mask is made once for each length."""
     import torch._functorch.config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    # Backward passes are timed again and again on one graph, which donated buffers would forbid.
+    # Donated buffers would forbid timing the backward pass of one graph repeatedly.
     torch._functorch.config.donated_buffer = False
     compiled = torch.compile(flex_attention, dynamic=False)
     rules = {
@@ -102,7 +102,7 @@ def flex() -> Callable:
 
 
 def contenders() -> dict[str, Callable]:
-    """Each takes (q, k, v, mask's name). The first is ours."""
+    """List the functions of (q, k, v, name of the mask) to compare. The first is ours."""
     return {
         OURS: lambda q, k, v, mask: attention(q, k, v, mask=MASKS[mask], impl="triton"),
         FLASH: sdpa_on(SDPBackend.FLASH_ATTENTION),
@@ -112,7 +112,7 @@ def contenders() -> dict[str, Callable]:
 
 
 class EventTimer:
-    """Milliseconds of GPU time of one call, by events, with the L2 cache emptied before it."""
+    """Time one call on the GPU in milliseconds, by events, after emptying the L2 cache."""
 
     def __init__(self):
         self.scratch = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
@@ -130,7 +130,7 @@ class EventTimer:
 def prepare(
     setting: Setting, contenders: dict[str, Callable], device: str
 ) -> tuple[dict[str, Callable], dict[str, str]]:
-    """What to time for each contender, and why the missing ones are missing. All must compute the same thing."""
+    """Return the call to time for each contender, and the reason for each missing one. All must agree."""
     generator = torch.Generator(device).manual_seed(0)
 
     def randn() -> torch.Tensor:
@@ -154,9 +154,7 @@ def prepare(
         results = [out.detach(), *grads]
         if expected is None:
             expected = results
-        for ours, theirs in zip(expected, results):
-            difference = (ours.float() - theirs.float()).norm() / ours.float().norm()
-            assert difference < 0.02, f"{name} computes something else than {OURS}: {difference:.3f} apart"
+        assert_alike(name, results, OURS, expected)
         if setting.direction == "forward":
             calls[name] = lambda f=contender: f(q.detach(), k.detach(), v.detach(), setting.mask)
         else:
@@ -164,11 +162,18 @@ def prepare(
     return calls, missing
 
 
-def interleaved(calls: dict, timer: Callable, rounds: int) -> dict:
-    """The times of each call: every round times each once, in an order that rotates. The first three do not count."""
+def assert_alike(name: str, results: list[torch.Tensor], other: str, expected: list[torch.Tensor]) -> None:
+    """Raise AssertionError if a result differs from the expected one by 2% of its norm or more."""
+    for result, right in zip(results, expected):
+        difference = (result.float() - right.float()).norm() / right.float().norm()
+        assert difference < 0.02, f"{name} computes something else than {other}: {difference:.3f} apart"
+
+
+def interleaved(calls: dict, timer: Callable, rounds: int, warmup: int = 3) -> dict:
+    """Time each call once in every round, in a rotating order; the warm-up rounds do not count."""
     times: dict = {name: [] for name in calls}
     names = list(calls)
-    for n in range(-3, rounds):
+    for n in range(-warmup, rounds):
         turn = n % len(names)
         for name in names[turn:] + names[:turn]:
             elapsed = timer(calls[name])
@@ -178,7 +183,7 @@ def interleaved(calls: dict, timer: Callable, rounds: int) -> dict:
 
 
 def measure(setting: Setting, contenders: dict[str, Callable], timer: Callable, rounds: int, device: str) -> Row:
-    """Time one setting."""
+    """Time all contenders on one setting."""
     calls, missing = prepare(setting, contenders, device)
     times = interleaved(calls, timer, rounds)
     medians = {name: statistics.median(each) for name, each in times.items()}
@@ -192,7 +197,7 @@ def measure(setting: Setting, contenders: dict[str, Callable], timer: Callable, 
 
 
 def conditions() -> dict[str, str]:
-    """Versions, driver, and the GPU's clocks, power limit and temperature now."""
+    """Read versions, driver, and the GPU's present clocks, power limit and temperature."""
     import triton
 
     found = {"torch": torch.__version__, "triton": triton.__version__, "cuda": str(torch.version.cuda)}
@@ -207,12 +212,12 @@ def conditions() -> dict[str, str]:
 
 
 def slug(device: str) -> str:
-    """A device's name as part of a file's."""
+    """Turn a device's name into part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def write_record(path: Path, benchmark: str, device: str, before: dict, **content) -> Path:
-    """What was measured, with the conditions before and now."""
+    """Write a measurement as JSON, with the conditions before it and now."""
     record = {
         "benchmark": benchmark,
         "device": device,
@@ -227,20 +232,15 @@ def write_record(path: Path, benchmark: str, device: str, before: dict, **conten
 
 
 def show(rows: list[Row], device: str) -> None:
-    """The table, in TFLOP/s."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"attention, bf16, TFLOP/s on {device}")
-    names = [OURS, FLASH, CUDNN, FLEX]
-    for heading in ("", "mask", "D", "T", *names, f"{OURS} / flash", f"{OURS} / cudnn"):
-        table.add_column(heading, justify="right")
+    """Print the table, in TFLOP/s."""
+    names, cells = [OURS, FLASH, CUDNN, FLEX], []
     for row in rows:
         s = row.setting
         speeds = [f"{row.tflops[name]:.0f}" if name in row.tflops else "-" for name in names]
         ratios = [f"{row.speedup[name]:.2f}" if name in row.speedup else "-" for name in (FLASH, CUDNN)]
-        table.add_row(s.direction, s.mask, str(s.D), str(s.T), *speeds, *ratios)
-    Console().print(table)
+        cells.append((s.direction, s.mask, str(s.D), str(s.T), *speeds, *ratios))
+    headings = "", "mask", "D", "T", *names, f"{OURS} / flash", f"{OURS} / cudnn"
+    print_table(f"attention, bf16, TFLOP/s on {device}", headings, cells)
 
 
 def main(argv: list[str] | None = None) -> int:

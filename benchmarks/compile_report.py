@@ -1,12 +1,13 @@
-"""What the compiler makes of every kernel, for GPUs that need not be here: `python -m benchmarks.compile_report`.
+"""Compile every kernel for several architectures, without a GPU: `python -m benchmarks.compile_report`.
 
-Registers, bytes spilled, shared memory and what is in the inner loops of each kernel's default configuration. It
-compiles what a launch would compile, ahead of time, so it runs without TRITON_INTERPRET: that choice falls when a
-kernel is defined. `make compile-report` writes docs/compile_report.md.
+Reports registers, bytes spilled, shared memory and the instructions of the inner loops for each kernel's default
+configuration. Run it without TRITON_INTERPRET, which Triton reads when a kernel is defined. `make compile-report`
+writes docs/compile_report.md.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import re
 import subprocess
@@ -36,8 +37,8 @@ from kernels.problem import Launch, Problem
 
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 89, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
-KERNELS = ("forward", "dkdv", "dq", "decode")  # and "dbias", and "prepare" and "combine" without a matrix product
-# The chip's matrix instruction: its name in PTX or amdgcn, and in the binary.
+KERNELS = ("forward", "dkdv", "dq", "decode")  # also "dbias", and "prepare" and "combine", which have no matrix product
+# Each chip's matrix instruction: its name in PTX or amdgcn, and in the binary.
 MATRIX_INSTRUCTION = {
     "sm_80": ("mma.sync", "HMMA"),
     "sm_89": ("mma.sync", "HMMA"),
@@ -46,7 +47,7 @@ MATRIX_INSTRUCTION = {
     "sm_120": ("mma.sync", "HMMA"),
     "gfx942": ("v_mfma", "v_mfma"),
 }
-# The few rows of a tile of decoding are fewer than the newer instructions take.
+# Tiles of decoding have too few rows for the newer instructions.
 DECODE_INSTRUCTION = MATRIX_INSTRUCTION | dict.fromkeys(("sm_90", "sm_100"), MATRIX_INSTRUCTION["sm_80"])
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -56,8 +57,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Case:
     """One kernel for one target. `config` overrides the table: (block_m, block_n, num_warps, num_stages[, tma]).
 
-    variant: "plain"; "features", with everything that `attention` can do at once; "one", where each length is 1.
-    Of the kernels "loss" and "loss gradient" D is the number of columns, V.
+    variant: "plain"; "features", with every feature of `attention` at once; "one", with all lengths 1.
+    D: for the kernels "loss" and "loss gradient", the number of columns, V.
     group: query heads for each key head.
     """
 
@@ -73,11 +74,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of a case.
+    """The compiler's result for a case.
 
-    shared: bytes of a program; registers and spilled: of a thread, in registers and in bytes; matrix_instructions: in
-    all of the code; loops: the innermost ones with a matrix instruction, that of the full tiles first;
-    tma_copies: instructions that have the copy engine fetch a tile.
+    shared: bytes per program; registers, spilled: registers and bytes per thread; matrix_instructions: in all of the
+    code; tma_copies: instructions that make the copy engine fetch a tile; loops: the innermost loops with a matrix
+    instruction, the loop over full tiles first.
     """
 
     case: Case
@@ -91,7 +92,7 @@ class Report:
 
 
 class _Device:
-    """A stand-in for Triton's driver: it names the target to compile for, and can do nothing else."""
+    """A stand-in for Triton's driver that only names the target to compile for."""
 
     def __init__(self, target: str):
         self.target = target
@@ -100,7 +101,7 @@ class _Device:
         return TARGETS[self.target]
 
     def get_current_device(self) -> int:
-        # Triton keeps what it compiled by device: each target is a device of its own.
+        # Triton caches compiled kernels by device, so each target counts as one.
         return list(TARGETS).index(self.target)
 
     def get_current_stream(self, device: int) -> int:
@@ -120,17 +121,14 @@ MASKS = {
 
 
 def launch_of(case: Case) -> Launch:
-    """The launch that this case stands for, on tensors without memory."""
+    """Build the launch of a case, on tensors without memory."""
     if case.kernel.startswith("loss"):
         return loss_launch_of(case)
     B, T, H, H_kv = (1, 1, 1, 1) if case.variant == "one" else (2, 2048, 4, 2)
     mask = MASKS[case.mask]
     if case.kernel in ("decode", "combine"):
         return decode_launch_of(case, mask)
-
-    def tensor(*shape, dtype=DTYPES[case.dtype]):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    tensor = functools.partial(torch.empty, dtype=DTYPES[case.dtype], device="meta")
     q, k = tensor(B, T, H, case.D), tensor(B, T, H_kv, case.D)
     rows = tensor(B, H, T, dtype=torch.float32)
     segments = softcap = slopes = bias = sinks = seed = None
@@ -154,7 +152,7 @@ def launch_of(case: Case) -> Launch:
 
 
 def loss_launch_of(case: Case) -> Launch:
-    """The kernels of kernels.linear_cross_entropy on a chunk of 4096 rows."""
+    """Build the launch of a kernel of kernels.linear_cross_entropy on a chunk of 4096 rows."""
     logits = torch.empty(4096, -(-case.D // 64) * 64, dtype=DTYPES[case.dtype], device="meta")[:, : case.D]
     targets, row = (torch.empty(4096, dtype=dtype, device="meta") for dtype in (torch.int64, torch.float32))
     softcap, smoothing = (30.0, 0.1) if case.variant == "features" else (0.0, 0.0)
@@ -165,13 +163,10 @@ def loss_launch_of(case: Case) -> Launch:
 
 
 def decode_launch_of(case: Case, mask: masks.Mask) -> Launch:
-    """One new token of each sequence, which it appends; "features" has pages, rotary tables and all else besides."""
+    """Build a decoding launch that appends one new token to each sequence; "features" adds pages and rotary tables."""
     B, T, H_kv = (1, 1, 1) if case.variant == "one" else (2, 2048, 2)
     H = H_kv * case.group
-
-    def tensor(*shape, dtype=DTYPES[case.dtype]):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    tensor = functools.partial(torch.empty, dtype=DTYPES[case.dtype], device="meta")
     lens, new, cache = tensor(B, dtype=torch.int32), tensor(B, 1, H_kv, case.D), tensor(B, T, H_kv, case.D)
     table = cos = slopes = None
     softcap = 0.0
@@ -195,7 +190,7 @@ def in_prefix(q, k, length):
 
 
 def compile_case(case: Case) -> Report:
-    """Compile one case and read what came of it."""
+    """Compile one case and measure the result."""
     triton.runtime.driver.set_active(_Device(case.target))
     with contextlib.ExitStack() as stack:
         if case.config is not None:
@@ -222,12 +217,12 @@ def compile_case(case: Case) -> Report:
 
 
 def instruction(case: Case) -> tuple[str, str]:
-    """The matrix instruction to look for, in text and in the binary."""
+    """Name the matrix instruction to look for, in text and in the binary."""
     return (DECODE_INSTRUCTION if case.kernel == "decode" else MATRIX_INSTRUCTION)[case.target]
 
 
 def _amd_usage(text: str) -> tuple[int, int]:
-    """Vector registers and bytes of scratch memory of a thread."""
+    """Read a thread's vector registers and bytes of scratch memory."""
 
     def value(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
@@ -236,7 +231,7 @@ def _amd_usage(text: str) -> tuple[int, int]:
 
 
 def _disassembled(cubin: bytes) -> tuple[int, str]:
-    """Registers of a thread, and the code, by the tools that Triton brings."""
+    """Read a thread's registers and the code, with the tools in Triton's package."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -248,30 +243,30 @@ def _disassembled(cubin: bytes) -> tuple[int, str]:
 
 
 def compile_all(cases: list[Case], processes: int = 2) -> list[Report]:
-    """Compile cases side by side."""
+    """Compile cases in several processes."""
     with ProcessPoolExecutor(processes) as pool:
         return list(pool.map(compile_case, cases))
 
 
 def page_cases() -> list[Case]:
-    """What docs/compile_report.md tells of."""
+    """List the cases of docs/compile_report.md."""
     kinds = [("bf16", D, mask) for D in (64, 128) for mask in ("causal", "bigbird")]
     kinds += [("bf16", 256, "causal"), *(("fp32", D, "causal") for D in (64, 128, 256))]
     return [Case(target, kernel, *kind) for target in TARGETS for kind in kinds for kernel in KERNELS]
 
 
 def markdown(reports: list[Report]) -> str:
-    """The page docs/compile_report.md."""
+    """Write the text of docs/compile_report.md."""
     columns = ("target", "kernel", "inputs", "D", "mask", *COLUMNS)
     lines = [
-        "# What the compiler makes of the kernels",
+        "# The compiled kernels",
         "",
-        f"By `make compile-report` with Triton {triton.__version__}: default tiles (BLOCK_M x BLOCK_N, warps, stages),",
-        "registers and bytes spilled of a thread, KiB of shared memory of a program out of what the chip has, and one",
-        "pass through each inner loop, the one of the tiles that need no mask and the one of those that do: the chip's",
-        "matrix instructions in it + all its other instructions, of a warp (of a wavefront on gfx942). Matrix",
-        "instructions differ in size from chip to chip, so counts compare within a chip. Float32 is multiplied outside",
-        "the matrix units of NVIDIA's chips. No GPU is needed, and nothing here was timed.",
+        f"Written by `make compile-report` with Triton {triton.__version__}; nothing was timed, and no GPU is needed.",
+        "The columns are: default tile (BLOCK_M x BLOCK_N, warps, stages); registers and bytes spilled per thread; KiB",
+        "of shared memory per program, out of those that the chip has; and one pass through each inner loop, over full",
+        "tiles and over masked ones: the chip's matrix instructions + all other instructions per warp (per wavefront",
+        "on gfx942). Compare counts within a chip only, because matrix instructions differ in size between chips.",
+        "NVIDIA's chips multiply float32 outside their matrix units.",
         "",
         f"| {' | '.join(columns)} |",
         f"|{' --- |' * len(columns)}",
@@ -286,7 +281,7 @@ COLUMNS = ("tile", "registers", "spilled", "KiB of", "matrix", "full tile", "mas
 
 
 def _row(r: Report) -> tuple:
-    """The cells under COLUMNS."""
+    """Format the cells under COLUMNS."""
     tile = "{}x{}, {} w, {} s".format(*r.config)
     shared = f"{r.shared >> 10} / {configs.SHARED_MEMORY[r.case.target] >> 10}"
     name = instruction(r.case)[0] if r.matrix_instructions else "none"
@@ -302,14 +297,16 @@ def main() -> None:
     parser.add_argument("--masks", nargs="*", default=["causal"], choices=list(MASKS))
     parser.add_argument("--kernels", nargs="*", default=list(KERNELS), choices=list(KERNELS))
     parser.add_argument("--processes", type=positive, default=2)
-    parser.add_argument("--json", action="store_true", help="one object a line, for programs")
-    parser.add_argument("--write", type=Path, default=None, help="write docs/compile_report.md's cases to a file")
-    parser.add_argument("--cases", type=json.loads, default=None, help="a JSON list of cases instead of the table's")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    parser.add_argument(
+        "--write", type=Path, default=None, help="write the cases of docs/compile_report.md to this file"
+    )
+    parser.add_argument("--cases", type=json.loads, default=None, help="compile this JSON list of cases instead")
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("unset TRITON_INTERPRET: the interpreter compiles nothing")
     if args.write is not None and (args.json or args.cases is not None):
-        parser.error("--write has cases and a form of its own: leave out --json and --cases")
+        parser.error("--write fixes the cases and the format: leave out --json and --cases")
     if args.cases is not None:
         try:
             cases = [Case(**case) for case in args.cases]

@@ -1,9 +1,9 @@
-"""Decoding, timed: `python -m benchmarks.decode`, on a GPU.
+"""Time decoding on a GPU: `python -m benchmarks.decode`.
 
-How much of the memory's bandwidth `attention_decode` reaches as it reads a cache that no level-2 cache holds. What the
-memory can give is measured in the same run: a copy of as many bytes, timed in turn with the kernels, round by round, in
-an order that swaps. Both are replayed from CUDA graphs, as a server would, so that no launch from Python is timed.
-Medians are reported, with the median of the paired shares. `--write` puts the result in results/decode/.
+Measures the share of the memory's bandwidth that `attention_decode` reaches on a cache too large for the level-2 cache.
+The bandwidth is measured in the same run: a copy of as many bytes, timed in turn with the kernels, in an order that
+swaps each round. Both are replayed from CUDA graphs, as a server would do, so that no launch from Python is timed.
+Reports medians, and the median of the paired shares. `--write` writes the result to results/decode/.
 """
 
 import argparse
@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import positive
-from benchmarks.attention import RESULTS, EventTimer, conditions, interleaved, slug, write_record
+from benchmarks import positive, print_table
+from benchmarks.attention import RESULTS, EventTimer, assert_alike, conditions, interleaved, slug, write_record
 from kernels import attention_decode, attention_reference
 
-# Cached tokens of all sequences: 256 MiB of keys and values at least, more than the level-2 cache of any GPU of today.
+# Cached tokens of all sequences: at least 256 MiB of keys and values, more than any GPU's level-2 cache today.
 TOKENS = 1 << 17
 
 
@@ -35,7 +35,7 @@ class Setting:
     page: int = 0
 
     def bytes(self) -> int:
-        """Of the cache in bfloat16: each key and value is read once. What else is read and written is left out."""
+        """Count the bytes of the cache in bfloat16, each key and value once; other reads and writes are left out."""
         return self.B * self.T * self.H_kv * self.D * 2 * 2
 
 
@@ -52,7 +52,7 @@ class Row:
 
 
 def settings() -> list[Setting]:
-    """Long caches of few sequences and short ones of many, heads alone and in groups, and pages."""
+    """List the lines of the table: few long caches, many short ones, single and grouped heads, and pages."""
     found = [
         Setting(B, TOKENS // B, H_kv, group, D)
         for D in (64, 128)
@@ -63,7 +63,7 @@ def settings() -> list[Setting]:
 
 
 def prepare(setting: Setting, device: str, impl: str) -> Callable:
-    """The call to time. One sequence of it is held to the reference first."""
+    """Return the call to time, after comparing one of its sequences with the reference."""
     B, T, H_kv, group, D = setting.B, setting.T, setting.H_kv, setting.group, setting.D
     generator = torch.Generator(device).manual_seed(0)
 
@@ -75,7 +75,7 @@ def prepare(setting: Setting, device: str, impl: str) -> Callable:
     expected = attention_reference(q[:1], k[:1], v[:1])
     table = None
     if setting.page:
-        # Pages in no order, as a server that has run for a while has them.
+        # Pages in random order, as in a server that has run for a while.
         order = torch.randperm(B * T // setting.page, generator=generator, device=device)
         k, v = (x.view(-1, setting.page, H_kv, D)[order] for x in (k, v))
         table = order.argsort().int().view(B, -1)
@@ -83,13 +83,12 @@ def prepare(setting: Setting, device: str, impl: str) -> Callable:
     def call() -> torch.Tensor:
         return attention_decode(q, k, v, lens, block_table=table, impl=impl)
 
-    difference = (call()[:1].float() - expected.float()).norm() / expected.float().norm()
-    assert difference < 0.02, f"attention_decode and the reference are {difference:.3f} apart"
+    assert_alike("attention_decode", [call()[:1]], "the reference", [expected])
     return call
 
 
 def captured(fn: Callable) -> Callable:
-    """fn, which has run before, as the replay of a CUDA graph."""
+    """Capture fn, which must have run before, in a CUDA graph; return its replay."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -98,9 +97,9 @@ def captured(fn: Callable) -> Callable:
 
 
 def measure(setting: Setting, timer: Callable, rounds: int, device: str = "cuda", impl: str = "triton") -> Row:
-    """Time one setting: `rounds` rounds, after three that do not count."""
+    """Time one setting for `rounds` rounds, after three that do not count."""
     call = prepare(setting, device, impl)
-    # Half of the bytes are read and half are written, so that a copy moves as many as a call reads.
+    # A copy reads half of the bytes and writes half, so that it moves as many as a call reads.
     source = torch.ones(setting.bytes() // 2, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     calls = {"copy": lambda: target.copy_(source), "ours": call}
@@ -113,28 +112,24 @@ def measure(setting: Setting, timer: Callable, rounds: int, device: str = "cuda"
 
 
 def show(rows: list[Row], device: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"attention_decode, bf16, one new query, on {device}")
-    for heading in ("B", "T", "H_kv", "group", "D", "page", "MiB", "us", "GB/s", "copy GB/s", "share of a copy"):
-        table.add_column(heading, justify="right")
+    """Print the table."""
+    headings, cells = ("B", "T", "H_kv", "group", "D", "page", "MiB", "us", "GB/s", "copy GB/s", "share of a copy"), []
     for row in rows:
         s = row.setting
         shape = map(str, (s.B, s.T, s.H_kv, s.group, s.D, s.page or "-", s.bytes() >> 20))
         speeds = f"{row.milliseconds * 1e3:.0f}", f"{row.gigabytes_per_second:.0f}"
-        table.add_row(*shape, *speeds, f"{row.copy_gigabytes_per_second:.0f}", f"{row.share:.0%}")
-    Console().print(table)
+        cells.append((*shape, *speeds, f"{row.copy_gigabytes_per_second:.0f}", f"{row.share:.0%}"))
+    print_table(f"attention_decode, bf16, one new query, on {device}", headings, cells)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=positive, default=30)
-    parser.add_argument("--write", action="store_true", help="write the result to --results as well")
-    parser.add_argument("--results", type=Path, help="the folder to write to, benchmarks/results unless given")
+    parser.add_argument("--write", action="store_true", help="also write the result to --results")
+    parser.add_argument("--results", type=Path, help="the folder to write to; by default benchmarks/results")
     args = parser.parse_args(argv)
     if args.results is not None and not args.write:
-        parser.error("--results says where to write: add --write")
+        parser.error("--results does nothing without --write: add --write")
     if not torch.cuda.is_available():
         print("benchmarks.decode needs a GPU and found none: nothing measured")
         return 0

@@ -1,10 +1,10 @@
-"""What batches cost: the loader's own rate, and its share of a training step.
+"""Measure the loader: the cost of a batch, and its share of a training step.
 
     python -m benchmarks.loader [--device cpu|cuda] [--rows 12] [--steps 3] [--tokens 50_000_000]
 
-The loader reads rows of 1,024 tokens from a token file of random tokens in documents of 1 to about 10,000 (log-normal,
-700 on average) under each packing. The step is a training step of GPT-2's 124M shape with AdamW: forward, backward,
-update. On a CPU the loader works between the steps; on a GPU in a thread beside them.
+The loader reads rows of 1,024 tokens, under each packing, from a file of random tokens in documents of 1 to about
+10,000 tokens (log-normal, 700 on average). The training step is that of GPT-2's 124M shape with AdamW: forward,
+backward, update. On a CPU the loader works between the steps, on a GPU in a thread beside them.
 """
 
 import argparse
@@ -29,7 +29,7 @@ DOCUMENT = V - 1
 
 
 def write_tokens(path: Path, count: int) -> tuple[np.ndarray, float]:
-    """Random documents in a file, mapped; and tokens per document."""
+    """Write random documents to a file; return it memory-mapped, and its tokens per document."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, DOCUMENT, count).astype(np.uint16)
     lengths = rng.lognormal(6.0, 1.05, count // 500).astype(np.int64).clip(1, 20_000) + 1
@@ -42,7 +42,7 @@ def write_tokens(path: Path, count: int) -> tuple[np.ndarray, float]:
 
 
 def loader_seconds(tokens: np.ndarray, packing: str, rows: int) -> dict[str, float]:
-    """Seconds to open the loader and, over many batches, for one of them; and the share of places without a target."""
+    """Time opening the loader and, over many batches, one batch; count the share of positions without a target."""
     began = time.perf_counter()
     loader = make_loader(tokens, packing, DOCUMENT, batch_size=rows, seq_len=T, seed=0)
     opened, batches, free = time.perf_counter() - began, 0, 0
@@ -59,7 +59,7 @@ def loader_seconds(tokens: np.ndarray, packing: str, rows: int) -> dict[str, flo
 
 
 def step_seconds(tokens: np.ndarray, rows: int, steps: int, device: torch.device) -> tuple[float, float]:
-    """Medians over the steps: of one training step at 124M, and of what its batch takes when read in the loop."""
+    """Time training steps at 124M: medians of a whole step, and of reading its batch in the loop."""
     config = load_config([str(ROOT / "configs/gpt2_124m.toml"), "--vocab-size", str(V)])
     model = GPT(config.model).to(device)
     optimizers = build_optimizers(model, config.optim)
@@ -102,7 +102,7 @@ def main() -> None:
             share = "" if step is None else f"{seconds['batch'] / step:.5%} of the step, "
             print(
                 f"{name:10} {1e6 * seconds['batch']:7.0f} us a batch, {arguments.rows * T / seconds['batch']:,.0f} "
-                f"tokens/s, {share}opened in {seconds['open']:.2f} s, {seconds['free']:.2%} of the places free"
+                f"tokens/s, {share}opened in {seconds['open']:.2f} s, {seconds['free']:.2%} of the positions free"
             )
 
 

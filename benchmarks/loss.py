@@ -1,8 +1,8 @@
-"""The head and its loss, timed: `python -m benchmarks.loss`, on a GPU.
+"""Time the output head and its loss on a GPU: `python -m benchmarks.loss`.
 
-Forward and backward of kernels.linear_cross_entropy beside F.linear and F.cross_entropy, eager and compiled, with
-float32 weights under bf16 autocast as in training: milliseconds and the peak of memory beyond the inputs. Every round
-times each of them once, in an order that rotates; medians are reported. The result goes to results/loss-<device>.json.
+Compares forward and backward of kernels.linear_cross_entropy with F.linear and F.cross_entropy, eager and compiled,
+with float32 weights under bf16 autocast as in training: milliseconds, and the peak memory beyond the inputs. Every
+round times each of them once, in a rotating order. Reports medians and writes results/loss-<device>.json.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import positive
-from benchmarks.attention import RESULTS, EventTimer, conditions, interleaved, slug, write_record
+from benchmarks.attention import RESULTS, EventTimer, assert_alike, conditions, interleaved, slug, write_record
 from kernels import linear_cross_entropy
 
 OURS, EAGER, COMPILED = "ours", "eager", "compiled"
@@ -24,7 +24,7 @@ OURS, EAGER, COMPILED = "ours", "eager", "compiled"
 
 @dataclass
 class Row:
-    """One contender at one size: medians; None where it did not fit."""
+    """Medians of one contender at one size; None if it did not fit into memory."""
 
     tokens: int
     name: str
@@ -45,7 +45,7 @@ def contenders() -> dict[str, Callable]:
 
 
 def step_of(loss: Callable, x, weight, targets, device: str) -> Callable:
-    """Forward and backward, as a call."""
+    """Return a function that runs forward and backward."""
 
     def step():
         with torch.autocast(device, torch.bfloat16):
@@ -58,7 +58,7 @@ def step_of(loss: Callable, x, weight, targets, device: str) -> Callable:
 def measure(
     tokens: int, C: int, V: int, losses: dict[str, Callable], timer: Callable, peak: Callable, rounds: int, device: str
 ) -> list[Row]:
-    """Time one size: `rounds` rounds after three that do not count. All must compute the same."""
+    """Time one size for `rounds` rounds, after three that do not count. All contenders must agree."""
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(tokens, C, generator=generator, device=device).bfloat16().requires_grad_()
     weight = (torch.randn(V, C, generator=generator, device=device) * C**-0.5).requires_grad_()
@@ -69,10 +69,8 @@ def measure(
         try:
             results = step()
             expected = expected or results
-            for one, other in zip(results, expected):
-                apart = (one.float() - other.float()).norm() / other.float().norm()
-                assert apart < 0.02, f"{name} computes something else than {next(iter(losses))}: {apart:.3f} apart"
-            del results, one, other
+            assert_alike(name, results, next(iter(losses)), expected)
+            del results
             peaks[name] = peak(step)
             steps[name] = step
         except torch.OutOfMemoryError:
@@ -83,7 +81,7 @@ def measure(
 
 
 def peak_gib(step: Callable) -> float:
-    """GiB allocated at most while step runs, beyond what was allocated before."""
+    """Measure the most GiB allocated while step runs, beyond those allocated before."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

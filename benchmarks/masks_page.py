@@ -1,6 +1,6 @@
-"""Pictures of the masks, for the docs: `python -m benchmarks.masks_page` writes docs/masks.md and docs/masks/*.png.
+"""Draw the masks for the docs: `python -m benchmarks.masks_page` writes docs/masks.md and docs/masks/*.png.
 
-Each is drawn from the predicate that the kernels run and from the tiles that they visit. No GPU is needed.
+Draws each from the predicate that the kernels run and the tiles that they visit. Needs no GPU.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from kernels.tile_lists import Pattern, tile_map
 
 DOCS = Path(__file__).parents[1] / "docs"
 T, TILE, PIXELS = 64, 8, 4
-# Not visited, visited but not seen, seen in a partial tile, seen in a full tile, lines between tiles.
+# Tile not visited; visited but hidden; visible in a partial tile; visible in a full tile; lines between tiles.
 PALETTE = [(255, 255, 255), (253, 226, 193), (217, 95, 2), (44, 127, 184), (205, 205, 205)]
 
 MASKS: dict[str, tuple[str, Mask]] = {
@@ -44,7 +44,7 @@ DOCUMENTS = ("segment_ids  # documents of 20, 7 and 37 tokens", torch.tensor([[0
 
 
 def picture(mask: Mask, segments: torch.Tensor | None = None) -> torch.Tensor:
-    """Indices into the palette, a row of pixels for each row; queries go down, keys to the right."""
+    """Draw a mask as indices into the palette (rows, columns); queries go down, keys to the right."""
     pattern = Pattern(mask.key, len(mask.bands), mask.indexed, mask.operands, mask.tensors, segments, segments)
     needed, full = (
         tiles[0].repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)
@@ -61,7 +61,7 @@ def picture(mask: Mask, segments: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def png(image: torch.Tensor) -> bytes:
-    """The bytes of a palette PNG (https://www.w3.org/TR/png)."""
+    """Encode a palette PNG (https://www.w3.org/TR/png)."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -75,14 +75,15 @@ def png(image: torch.Tensor) -> bytes:
 
 
 def write(docs: Path) -> None:
-    """docs/masks.md and its pictures."""
+    """Write docs/masks.md and its pictures."""
     (docs / "masks").mkdir(parents=True, exist_ok=True)
     lines = [
         "# Masks",
         "",
-        f"{T} queries (down) by {T} keys (across), in tiles of {TILE}. Made by `python -m benchmarks.masks_page` from",
-        "the predicates that the kernels run and the tiles that they visit: white tiles are never visited; in blue",
-        "ones every query sees every key, so they need no predicate; in the others orange is seen and beige is not.",
+        f"{T} queries (down) by {T} keys (across), in tiles of {TILE}. `python -m benchmarks.masks_page` draws them",
+        "from the predicates that the kernels run and the tiles that they visit. White tiles are never visited. In",
+        "blue tiles every query sees every key, so they need no predicate. In the others, orange pairs are visible",
+        "and beige ones are hidden.",
         "",
     ]
     pictures = {name: (code, picture(mask)) for name, (code, mask) in MASKS.items()}

@@ -1,11 +1,11 @@
-"""Sampling, timed: `python -m benchmarks.sample`, on any machine.
+"""Time sampling on any machine: `python -m benchmarks.sample`.
 
-Tokens per second of greedy decoding: our decoder in fp32, bf16 and with int8 weights, Hugging Face transformers'
-generate on a GPT-2 of the same shape, and our own model without a cache. All weights are random. Every round times each
-contender once, in an order that rotates, so that what else the machine does is shared by all; medians are reported, and
-the medians of the paired ratios. Without a cache a token's cost grows with its position: it is timed at a few evenly
-spread lengths, and their mean stands for all. "weights GB/s" (fp32, bf16, int8) is the bytes of all matrices over a
-step's time, which a copy's GB/s, measured before and after, bounds where one row is decoded.
+Measures tokens per second of greedy decoding: our decoder in fp32, bf16 and with int8 weights, Hugging Face
+transformers' generate on a GPT-2 of the same shape, and our own model without a cache. All weights are random. Every
+round times each contender once, in a rotating order, so that other work on the machine affects all alike. Reports
+medians, and medians of the paired ratios. Without a cache a token's cost grows with its position, so a few evenly
+spread lengths are timed and averaged. "weights GB/s" (fp32, bf16, int8) is the bytes of all matrices over the time of a
+step; for one row, a copy's GB/s, measured before and after, is its upper bound.
 """
 
 import argparse
@@ -19,10 +19,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import gpt  # isort: skip  # noqa: F401 - before torch, whose threads' waiting it sets
+import gpt  # isort: skip  # noqa: F401 - before torch: sets how its threads wait
 import torch
 
-from benchmarks import positive
+from benchmarks import positive, print_table
+from benchmarks.attention import interleaved
 from gpt.config import PRESETS, ModelConfig
 from gpt.device import pick_device
 from gpt.errors import UserError
@@ -30,7 +31,7 @@ from gpt.inference.decoder import Decoder
 from gpt.model import GPT
 
 FP32, BF16, INT8, HF, UNCACHED = "fp32", "bf16", "int8", "transformers", "uncached"
-Run = Callable[[int], list[float]]  # so many new tokens, in seconds: of each step, or of all in one number
+Run = Callable[[int], list[float]]  # number of new tokens -> seconds of each step, or of all steps in one number
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Setting:
     new: int
 
     def weight_bytes(self) -> dict[str, int]:
-        """Bytes of the matrices that a step reads, by our contenders."""
+        """Count the bytes of the matrices that a step of each of our contenders reads."""
         weights = 12 * self.n_layer * self.n_embd**2 + self.vocab_size * self.n_embd
         return {FP32: 4 * weights, BF16: 2 * weights, INT8: weights}
 
@@ -58,13 +59,13 @@ class Setting:
 
 @dataclass
 class Row:
-    """What was measured: tokens per second (all rows together) by contender, and ours in fp32 over the others."""
+    """A measurement: tokens per second (all rows together) by contender, and the ratios of ours to the others."""
 
     setting: Setting
     tokens_per_second: dict[str, float]
     ratios: dict[str, float]
     milliseconds_per_step: dict[str, float]
-    early_and_late_ms: tuple[float, float]  # a step of fp32 in the first and in the last quarter of the text
+    early_and_late_ms: tuple[float, float]  # an fp32 step in the first and in the last quarter of the text
     weights_gb_per_second: dict[str, float]  # bytes of all matrices over the time of a step
     missing: dict[str, str] = field(default_factory=dict)
 
@@ -81,7 +82,7 @@ def settings(quick: bool, full: bool, device: str = "cpu") -> list[Setting]:
 
 
 def steps_of(decoder: Decoder, prompts: torch.Tensor, new: int) -> list[float]:
-    """Seconds of each of `new` steps of greedy decoding: the first is the prompts'."""
+    """Time each of `new` steps of greedy decoding; the first step reads the prompts."""
     seconds, device, tokens = [], decoder.device.type, prompts[:, -1:]
     for step in range(new):
         start = time.perf_counter()
@@ -97,7 +98,7 @@ def steps_of(decoder: Decoder, prompts: torch.Tensor, new: int) -> list[float]:
 
 
 def ours(model: GPT, setting: Setting, prompts: torch.Tensor, **options) -> Run:
-    """A run of our decoder, as the seconds of its steps. Its weights are prepared once, as for many texts."""
+    """Return a run of our decoder, which gives the seconds of its steps. Its weights are prepared once for all runs."""
     decoder = Decoder(model, setting.rows, setting.prompt + setting.new, **options)
 
     def run(new: int) -> list[float]:
@@ -109,7 +110,7 @@ def ours(model: GPT, setting: Setting, prompts: torch.Tensor, **options) -> Run:
 
 
 def transformers_of(setting: Setting, prompts: torch.Tensor) -> Run:
-    """A run of transformers' generate on a GPT-2 with weights of its own, as one number of seconds."""
+    """Return a run of transformers' generate on a GPT-2 with its own random weights, which gives its total seconds."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     length = setting.prompt + setting.new
@@ -134,7 +135,7 @@ def transformers_of(setting: Setting, prompts: torch.Tensor) -> Run:
 
 
 def without_cache(model: GPT, setting: Setting, prompts: torch.Tensor, samples: int) -> Run:
-    """All new tokens' time when each reads everything before it again, from `samples` lengths spread over the text."""
+    """Return a run that reads the whole text again for each token, estimated from `samples` evenly spread lengths."""
     text = prompts.repeat(1, -(-(setting.prompt + setting.new) // setting.prompt))
 
     def run(new: int) -> list[float]:
@@ -151,7 +152,7 @@ def without_cache(model: GPT, setting: Setting, prompts: torch.Tensor, samples: 
 
 
 def prepare(setting: Setting, device: str, samples: int) -> tuple[dict[str, Run], dict[str, str]]:
-    """What to time, by contender, and why what is missing is missing."""
+    """Return each contender's run, and the reason for each missing contender."""
     torch.manual_seed(0)
     model = GPT(setting.config()).to(device).eval()
     prompts = torch.randint(setting.vocab_size, (setting.rows, setting.prompt), device=device)
@@ -172,20 +173,13 @@ def prepare(setting: Setting, device: str, samples: int) -> tuple[dict[str, Run]
 
 
 def measure(setting: Setting, rounds: int, device: str, samples: int) -> Row:
-    """Time one setting: `rounds` rounds, after a shorter one that does not count."""
+    """Time one setting for `rounds` rounds, after a shorter one that does not count."""
     runs, missing = prepare(setting, device, samples)
-    names = list(runs)
-    for name in names:
-        runs[name](min(4, setting.new))
-    times: dict[str, list[float]] = {name: [] for name in names}
-    steps: list[list[float]] = []
-    for n in range(rounds):
-        turn = n % len(names)
-        for name in names[turn:] + names[:turn]:
-            seconds = runs[name](setting.new)
-            times[name].append(sum(seconds))
-            if name == FP32:
-                steps.append(seconds[1:])
+    for run in runs.values():
+        run(min(4, setting.new))
+    seconds = interleaved(runs, lambda run: run(setting.new), rounds, warmup=0)
+    times = {name: list(map(sum, each)) for name, each in seconds.items()}
+    steps = [each[1:] for each in seconds[FP32]]
     medians = {name: statistics.median(each) for name, each in times.items()}
     quarter = max(1, len(steps[0]) // 4)
     early = statistics.median(t for each in steps for t in each[:quarter])
@@ -209,7 +203,7 @@ def measure(setting: Setting, rounds: int, device: str, samples: int) -> Row:
 
 
 def copy_bandwidth(device: str) -> float:
-    """GB/s, read and written, of copying 512 MB: what the weights' GB/s may be held against."""
+    """Measure the GB/s, read and written, of copying 512 MB, to compare with the weights' GB/s."""
     source = torch.ones(1 << 27, device=device)
     target, seconds = torch.zeros_like(source), []
     for _ in range(5):
@@ -222,7 +216,7 @@ def copy_bandwidth(device: str) -> float:
 
 
 def conditions(device: str) -> dict[str, object]:
-    """Where it was measured, and how busy the machine was: a load above 1 before the run is somebody else's."""
+    """Describe the machine and its load: a load above 1 before the run comes from other programs."""
     found: dict[str, object] = {"torch": torch.__version__, "device": device, "machine": platform.machine()}
     found |= {"threads": torch.get_num_threads(), "cpus": os.cpu_count()}
     found["copy_gb_per_second"] = copy_bandwidth(device)
@@ -233,48 +227,43 @@ def conditions(device: str) -> dict[str, object]:
 
 
 def show(rows: list[Row]) -> None:
-    """The table: tokens per second, and how many times as fast as the others ours is."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="greedy decoding, tokens/s")
+    """Print the table: tokens per second, and our speed relative to the others."""
     names = [FP32, BF16, INT8, HF, UNCACHED]
     ratios = [f"{name} / {HF}" for name in (FP32, BF16, INT8)] + [f"{FP32} / {UNCACHED}"]
-    for heading in ("model", "rows", "prompt + new", *names, *ratios, "ms early, late", "weights GB/s"):
-        table.add_column(heading, justify="right")
+    headings, cells = ("model", "rows", "prompt + new", *names, *ratios, "ms early, late", "weights GB/s"), []
     for row in rows:
         s = row.setting
         speeds = [f"{row.tokens_per_second[name]:.1f}" if name in row.tokens_per_second else "-" for name in names]
         times = [f"{row.ratios[name]:.2f}" if name in row.ratios else "-" for name in ratios]
         ends = "{:.2f}, {:.2f}".format(*row.early_and_late_ms)
         read = ", ".join(f"{row.weights_gb_per_second[name]:.0f}" for name in (FP32, BF16, INT8))
-        table.add_row(s.name, str(s.rows), f"{s.prompt} + {s.new}", *speeds, *times, ends, read)
-    Console(width=None if sys.stdout.isatty() else 190).print(table)
+        cells.append((s.name, str(s.rows), f"{s.prompt} + {s.new}", *speeds, *times, ends, read))
+    print_table("greedy decoding, tokens/s", headings, cells, width=None if sys.stdout.isatty() else 190)
     for name, reason in {item for row in rows for item in row.missing.items()}:
         print(f"{name}: {reason}")
 
 
 def write(path: Path, rows: list[Row], before: dict, device: str) -> None:
-    """What has been measured so far, as JSON."""
+    """Write the measurements so far as JSON."""
     record = {"benchmark": "sample", "before": before, "after": conditions(device)}
     path.write_text(json.dumps(record | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n", "utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sample", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the small model and short texts alone: seconds")
+    parser.add_argument("--quick", action="store_true", help="only the small model and short texts: seconds")
     parser.add_argument("--full", action="store_true", help="GPT-2 on texts of 256 + 256 tokens: many minutes on a CPU")
     parser.add_argument("--rounds", type=positive, default=3)
-    parser.add_argument("--only", help="only models whose name contains this")
+    parser.add_argument("--only", help="only models with this in their name")
     parser.add_argument("--rows", type=positive, nargs="*", help="only these batch sizes")
     parser.add_argument("--new", type=positive, help="new tokens of each text")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="also write what was measured to this file")
+    parser.add_argument("--json", type=Path, help="also write the measurements to this file")
     args = parser.parse_args(argv)
     if args.quick and args.full:
         parser.error("--quick and --full contradict each other: give one")
     if args.json is not None and not args.json.parent.is_dir():
-        parser.error(f"there is no folder {args.json.parent} to write --json to")
+        parser.error(f"--json {args.json}: the folder {args.json.parent} does not exist: create it")
     try:
         pick_device(args.device)
     except UserError as error:
@@ -283,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [s for s in known if (args.only or "") in s.name and (not args.rows or s.rows in args.rows)]
     if not chosen:
         names = ", ".join(f"{s.name} with {s.rows} rows" for s in known)
-        parser.error(f"--only and --rows leave nothing to measure: there are {names}")
+        parser.error(f"--only and --rows leave nothing to measure: choose among {names}")
     before, rows = conditions(args.device), []
     for setting in chosen:
         setting = Setting(**(asdict(setting) | ({"new": args.new} if args.new else {})))

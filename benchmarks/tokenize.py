@@ -1,11 +1,11 @@
-"""Tokenization, timed: `python -m benchmarks.tokenize [FILE ...]`, on any machine.
+"""Time tokenization on any machine: `python -m benchmarks.tokenize [FILE ...]`.
 
-Ours is the whole way from files to token files: reading, hashing, splitting, encoding, writing. tiktoken is its
-`encode_ordinary_batch` alone, with a thread per core, on the same documents in memory. Each run is a process of its
-own, in turn, so that what else the machine does is shared by both; medians are reported, and the median of the paired
-ratios, by the clock and by the time of all cores, which other work on the machine disturbs less. Peak memory is that
-of the whole process. Without a FILE the text is the interpreter's own library, repeated.
-The tokenizer is gpt2 where tiktoken has it cached, else a BPE of 32,768 tokens trained on the text.
+"ours" is the whole way from files to token files: reading, hashing, splitting, encoding, writing. "tiktoken" is its
+`encode_ordinary_batch` alone, with one thread per core, on the same documents in memory. Both run in processes of their
+own, in turn, so that other work on the machine affects both. Reports medians, and medians of the paired ratios, by the
+clock and by the time of all cores, which other work disturbs less. Peak memory is that of the whole process. Without a
+FILE the text is the interpreter's own library, repeated. The tokenizer is gpt2 if tiktoken has cached it, else a BPE of
+32,768 tokens trained on the text.
 """
 
 import argparse
@@ -34,12 +34,13 @@ SAMPLE = 2_000_000  # characters whose bytes per token are reported
 
 
 def texts_of(corpus: list[str], cache: Path) -> list[str]:
+    """Read the text of every document."""
     sources = find_sources(DataConfig(tuple(corpus), cache), cache / "downloads")
     return ["".join(document.chunks) for document in read_documents(sources, "replace")]
 
 
 def write_text(path: Path, size: int, per_document: int) -> None:
-    """About `size` bytes of the interpreter's library as JSON lines, each of some per_document characters."""
+    """Write about `size` bytes of the interpreter's library as JSON lines of about per_document characters each."""
     library = "".join(texts_of([STDLIB], path.parent))
     with open(path, "w", encoding="utf-8") as file:
         number = 0
@@ -51,7 +52,7 @@ def write_text(path: Path, size: int, per_document: int) -> None:
 
 
 def run(which: str, corpus: list[str], tokenizer: Tokenizer, cache: Path) -> dict[str, float]:
-    """One run in this process: seconds, seconds of all cores, bytes of text, tokens, MiB of memory at most."""
+    """Run one contender in this process: seconds, seconds of all cores, bytes of text, tokens, peak MiB."""
     texts = texts_of(corpus, cache) if which == TIKTOKEN else []
     start, cpu = time.perf_counter(), time.process_time()
     if which == OURS:
@@ -68,7 +69,7 @@ def run(which: str, corpus: list[str], tokenizer: Tokenizer, cache: Path) -> dic
 
 
 def peak_mib() -> float:
-    """The most memory that this process has held. (On Linux getrusage would tell its parent's, if that is more.)"""
+    """Read this process's peak memory. (On Linux getrusage would give its parent's, if that is higher.)"""
     try:
         (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) / 1024
@@ -77,7 +78,7 @@ def peak_mib() -> float:
 
 
 def measure(corpus: list[str], tokenizer: Tokenizer, rounds: int) -> dict[str, list[dict[str, float]]]:
-    """Runs of both in processes of their own, in turn, the first of each round in turn as well."""
+    """Run both in their own processes, in turn; the contender that starts a round alternates too."""
     found: dict[str, list[dict[str, float]]] = {OURS: [], TIKTOKEN: []}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(Path(folder, "tokenizer.json"))
@@ -91,7 +92,7 @@ def measure(corpus: list[str], tokenizer: Tokenizer, rounds: int) -> dict[str, l
 
 
 def report(found: dict[str, list[dict[str, float]]]) -> str:
-    """Medians of both, and of the paired ratios."""
+    """Format the medians of both, and of the paired ratios."""
     lines = []
     for which, runs in found.items():
         rate, cpu = (statistics.median(r["bytes"] / r[unit] for r in runs) / 1e6 for unit in ("seconds", "cpu"))
@@ -105,6 +106,7 @@ def report(found: dict[str, list[dict[str, float]]]) -> str:
 
 
 def pick(name: str | None, text: str, vocab_size: int) -> Tokenizer:
+    """Build the named tokenizer; without a name, gpt2 if it is cached, else a BPE."""
     at_hand = encoding_at_hand("gpt2") if name is None else None
     if at_hand is not None:
         return at_hand
@@ -115,17 +117,21 @@ def pick(name: str | None, text: str, vocab_size: int) -> Tokenizer:
         print(f"a BPE of {vocab_size:,} tokens trained on {len(text):,} characters", end=" ")
         print(f"in {time.perf_counter() - start:.1f} s")
     if not isinstance(tokenizer, BPETokenizer):
-        raise UserError(f"tiktoken has nothing to compare a {name} tokenizer with: give bpe or an encoding's name")
+        raise UserError(
+            f"tiktoken has no {name} tokenizer to compare with: give --tokenizer bpe or one of tiktoken's names"
+        )
     return tokenizer
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.tokenize", description=__doc__.splitlines()[0])
-    parser.add_argument("corpus", nargs="*", help="text, as train.py's --corpus; none: the interpreter's library")
-    parser.add_argument("--megabytes", type=positive, help="of that library, repeated; 24 unless given")
-    parser.add_argument("--document", type=positive, help="characters of each of its documents; 4000 unless given")
-    parser.add_argument("--tokenizer", help="bpe or one of tiktoken's; by default gpt2 where it is cached, else bpe")
-    parser.add_argument("--vocab-size", type=positive, help="of the trained BPE; 32768 unless given")
+    parser.add_argument(
+        "corpus", nargs="*", help="text, as for train.py's --corpus; by default the interpreter's library"
+    )
+    parser.add_argument("--megabytes", type=positive, help="size of the library's text, repeated as needed (24)")
+    parser.add_argument("--document", type=positive, help="characters of each of its documents (4000)")
+    parser.add_argument("--tokenizer", help="bpe or one of tiktoken's; by default gpt2 if it is cached, else bpe")
+    parser.add_argument("--vocab-size", type=positive, help="vocabulary of the trained BPE (32768)")
     parser.add_argument("--rounds", type=positive, default=9)
     parser.add_argument("--child", choices=(OURS, TIKTOKEN), help=argparse.SUPPRESS)
     parser.add_argument("--cache-dir", type=Path, help=argparse.SUPPRESS)
@@ -135,9 +141,9 @@ def main(argv: list[str]) -> int:
         print(json.dumps(run(args.child, args.corpus, load_tokenizer(args.tokenizer_file), args.cache_dir)))
         return 0
     if args.corpus and (args.megabytes or args.document):
-        parser.error("--megabytes and --document are of the library's text: leave them out where a corpus is given")
+        parser.error("--megabytes and --document describe the library's text: leave them out when a corpus is given")
     if args.vocab_size and args.tokenizer != "bpe":
-        parser.error("--vocab-size is that of a trained BPE: add --tokenizer bpe")
+        parser.error("--vocab-size needs a trained BPE: add --tokenizer bpe")
     with tempfile.TemporaryDirectory() as folder:
         corpus = args.corpus
         if not corpus:

@@ -1,12 +1,12 @@
-"""Time to a loss: our recipe beside a plain GPT-2, whole commands, one after the other.
+"""Time training to a loss: our recipe beside a plain GPT-2, as whole commands, one after the other.
 
     python -m benchmarks.train --device cpu --corpus tinyshakespeare.txt --seeds 1 2 3
 
-Ours is `train.py configs/shakespeare_char_cpu.toml` from a cold cache. The peer is transformers' GPT2LMHeadModel in the
-shape and with the schedule of nanoGPT's CPU recipe (4 layers, 128 wide, context 64, batches of 12, 2,000 steps of
+"ours" is `train.py configs/shakespeare_char_cpu.toml` with an empty cache. The peer is transformers' GPT2LMHeadModel
+with the shape and schedule of nanoGPT's CPU recipe (4 layers, 128 wide, context 64, batches of 12, 2,000 steps of
 AdamW), in a plain loop. Both learn from the first 90% of the characters and are measured on all of the last 10%, in
-windows of 64, in float32. Seconds are wall time of the whole process, imports and evaluation included. Flags that are
-none of its own go to train.py.
+windows of 64, in float32. Seconds are the wall time of the whole process, imports and evaluation included. Unknown
+flags are passed to train.py.
 """
 
 import argparse
@@ -29,7 +29,7 @@ T, PEER_BATCH, PEER_STEPS = 64, 12, 2000
 
 
 def peer_learning_rate(step: int, steps: int) -> float:
-    """Warm-up over 100 steps to 1e-3, then a cosine to 1e-4."""
+    """Return the rate of a step: warm-up over 100 steps to 1e-3, then a cosine to 1e-4."""
     if step < 100:
         return 1e-3 * (step + 1) / 101
     share = (step - 100) / max(1, steps - 100)
@@ -37,7 +37,7 @@ def peer_learning_rate(step: int, steps: int) -> float:
 
 
 def train_peer(corpus: Path, seed: int, device: str, steps: int) -> dict:
-    """Train GPT2LMHeadModel; its loss over the whole held-out tail."""
+    """Train GPT2LMHeadModel and measure its loss over the whole held-out tail."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
@@ -73,7 +73,7 @@ def train_peer(corpus: Path, seed: int, device: str, steps: int) -> dict:
 
 @torch.no_grad()
 def peer_loss(model, val: torch.Tensor, device: str) -> float:
-    """Nats per token over windows of T that tile the tail: each token but the first is a target once."""
+    """Measure nats per token over windows of T that tile the tail: each token but the first is a target once."""
     nats, targets = 0.0, len(val) - 1
     for start in range(0, targets, 128 * T):
         end = min(start + 128 * T, targets)
@@ -87,7 +87,7 @@ def peer_loss(model, val: torch.Tensor, device: str) -> float:
 
 
 def run(command: list[str]) -> tuple[float, str]:
-    """Wall seconds and output of a command; its own errors end the benchmark."""
+    """Run a command; return its wall seconds and output. A failing command ends the benchmark."""
     began = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     if done.returncode:
@@ -96,7 +96,7 @@ def run(command: list[str]) -> tuple[float, str]:
 
 
 def run_ours(config: Path, corpus: Path, seed: int, device: str, options: list[str]) -> dict:
-    """One whole training command, with nothing cached."""
+    """Run one whole training command with an empty cache."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder, "run")
         command = [sys.executable, "train.py", str(config), "--corpus", str(corpus), "--seed", str(seed)]
@@ -109,6 +109,7 @@ def run_ours(config: Path, corpus: Path, seed: int, device: str, options: list[s
 
 
 def run_peer(corpus: Path, seed: int, device: str, steps: int) -> dict:
+    """Run the peer in its own process."""
     command = [sys.executable, "-m", "benchmarks.train", "--peer", "--corpus", str(corpus), "--seeds", str(seed)]
     seconds, output = run([*command, "--device", device, "--peer-steps", str(steps)])
     return {"seconds": seconds, **json.loads(output.splitlines()[-1])}
@@ -121,16 +122,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--peer-steps", type=positive, default=PEER_STEPS)
-    parser.add_argument("--peer-runs", type=int, default=1, help="how many of the seeds the peer trains with too")
-    parser.add_argument("--json", type=Path, default=None, help="write the figures to this file")
-    parser.add_argument("--peer", action="store_true", help="train the peer alone, in this process")
+    parser.add_argument("--peer-runs", type=int, default=1, help="number of seeds that the peer trains with too")
+    parser.add_argument("--json", type=Path, default=None, help="also write the figures to this file")
+    parser.add_argument("--peer", action="store_true", help="train only the peer, in this process")
     args, options = parser.parse_known_args(arguments)
     if not args.corpus.is_file():
         parser.error(f"{args.corpus} is not a file: give the text with --corpus")
     if args.peer and options:
-        parser.error(f"--peer takes none of train.py's flags: leave out {options[0]}")
+        parser.error(f"--peer does not accept train.py's flags: leave out {options[0]}")
     if args.json is not None and not args.json.parent.is_dir():
-        parser.error(f"there is no folder {args.json.parent} to write --json to")
+        parser.error(f"--json {args.json}: the folder {args.json.parent} does not exist: create it")
     if args.peer:
         print(json.dumps(train_peer(args.corpus, args.seeds[0], args.device, args.peer_steps)))
         return

@@ -1,10 +1,10 @@
-"""Tile sizes chosen by timing: `python -m benchmarks.tune_attention`, on a GPU.
+"""Choose tile sizes by timing on a GPU: `python -m benchmarks.tune_attention`.
 
-For each dtype, class of head dims and kernel it takes candidates, with and without TMA where the chip has it; drops
-those that the compiler says need more shared memory than there is; drops those whose results break the rule of
-tests/attention_checks.py; and times what is left as benchmarks.attention does: in turns, medians, the L2 cache emptied.
-The winner must also be right with every feature, with a padded head dim and with lists of tiles. The table goes to a
-JSON file, which KERNELS_TUNED_TABLE=<file> puts before the default table: bits may then differ from the default's.
+For each dtype, class of head dims and kernel it lists candidates, with and without TMA if the chip has it; refuses
+those that need more shared memory than the chip has or whose results break the rule of tests/attention_checks.py; and
+times the rest as benchmarks.attention does: in turn, medians, with an empty L2 cache. The winner must also be right
+with every feature, with a padded head dim and with lists of tiles. The table goes to a JSON file;
+KERNELS_TUNED_TABLE=<file> makes it override the default table, and bits may then differ.
 """
 
 import argparse
@@ -30,13 +30,13 @@ from kernels.operators import call_of
 from kernels.problem import Launch, Problem
 from tests.attention_checks import Case, check
 
-# Only what is faster than the default by more than this takes its place: less is noise.
+# A candidate must beat the default by more than this share: less is noise.
 MARGIN = 0.01
-# Queries and keys where results are checked: of no tile a multiple, but of 16, as the lengths that are timed. Triton
-# compiles such lengths, and counts of heads, another way than others.
+# Queries and keys where results are checked: not a multiple of any tile, but of 16, like the timed lengths, because
+# Triton specialises on lengths and head counts divisible by 16.
 LENGTH = 304
 EVERYTHING = ("segments", "alibi", "softcap", "bias", "dropout", "sinks")
-# Queries and keys in a tile. The resident side of each kernel takes the large ones.
+# Queries and keys in a tile. The side that a program keeps gets the large extents.
 EXTENTS = {
     "forward": ((64, 128), (32, 64, 128)),
     "dkdv": ((32, 64, 128), (64, 128)),
@@ -47,7 +47,7 @@ SMALL = (16, 32, 64), (16, 32, 64)
 
 @dataclass
 class Outcome:
-    """What became of one key: the config that won, each one's median milliseconds, and why the others were refused."""
+    """The outcome for one key: the winning config, median milliseconds, and why other configs were refused."""
 
     key: Key
     default: Config
@@ -56,7 +56,7 @@ class Outcome:
     refused: dict[Config, str] = field(default_factory=dict)
 
     def entry(self) -> dict:
-        """As configs.read_tuned reads it, and what was measured."""
+        """Return the entry that configs.read_tuned reads, with the measurements."""
         key = self.key._replace(dtype=str(self.key.dtype).removeprefix("torch."))
         return {
             **key._asdict(),
@@ -70,9 +70,9 @@ class Outcome:
 
 
 def candidates(key: Key) -> list[Config]:
-    """What to try, the default first."""
+    """List the configs to try, the default first."""
     extents = SMALL if key.dtype == torch.float32 else EXTENTS[key.kernel]
-    # float32 multiplies from registers, where whole tiles that come by TMA would have to be kept: all spilled.
+    # float32 multiplies from registers; whole tiles fetched by TMA would have to stay there, and all of them spilled.
     engines = (False, True) if key.arch in configs.HAS_TMA and key.dtype != torch.float32 else (False,)
     tried = (Config(*each) for each in itertools.product(*extents, (4, 8), (1, 2, 3), engines))
     return list(dict.fromkeys([default_config(key), *tried]))
@@ -83,7 +83,7 @@ def default_config(key: Key) -> Config:
 
 
 class Bench:
-    """One problem, on which a kernel runs with whatever config."""
+    """One problem, on which a kernel runs with any config."""
 
     def __init__(self, key: Key, setting: Setting, device: str):
         self.key = key
@@ -115,12 +115,12 @@ class Bench:
 
 
 def shared_memory(launch: Launch) -> int:
-    """Bytes of it that a program takes, as compiled; nothing is launched."""
+    """Compile a launch, without running it, and return the bytes of shared memory of a program."""
     return launch.kernel.warmup(grid=launch.grid, **launch.args, **launch.options).metadata.shared
 
 
 def why_not_compiled(bench: Bench, config: Config, shared: Callable[[Launch], int]) -> str | None:
-    """Why a config cannot be launched. With tma it must fit without as well: not every tensor suits the copy engine."""
+    """Say why a config cannot be launched, or None. With tma it must also fit without: not every tensor suits TMA."""
     for each in dict.fromkeys((config, config._replace(tma=False))):
         try:
             needed = shared(bench.launch(each))
@@ -133,12 +133,12 @@ def why_not_compiled(bench: Bench, config: Config, shared: Callable[[Launch], in
 
 
 def plain_cases(key: Key) -> list[Case]:
-    """What every candidate must get right: the kernel as it is timed, in a shape with edges."""
+    """List what every candidate must compute correctly: the timed kernel, on a shape with partial tiles."""
     return [Case(LENGTH, LENGTH, H=16, H_kv=16, D=key.head_dim, dtype=key.dtype, layout="contiguous")]
 
 
 def thorough_cases(key: Key) -> list[Case]:
-    """What the winner must get right besides."""
+    """List what the winner must also compute correctly."""
     shape = {"H": 4, "H_kv": 2, "dtype": key.dtype}
     return [
         Case(LENGTH, LENGTH + 37, D=key.head_dim, features=EVERYTHING, layout="contiguous", **shape),
@@ -148,11 +148,11 @@ def thorough_cases(key: Key) -> list[Case]:
 
 
 def why_wrong(key: Key, config: Config, cases: Iterable[Case], device: str) -> str | None:
-    """What a config gets wrong, with all other kernels as they are by default."""
+    """Say what a config computes wrongly, or None; all other kernels keep their default configs."""
     for case in cases:
         try:
             with configs.trying(key, config):
-                # Many configs are tried on small samples: by chance alone one would break the unchanged rule.
+                # With many configs on small samples, one would break the unchanged rule by chance.
                 check(case, device, slack=2.0)
         except (AssertionError, OutOfResources) as error:
             return f"{case}: {error}"
@@ -160,7 +160,7 @@ def why_wrong(key: Key, config: Config, cases: Iterable[Case], device: str) -> s
 
 
 def fastest(milliseconds: dict[Config, float], default: Config) -> list[Config]:
-    """Best first. The default goes before whatever does not beat it by the margin."""
+    """Sort configs, best first. The default comes before every config that does not beat it by the margin."""
     order = sorted(milliseconds, key=milliseconds.get)
     if default in milliseconds:
         limit = milliseconds[default] * (1 - MARGIN)
@@ -172,7 +172,7 @@ def fastest(milliseconds: dict[Config, float], default: Config) -> list[Config]:
 def tune(
     bench: Bench, tried: list[Config], timer: Callable, rounds: int, device: str, shared: Callable = shared_memory
 ) -> Outcome:
-    """Choose for one key among `tried`, of which the first is the default."""
+    """Choose the best of `tried` for one key; the first is the default."""
     key, result = bench.key, Outcome(bench.key, tried[0])
     for config in tried:
         reason = why_not_compiled(bench, config, shared) or why_wrong(key, config, plain_cases(key), device)
@@ -192,13 +192,13 @@ def tune(
 
 
 def write(outcomes: list[Outcome], device: str, before: dict, path: Path) -> None:
-    """The table, which must be readable."""
+    """Write the table, and check that it can be read."""
     entries = [outcome.entry() for outcome in outcomes if outcome.winner is not None]
     configs.read_tuned(write_record(path, "tune_attention", device, before, entries=entries))
 
 
 def show(outcome: Outcome) -> None:
-    """One line for the winner, one for each kind of refusal."""
+    """Print one line for the winner and one for each refusal."""
     key, best = outcome.key, outcome.winner
     name = f"{key.kernel} {str(key.dtype).removeprefix('torch.')} D<={key.head_dim}"
     if best is None:
@@ -218,13 +218,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mask", default="causal", choices=list(MASKS))
     parser.add_argument("--length", type=positive, default=4096)
     parser.add_argument("--rounds", type=positive, default=30)
-    parser.add_argument("--write", type=Path, default=None, help="the table's file (results/tuned-<device>.json)")
+    parser.add_argument(
+        "--write", type=Path, default=None, help="where to write the table (results/tuned-<device>.json)"
+    )
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("benchmarks.tune_attention needs a GPU and found none: nothing tuned")
         return 0
     if os.environ.get("KERNELS_TUNED_TABLE"):
-        parser.error("unset KERNELS_TUNED_TABLE: configs are compared with the default table")
+        parser.error("unset KERNELS_TUNED_TABLE: configs must be compared with the default table")
     device, arch = torch.cuda.get_device_name(), configs.architecture(torch.device("cuda"))
     before, timer, outcomes = conditions(), EventTimer(), []
     for dtype, head_dim, kernel in itertools.product(args.dtypes, args.head_dims, args.kernels):
