@@ -1,4 +1,4 @@
-"""Every command as a function of its words, for tests that call several."""
+"""Every command as a function of its arguments, for tests that run several."""
 
 import gpt.data.inspect
 import gpt.evaluation.command

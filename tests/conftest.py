@@ -1,4 +1,4 @@
-"""Where tests run: on a GPU that Triton supports if there is one, else on the CPU with kernels in the interpreter."""
+"""Shared fixtures. Kernels run on a GPU if Triton supports it, else on the CPU in Triton's interpreter."""
 
 import contextlib
 import functools
@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-# `benchmarks` and the tests' own helpers are not installed; `gpt` and `kernels` need not be either.
+# `benchmarks` and `tests` are not installed; `gpt` and `kernels` need not be.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 WHY_NO_GPU = "no GPU from sm_80 up: tests marked gpu were deselected, kernels ran in Triton's interpreter"
 
 if not HAS_GPU:
-    # Triton decides when a kernel is defined, so this must come before it is imported.
+    # Triton reads this when a kernel is defined, so it must be set before the import.
     interprets = os.environ.get("TRITON_INTERPRET") == "1"
     assert interprets or "triton" not in sys.modules, "triton was imported before TRITON_INTERPRET could be set"
     os.environ["TRITON_INTERPRET"] = "1"
@@ -36,7 +36,7 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f"kernels ran on {torch.cuda.get_device_name()}" if HAS_GPU else WHY_NO_GPU)
 
 
-# A file of tests that compares computed numbers holds one of these. make numerics runs such tests.
+# Marks of test files that compare computed numbers, which make numerics runs.
 NUMERIC = re.compile(
     r"assert_close|allclose|approx\(|finfo|gradcheck|\.abs\(\)|torch\.equal\(|(attention|decode|loss)_checks|fuzz_attention"
 )
@@ -49,9 +49,7 @@ def is_numeric(path: Path) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Mark what is numeric. With a GPU, `-m gpu` also selects whatever runs on the `device`; without one, drop what is
-    marked gpu.
-    """
+    """Mark numeric tests. With a GPU, mark every test that uses `device` as gpu too; without one, drop gpu tests."""
     for item in items:
         if is_numeric(item.path):
             item.add_marker("numeric")
@@ -68,14 +66,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """Where a kernel runs here."""
+    """The device that kernels run on here."""
     return "cuda" if HAS_GPU else "cpu"
 
 
 @pytest.fixture
 def make(tmp_path):
-    """make(corpus, tokenizer, key=value ...) prepares a corpus with a cache of the test's own."""
-
+    """make(corpus, tokenizer, key=value ...) prepares a corpus in the test's own cache."""
     from gpt.data.config import DataConfig, TokenizerConfig
     from gpt.data.corpus import prepare
 
@@ -89,7 +86,7 @@ def make(tmp_path):
 
 @pytest.fixture
 def named(monkeypatch):
-    """A small encoding, under the name of tiktoken's gpt2."""
+    """A small encoding that tiktoken offers under the name gpt2."""
     import tiktoken
 
     from gpt.data.build_tokenizer import build_tokenizer
@@ -102,7 +99,7 @@ def named(monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    """A run directory as a user has it: bytes, a Qwen3 of one layer, three steps."""
+    """A user's run directory: byte tokenizer, one layer of Qwen3, three steps."""
     from gpt.training.command import load_config
     from train import main
 
@@ -117,7 +114,7 @@ def tiny_run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def made_run(tmp_path_factory) -> Path:
-    """A folder with text.txt and a run of four steps."""
+    """A folder with text.txt and a run of four steps, shared by all tests."""
     from tests.run_checks import make_run
 
     folder = tmp_path_factory.mktemp("made")
@@ -128,7 +125,7 @@ def made_run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(made_run, tmp_path, monkeypatch, capsys) -> Path:
-    """A copy of a run of four steps; the working directory is above it."""
+    """A copy of the run of four steps, in the working directory."""
     shutil.copytree(made_run, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
     capsys.readouterr()
@@ -137,7 +134,7 @@ def run(made_run, tmp_path, monkeypatch, capsys) -> Path:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """An empty working directory with a corpus of 2,736 characters in it; the cache is kept apart as well."""
+    """A new working directory with a corpus of 2,736 characters, text.txt, and its own cache."""
     from tests.train_checks import TEXT
 
     monkeypatch.chdir(tmp_path)

@@ -1,9 +1,9 @@
-"""Kill a training at random moments, resume it each time, and compare its end with that of an undisturbed run.
+"""Kill a training at random moments, resume it each time, and compare the result with an undisturbed run.
 
 python -m tests.crash --kills 100 [--seed 0]
 
-Half of the kills are SIGKILL after a random time; the other half is SIGKILL before a random operation on a file of the
-run, which finds each step of a save. A process that has imported everything forks one child per start.
+Half of the kills come after a random time, the others before a random file operation in the run directory, which
+reaches every step of a save. A process that has imported everything forks one child per start.
 """
 
 import argparse
@@ -18,9 +18,9 @@ import time
 import traceback
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # a process may fork only before torch has threads
+os.environ["OMP_NUM_THREADS"] = "1"  # forking is safe only before torch starts threads
 
-import matplotlib.pyplot  # noqa: F401 - what a training imports late, before the forks
+import matplotlib.pyplot  # noqa: F401 - a training imports it late; import it before forking
 import rich.progress  # noqa: F401
 import safetensors.torch  # noqa: F401
 
@@ -42,7 +42,7 @@ FILE_OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os
 
 
 def child(run_dir: str, kill_at: int | None) -> int:
-    """Fork a training that resumes run_dir; its process id. kill_at: SIGKILL before that operation on a file."""
+    """Fork a training that resumes run_dir; return its process id. kill_at: SIGKILL before that file operation."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -63,7 +63,7 @@ def child(run_dir: str, kill_at: int | None) -> int:
 
 
 def kill_before(number: int, run_dir: str) -> None:
-    """SIGKILL for this process before its number-th operation on a file in run_dir, whatever thread does it."""
+    """Kill this process before its number-th operation on a file in run_dir, in any thread."""
     left = number
 
     def hook(event: str, arguments: tuple) -> None:
@@ -77,14 +77,14 @@ def kill_before(number: int, run_dir: str) -> None:
 
 
 def ended(pid: int, run_dir: str) -> bool:
-    """Wait for a child: True if it finished, False if it was killed; AssertionError with its log for anything else."""
+    """Wait for a child: True if it finished, False if it was killed. AssertionError with its log otherwise."""
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert status in (0, -signal.SIGKILL), f"status {status}\n{Path(f'{run_dir}.log').read_text()[-4000:]}"
     return status == 0
 
 
 def outcome(run_dir: str) -> tuple[list[dict], dict[str, object]]:
-    """What must be equal bit for bit: the metrics, and every file of every checkpoint, without what is the clock's."""
+    """Read everything that must be bit-identical: metrics and checkpoint files, without clock times."""
     clock = ("seconds", "tokens_per_second", "mfu")
     metrics = [{k: v for k, v in r.items() if k not in clock} for r in read_metrics(Path(run_dir, "metrics.jsonl"))]
     files: dict[str, object] = {}
@@ -92,14 +92,14 @@ def outcome(run_dir: str) -> tuple[list[dict], dict[str, object]]:
         assert verify(checkpoint) is None, verify(checkpoint)
         files |= {f"{checkpoint.name}/{name}": (checkpoint / name).read_bytes() for name in REQUIRED}
         state = read_state(checkpoint)
-        del state["metrics_bytes"]  # the clock's figures have more or fewer digits
+        del state["metrics_bytes"]  # clock times vary in length
         files[f"{checkpoint.name}/{STATE}"] = state
     assert f"step_{STEPS:08d}/{WEIGHTS}" in files
     return metrics, files
 
 
 def crash(kills: int, seed: int) -> dict[str, int]:
-    """Kill `kills` times; counts of what the kills met. AssertionError where a start fails or an end differs."""
+    """Kill `kills` times and count. AssertionError if a start fails or a finished run differs."""
     draw = random.Random(seed)
     counts = {"kills": 0, "kills within a save": 0, "runs compared": 0}
     began = time.monotonic()
@@ -120,7 +120,7 @@ def crash(kills: int, seed: int) -> dict[str, int]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if ended(pid, run_dir):
-            assert outcome(run_dir) == expected, f"{run_dir} ended otherwise than the undisturbed run"
+            assert outcome(run_dir) == expected, f"{run_dir} differs from the undisturbed run"
             counts["runs compared"] += 1
             shutil.rmtree(run_dir)
             run_dir = ""
@@ -143,7 +143,7 @@ def main() -> None:
         f"seed {arguments.seed}: {kills} of {kills} kills resumed, {counts['kills within a save']} within a save; ",
         end="",
     )
-    print(f"{counts['runs compared']} runs ended bit for bit as the undisturbed one")
+    print(f"{counts['runs compared']} runs ended bit for bit like the undisturbed one")
 
 
 if __name__ == "__main__":

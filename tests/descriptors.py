@@ -1,6 +1,6 @@
 """Run every command with closed, full and broken descriptors: python -m tests.descriptors RUN CORPUS FOLDER
 
-One process imports everything and forks a child for each case; what became of each is printed as JSON lines.
+One process imports everything and forks a child for each case. Prints each outcome as a JSON line.
 """
 
 import contextlib
@@ -10,16 +10,16 @@ import sys
 import traceback
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # a process may fork only before torch has threads
+os.environ["OMP_NUM_THREADS"] = "1"  # forking is safe only before torch starts threads
 
-import matplotlib.figure  # noqa: F401 - what a training imports late, before the forks
+import matplotlib.figure  # noqa: F401 - a training imports it late; import it before forking
 import rich.progress  # noqa: F401
 import safetensors.torch  # noqa: F401
 
 from gpt.errors import run_command
 from tests.commands import MAINS
 
-# Of each case: stdin, stdout and stderr, as a path, None where it is closed, or a pipe without a reader.
+# stdin, stdout and stderr of each case: a path, None (closed), or a pipe without a reader.
 BROKEN = "a pipe"
 CASES = {
     "all open": ("/dev/null", "out", "err"),
@@ -37,14 +37,14 @@ CASES = {
     "stdout closed, stderr full": ("/dev/null", None, "/dev/full"),
 }
 FLAGS = "--n-layer 1 --n-head 2 --n-embd 16 --seq-len 16 --batch-size 4 --device cpu --dtype float32"
-# Commands that differ from another one in few cases only, and those cases.
+# Commands that differ from another command in few cases only, and those cases.
 FEW = ("train --dry-run", "train --help", "sample --jsonl", "sample --prompt -", "sample, refused")
 FEW += ("evaluate", "export", "inspect")
 FEW_CASES = ("all open", "stdin closed", "stdout closed", "all closed", "both full", "stdout broken")
 
 
 def commands(run: str, corpus: str, folder: Path) -> dict[str, tuple[str, list[str]]]:
-    """Every command by name: which main, and its words. It writes to a folder of its own."""
+    """List every command by name: its main and its arguments. Each writes to its own folder."""
     train_words = ["--corpus", corpus, "--cache-dir", str(folder / "cache"), *FLAGS.split()]
     train_words += ["--max-steps", "1", "--run-dir", str(folder / "run"), "--sample-tokens", "3"]
     short = ["--max-new-tokens", "3", "--device", "cpu"]
@@ -64,13 +64,13 @@ def commands(run: str, corpus: str, folder: Path) -> dict[str, tuple[str, list[s
 
 
 def pairs() -> list[tuple[str, str]]:
-    """Every command with each of its cases."""
+    """List every command with each of its cases."""
     names = commands("", "", Path())
     return [(name, case) for name in names for case in CASES if name not in FEW or case in FEW_CASES]
 
 
 def set_up(descriptors: tuple[str | None, ...], folder: Path) -> None:
-    """Put the descriptors in place, and Python's streams as they are when a process begins with these."""
+    """Install the descriptors, and set Python's streams as in a process that starts with them."""
     for fd, target in enumerate(descriptors):
         if target == BROKEN:
             reader, writer = os.pipe()
@@ -91,7 +91,7 @@ def set_up(descriptors: tuple[str | None, ...], folder: Path) -> None:
 
 
 def child(main: str, words: list[str], descriptors: tuple[str | None, ...], folder: Path) -> int:
-    """Fork a command; its exit status, 120 as Python's own where what is left in stdout cannot be written."""
+    """Fork a command; return its exit status, 120 like Python's if the rest of stdout cannot be written."""
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -1,7 +1,7 @@
-"""Random calls against the reference: `python -m tests.fuzz_attention --cases N --seed S`.
+"""Compare random calls of attention with the reference: `python -m tests.fuzz_attention --cases N --seed S`.
 
-Shapes, strides, tile sizes, masks and features at random, forward and backward, in the kernels and, every third case,
-in the chunked path. Prints every case that fails as one line that runs it again, and exits with 1 if there is one.
+Draws shapes, strides, tile sizes, masks and features; runs forward and backward in the kernels and, every third case,
+in the chunked path. Prints each failing case as a line that repeats it, and exits with 1 if any case failed.
 """
 
 import argparse
@@ -23,7 +23,7 @@ FEATURES = ("softcap", "alibi", "bias", "sinks", "segments", "dropout")
 
 
 def random_mask(rng: random.Random, B: int, depth: int, device: str) -> masks.Mask:
-    """A built-in mask, or two that `&` or `|` joins."""
+    """Draw a built-in mask, or a combination of two by `&` or `|`."""
     if depth > 0 and rng.random() < 0.7:
         left, right = (random_mask(rng, B, depth - 1, device) for _ in range(2))
         return left & right if rng.random() < 0.5 else left | right
@@ -72,7 +72,7 @@ def random_case(rng: random.Random, device: str) -> Case:
 
 
 def run_case(seed: int, number: int, device: str) -> str | None:
-    """None, or what was wrong. A case is a function of (seed, number) alone."""
+    """Run one case, which depends on (seed, number) alone; return its fault or None."""
     rng = random.Random(f"{seed} {number}")
     case = random_case(rng, device)
     tile = configs.Config(rng.choice([16, 32, 64]), rng.choice([16, 32, 64]), 4, 1)
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, default=None, help="this case alone, by its number")
+    parser.add_argument("--only", type=int, default=None, help="run only the case with this number")
     args = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     failed = 0

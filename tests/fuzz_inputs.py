@@ -1,10 +1,10 @@
-"""Mutated configs, command lines, token files, checkpoints, tokenizers and corpora, each given to a training.
+"""Train on mutated configs, command lines, token files, checkpoints, tokenizers and corpora.
 
 python -m tests.fuzz_inputs --cases 500 [--seed 0]
 
-Whatever comes in, the training ends within its time: with status 0 (or 3, where a mutated rate diverges), or with one
-sentence on stderr and status 2; never with a traceback, and never with a file of the user changed. A process that has
-imported everything forks one child per case. Case i of seed s is case 0 of seed s + i, so a failure is one line to run.
+Every training must end in time: with status 0 (or 3, if a mutated rate diverges), or with one sentence on stderr and
+status 2. It must not print a traceback or change a file of the user. A process that has imported everything forks one
+child per case. Case i of seed s is case 0 of seed s + i, so that one line repeats a failure.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # a process may fork only before torch has threads
+os.environ["OMP_NUM_THREADS"] = "1"  # forking is safe only before torch starts threads
 
-import matplotlib.pyplot  # noqa: F401 - what a training imports late, before the forks
+import matplotlib.pyplot  # noqa: F401 - a training imports it late; import it before forking
 import pyarrow.parquet
 import rich.progress  # noqa: F401
 import tokenizers  # noqa: F401
@@ -43,9 +43,9 @@ from gpt.run import load
 from gpt.training.command import load_config
 from tests.run_checks import FLAGS, TEXT, make_run, reseal
 
-CPU_SECONDS = 20  # of one case, which takes a fraction of one
+CPU_SECONDS = 20  # limit for a case, which normally takes less than one
 WALL_SECONDS = 240
-MEMORY = 3 << 30  # that a case may take beyond what is there when it starts
+MEMORY = 3 << 30  # bytes that a case may allocate
 
 ODD_NUMBERS = [0, -1, 1, 2**31, 2**63, 10**30, -(10**30), 0.0, -0.5, 1e300, 1e-300, float("nan"), float("inf")]
 ODD_TEXTS = [
@@ -66,7 +66,7 @@ ODD_TEXTS = [
     "-",
 ]
 ODD = [*ODD_NUMBERS, *ODD_TEXTS, True, [], [1], ["a", 2], {}, {"a": 1}]
-# Not mutated: what would reach for the network, compile for a minute, or write outside the case's folder.
+# Not mutated: options that use the network, compile for a minute, or write outside the case's folder.
 LEFT_ALONE = {"wandb", "wandb_project", "compile", "max_steps", "device", "cache_dir", "run_dir", "resume_from"}
 KEYS = {t: [f.name for f in fields(kind) if f.name not in LEFT_ALONE] for t, kind in TABLES.items()}
 BASE = {
@@ -88,7 +88,7 @@ def training(words: list[str]) -> Command:
 
 
 def scrambled(draw: random.Random, data: bytes) -> bytes:
-    """The data with a few bytes changed, or cut, doubled, or with a piece of noise."""
+    """Change a few bytes of the data, cut or double it, or insert noise."""
     data, at = bytearray(data), draw.randrange(len(data) + 1)
     match draw.randrange(5):
         case 0:
@@ -106,7 +106,7 @@ def scrambled(draw: random.Random, data: bytes) -> bytes:
 
 
 def odd_inside(draw: random.Random, value: object) -> object:
-    """JSON's value with one of its parts replaced by something odd."""
+    """Replace one part of a JSON value by something odd."""
     if isinstance(value, (dict, list)) and value and draw.random() < 0.8:
         key = draw.choice([*value] if isinstance(value, dict) else range(len(value)))
         value = value.copy()
@@ -148,7 +148,7 @@ def command_line(draw: random.Random) -> Command:
                 del words[at : at + 1]
             case 3:
                 words += [flag]
-    # What is asked for last holds: the case stays in its folder, and short.
+    # The last flags win: the case stays short and in its folder.
     return training([*words, *PLACE])
 
 
@@ -190,7 +190,7 @@ def changed_file(draw: random.Random, path: Path) -> None:
 
 
 def used(draw: random.Random) -> Command:
-    """A resume, an evaluation, or what sample.py does."""
+    """Return a resume, an evaluation, or the loading that sample.py does."""
     return draw.choice(
         [
             training([*FLAGS, "--resume", "--max-steps", "5"]),
@@ -221,7 +221,7 @@ def corpus(draw: random.Random) -> Command:
 
 
 def packed_corpus(draw: random.Random) -> Command:
-    """JSON lines, Parquet, compressed files and other programs' tokens, whole or scrambled."""
+    """Write JSON lines, Parquet, compressed files or other programs' tokens, whole or scrambled."""
     rows = [{"text": TEXT[i : i + 300], "id": i} for i in range(0, len(TEXT), 300)]
     lines = [json.dumps(odd_inside(draw, row) if draw.random() < 0.05 else row).encode() for row in rows]
     content, name = b"\n".join(lines), draw.choice(("x.jsonl", "x.jsonl.gz", "x.txt.zst", "x.parquet", "x.bin"))
@@ -253,7 +253,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def case(base: Path, seed: int) -> tuple[str, int, str, str]:
-    """Run one case in a folder of its own: kind, status, what is wrong if anything, the last line on stderr."""
+    """Run one case in its own folder; return its kind, status, fault ("" if none) and last line on stderr."""
     draw = random.Random(f"inputs:{seed}")
     kind = draw.choice(KINDS)
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
@@ -275,7 +275,7 @@ def case(base: Path, seed: int) -> tuple[str, int, str, str]:
     elif status == 2 and not (len(last) > 20 and [line for line in lines if line.startswith("error: ")] == [last]):
         wrong = f"no sentence: {errors[:300]!r}"
     else:
-        # A run that was begun may be written to; one that was refused may not; and nothing else ever.
+        # A run may change its files unless it was refused; no other file may change.
         mine = ("new/", "cache/", "stdout", "stderr", "run/.lock", *(("run/",) if status != 2 else ()))
         changed = [path for path in before if before[path] != after.get(path) and not path.startswith(mine)]
         wrong = f"status {status}, and {changed} changed" if changed else ""
@@ -283,6 +283,7 @@ def case(base: Path, seed: int) -> tuple[str, int, str, str]:
 
 
 def _child(command: Command) -> None:
+    """Run a command under the limits, in a forked child, and exit."""
     status = 1
     try:
         for number, place in ((1, "stdout"), (2, "stderr")):
@@ -306,7 +307,7 @@ def _child(command: Command) -> None:
 
 
 def make_base(folder: Path) -> None:
-    """A text, its cache, a run of characters and one of a BPE, made by a child: this process stays unchanged."""
+    """Make a text, its cache, a character run and a BPE run, in a child so that this process stays unchanged."""
     pid = os.fork()
     if not pid:
         status = 1

@@ -1,4 +1,4 @@
-"""Single small changes of a source file, each of which a test should notice: what tests.mutate tries."""
+"""Mutants: single small changes of a source file that a test should notice. tests.mutate tries them."""
 
 import ast
 import hashlib
@@ -13,16 +13,24 @@ OPERATORS = {
     "<": ["<=", ">"], "<=": ["<", ">="], ">": [">=", "<"], ">=": [">", "<="], "==": ["!="], "!=": ["=="],
     "is": ["is not"], "is not": ["is"], "in": ["not in"], "not in": ["in"], "and": ["or"], "or": ["and"],
 }  # fmt: skip
-# Longest first. A gap between two operands holds their operator, parentheses, spaces and comments.
+# Longest first. The text between two operands holds the operator, parentheses, spaces and comments.
 OPERATOR = re.compile(r"\bis\s+not\b|\bnot\s+in\b|\b(?:is|in|and|or)\b|\*\*|//|<<|>>|[<>=!]=|[-+*/%@&|^<>]")
 PAIRS = (
     ("min", "max"), ("minimum", "maximum"), ("amin", "amax"), ("argmin", "argmax"), ("any", "all"), ("floor", "ceil"),
     ("zeros", "ones"), ("startswith", "endswith"), ("lstrip", "rstrip"), ("log", "log2"), ("exp", "exp2"),
 )  # fmt: skip
 RENAMED = dict(PAIRS) | {b: a for a, b in PAIRS}
-NOT_SWAPPED = {"min", "max", "minimum", "maximum", "gcd", "isinstance", "cast"}  # the same, or wrong at once
-PATH = re.compile(r"(?i)path|dir|folder|checkpoint|temporary|root|[\"']")  # its / is not a division
-# What these are given is read by people, not by tests.
+NOT_SWAPPED = {
+    "min",
+    "max",
+    "minimum",
+    "maximum",
+    "gcd",
+    "isinstance",
+    "cast",
+}  # swapping changes nothing, or fails at once
+PATH = re.compile(r"(?i)path|dir|folder|checkpoint|temporary|root|[\"']")  # here / joins paths
+# People, not tests, read the arguments of these functions.
 MESSAGES = {
     "print", "say", "warn", "warning", "info", "debug", "write_line", "add_argument",
     "annotate", "set_title", "set_xlabel", "set_ylabel",
@@ -33,20 +41,20 @@ SIMPLE = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Expr, ast.Raise, ast.Con
 
 @dataclass(frozen=True)
 class Mutant:
-    """Bytes start to end of a module's source become `text`."""
+    """A change of a module: bytes `start` to `end` of its source become `text`."""
 
     module: str  # as in "gpt/files.py"
     kind: str
     start: int
     end: int
     text: str
-    lines: range  # a test that runs none of these cannot notice; empty: any test that uses the module may
-    scope: str = field(repr=False)  # the outermost statement around the change, as written
-    offset: int = 0  # of the change in scope
+    lines: range  # a test that runs none of them cannot notice the change; empty: any test of the module can
+    scope: str = field(repr=False)  # source of the outermost statement around the change
+    offset: int = 0  # position of the change in scope
 
     @property
     def id(self) -> str:
-        """The same for the same change of the same function, wherever the function is in the module."""
+        """An id of the change that does not depend on where its function is in the module."""
         words = "\0".join((self.module, self.scope, str(self.offset), self.kind, self.text))
         return hashlib.sha256(words.encode()).hexdigest()[:16]
 
@@ -55,13 +63,13 @@ class Mutant:
         return (data[: self.start] + self.text.encode() + data[self.end :]).decode()
 
     def difference(self, source: str) -> tuple[str, str]:
-        """The first changed line, stripped, before and after."""
+        """Return the first changed line, stripped, before and after."""
         before, after = source.split("\n"), self.apply(source).split("\n")
         at = next(i for i, (a, b) in enumerate(zip([*before, ""], [*after, "\n"])) if a != b)
         return before[at].strip(), after[at].strip()
 
     def is_valid(self, source: str) -> bool:
-        """Whether the changed source compiles, to another program."""
+        """Whether the changed source compiles to a different program."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
             try:
@@ -73,7 +81,7 @@ class Mutant:
 
 
 def all_mutants(module: str, source: str) -> list[Mutant]:
-    """Every mutant of a source file, in order; a few of them may not be valid."""
+    """List every mutant of a source file, in order; a few may not be valid."""
     finder = _Finder(source)
     found = {}
     for outer in ast.parse(source).body:
@@ -106,7 +114,7 @@ class _Finder:
         return self.data[start:end].decode()
 
     def changes(self, node, parent, function, lines: range) -> Iterator[Change]:
-        """The changes of a node and of all below it, but for what only people and type checkers read."""
+        """Yield the changes of a node and of its descendants, except text that only people and type checkers read."""
         if isinstance(node, (ast.Import, ast.ImportFrom, ast.JoinedStr, ast.Global, ast.Nonlocal)):
             return
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -136,7 +144,7 @@ class _Finder:
                         yield from self.changes(child, node, function, lines)
 
     def own(self, node, parent, function) -> Iterator[tuple[str, tuple[int, int], str]]:
-        """The changes of one node."""
+        """Yield the changes of one node."""
         if isinstance(node, ast.BinOp) and not _is_text(node.left) and not _is_text(node.right):
             yield from self.operator("arithmetic", node.left, node.right)
         elif isinstance(node, ast.AugAssign):
@@ -165,7 +173,7 @@ class _Finder:
             yield "dropped", self.span(node), "pass"
 
     def can_go(self, node, parent, function) -> bool:
-        """Whether a statement can be left out without a name that is then unknown, which any test would notice."""
+        """Whether a statement can be removed without leaving a name undefined, which any test would notice."""
         if isinstance(node, ast.AnnAssign) and node.value is None:
             return False
         targets = getattr(node, "targets", [getattr(node, "target", None)])
@@ -174,7 +182,7 @@ class _Finder:
         return function is not None or isinstance(node, ast.Expr)
 
     def is_bound(self, target, function, line: int) -> bool:
-        """Whether each name of a target has a value before this line of the function."""
+        """Whether every name of a target already has a value before this line of the function."""
         names = {n.id for n in ast.walk(target) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         bound = {n.arg for n in ast.walk(function.args) if isinstance(n, ast.arg)}
         for n in ast.walk(function):
@@ -226,7 +234,7 @@ class _Finder:
 
 
 def _own_lines(statement: ast.stmt) -> range:
-    """The lines of a statement, without those of the statements in it."""
+    """Return the lines of a statement, without those of its inner statements."""
     body = [child for child in ast.iter_child_nodes(statement) if isinstance(child, (ast.stmt, ast.ExceptHandler))]
     last = body[0].lineno - 1 if body else statement.end_lineno
     return range(statement.lineno, max(statement.lineno, last) + 1)
@@ -259,7 +267,7 @@ def _is_message(function: ast.AST) -> bool:
 
 
 def sample(mutants: list[Mutant], seed: int) -> list[Mutant]:
-    """The mutants in a random order that spreads over lines, and which edits elsewhere in the module do not change."""
+    """Shuffle mutants so that they spread over lines; edits elsewhere in the module do not change the order."""
     draw = lambda *words: hashlib.sha256(" ".join(map(str, words)).encode()).digest()
     lines: dict[str, list[Mutant]] = {}
     for mutant in sorted(mutants, key=lambda mutant: draw(seed, mutant.id)):

@@ -1,8 +1,8 @@
-"""Change the program in one small place, run the tests that use the place, and see whether one of them fails.
+"""Make small changes (mutants) to the program, one at a time, and report those that no test notices.
 
 python -m tests.mutate [--module gpt.training.guard] [--mutants 300] [--seed 0]
 
-Reports the mutants that no test notices. docs/testing.md says how to read it.
+docs/testing.md explains the report.
 """
 
 import argparse
@@ -35,12 +35,12 @@ OURS = ("gpt", "kernels", "tests", "benchmarks", "train", "sample")
 PRELOAD = "torch torch._dynamo numpy triton.language transformers tokenizers safetensors.torch tyro rich.progress "
 PRELOAD += "matplotlib.pyplot pytest_timeout coverage"
 NOT_COPIED = (".git", ".venv*", "build", "dist", "runs", "wandb", "__pycache__", ".*_cache", ".hypothesis")
-FIRST = 8.0  # seconds of tests in a mutant's first process; the others start a second one
-LOAD = 6  # how many times slower than measured a test may run before it is taken to hang
+FIRST = 8.0  # seconds of tests in a mutant's first process; the remaining tests run in a second one
+LOAD = 6  # a test that runs this many times longer than measured counts as hanging
 
 
 class Tree:
-    """A copy of the project in which mutants are made and their tests run."""
+    """A copy of the project, where mutants are made and tested."""
 
     def __init__(self, folder: Path, project: Path):
         self.folder, self.project = folder, project.resolve()
@@ -63,19 +63,19 @@ class Tree:
 
     @contextlib.contextmanager
     def changed(self, module: str, source: str):
-        """The module with other source, for processes that are started meanwhile."""
+        """Replace the module's source for the processes started inside the block."""
         path, was = self.folder / module, (self.folder / module).stat()
         path.write_text(source, encoding="utf-8")
-        os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns + 10**12))  # so that no compiled copy is taken for it
+        os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns + 10**12))  # no cached bytecode matches this time
         yield
         path.write_text(self.source(module), encoding="utf-8")
         os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
 
 
 def preload(modules: list[str]) -> None:
-    """Import what tests import, apart from the project, once for all processes that are forked from this one."""
+    """Import the tests' libraries, but not the project, once for all processes forked from this one."""
     for threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[threads] = "1"  # a process may fork only before its libraries have threads
+        os.environ[threads] = "1"  # forking is safe only before libraries start threads
     os.environ["TRITON_INTERPRET"] = "1"
     for name in modules:
         importlib.import_module(name)
@@ -87,7 +87,7 @@ def preload(modules: list[str]) -> None:
 
 
 def run_tests(tree: Tree, files: list[str], plugin: object, limits: tuple[float, float], log: Path, *words: str) -> int:
-    """pytest's status over some files in a process of its own; -1 where it ended otherwise. limits: each test, all."""
+    """Run test files in a new process; return pytest's status, -1 if it was killed. limits: seconds per test, total."""
     pid = os.fork()
     if pid == 0:
         status = 70
@@ -115,7 +115,7 @@ def run_tests(tree: Tree, files: list[str], plugin: object, limits: tuple[float,
 
 
 def _wait(pid: int, seconds: float) -> int:
-    """The exit status of a child, -1 for a signal or when its time is over; ends whatever it started."""
+    """Wait for a child; return its exit status, -1 after a signal or a timeout. Kills every process it started."""
     deadline = time.monotonic() + seconds
     wait, status = 0.005, -1
     while time.monotonic() < deadline:
@@ -130,7 +130,7 @@ def _wait(pid: int, seconds: float) -> int:
 
 
 def end_children() -> None:
-    """Kill every child, then what each leaves behind, which becomes a child of this process: see adopt_orphans."""
+    """Kill every child, then the processes it leaves behind, which become children of this one: see adopt_orphans."""
     while True:
         for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
             os.kill(int(child), signal.SIGKILL)
@@ -141,7 +141,7 @@ def end_children() -> None:
 
 
 class Chosen:
-    """Runs the named tests and no others, in the order given; `failed` of a mutant goes to a file."""
+    """A pytest plugin that runs only the named tests, in order, and writes a failing one's name to a file."""
 
     def __init__(self, names: list[str], failed: Path):
         self.order = {name: i for i, name in enumerate(names)}
@@ -156,7 +156,7 @@ class Chosen:
 
 
 class Verdicts:
-    """What became of each mutant, in a file that a later run reads."""
+    """The verdicts on mutants, kept in a file for later runs."""
 
     def __init__(self, path: Path, fresh: bool):
         self.path = path
@@ -167,7 +167,7 @@ class Verdicts:
                 self.known[record["id"]] = record
 
     def of(self, mutant: Mutant, tests: str) -> dict | None:
-        """The verdict on a mutant: killed for good, or survived the same tests."""
+        """Return a verdict that still holds: killed, or survived these very tests."""
         record = self.known.get(mutant.id)
         return record if record and (record["result"] in ("killed", "timeout") or record["tests"] == tests) else None
 
@@ -177,13 +177,13 @@ class Verdicts:
             file.write(json.dumps(record) + "\n")
 
 
-Tests = list[tuple[str, float]]  # names, and the seconds that they took when they were measured
+Tests = list[tuple[str, float]]  # names and measured seconds
 
 
 def judge(tree: Tree, mutant: Mutant, tests: Tests, slack: float) -> tuple[str, str]:
-    """(killed, timeout, survived or not covered; the test that failed).
+    """Try a mutant; return (killed, timeout, survived or not covered; the failing test).
 
-    A test that takes too long counts if it passes without the mutant and fails again with it: a machine may be busy.
+    A timeout counts only if the test passes without the mutant and fails again with it: the machine may be busy.
     """
     spent, count = 0.0, 0
     while count < len(tests) and spent < FIRST:
@@ -208,7 +208,7 @@ def judge(tree: Tree, mutant: Mutant, tests: Tests, slack: float) -> tuple[str, 
 
 
 def attempt(tree: Tree, tests: Tests, slack: float) -> tuple[str, str]:
-    """(passed, killed or timeout; the first test that failed) of some tests in a tree as it is now."""
+    """Run tests in the tree as it is now; return (passed, killed or timeout; the first failing test)."""
     log, failed = tree.folder.with_suffix(".log"), tree.folder.with_suffix(".failed")
     failed.unlink(missing_ok=True)
     names = [name for name, _ in tests]
@@ -224,14 +224,14 @@ def attempt(tree: Tree, tests: Tests, slack: float) -> tuple[str, str]:
 
 
 def load_equivalent(tree: Tree) -> set[tuple[str, str, str]]:
-    """The (module, line, changed line) of mutants that no test can notice."""
+    """Read the (module, line, changed line) of mutants that no test can notice."""
     path = tree.folder / "tests" / "equivalent_mutants.toml"
     entries = tomllib.loads(path.read_text(encoding="utf-8")).get("mutant", []) if path.exists() else []
     return {(entry["module"], entry["line"], entry["becomes"]) for entry in entries if entry["reason"]}
 
 
 def choose(tree: Tree, modules: list[str], number: int, seed: int, equivalent: set) -> dict[str, list[Mutant]]:
-    """A sample of valid mutants that are not known to be equivalent, spread over the modules by their lines."""
+    """Sample valid mutants that are not known to be equivalent, in proportion to each module's lines."""
     lists = {module: sample(all_mutants(module, tree.source(module)), seed) for module in modules}
     lists = {module: mutants for module, mutants in lists.items() if mutants}
     sizes = {module: len({mutant.lines for mutant in mutants}) for module, mutants in lists.items()}
@@ -248,7 +248,7 @@ def choose(tree: Tree, modules: list[str], number: int, seed: int, equivalent: s
 
 
 def report(chosen: dict[str, list[Mutant]], verdicts: Verdicts) -> list[str]:
-    """A line for each survivor, then a table of the modules."""
+    """Format the survivors, then a table of the modules."""
     lines, totals = [], Counter()
     table = [f"{'module':40} killed  survived"]
     for module, mutants in sorted(chosen.items()):
@@ -290,12 +290,12 @@ def try_all(
 
 
 def adopt_orphans() -> None:
-    """Make this process the parent of what its children leave behind (Linux), so that end_children finds it."""
+    """Make this process the parent of its children's orphans (Linux), so that end_children finds them."""
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 
 def in_processes(trees: list[Tree], work: Callable[[Tree, int], None]) -> None:
-    """work(tree, number) for each tree, in a process of its own."""
+    """Run work(tree, number) for each tree, each in its own process."""
     workers = []
     for i, tree in enumerate(trees):
         workers.append(os.fork())
@@ -319,7 +319,10 @@ def main(arguments: argparse.Namespace) -> int:
         names = [name.removesuffix(".py").replace(".", "/") for name in arguments.module]
         modules = [m for m in trees[0].modules() if not names or any(f"{m[:-3]}/".startswith(f"{n}/") for n in names)]
         if not modules:
-            print(f"no module is called {' or '.join(arguments.module)}", file=sys.stderr)
+            print(
+                f"no module is called {' or '.join(arguments.module)}: give one like gpt.training.guard",
+                file=sys.stderr,
+            )
             return 2
         chosen = choose(trees[0], modules, arguments.mutants, arguments.seed, load_equivalent(trees[0]))
         order = [mutant for mutants in chosen.values() for mutant in mutants]
@@ -352,16 +355,16 @@ def main(arguments: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mutants", type=int, default=300, help="how many, over all modules")
+    parser.add_argument("--mutants", type=int, default=300, help="number of mutants, over all modules")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--module", action="append", default=[], help="a module or package; may be given again")
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds of tests for one mutant, as measured")
-    parser.add_argument("--slack", type=float, default=30.0, help="seconds over the measured time until a test hangs")
+    parser.add_argument("--module", action="append", default=[], help="only this module or package; repeatable")
+    parser.add_argument("--budget", type=float, default=60.0, help="measured seconds of tests per mutant")
+    parser.add_argument("--slack", type=float, default=30.0, help="extra seconds before a test counts as hanging")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--tests", action="append", default=[], help="only tests/test_TESTS.py; may be given again")
-    parser.add_argument("--folder", type=Path, help="keeps coverage and verdicts: build/mutants")
+    parser.add_argument("--tests", action="append", default=[], help="only tests/test_TESTS.py; repeatable")
+    parser.add_argument("--folder", type=Path, help="where to keep coverage and verdicts (build/mutants)")
     parser.add_argument("--preload", nargs="*", default=PRELOAD.split(), help=argparse.SUPPRESS)
     parser.add_argument("--project", type=Path, default=ROOT, help=argparse.SUPPRESS)
-    parser.add_argument("--fresh", action="store_true", help="try again what has a verdict")
-    parser.add_argument("--list", action="store_true", help="show the mutants and try none")
+    parser.add_argument("--fresh", action="store_true", help="also try mutants that have a verdict")
+    parser.add_argument("--list", action="store_true", help="show the mutants without trying them")
     sys.exit(main(parser.parse_args()))

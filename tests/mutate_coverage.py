@@ -1,4 +1,4 @@
-"""Which tests run which lines: gathered once for each file of tests, kept, and carried over to later sources."""
+"""Record which tests run which lines, once for each test file; map the records to later versions of the sources."""
 
 import ast
 import difflib
@@ -21,18 +21,18 @@ EVERY_TIME = (
 
 
 class Gather:
-    """A pytest plugin that writes, for each test that passes, its seconds and the lines it ran, by module.
+    """A pytest plugin that records the seconds and the lines, by module, of each passing test.
 
-    What ran in a fixture of more than one test, lines and seconds, counts for each test that uses the fixture: it alone
-    may be the one that is run. Functions that ran while the file was imported, such as those that make the parameters
-    of its tests, are kept under "imported". Processes that a test starts are followed, unless they are killed.
+    The lines and seconds of a shared fixture count for every test that uses it, because each test may run alone.
+    Functions that ran while the file was imported, such as those that make the parameters of its tests, are recorded
+    under "imported". Processes that a test starts are recorded too, unless they are killed.
     """
 
     def __init__(self, folder: Path, target: Path):
         self.folder, self.target = folder, target
         self.fixtures: dict[str, list[str]] = {}
         self.seconds: dict[str, float] = {}
-        self.setup: dict[str, float] = {}  # of each shared fixture
+        self.setup: dict[str, float] = {}  # seconds of each shared fixture
         self.failed: set[str] = set()
 
     def pytest_configure(self):
@@ -83,7 +83,7 @@ class Gather:
             self.failed.add(report.nodeid)
 
     def cost(self, name: str) -> float:
-        """Seconds of a test that runs alone: the first one of a shared fixture has its setup among its own."""
+        """Seconds of a test that runs alone; the first user of a shared fixture already includes its setup."""
         return max(self.seconds[name], sum(self.setup.get(fixture, 0.0) for fixture in self.fixtures[name]))
 
     def pytest_sessionfinish(self):
@@ -122,7 +122,7 @@ class Gather:
 
 
 def _keep(source: str, folder: Path) -> str:
-    """Store a source under its digest, which is returned."""
+    """Store a source under its digest; return the digest."""
     digest = hashlib.sha256(source.encode()).hexdigest()[:16]
     if not (folder / f"{digest}.py").exists():
         (folder / f"{digest}.py").write_text(source)
@@ -130,7 +130,7 @@ def _keep(source: str, folder: Path) -> str:
 
 
 class Coverage:
-    """Chooses the tests of a mutant."""
+    """The recorded lines of all tests; chooses the tests of a mutant."""
 
     def __init__(self, tree, folder: Path):
         self.tree, self.folder = tree, folder
@@ -141,14 +141,14 @@ class Coverage:
         return self.folder / f"{Path(name).stem}-{self.tree.digest(name)}.json"
 
     def missing(self, patterns: list[str]) -> list[str]:
-        """The files of tests that are new or changed."""
+        """List the test files that are new or changed."""
         return [name for name in self.tree.test_files(patterns) if not self.target(name).exists()]
 
     def gather(self, run, names: list[str]) -> None:
-        """Run these files of tests; run(file, plugin) runs one in a process."""
+        """Record these test files; run(file, plugin) runs one in a process."""
         for name in names:
             if not self.target(name).exists():
-                print(f"gathering what {name} runs", flush=True)
+                print(f"recording the lines that {name} runs", flush=True)
                 run(name, Gather(self.tree.folder, self.target(name)))
 
     def load(self, patterns: list[str]) -> None:
@@ -161,15 +161,14 @@ class Coverage:
                 record["imported"] = {module: int(mask, 16) for module, mask in record["imported"].items()}
                 self.records[name] = record
                 for test in record["failed"]:
-                    print(f"{test} does not pass, and is left out")
+                    print(f"{test} fails and is left out")
             if not target.exists() or not record["tests"]:
-                print(f"{name} has no test that passes")
+                print(f"{name} has no passing test")
 
     def tests(self, mutant: Mutant) -> list[tuple[str, float]]:
-        """The tests that run a mutant's lines and their seconds.
+        """List the tests that run a mutant's lines, with seconds: the module's test file first, then the fastest.
 
-        Those of its module's own file come first and those whose file ran the lines while it was imported last; among
-        them the quick ones are first.
+        Tests of files that ran the lines only while they were imported come last.
         """
         found = []
         for name, record in self.records.items():
@@ -190,7 +189,7 @@ class Coverage:
 
     @cache  # noqa: B019 - lives as long as the program
     def _wanted(self, module: str, digest: str, lines: range) -> int:
-        """A bit for each of the lines as they were numbered in an earlier source; where they are new, all functions."""
+        """Map lines to a bit mask of their numbers in an earlier source; new lines stand for all functions."""
         places = self._places(module, digest)
         old = [places[line] for line in lines if line in places]
         if not old:
@@ -199,7 +198,7 @@ class Coverage:
 
     @cache  # noqa: B019
     def _places(self, module: str, digest: str) -> dict[int, int]:
-        """Line numbers of the present source to those of an earlier one."""
+        """Map line numbers of the present source to those of an earlier one."""
         now = self.tree.source(module).split("\n")
         before = (self.folder / f"{digest}.py").read_text().split("\n")
         places = {}

@@ -1,9 +1,9 @@
 """Run the numeric tests as if on other processors: `python -m tests.numerics [--only Haswell] [--workers 2]`.
 
-Each setting makes one library add in another order: numpy's OpenBLAS, in which Triton's interpreter multiplies, by the
-kernels of another processor; torch's vectorised loops by another instruction set; all of them by another thread count.
-tests/conftest.py says which tests are numeric; further arguments are pytest's. Prints a table, and exits with 1 if a
-test failed under any setting.
+Each setting makes a library add in another order: numpy's OpenBLAS, which Triton's interpreter uses for products, with
+the kernels of another processor; torch's vectorised loops with another instruction set; both with another thread count.
+tests/conftest.py marks the numeric tests. Unknown arguments go to pytest. Prints a table, and exits with 1 if a test
+failed under any setting.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 CORES = ("Haswell", "SkylakeX", "Zen", "Prescott")
 SETTINGS = {
-    "as it is": {},
+    "default": {},
     **{f"OPENBLAS_CORETYPE={core}": {"OPENBLAS_CORETYPE": core} for core in CORES},
     **{f"ATEN_CPU_CAPABILITY={name}": {"ATEN_CPU_CAPABILITY": name} for name in ("default", "avx2")},
     **{f"{n} threads": {"OMP_NUM_THREADS": str(n)} for n in (1, 2, 4)},
 }
-# What the caller's environment may say of these holds for no setting.
+# Removed from the caller's environment.
 UNSET = ("OPENBLAS_CORETYPE", "ATEN_CPU_CAPABILITY", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 
 
@@ -35,13 +35,13 @@ class Result(NamedTuple):
 
 
 def environment(changes: dict[str, str], workers: int) -> dict[str, str]:
-    """The caller's, with one setting in it; processes beside each other have one thread each."""
+    """Return the caller's environment with one setting; parallel workers have one thread each."""
     own = {name: value for name, value in os.environ.items() if name not in UNSET}
     return own | ({"OMP_NUM_THREADS": "1"} if workers > 1 else {}) | changes
 
 
 def run(name: str, workers: int, arguments: list[str]) -> Result:
-    """The numeric tests under one setting; their output goes to build/numerics."""
+    """Run the numeric tests under one setting; their output goes to build/numerics."""
     changes = SETTINGS[name]
     workers = 1 if "OMP_NUM_THREADS" in changes else workers
     command = [sys.executable, "-m", "pytest", "-q", "-m", "numeric and not slow", *arguments]
@@ -62,7 +62,7 @@ def run(name: str, workers: int, arguments: list[str]) -> Result:
 
 
 def read(output: str, status: int, seconds: float) -> Result:
-    """pytest's output and exit status."""
+    """Parse pytest's output."""
     passed = re.search(r"(\d+) passed", output)
     failed = re.findall(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", output, re.MULTILINE)
     return Result(int(passed[1]) if passed else 0, failed, status, seconds)
@@ -70,8 +70,10 @@ def read(output: str, status: int, seconds: float) -> Result:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="settings whose name holds this")
-    parser.add_argument("--workers", type=int, default=1, help="processes, where the setting is not a thread count")
+    parser.add_argument("--only", default="", help="only settings with this in their name")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="parallel processes, unless the setting is a thread count"
+    )
     options, rest = parser.parse_known_args(arguments)
     print("| setting | passed | failed | seconds |\n| --- | --- | --- | --- |", flush=True)
     results = {}

@@ -1,7 +1,7 @@
-"""Every command with an odd path in every option that takes one: python -m tests.odd_paths FOLDER
+"""Run every command with an odd path in every option that takes a path: python -m tests.odd_paths FOLDER
 
-Prints one JSON object a line: the command, its status, and what it said. Where FOLDER exists, commands read what an
-earlier call wrote. Run in a process of its own, since the locale decides how a path is read.
+Prints one JSON object per line: the command, its status and its stderr. If FOLDER exists, the commands read the files
+of an earlier call. Runs in its own process, because the locale decides how paths are decoded.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ MODEL = [*FLAGS.split(), "--sample-tokens", "2"]
 
 
 def make(folder: Path) -> None:
-    """What the commands read."""
+    """Write the files that the commands read."""
     (folder / "docs").mkdir(parents=True)
     for i in range(3):
         (folder / "docs" / f"{i}.txt").write_text(TEXT * (i + 1))
@@ -40,7 +40,7 @@ def make(folder: Path) -> None:
 
 
 def commands(at: str) -> list[tuple[int, list[str]]]:
-    """Each command with the status that it must have; the later ones use what the earlier made."""
+    """List each command with its expected status; later commands use the files of earlier ones."""
     corpus, cache = ["--corpus", f"{at}/text.txt"], ["--cache-dir", f"{at}/cache"]
     begins, once = [*corpus, *cache, *MODEL], ["--max-steps", "1", "--sample-tokens", "0", "--device", "cpu"]
     asked = ["--multiple-choice", f"{at}/asked.jsonl", "--shots", f"{at}/asked.jsonl"]
@@ -115,7 +115,7 @@ def commands(at: str) -> list[tuple[int, list[str]]]:
 
 
 def again(at: str) -> list[tuple[int, list[str]]]:
-    """Commands that read what those above have written, perhaps in another locale."""
+    """List commands that read the files of `commands`, perhaps in another locale."""
     ids = [*MODEL, "--corpus", f"{at}/ids.bin", "--cache-dir", f"{at}/cache"]
     done = [
         ["train", "--resume", "--run-dir", f"{at}/run", "--max-steps", "4"],
@@ -131,12 +131,12 @@ def again(at: str) -> list[tuple[int, list[str]]]:
 
 
 def main(folder: Path) -> None:
-    os.fsync = lambda fd: None  # a disk that others use too takes its time
-    standard, there = sys.stdout, folder.exists()
-    if not there:
+    os.fsync = lambda fd: None  # fsync is slow on a shared disk
+    standard, exists = sys.stdout, folder.exists()
+    if not exists:
         make(folder)
-    for expected, (name, *words) in (again if there else commands)(str(folder)):
-        # As narrow as the terminal's own, so that what it cannot show is seen.
+    for expected, (name, *words) in (again if exists else commands)(str(folder)):
+        # The streams' own encodings, so that characters they lack show up.
         out, err = (io.TextIOWrapper(io.BytesIO(), s.encoding, s.errors) for s in (sys.__stdout__, sys.__stderr__))
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:

@@ -1,8 +1,8 @@
-"""What shows that an option acts: an observation that changes with it, and falls back once the program is deaf to it.
+"""Check that an option acts: an effect changes with the option, and disappears if the program ignores the option.
 
-A Case gives one option another value and looks at what the program did. `deaf` makes a dataclass answer with the base's
-value whenever that field is read, which is what a program that ignores the option would do. So a Case whose observation
-would not notice that fails itself.
+A Case sets one option to another value and looks at an effect. `ignore` makes a dataclass return the base's value
+whenever that field is read, as a program that ignores the option would behave. A Case whose effect does not disappear
+then fails.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,11 +14,11 @@ import pytest
 
 @dataclass(frozen=True)
 class Case:
-    """One option's values beside the base's, and what of an observation shows them.
+    """Values of one option, and the effect that shows them.
 
-    look(observation): plain values that == compares; of a tuple every part must show the option.
-    right(base's look, changed look, value): whether these are right; None where to differ is all that is asked.
-    others: options of the base and of the changed program alike.
+    look(observation): the effect, as plain values that == compares; every part of a tuple must change.
+    right(base's effect, changed effect, value): whether both are right; None requires only that they differ.
+    others: options of the base and of the changed program.
     """
 
     name: str
@@ -33,8 +33,8 @@ class Case:
         return f"{self.name}={'|'.join(map(str, self.values))}"
 
 
-def deaf(monkeypatch: pytest.MonkeyPatch, kind: type, name: str, value: Any) -> None:
-    """Whoever reads this field of a dataclass gets the value, whatever the dataclass was made with."""
+def ignore(monkeypatch: pytest.MonkeyPatch, kind: type, name: str, value: Any) -> None:
+    """Make every reader of this field of a dataclass get the value, whatever was set."""
     monkeypatch.setattr(kind, name, property(lambda self: value, lambda self, given: None), raising=False)
 
 
@@ -42,19 +42,19 @@ def parts_of(look: Any) -> tuple[Any, ...]:
     return look if isinstance(look, tuple) else (look,)
 
 
-def check(case: Case, base: Any, changed: list[Any], unheard: list[Any]) -> None:
-    """The looks of a case: each value shows, each shows in its own way, and none where the program is deaf to it."""
+def check(case: Case, base: Any, changed: list[Any], ignored: list[Any]) -> None:
+    """Check the effects of a case: every value has its own, and none if the program ignores the option."""
     for value, look in zip(case.values, changed, strict=True):
         for before, after in zip(parts_of(base), parts_of(look), strict=True):
-            assert before != after, f"{case.name} {value} does not show: {after!r}"
+            assert before != after, f"{case.name} {value} has no effect: {after!r}"
         if case.right is not None:
             assert case.right(base, look, value), f"{case.name} {value}: {base!r} became {look!r}"
     assert all(one != other for i, one in enumerate(changed) for other in changed[:i]), f"{case.name}: {changed!r}"
-    assert all(look == base for look in unheard), f"{case.name} shows where the program ignores it: {unheard!r}"
+    assert all(look == base for look in ignored), f"{case.name} has an effect though it is ignored: {ignored!r}"
 
 
 def missing(kind: type, cases: Iterable[Case], base: dict[str, Any]) -> list[str]:
-    """Fields of a dataclass without a case, and choices of a Literal that are neither in a case nor in the base."""
+    """List fields without a case, and choices of a Literal that are neither in a case nor in the base."""
     hints, found = get_type_hints(kind), []
     for f in fields(kind):
         own = [case for case in cases if case.name == f.name]
@@ -65,7 +65,7 @@ def missing(kind: type, cases: Iterable[Case], base: dict[str, Any]) -> list[str
 
 
 def choices(hint: Any) -> list[Any]:
-    """The values of a Literal, also of one in a union."""
+    """List the values of a Literal, also inside a union."""
     if get_origin(hint) is Literal:
         return list(get_args(hint))
     return [value for part in get_args(hint) for value in choices(part)]

@@ -1,19 +1,19 @@
-"""What float32's own arithmetic loses, whatever the order in which a processor adds: a floor under every bound.
+"""Standard deviations of float32's rounding errors, for any order of additions: a floor under every bound.
 
-The rule of attention_checks.py scales a bound by the error of plain PyTorch in the same run. Plain PyTorch may be
-lucky: another BLAS, vector width or thread count then turns a right result into a failure. These floors depend on
-the inputs alone. They follow each formula in float64 and carry the variance of the rounding error along:
+The rule of attention_checks.py scales a bound by the error of plain PyTorch in the same run. If that error happens to
+be small, another BLAS, vector width or thread count turns a correct result into a failure. These floors depend on the
+inputs alone. They follow each formula in float64, together with the variance of the rounding error:
 
-- A number that is rounded once has an error of u |x| at most, u = 2^-24 in float32. `s * scale - m`, which a GPU
-  fuses, is rounded twice by Triton's interpreter: u |s scale| and u |s scale - m|.
-- A sum of n terms t in any order: each of n partial sums is rounded, and a partial sum is about as large as the
-  root of sum(t^2) where signs differ, and at most the sum S where they agree: u sqrt(n) sqrt(sum(t^2) + S^2).
-- exp turns the error of its argument into a relative one.
-- Errors of different origin are independent, so that variances add up; an error that a whole row shares (of lse and
-  of delta) is carried along its row as one.
+- Rounding a number once gives an error of at most u |x|, u = 2^-24 in float32. Triton's interpreter rounds
+  `s * scale - m`, which a GPU fuses, twice: u |s scale| and u |s scale - m|.
+- A sum of n terms t in any order rounds n partial sums. A partial sum is about as large as the root of sum(t^2) if
+  signs differ, and at most the sum S if they agree: u sqrt(n) sqrt(sum(t^2) + S^2).
+- exp turns the error of its argument into a relative error.
+- Errors of different origin are independent, so their variances add. An error that a whole row shares (those of lse and
+  delta) is followed as one error of the row.
 
-What comes out is the standard deviation of each result's rounding error. The rule allows four of them to the largest
-error, as of ten thousand errors the largest is about so large, and two to the root mean square.
+The rule allows four deviations for the largest error, about the largest of ten thousand errors, and two for the root
+mean square.
 """
 
 import math
@@ -25,30 +25,31 @@ from torch import Tensor
 from kernels.attention_reference import alibi_term, dropout_keep, visible_pairs
 from kernels.bias import SMALL, add_bias, row_shift
 
-FEW = 3.0  # rounding steps of exp, tanh, log or a conversion between bases
+FEW = 3.0  # rounding steps of exp, tanh, log or a change of base
 
 
 def unit_of(dtype: torch.dtype) -> float:
-    """The rounding error of 1: kernels compute float64 in itself and all else in float32."""
+    """Return the rounding error of 1: kernels compute float64 in float64 and every other dtype in float32."""
     return 2.0**-53 if dtype == torch.float64 else 2.0**-24
 
 
 def sum_variance(n: int, squares: Tensor, total: Tensor) -> Tensor:
-    """Of sums of n terms, in units of u^2; `squares`: sums of the squared terms, `total`: the sums."""
+    """Return the variance of sums of n terms, in units of u^2; `squares`: sums of the squared terms, `total`: sums."""
     return max(1, n) * (squares + total.square())
 
 
 def product_variance(a: Tensor, b: Tensor) -> Tensor:
-    """Of a @ b from its own additions, in units of u^2."""
+    """Return the variance that the additions of a @ b cause, in units of u^2."""
     return sum_variance(a.shape[-1], a.square() @ b.square(), a @ b)
 
 
 def deviations(variances: dict[str, Tensor], unit: float) -> dict[str, Tensor]:
+    """Turn variances in units of unit^2 into standard deviations."""
     return {name: unit * variance.sqrt() for name, variance in variances.items()}
 
 
 def capped(s: Tensor, variance: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """softcap * tanh(s / softcap), its variance and its derivative."""
+    """Return softcap * tanh(s / softcap), its variance and its derivative."""
     if not softcap:
         return s, variance, torch.ones_like(s)
     t = torch.tanh(s / softcap)
@@ -59,8 +60,8 @@ def capped(s: Tensor, variance: Tensor, softcap: float | None) -> tuple[Tensor, 
 class Weights:
     """Attention's weights in float64, heads before positions, with their variances in units of u^2.
 
-    p (B, H, Tq, Tk); s_variance is the relative variance of each by itself; lse_variance (B, H, Tq, 1) is that
-    of lse, and of all p of a row together; with a bias, lse lacks shift (B, H, Tq, 1).
+    p (B, H, Tq, Tk): the weights. s_variance: the relative variance of each weight alone. lse_variance (B, H, Tq, 1):
+    the variance of lse, which all weights of a row share. With a bias, lse does not include shift (B, H, Tq, 1).
     """
 
     def __init__(self, q, k, v, *, mask, segment_ids, scale, softcap, alibi_slopes, bias, sinks, dropout_p, seed):
@@ -77,12 +78,12 @@ class Weights:
             s = s + term
             variance = variance + s.square() + term.square()
         visible = visible_pairs(mask, segment_ids, Tq, Tk, q.device)
-        # The sink: one more logit, without a value.
+        # The sink is one more logit without a value.
         sinks = torch.full((H,), -math.inf, dtype=s.dtype, device=s.device) if sinks is None else sinks
         sinks = sinks.view(1, H, 1, 1).expand(B, H, Tq, 1)
         self.shift = torch.zeros_like(sinks)
         if bias is not None:
-            # Each row's largest bias is taken off; a small bias may also be added directly.
+            # Each row's largest bias is subtracted; a small bias may also be added directly.
             self.shift = row_shift(bias, visible, sinks)
             s = add_bias(s, bias, self.shift)
             variance = variance + s.square() + (bias - self.shift).square() + bias.clamp(-SMALL, SMALL).square()
@@ -91,7 +92,7 @@ class Weights:
         self.lse = torch.cat([s, sinks], dim=3).logsumexp(3, keepdim=True)
         lse = self.lse.masked_fill(self.lse == -math.inf, 0.0)
         self.p, self.p_sink = (s - lse).exp(), (sinks - lse).exp()
-        # Two roundings, as the pivot is taken away, and exp's own; the pivot lies at most log(Tk + 1) below lse.
+        # Subtracting the pivot rounds twice, exp once more; the pivot is at most log(Tk + 1) below lse.
         pivot = lse.abs() + math.log(Tk + 1)
         self.s_variance = (variance + s.square() + (s.abs() + pivot).square() + FEW**2).masked_fill(self.p == 0, 0.0)
         sink_variance = ((sinks.abs() + pivot).square() + FEW**2).masked_fill(self.p_sink == 0, 0.0)
@@ -103,27 +104,27 @@ class Weights:
             self.kept = dropout_keep(dropout_p, seed, s.shape, q.device) / (1 - dropout_p)
 
     def outputs(self) -> tuple[Tensor, Tensor]:
-        """out (B, H, Tq, Dv) and its variance."""
+        """Return out (B, H, Tq, Dv) and its variance."""
         weights = self.p * self.kept
         out = weights @ self.v
         variance = (weights.square() * self.s_variance) @ self.v.square() + product_variance(weights, self.v)
         return out, variance + out.square() * (self.lse_variance + FEW**2)
 
     def whole_lse_variance(self) -> Tensor:
-        """(B, H, Tq): once shift is added."""
+        """Return the variance of lse + shift (B, H, Tq)."""
         whole = (self.lse.masked_fill(self.lse == -math.inf, 0.0) + self.shift).square() * (self.shift != 0)
         return (self.lse_variance + whole)[..., 0]
 
 
 def attention_deviation(inputs, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The deviations of what attention_checks.run gives: out, lse and each gradient."""
+    """Return the deviations of the results of attention_checks.run: out, lse and each gradient."""
     features = dict.fromkeys(("segment_ids", "softcap", "alibi_slopes", "bias", "sinks", "seed")) | {"dropout_p": 0.0}
     given = features | {name: in_double(x) for name, x in (inputs.arguments | inputs.differentiable).items()}
     w = Weights(given.pop("q"), given.pop("k"), given.pop("v"), **given)
     dout, dlse = inputs.dout.double().transpose(1, 2), inputs.dlse.double()[..., None]
     out, out_variance = w.outputs()
 
-    # ds = p (dp - delta + dlse): the variance of each by itself, and those of delta and lse, shared by a row.
+    # ds = p (dp - delta + dlse): each ds has its own variance; those of delta and lse are shared by a row.
     dp = (dout @ w.v.mT) * w.kept
     delta = (out * dout).sum(3, keepdim=True)
     inner = dp - delta + dlse
@@ -145,7 +146,7 @@ def attention_deviation(inputs, dtype: torch.dtype) -> dict[str, Tensor]:
     dv = (weights.square() * (w.s_variance + w.lse_variance)).mT @ dout.square() + product_variance(weights.mT, dout)
     variances["dq"] = w.scale**2 * dq.transpose(1, 2)
     for name, variance in (("dk", w.scale**2 * dk), ("dv", dv)):
-        # The heads of a group add up into one.
+        # The heads of a group are summed.
         variances[name] = w.group * variance.unflatten(1, (-1, w.group)).sum(2).transpose(1, 2)
     if given["bias"] is not None:
         variances["dbias"] = bias_variance(given["bias"], w, ds, ds_variance, delta_variance)
@@ -160,7 +161,7 @@ def attention_deviation(inputs, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def bias_variance(bias: Tensor, w: Weights, ds: Tensor, ds_variance: Tensor, delta_variance: Tensor) -> Tensor:
-    """Of ds, summed over what the bias is broadcast along; a row's shared errors add up along keys as one."""
+    """Return the variance of ds summed over the broadcast axes; a row's shared errors add up along keys as one."""
     p, row = w.p, ds
     if bias.shape[-1:] in ((), (1,)):
         p, row = p.sum(3, keepdim=True), ds.sum(3, keepdim=True)
@@ -171,11 +172,12 @@ def bias_variance(bias: Tensor, w: Weights, ds: Tensor, ds_variance: Tensor, del
 
 
 def in_double(x):
+    """Convert floating tensors to float64 and leave everything else alone."""
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def attend_deviation(q, k, v, *, return_lse=True, **features) -> tuple[Tensor, Tensor]:
-    """The deviations of out (B, Tq, H, Dv) and lse (B, H, Tq) for a call in float32; its arguments come in float64."""
+    """Return the deviations of out (B, Tq, H, Dv) and lse (B, H, Tq) of a float32 call, from its float64 arguments."""
     given = dict.fromkeys(("segment_ids", "bias", "seed")) | {"dropout_p": 0.0} | features
     w = Weights(q, k, v, **{name: in_double(x) for name, x in given.items()})
     variances = {"out": w.outputs()[1].transpose(1, 2), "lse": w.whole_lse_variance()}
@@ -185,9 +187,9 @@ def attend_deviation(q, k, v, *, return_lse=True, **features) -> tuple[Tensor, T
 def loss_deviation(
     x, weight, targets, dlosses, dtype, *, softcap=0.0, z_loss=0.0, label_smoothing=0.0
 ) -> dict[str, Tensor]:
-    """The deviations of linear_cross_entropy: each loss, and the gradients of sum(dlosses * losses).
+    """Return the deviations of linear_cross_entropy: of each loss, and of the gradients of sum(dlosses * losses).
 
-    x (N, C), weight (V, C), targets (N,), dlosses (N,); a target below 0 does not count.
+    x (N, C), weight (V, C), targets (N,), dlosses (N,); targets below 0 are ignored.
     """
     x, weight, dlosses = x.double(), weight.double(), dlosses.double()[:, None]
     V, counts, index = weight.shape[0], (targets >= 0)[:, None], targets.clamp(min=0)[:, None]
@@ -201,7 +203,7 @@ def loss_deviation(
     loss = factor.square() * lse_variance + s_variance.gather(1, index) + (FEW * z_loss * lse.square()).square()
     loss += FEW**2 * (lse.square() + s_target.square())
     loss += label_smoothing**2 * (s_variance.mean(1, keepdim=True) + V * s.square().mean(1, keepdim=True))
-    # The gradient of a logit: factor * p less what the target and the smoothing ask for.
+    # The gradient of a logit is factor * p minus the share of the target and the smoothing.
     wanted = torch.full_like(s, label_smoothing / V).scatter_add(1, index, torch.ones_like(lse) * (1 - label_smoothing))
     ds = (factor * p - wanted) * slope * counts * dlosses
     own = (factor * p).square() * (s_variance + FEW**2) + wanted.square() + FEW**2 * (factor * p - wanted).square()
@@ -215,10 +217,10 @@ def loss_deviation(
 
 @torch.no_grad()
 def model_deviation(model, idx: Tensor, draws: int = 4) -> float:
-    """How far float32's rounding may lead a GPT's log-probabilities of idx (B, T), for a model in float64.
+    """Bound the rounding error of a GPT's log-probabilities of idx (B, T) in float32, for a model in float64.
 
-    Each linear layer and each norm, and what attention gives to c_proj, gets a random error of the size of its own
-    rounding; the answer is four times the largest change that these make together.
+    Every output of a linear layer or norm, and every input of c_proj, gets a random error as large as its rounding. The
+    bound is four times the largest change of the log-probabilities.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -240,7 +242,7 @@ def model_deviation(model, idx: Tensor, draws: int = 4) -> float:
     kinds, linear = (torch.nn.LayerNorm, torch.nn.RMSNorm), F.linear
     hooks = [m.register_forward_hook(after) for m in model.modules() if isinstance(m, kinds)]
     hooks += [block.attn.c_proj.register_forward_pre_hook(before) for block in model.blocks]
-    F.linear = noisy_linear  # which every linear layer calls, whatever follows its product
+    F.linear = noisy_linear  # every linear layer calls it
     try:
         changes = [float((model(idx).log_softmax(-1) - exact).abs().max()) for _ in range(draws)]
     finally:

@@ -1,10 +1,10 @@
-"""The reading of assembly: loops, what is in them, and spills, on code written by hand."""
+"""benchmarks/assembly.py finds loops, their instructions and spills in code written by hand."""
 
 from benchmarks import assembly
 from benchmarks.assembly import Loop
 
-# A loop around two others, as the kernel for dk and dv has; the second one's middle was moved behind the end, it is
-# left through a call, and there is a loop of one instruction that nothing reaches.
+# A loop around two others, as in the kernel of dk and dv. The middle of the second was moved behind the end, and a call
+# leaves it. The last loop, of one instruction, cannot be reached.
 SASS = """
 .text.kernel:
         /*0000*/                   MOV R1, c[0x0][0x28] ;
@@ -64,10 +64,10 @@ kernel:                                 ; @kernel
 def test_the_inner_loops_of_sass():
     code = assembly.sass(SASS)
     assert len(code) == 21
-    # What is outside all loops, and the loop around them, count for nothing.
+    # Code outside the inner loops does not count.
     assert assembly.inner_loops(code, "HMMA") == [Loop(2, 2), Loop(1, 6)]
     assert assembly.inner_loops(code, "HGMMA") == []
-    # Where no loop within holds the instruction, the one around them is the innermost.
+    # If no inner loop holds the instruction, the loop around them is the innermost.
     assert assembly.inner_loops(code, "ISETP") == [Loop(1, 14)]
 
 
@@ -76,7 +76,7 @@ def test_the_inner_loops_of_amdgcn():
     assert [i.name for i in code[:3]] == ["s_load_dwordx2", "v_mfma_f32_32x32x8_bf16_1k", "s_cbranch_scc1"]
     assert len(code) == 11
     assert assembly.inner_loops(code, "v_mfma") == [Loop(1, 3)]
-    # A loop that nothing reaches does not count.
+    # An unreachable loop does not count.
     assert assembly.inner_loops(assembly.amdgcn(AMD.replace("v_mfma", "v_other")), "v_add") == [Loop(1, 3)]
 
 

@@ -1,4 +1,4 @@
-"""The benchmark's own arithmetic, with a stub for the clock: FLOPs, pairing, what is written, what it does on a CPU."""
+"""The attention benchmark with a stub timer: FLOPs, pairing, the record, and the message without a GPU."""
 
 import json
 from dataclasses import asdict
@@ -13,7 +13,7 @@ from kernels import attention, attention_reference
 SMALL = Setting(16, 32, "causal", "forward", tokens=64, width=32)
 
 
-def test_flops():
+def test_flops_are_counted_as_flash_attention_does():
     """FlashAttention's count: 4 T T D H B forward, half of it causal, 2.5 times as much backward."""
     full = Setting(128, 4096, "full", "forward")
     assert full.shape == (4, 4096, 16, 128)
@@ -37,7 +37,7 @@ def contenders():
 
 
 class StubTimer:
-    """Runs what it is to time. Of two contenders ours takes 1 ms and the other 3 ms; they swap places each round."""
+    """A timer that runs the call. Ours takes 1 ms and the other 3 ms; they swap places each round."""
 
     def __init__(self):
         self.calls = 0
@@ -51,8 +51,8 @@ class StubTimer:
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("mask", ["causal", "full"])
-def test_measure(direction, mask):
-    """Medians by contender although the order rotates; a contender that cannot run is told, not fatal."""
+def test_measures_medians_and_speedups(direction, mask):
+    """Medians follow the contender although the order rotates; a contender that cannot run is reported, not fatal."""
     setting = Setting(16, 32, mask, direction, tokens=64, width=32)
     row = benchmark.measure(setting, contenders(), StubTimer(), rounds=4, device="cpu")
     assert row.milliseconds == {OURS: 1.0, FLASH: 3.0}
@@ -73,14 +73,14 @@ def test_ours_must_run():
         benchmark.measure(SMALL, broken, StubTimer(), rounds=1, device="cpu")
 
 
-def test_windows_have_no_flash():
+def test_flash_is_left_out_for_windows():
     row = benchmark.measure(
         Setting(16, 32, "window", "forward", tokens=64, width=32), contenders(), lambda fn: 1.0, rounds=2, device="cpu"
     )
     assert row.missing[FLASH] == "no sliding window"
 
 
-def test_what_is_written_and_shown(tmp_path, capsys):
+def test_results_are_written_and_printed(tmp_path, capsys):
     row = benchmark.measure(SMALL, contenders(), StubTimer(), rounds=2, device="cpu")
     assert benchmark.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     path = tmp_path / "results" / "x.json"
@@ -92,7 +92,7 @@ def test_what_is_written_and_shown(tmp_path, capsys):
     assert "stub" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="what it does without a GPU")
-def test_without_a_gpu(capsys):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests a machine without a GPU")
+def test_without_a_gpu_it_measures_nothing(capsys):
     assert benchmark.main([]) == 0
     assert capsys.readouterr().out.count("\n") == 1

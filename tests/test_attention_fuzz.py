@@ -1,4 +1,4 @@
-"""A few random calls, always the same, and a fault that fuzzing finds and can find again."""
+"""A few fixed random calls of attention; a fault is found and can be repeated."""
 
 import pytest
 
@@ -7,11 +7,11 @@ from tests import fuzz_attention
 
 
 @pytest.mark.parametrize("number", range(18))
-def test_random_calls(number, device):
+def test_random_calls_equal_the_reference(number, device):
     assert fuzz_attention.run_case(20260, number, device) is None
 
 
-def test_a_fault_is_printed_as_a_line_that_finds_it_again(monkeypatch, capsys):
+def test_a_fault_is_printed_as_a_line_that_repeats_it(monkeypatch, capsys):
     real = attention_chunked.chunked_forward
     assert fuzz_attention.main(["--cases", "1", "--seed", "3", "--only", "2"]) == 0
     monkeypatch.setattr(fuzz_attention, "check", lambda *args, impl="triton", **options: 1 / (impl == "triton"))

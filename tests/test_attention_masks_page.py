@@ -1,4 +1,4 @@
-"""The page of masks: what is committed is what the masks are now."""
+"""docs/masks.md: the committed page and pictures show the present masks."""
 
 import struct
 import zlib
@@ -14,7 +14,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def pixels(data: bytes) -> torch.Tensor:
-    """The picture in a palette PNG without filters, read back chunk by chunk."""
+    """Read the pixels of a palette PNG without filters."""
     found, at = {}, 8
     while at < len(data):
         (length,) = struct.unpack(">I", data[at : at + 4])
@@ -38,11 +38,11 @@ def test_the_page_is_up_to_date(tmp_path):
 
 @pytest.mark.parametrize("name", masks_page.MASKS)
 def test_a_picture_shows_the_mask(name):
-    """Orange and blue where the predicate is True; blue tiles are True throughout; no True in a white tile."""
+    """A pixel is orange or blue exactly where the predicate is True."""
     mask = masks_page.MASKS[name][1]
     cells = masks_page.picture(mask)[1 :: masks_page.PIXELS, 1 :: masks_page.PIXELS]
     assert torch.equal(cells >= 2, mask.dense(masks_page.T, masks_page.T)[0, 0])
 
 
-def test_another_mask_is_another_picture():
+def test_different_masks_have_different_pictures():
     assert not torch.equal(masks_page.picture(masks.CAUSAL), masks_page.picture(masks.FULL))

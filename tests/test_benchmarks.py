@@ -1,4 +1,4 @@
-"""What the benchmarks' command lines refuse, before anything is measured."""
+"""The benchmarks refuse wrong flags before they measure anything."""
 
 import importlib
 
@@ -34,7 +34,7 @@ import pytest
 )
 def test_a_wrong_flag_is_refused(capsys, monkeypatch, line, message):
     name, *words = line.split()
-    command = importlib.import_module(f"benchmarks.{name}")  # before the next line: masks that it makes are kept
+    command = importlib.import_module(f"benchmarks.{name}")  # first, because masks built at import are cached
     monkeypatch.setattr("triton.knobs.runtime.interpret", False)
     monkeypatch.setattr("sys.argv", [name, *words])
     with pytest.raises(SystemExit) as stop:

@@ -1,4 +1,4 @@
-"""Training that is killed loses nothing: ten kills here, as many as one likes by python -m tests.crash."""
+"""A killed training loses nothing: ten kills here, any number with python -m tests.crash."""
 
 import re
 import subprocess

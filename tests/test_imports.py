@@ -1,4 +1,4 @@
-"""Who may import whom: a table of rooms, no circle, and no import that runs back up."""
+"""The directions of imports between rooms, circles, and the lengths of files and functions."""
 
 import ast
 import sys
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("gpt/**/*.py"), *ROOT.glob("kernels/**/*.py")]
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
 
-# What each room may import beside itself. "options" are the rooms' config.py, of which gpt/config.py makes a Config.
+# What each room may import beside itself. "options" are the rooms' config.py, which gpt/config.py composes.
 ALLOWED = {
     "kernels": set(),
     "ground": set(),
@@ -28,7 +28,7 @@ ALLOWED = {
     "scripts": {"ground", "config", "model", "data", "inference", "run", "interop", "evaluation", "training", "front"},
 }
 CONFIG = {"gpt.config", "gpt.config_file"}
-FRONT = {"gpt", "gpt.corpus", "gpt.evaluate", "gpt.export"}  # what `import gpt` offers, and the commands
+FRONT = {"gpt", "gpt.corpus", "gpt.evaluate", "gpt.export"}  # the public names of `import gpt`, and the commands
 ATTENDS = "gpt.inference.attend"  # the one module of its room that imports kernels
 
 
@@ -46,9 +46,9 @@ def room_of(module: str) -> str:
 
 
 def imported(path: Path) -> set[str]:
-    """Every module that a file imports, anywhere in it, and `module.name` for each name that it takes from one.
+    """List the modules that a file imports, anywhere in it, and `module.name` for each imported name.
 
-    `from room import module` counts as the module alone: the room's __init__ runs first in any case.
+    `from room import module` counts as the module alone, because the room's __init__ runs first in any case.
     """
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -62,16 +62,16 @@ def imported(path: Path) -> set[str]:
 
 
 def ours(module: str) -> set[str]:
-    """The modules of this project that one imports. Of a room's re-exported names only the room counts."""
+    """List the project's modules that a module imports. A name that a room re-exports counts as the room."""
     return imported(MODULES[module]) & MODULES.keys() - {module}
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_point_down(module):
+def test_a_room_imports_only_rooms_below(module):
     room = room_of(module)
     allowed = ALLOWED[room] | {room} | ({"kernels"} if module == ATTENDS else set())
     wrong = {name: room_of(name) for name in ours(module) if room_of(name) not in allowed}
-    assert not wrong, f"{module}, of {room}, may import {', '.join(sorted(allowed))}"
+    assert not wrong, f"{module} is in {room}, which may import {', '.join(sorted(allowed))}"
 
 
 def test_no_circles():
@@ -82,7 +82,7 @@ def test_no_circles():
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if room_of(name) == "kernels"])
-def test_kernels_take_torch_and_triton_only(module):
+def test_kernels_import_torch_and_triton_only(module):
     packages = {name.split(".")[0] for name in imported(MODULES[module])}
     assert packages <= {"kernels", "torch", "triton"} | sys.stdlib_module_names
 
@@ -100,14 +100,14 @@ def test_files_and_functions_stay_short():
     assert {name: n for name, n in functions if n > 80} == {}
 
 
-def test_every_room_says_what_it_is_for():
+def test_every_room_has_a_docstring():
     rooms = list(ROOT.glob("gpt/*/__init__.py"))
     assert len(rooms) == 7
     assert all(ast.get_docstring(ast.parse(path.read_text())) for path in rooms)
 
 
-def test_the_walk_sees_imports():
-    """It would pass everything if it saw nothing."""
+def test_imports_are_found():
+    """Guards against tests that pass because they find nothing."""
     assert {"kernels.masks", "torch"} <= imported(ROOT / "gpt" / "model" / "attention.py")
     assert "kernels.tiles.dot" in imported(ROOT / "kernels" / "attention_forward.py")
     assert "gpt.training.job" in ours("train")

@@ -1,4 +1,4 @@
-"""The loss's benchmark with a stub for the clock: what is compared, what does not fit, what it does on a CPU."""
+"""The loss benchmark with a stub timer: contenders, out of memory, and the message without a GPU."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def measured(losses):
     return benchmark.measure(32, 16, 65, losses, lambda step: 2.0, lambda step: 0.5, rounds=2, device="cpu")
 
 
-def test_measure():
+def test_a_contender_that_does_not_fit_is_reported():
     losses = {**benchmark.contenders(), COMPILED: too_large}
     rows = measured(losses)
     assert rows == [Row(32, OURS, 2.0, 0.5), Row(32, EAGER, 2.0, 0.5), Row(32, COMPILED, None, None)]
@@ -29,7 +29,7 @@ def test_contenders_must_agree():
         measured({OURS: too_large})
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="what it does without a GPU")
-def test_without_a_gpu(capsys):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests a machine without a GPU")
+def test_without_a_gpu_it_measures_nothing(capsys):
     assert benchmark.main([]) == 0
     assert capsys.readouterr().out.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The runner of mutants makes the changes it says, and tells a change that a test notices from one that none does."""
+"""The runner of mutants makes the right changes, and finds those that no test notices."""
 
 import ast
 import contextlib
@@ -19,7 +19,7 @@ SOURCES = ["gpt/files.py", "gpt/data/tokenizers.py", "kernels/tiles.py"]
 
 
 def changes(code: str) -> set[str]:
-    """The changed lines of a function with this body, f's own line left out."""
+    """Return the changed lines of a function with this body."""
     source = f"def f(a, b, *rest):\n{textwrap.indent(textwrap.dedent(code), '    ')}\n"
     valid = [mutant for mutant in all_mutants("toy.py", source) if mutant.is_valid(source)]
     return {mutant.difference(source)[1] for mutant in valid}
@@ -61,7 +61,7 @@ def changes(code: str) -> set[str]:
         ("import os", set()),
     ],
 )
-def test_what_becomes_of_a_line(line, expected):
+def test_changes_of_one_line(line, expected):
     assert changes(line) == expected
 
 
@@ -72,7 +72,7 @@ def test_defaults_are_changed_and_annotations_are_not():
 
 
 @pytest.mark.parametrize("module", SOURCES)
-def test_valid_mutants_compile_to_another_program_in_one_place(module):
+def test_a_valid_mutant_changes_one_place_and_compiles(module):
     source = (ROOT / module).read_text()
     chosen = [mutant for mutant in sample(all_mutants(module, source), seed=1)[:20] if mutant.is_valid(source)]
     assert len(chosen) > 10
@@ -83,7 +83,7 @@ def test_valid_mutants_compile_to_another_program_in_one_place(module):
         assert changed.encode().endswith(source.encode()[mutant.end :])
 
 
-def test_a_sample_spreads_over_lines_and_edits_elsewhere_do_not_change_it():
+def test_a_sample_spreads_over_lines_and_is_stable_under_edits_elsewhere():
     source = (ROOT / "gpt/data/tokenizers.py").read_text()
     first = sample(all_mutants("gpt/data/tokenizers.py", source), seed=3)
     lines = [source.encode()[: mutant.start].count(b"\n") for mutant in first]
@@ -97,7 +97,7 @@ def test_a_sample_spreads_over_lines_and_edits_elsewhere_do_not_change_it():
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> tuple[str, dict[str, dict], dict[str, dict]]:
-    """What the runner says of a project of two modules, its records by the changed line, and what it gathered."""
+    """Run the program on a project of two modules; its output, verdicts by changed line, and recorded lines."""
     project = tmp_path_factory.mktemp("toy")
     files = {
         "gpt/tested.py": """
@@ -180,7 +180,7 @@ def toy(tmp_path_factory) -> tuple[str, dict[str, dict], dict[str, dict]]:
     )
 
 
-def test_a_mutant_that_a_test_notices_is_killed_in_another_process_too(toy):
+def test_a_test_that_runs_the_mutant_in_another_process_kills_it(toy):
     assert toy[1]["return a - b"]["result"] == "killed"
     assert toy[1]["return a - b"]["by"] == "tests/test_tested.py::test_add_in_another_process"
 
@@ -191,8 +191,7 @@ def test_a_mutant_that_runs_while_tests_are_imported_is_killed(toy):
     assert record["by"] == "tests/test_tested.py::test_what_was_made_when_the_file_was_imported"
 
 
-def test_a_shared_fixture_counts_for_each_test_that_uses_it(tmp_path):
-    """Either may be the one that is run."""
+def test_a_shared_fixture_costs_every_test_that_uses_it(tmp_path):
     gather = Gather(tmp_path, tmp_path / "coverage.json")
     gather.setup = {"server": 30.0, "text": 2.0}
     gather.fixtures = {"first": ["server", "text"], "second": ["server", "text"], "third": ["text"], "fourth": []}
@@ -200,33 +199,33 @@ def test_a_shared_fixture_counts_for_each_test_that_uses_it(tmp_path):
     assert [gather.cost(name) for name in gather.seconds] == [33.0, 32.0, 4.0, 0.25]
 
 
-def test_the_setup_of_a_shared_fixture_is_measured(toy):
+def test_a_shared_fixture_is_timed(toy):
     tests, setup = toy[2]["tests"], toy[2]["setup"]
     assert tests["tests/test_tested.py::test_shared[1]"]["seconds"] >= setup["answer"] > 0
 
 
-def test_a_mutant_without_a_test_survives_and_is_reported(toy):
+def test_an_uncovered_mutant_is_reported(toy):
     said, records, _ = toy
     assert records["return 3 * a"]["result"] == "not covered"
     assert "+ return 3 * a" in said
     assert "gpt/alone.py" in said.splitlines()[-3]
 
 
-def test_an_equivalent_mutant_is_not_tried(toy):
+def test_an_equivalent_mutant_is_skipped(toy):
     assert "return a * 1" not in toy[1]
     assert "return a / 1" not in toy[1]
 
 
-def test_a_mutant_that_no_test_tells_apart_survives(toy):
+def test_an_unnoticed_mutant_survives(toy):
     assert toy[1]["return n if n >= 0 else 0"]["result"] == "survived"
 
 
-def test_a_mutant_that_hangs_is_ended(toy):
+def test_a_hanging_mutant_is_killed(toy):
     assert toy[1]["n += 0"]["result"] == "timeout"
 
 
-def test_processes_that_a_mutant_leaves_behind_are_ended():
-    """Also of another session, and those that they started in turn: each would keep the pipe open."""
+def test_orphans_of_a_mutant_are_killed():
+    """Includes other sessions and grandchildren, each of which would keep the pipe open."""
     code = """
         import subprocess
         from tests.mutate import adopt_orphans, end_children
@@ -239,7 +238,7 @@ def test_processes_that_a_mutant_leaves_behind_are_ended():
 
 
 class Unchanged:
-    """A tree whose module is not written; is_changed says whether it would be."""
+    """A tree that writes nothing; is_changed is True inside `changed`."""
 
     is_changed = False
 
@@ -256,7 +255,7 @@ class Unchanged:
 @pytest.mark.parametrize(
     ("with_mutant", "without", "verdict"),
     [
-        ([("timeout", "a"), ("passed", "")], [("timeout", "a")], ("survived", "")),  # slow in any case
+        ([("timeout", "a"), ("passed", "")], [("timeout", "a")], ("survived", "")),  # slow without the mutant too
         ([("timeout", "a"), ("passed", ""), ("passed", "")], [("passed", "")], ("survived", "")),  # slow by chance
         ([("timeout", "a"), ("timeout", "a")], [("passed", "")], ("timeout", "a")),
         ([("timeout", "a"), ("killed", "a")], [("passed", "")], ("killed", "a")),
@@ -264,7 +263,7 @@ class Unchanged:
         ([("timeout", ""), ("timeout", "")], [("passed", "")], ("timeout", "")),  # no test to name
     ],
 )
-def test_a_test_that_is_slow_without_the_mutant_too_does_not_count(with_mutant, without, verdict, monkeypatch):
+def test_a_timeout_counts_only_if_the_mutant_causes_it(with_mutant, without, verdict, monkeypatch):
     tree, results, tried = Unchanged(), {True: [*with_mutant], False: [*without]}, []
 
     def attempt(tree, tests, slack):

@@ -1,4 +1,4 @@
-"""tests/numerics.py: what each setting changes, which tests it runs, and what it makes of pytest's output."""
+"""tests/numerics.py: the environment of each setting, the numeric tests, and the table from pytest's output."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ from tests import numerics
 from tests.conftest import is_numeric
 
 
-def test_a_setting_is_all_that_the_environment_says(monkeypatch):
+def test_a_setting_replaces_the_callers_environment(monkeypatch):
     for name in numerics.UNSET:
         monkeypatch.setenv(name, "7")
     assert not set(numerics.environment({}, 1)) & set(numerics.UNSET)
@@ -20,14 +20,14 @@ def test_a_setting_is_all_that_the_environment_says(monkeypatch):
     }  # fmt: skip
 
 
-def test_files_that_compare_numbers_are_numeric(request):
+def test_test_files_that_compare_numbers_are_numeric(request):
     here = Path(__file__).parent
     for name, expected in (("attention", True), ("optim", True), ("attention_fuzz", True), ("lock", False)):
         assert is_numeric(here / f"test_{name}.py") == expected
     assert request.node.get_closest_marker("numeric") is None
 
 
-def test_the_table(monkeypatch, capsys, tmp_path):
+def test_the_table_counts_passed_and_failed_tests(monkeypatch, capsys, tmp_path):
     commands = []
 
     def pytest(command, env, **options):

@@ -1,4 +1,4 @@
-"""Every option is heard: as a flag and as a key of a TOML file; and every dataclass of options has a table of cases."""
+"""Flags and TOML keys set every option, every options class has a table of cases, and defaults are pinned."""
 
 import importlib
 import typing
@@ -22,23 +22,23 @@ CASES = [*test_options_model.CASES, *test_options_train.CASES]
 
 
 def classes_of(kind: type) -> set[type]:
-    """A dataclass and those that its fields are."""
+    """Return a dataclass and the dataclasses of its fields."""
     inner = (f.default_factory for f in fields(kind) if is_dataclass(f.default_factory))
     return {kind}.union(*map(classes_of, inner))
 
 
 def test_each_dataclass_of_options_is_in_a_table():
-    """A command parses its flags by parse_flags; of train.py that is gpt/training/command.py."""
+    """Finds commands by their call of parse_flags."""
     sources = [ROOT / "sample.py", *(ROOT / "gpt").glob("**/*.py")]
     modules = [path for path in sources if "parse_flags(" in path.read_text()]
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules]
-    names.remove("gpt.command_line")  # which defines it
+    names.remove("gpt.command_line")  # defines parse_flags
     found = set().union(*(classes_of(importlib.import_module(name).Arguments) for name in names))
     tested = {Arguments, *TABLES.values()}.union(*(kinds for _, _, kinds in test_options_commands.PROGRAMS.values()))
     assert found == tested
     assert {*test_options_train.KINDS.values(), ModelConfig} == {*TABLES.values()}
     own = {f.name for f in fields(Arguments)} - {f.name for f in fields(Config)}
-    assert own == {"config_file", "preset"}, "the flags that are in no table are tested below"
+    assert own == {"config_file", "preset"}, "the flags outside the tables are tested below"
 
 
 def table_of(name: str) -> str:
@@ -46,14 +46,14 @@ def table_of(name: str) -> str:
 
 
 def base_of(case: Case) -> dict[str, Any]:
-    """The options that a case's base has, but its own."""
+    """Return the options of a case's base, without the case's own option."""
     own = test_options_model.SIZES if case in test_options_model.CASES else BASE
     given = {**own, **case.others}.items()
     return {name: value for name, value in given if name != case.name and value is not None}
 
 
 def tables_of(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Options as the tables of a TOML file."""
+    """Arrange options as the tables of a TOML file."""
     tables: dict[str, dict[str, Any]] = {}
     for name, value in options.items():
         tables.setdefault(table_of(name), {})[name] = list(value) if isinstance(value, tuple) else value
@@ -62,7 +62,7 @@ def tables_of(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_a_file_sets_an_option(case, tmp_path):
-    """Of the flags, those of the model are tried below, and the others wherever an option is tried out."""
+    """The model's flags are tested below, all others by the cases themselves."""
     path, table = tmp_path / "recipe.toml", table_of(case.name)
     hint = typing.get_type_hints(TABLES[table])[case.name]
     for value in case.values:
@@ -79,7 +79,7 @@ def test_a_flag_sets_an_option_of_the_model(case, tmp_path):
         assert getattr(model, case.name) == value
 
 
-def test_the_flags_beside_the_tables(tmp_path):
+def test_the_flags_outside_the_tables(tmp_path):
     (tmp_path / "recipe.toml").write_text("[model]\nn_layer = 3\n")
     config = load_config([str(tmp_path / "recipe.toml")])
     assert (config.model.n_layer, config.train.run_dir) == (3, Path("runs/recipe"))
@@ -88,7 +88,7 @@ def test_the_flags_beside_the_tables(tmp_path):
         assert model == ModelConfig(**options), name
 
 
-# A default that changes is a change that users see.
+# Users see a changed default.
 DEFAULTS = {
     "data": {"val_fraction": 0.1, "split_seed": 0, "encoding_errors": "strict", "text_field": "text"}
     | {"max_download_bytes": 16 << 30, "packing": "stream"},
@@ -109,6 +109,6 @@ DEFAULTS = {
 }
 
 
-def test_the_defaults():
+def test_the_defaults_are_pinned():
     for table, values in asdict(Config()).items():
         assert {key: value for key, value in values.items() if value not in (None, ())} == DEFAULTS[table]

@@ -1,4 +1,4 @@
-"""Every option of the commands beside train.py changes what they do, each in its own way."""
+"""Every option of the other commands changes their work, each in its own way."""
 
 import contextlib
 import io
@@ -25,12 +25,12 @@ from gpt.errors import UserError
 from gpt.model import GPT
 from gpt.training.command import load_config
 from tests.commands import MAINS
-from tests.option_checks import Case, check, deaf, missing
+from tests.option_checks import Case, check, ignore, missing
 from tests.train_checks import TEXT
 from tests.train_observer import network, words
 from train import main as train
 
-# Of each command: the options without a name, those that every case begins with, its dataclasses.
+# Positional arguments, options of every case, and dataclasses of each command.
 PROGRAMS: dict[str, tuple[tuple[str, ...], dict[str, Any], tuple[type, ...]]] = {
     "sample": (
         ("run",),
@@ -56,7 +56,7 @@ PROGRAMS: dict[str, tuple[tuple[str, ...], dict[str, Any], tuple[type, ...]]] = 
 
 
 def argv_of(program: str, options: dict[str, Any]) -> list[str]:
-    """A command line with these options over those that every case begins with."""
+    """Build a command line from these options over those of every case."""
     positional, base, _ = PROGRAMS[program]
     options = {**base, **options}
     return [str(options.pop(name)) for name in positional] + words(options)
@@ -356,7 +356,7 @@ CASES = [
 
 
 def given(program: str, case: Case) -> tuple[type, str, Any]:
-    """The dataclass that a case's option is of, its name, and what the base has for it."""
+    """Return the dataclass of a case's option, its name, and the base's value."""
     kinds = PROGRAMS[program][2]
     arguments = parse_flags(kinds[0], argv_of(program, case.others), prog=program)
     for kind, values in zip(kinds, (arguments, getattr(arguments, "sampling", None))):
@@ -382,12 +382,12 @@ def test_an_option_of_a_command_acts(program, case, made, tmp_path, monkeypatch)
         with pytest.MonkeyPatch.context() as patch:
             if case.patch is not None:
                 case.patch(patch)
-            if unheard:
-                deaf(patch, *unheard[0])
+            if ignored:
+                ignore(patch, *ignored[0])
             return case.look(Ran(program, folder, options))
 
-    unheard = []
+    ignored = []
     base = observe(case.others)
     changed = [observe(case.others | {case.name: value}) for value in case.values]
-    unheard.append(given(program, case))
+    ignored.append(given(program, case))
     check(case, base, changed, [observe(case.others | {case.name: case.values[0]})])

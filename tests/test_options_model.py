@@ -1,4 +1,4 @@
-"""Every option of the model changes what it computes, each in its own way."""
+"""Every option of the model changes its computation, each in its own way."""
 
 import math
 from dataclasses import replace
@@ -10,14 +10,14 @@ import torch
 from gpt.config import ModelConfig
 from gpt.model import GPT
 from gpt.model import attention as attention_module
-from tests.option_checks import Case, check, deaf, missing
+from tests.option_checks import Case, check, ignore, missing
 
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "mlp_dim": 40, "seq_len": 12, "vocab_size": 11}
 IDX = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3]])
 
 
 def drawn(model: GPT) -> GPT:
-    """The model with weights that depend on their names and shapes alone."""
+    """Set weights that depend on their names and shapes alone."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             generator = torch.Generator().manual_seed(sum(map(ord, name)))
@@ -31,7 +31,7 @@ def logits(model: GPT) -> list[float]:
 
 
 def sees(model: GPT) -> list[int]:
-    """The tokens that the last one's logits depend on."""
+    """List the tokens that the last token's logits depend on."""
     with torch.no_grad():
         before, found = drawn(model)(IDX)[0, -1], []
         for i in range(IDX.shape[1]):
@@ -43,12 +43,12 @@ def sees(model: GPT) -> list[int]:
 
 
 def rows_of(part: str):
-    """Rows and columns of a weight."""
+    """Look at the rows and columns of a weight."""
     return lambda model: list(model.get_parameter(part).shape)
 
 
 def longest(model: GPT) -> int:
-    """The longest row that the model takes."""
+    """Find the longest row that the model accepts."""
     for T in range(1, 99):
         try:
             model(torch.zeros(1, T, dtype=torch.int64))
@@ -58,14 +58,14 @@ def longest(model: GPT) -> int:
 
 
 def means_order(model: GPT) -> bool:
-    """Whether the order of earlier tokens is seen at all."""
+    """Whether the order of earlier tokens changes the logits."""
     with torch.no_grad():
         there, back = (drawn(model)(torch.tensor([row])) for row in ([1, 2, 3, 4], [3, 2, 1, 4]))
     return (there[0, -1] - back[0, -1]).abs().max().item() > 1e-3
 
 
 def dropped(model: GPT) -> tuple[float, float, float]:
-    """The share of numbers dropped: of the embeddings, of attention weights, of sublayers' outputs."""
+    """Measure the shares that dropout drops: of embeddings, attention weights and sublayers' outputs."""
     model, shares, true_attention = drawn(model).train(), {}, attention_module.attention
 
     def attention(*args, dropout_p: float, **options):
@@ -87,7 +87,7 @@ def dropped(model: GPT) -> tuple[float, float, float]:
 
 
 def spread(model: GPT) -> tuple[float, ...]:
-    """How wide the weights are drawn at first: of the table, of a matrix, of the head and of an output projection."""
+    """Measure the initial spread of the table, a matrix, the head and an output projection."""
     torch.manual_seed(0)
     model.init_weights()
     weights = model.embed, model.blocks[0].mlp.c_fc, model.head, model.blocks[0].mlp.c_proj
@@ -217,6 +217,6 @@ def test_each_option_of_the_model_has_a_case():
 def test_an_option_of_the_model_acts(case, monkeypatch):
     base = case.look(GPT(config_of(case)))
     changed = [case.look(GPT(config_of(case, **{case.name: value}))) for value in case.values]
-    deaf(monkeypatch, ModelConfig, case.name, getattr(config_of(case), case.name))
-    unheard = [case.look(GPT(config_of(case, **{case.name: value}))) for value in case.values]
-    check(case, base, changed, unheard)
+    ignore(monkeypatch, ModelConfig, case.name, getattr(config_of(case), case.name))
+    ignored = [case.look(GPT(config_of(case, **{case.name: value}))) for value in case.values]
+    check(case, base, changed, ignored)

@@ -1,4 +1,4 @@
-"""Every option of train.py's tables but the model's changes what a run does, each in its own way."""
+"""Every option of train.py outside [model] changes a run, each in its own way."""
 
 import math
 from dataclasses import fields
@@ -12,7 +12,7 @@ from gpt.distributed import World
 from gpt.training.config import LogConfig, OptimConfig, TrainConfig
 from gpt.training.parallel import mode_of
 from tests import train_looks as looks
-from tests.option_checks import Case, check, deaf, missing
+from tests.option_checks import Case, check, ignore, missing
 from tests.train_checks import TEXT
 from tests.train_looks import EMBED, HEAD, MLP, decayed, moment, near, outcome, rated, rates, sides, whose
 from tests.train_observer import BASE, OTHER, Observed, network, prepare
@@ -296,7 +296,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def bases() -> dict[str, Observed]:
-    """What the program did without the option under test, by all that it was given."""
+    """Runs without the option under test, shared by their other options."""
     return {}
 
 
@@ -320,6 +320,6 @@ def test_an_option_acts(case, bases, tmp_path_factory, monkeypatch):
     look = case.look(base)
     changed = [case.look(observe(case.others | {case.name: value})) for value in case.values]
     table = next(name for name, kind in KINDS.items() if case.name in {f.name for f in fields(kind)})
-    deaf(monkeypatch, KINDS[table], case.name, getattr(getattr(base.config, table), case.name))
-    unheard = case.look(observe(case.others | {case.name: case.values[0]}))
-    check(case, look, changed, [unheard])
+    ignore(monkeypatch, KINDS[table], case.name, getattr(getattr(base.config, table), case.name))
+    ignored = case.look(observe(case.others | {case.name: case.values[0]}))
+    check(case, look, changed, [ignored])

@@ -1,4 +1,4 @@
-"""The checks themselves: 1% of error is refused in every result, dtype and case, and plain PyTorch may be lucky."""
+"""The checks of kernels refuse an error of 1% in every result, dtype and case, and accept correct rounding."""
 
 import math
 from dataclasses import replace
@@ -33,7 +33,7 @@ CASES = [
 
 
 def refuse_one_percent(results: dict, plain: dict, truth: dict, dtypes: dict, deviations: dict) -> None:
-    """`results` pass, and none does when it is 1% larger or smaller."""
+    """Check that `results` pass, and fail when 1% larger or smaller."""
     for name in truth:
         arguments = plain[name], truth[name], dtypes[name], deviations[name]
         assert_close(name, results[name], *arguments)
@@ -47,8 +47,8 @@ def refuse_one_percent(results: dict, plain: dict, truth: dict, dtypes: dict, de
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_attention_one_percent_off_is_refused(case, dtype):
-    """What is perturbed is the truth, stored in the dtype."""
+def test_attention_off_by_one_percent_is_refused(case, dtype):
+    """Perturbs the truth, stored in the dtype."""
     case = replace(case, dtype=dtype)
     inputs = make_inputs(case, "cpu")
     truth, plain = truth_and_plain(inputs)
@@ -59,7 +59,7 @@ def test_attention_one_percent_off_is_refused(case, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("case", decode_checks.CASES, ids=str)
-def test_decoding_one_percent_off_is_refused(case, dtype):
+def test_decoding_off_by_one_percent_is_refused(case, dtype):
     inputs = decode_checks.make_inputs(replace(case, dtype=dtype), "cpu")
     truth, plain, deviation = decode_checks.truth_plain_and_deviation(inputs)
     for results in (truth, plain, deviation):
@@ -71,7 +71,7 @@ def test_decoding_one_percent_off_is_refused(case, dtype):
 @pytest.mark.parametrize("terms", loss_checks.TERMS, ids=loss_checks.name_of)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("sizes", [(1, 65, 16), (17, 300, 40), (9, 1023, 96), (130, 65, 24), (5, 256, 16)], ids=str)
-def test_a_loss_one_percent_off_is_refused(sizes, dtype, terms):
+def test_a_loss_off_by_one_percent_is_refused(sizes, dtype, terms):
     inputs = loss_checks.make_inputs(*sizes, dtype, "cpu")
     truth = loss_checks.run(linear_cross_entropy_reference, inputs, torch.float64, **terms)
     plain = loss_checks.run(linear_cross_entropy_reference, inputs, **terms)
@@ -80,8 +80,7 @@ def test_a_loss_one_percent_off_is_refused(sizes, dtype, terms):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_floor_holds_whatever_plain_pytorch_loses(case):
-    """As if plain PyTorch were exact: its own float32 result, of one more order of sums, passes all the same."""
+def test_correct_float32_passes_even_if_plain_pytorch_were_exact(case):
     inputs = make_inputs(case, "cpu")
     truth, plain = truth_and_plain(inputs)
     deviations = attention_deviation(inputs, torch.float32)
@@ -92,7 +91,7 @@ def test_the_floor_holds_whatever_plain_pytorch_loses(case):
 @pytest.mark.parametrize("n", [1, 16, 1000, 30000])
 @pytest.mark.parametrize("signs", ["either", "one"])
 def test_a_sum_in_any_order_is_within_its_deviation(n, signs):
-    """One number after the other, the order that loses most, and a tree, in float32 beside float64."""
+    """Compares float32 sums with float64: one number after the other, which loses most, and a tree."""
     terms = torch.randn(n, generator=torch.Generator().manual_seed(n))
     terms = terms.abs() if signs == "one" else terms
     exact = terms.double()
@@ -103,7 +102,7 @@ def test_a_sum_in_any_order_is_within_its_deviation(n, signs):
 
 
 def test_deviations_are_small_beside_the_truth():
-    """A few rounding steps in an ordinary case: what is beyond 1e-5 of the truth is seen in float32."""
+    """In an ordinary case a deviation is a few rounding steps, so float32 errors above 1e-5 of the truth fail."""
     inputs = make_inputs(Case(129, 129, mask=masks.sliding_window(20), features=FEATURES), "cpu")
     truth, _ = truth_and_plain(inputs)
     for name, deviation in attention_deviation(inputs, torch.float32).items():
@@ -112,7 +111,7 @@ def test_deviations_are_small_beside_the_truth():
         assert 1e-7 <= root_mean_square(deviation) / root_mean_square(seen) <= 1e-5, name
 
 
-def test_a_lucky_reference_does_not_tighten_the_bound():
+def test_an_exact_reference_does_not_tighten_the_bound():
     truth = torch.randn(100, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     ours = (truth + 4e-6 * truth.flip(0)).float()
     with pytest.raises(AssertionError, match="out: error"):

@@ -1,4 +1,4 @@
-"""The sampling benchmark: that contenders do the same work, and that its figures are what they say."""
+"""The sampling benchmark: contenders do the same work, and the figures are computed correctly."""
 
 import json
 
@@ -12,7 +12,7 @@ TINY = sample.Setting("tiny", n_layer=1, n_head=2, n_embd=16, vocab_size=11, row
 
 
 def test_steps_are_greedy_decoding(monkeypatch):
-    """As many steps as tokens, each fed the likeliest token of the last."""
+    """There are as many steps as tokens, and each gets the likeliest token of the last."""
     torch.manual_seed(0)
     model = GPT(TINY.config()).eval()
     prompts = torch.randint(11, (2, 4))

@@ -1,4 +1,4 @@
-"""The tokenization benchmark: what is compared, in processes of its own, and what it says."""
+"""The tokenization benchmark: contenders, processes and report."""
 
 import json
 
@@ -33,7 +33,7 @@ def test_both_encode_the_same_text(tmp_path):
     assert ours["tokens"] == theirs["tokens"] + 20  # a document token before each
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command_reports_both(tmp_path, capsys):
     path = write(tmp_path / "poem.txt", POEM)
     assert benchmark.main([str(path), "--tokenizer", "bpe", "--vocab-size", "300", "--rounds", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -43,7 +43,7 @@ def test_the_command(tmp_path, capsys):
     assert lines[6].startswith("bytes per token: this (300) ")
 
 
-def test_an_encoding_that_is_not_cached_is_not_downloaded(tmp_path, monkeypatch):
+def test_an_uncached_encoding_is_not_downloaded(tmp_path, monkeypatch):
     import tiktoken
     import tiktoken.load
 
@@ -52,11 +52,11 @@ def test_an_encoding_that_is_not_cached_is_not_downloaded(tmp_path, monkeypatch)
     asked = lambda address: pytest.fail("the network was asked")
     monkeypatch.setattr(tiktoken.load, "read_file", asked)
     assert encoding_at_hand("gpt2") is None
-    assert tiktoken.load.read_file is asked  # and may be asked by others again
+    assert tiktoken.load.read_file is asked  # restored afterwards
     assert "gpt2 is not in tiktoken's cache" in bytes_per_token(POEM, make_bpe())
 
 
-def test_an_encoding_that_is_cached(named):
+def test_a_cached_encoding_is_used(named):
     assert encoding_at_hand("gpt2").vocab_size == 306
     line = bytes_per_token(POEM, make_bpe())
     assert f"gpt2 (306) {len(POEM.encode()) / len(named.encode(POEM)):.3f}" in line

@@ -1,4 +1,4 @@
-"""The training command in a test: its flags, and what it left behind. The fixture `folder` is its working directory."""
+"""Run the training command in a test and read its files. The fixture `folder` is its working directory."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def run(*extra: str, **changes) -> int:
 
 
 def refused(capsys, *words: str) -> str:
-    """The one line on stderr of a command that ends with status 2."""
+    """Run a command that must end with status 2; return its one line on stderr."""
     with pytest.raises(SystemExit) as stop:
         run_command(lambda: main(load_config(list(words))))
     assert stop.value.code == 2
@@ -65,6 +65,6 @@ def names_in(folder: str) -> list[str]:
 
 
 def lasting(run_dir: str) -> list[dict]:
-    """The metrics without what depends on the clock."""
+    """Read the metrics without clock times."""
     records = read_metrics(Path(run_dir) / "metrics.jsonl")
     return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in records]

@@ -1,4 +1,4 @@
-"""What the cases of train.py's options look at, and what some need of the world around them."""
+"""Effects that the cases of train.py's options look at, and patches that some cases need."""
 
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def near(*values: float) -> Any:
     return pytest.approx(list(values), rel=1e-3)
 
 
-# What a case needs of the world around it.
+# Patches.
 
 
 def small_encodings(patch: pytest.MonkeyPatch) -> None:
@@ -33,7 +33,7 @@ def matrix_units(there: bool) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 def losses(change: Callable[[int, torch.Tensor], torch.Tensor]) -> Callable[[pytest.MonkeyPatch], None]:
-    """change(n, loss) is what training sees in the place of its n-th loss."""
+    """Replace the n-th training loss by change(n, loss)."""
 
     def apply(patch: pytest.MonkeyPatch) -> None:
         true_loss, seen = GPT.loss, []
@@ -57,33 +57,33 @@ def after_90_seconds(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("gpt.stop.process_seconds", lambda: 90.0)
 
 
-# What cases look at.
+# Effects.
 
 
 def decayed(name: str) -> Callable[[Observed], float]:
-    """By which share a weight without a gradient shrinks in the first step: all but the head's, which begins as 0."""
+    """Measure how much a weight without gradient shrinks in the first step (any but the head, which is 0)."""
     return lambda seen: (1 - seen.weights[1][name] / seen.weights[0][name]).median().item()
 
 
 def moment(kind: str, at: str = HEAD) -> Callable[[Observed], float]:
-    """The norm of a moment after the first step."""
+    """Measure the norm of a moment after the first step."""
     return lambda seen: seen.states[1][f"{at}.{kind}"].norm().item()
 
 
 def clipped(seen: Observed) -> float:
-    """The norm of the gradients that the first step saw, by their moments."""
+    """Compute the norm of the first step's gradients from the moments."""
     moments = [state for name, state in seen.states[1].items() if name.endswith("exp_avg")]
     return torch.cat([m.flatten() for m in moments]).norm().item() / (1 - 0.9)
 
 
 def roundness(seen: Observed) -> float:
-    """The least over the largest singular value of a matrix's first move."""
+    """Divide the smallest by the largest singular value of a matrix's first move."""
     values = torch.linalg.svdvals(seen.weights[1][MLP] - seen.weights[0][MLP])
     return (values[-1] / values[0]).item()
 
 
-def average_of(seen: Observed) -> list[float] | None:
-    """How far the average in the last checkpoint is from one with the decay 0.5; None where none is kept."""
+def average_of(seen: Observed) -> bool | None:
+    """Whether the last checkpoint's average has the decay 0.5; None without an average."""
     path = seen.run_dir / "checkpoints/step_00000003/average.safetensors"
     if not path.exists():
         return None
@@ -94,18 +94,18 @@ def average_of(seen: Observed) -> list[float] | None:
 
 
 def mixed(seen: Observed) -> int:
-    """Training rows from other.txt alone."""
+    """Count the training rows from other.txt."""
     return sum(set(text) <= set(OTHER) for text in seen.text)
 
 
 def weighted(seen: Observed) -> bool:
-    """Whether the validation loss is that of two corpora in the shares 3 and 1."""
+    """Whether the validation loss weighs two corpora by 3 and 1."""
     losses = [seen.metrics[-1].get(key, math.nan) for key in ("val_loss", "val_loss_1", "val_loss_2")]
     return losses[0] == pytest.approx((3 * losses[1] + losses[2]) / 4)
 
 
 def rates(seen: Observed) -> tuple[list[float], list[float]]:
-    """The rates written down, and those that the optimizer had."""
+    """Return the logged learning rates, and those of the optimizer."""
     return seen.column("learning_rate"), [groups[0]["lr"] for groups in seen.groups]
 
 
@@ -119,10 +119,10 @@ def sides(seen: Observed) -> list[int]:
 
 
 def whose(path: str) -> Callable[[Observed], list[str]]:
-    """The folders in which files like this are."""
+    """List the folders of the files with this in their path."""
     return lambda seen: sorted({file.split(path)[0] for file in seen.files if path in file})
 
 
 def outcome(seen: Observed) -> str | list[int]:
-    """The steps that were taken, or why none was."""
+    """Return the steps taken, or the error."""
     return seen.error[:40] or seen.steps("train_loss")

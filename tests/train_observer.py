@@ -1,4 +1,4 @@
-"""What train.py does with some options: rows, losses, weights after each step, files and words, seen from within."""
+"""Observe a run of train.py from within: rows, losses, weights after each step, files and output."""
 
 import contextlib
 import io
@@ -47,7 +47,7 @@ BASE = {
 
 
 def words(options: dict[str, Any]) -> list[str]:
-    """Options as flags; None is left out."""
+    """Turn options into flags; None is left out."""
     found = []
     for name, value in options.items():
         flag = "--no-" * (value is False) or "--"
@@ -57,7 +57,7 @@ def words(options: dict[str, Any]) -> list[str]:
 
 
 def prepare(folder: Path, before: dict[str, Any] | None = None) -> Path:
-    """Texts to train on in a folder, and there an earlier run with these options over BASE, where asked for."""
+    """Write texts to train on and, if `before` is given, an earlier run with these options over BASE."""
     (folder / "text.txt").write_text(TEXT)
     (folder / "other.txt").write_text(OTHER)
     (folder / "latin.txt").write_bytes("Straße, größer; ".encode("latin-1") * 40)
@@ -71,7 +71,7 @@ def prepare(folder: Path, before: dict[str, Any] | None = None) -> Path:
 
 
 def network(patch: pytest.MonkeyPatch) -> None:
-    """Every URL gives TEXT."""
+    """Make every URL return TEXT."""
     answer = lambda: io.BytesIO(TEXT.encode())
 
     def urlopen(*args: Any, **options: Any) -> Any:
@@ -83,23 +83,23 @@ def network(patch: pytest.MonkeyPatch) -> None:
 
 
 class Observed:
-    """A run of train.py with these options over BASE; the folder is its working directory."""
+    """A run of train.py in this working directory, with these options over BASE."""
 
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
-        # Of each training loss: its rows, what goes with them, the precision and what dropout is drawn from.
+        # For each training loss: rows, positions and segments, precision, dropout's seed.
         self.rows: list[torch.Tensor] = []
         self.places: list[dict[str, Any]] = []
         self.precisions: list[str] = []
         self.seeds: list[int] = []
-        # The same of evaluations, and how many targets they scored.
+        # For evaluations: rows, precisions, and the number of targets.
         self.eval_rows: list[torch.Tensor] = []
         self.eval_precisions: list[str] = []
         self.targets = 0
-        # Before the first step and after each; the groups of all optimizers at each step.
+        # Weights and states before the first step and after each; parameter groups at each step.
         self.weights: list[dict[str, torch.Tensor]] = []
         self.states: list[dict[str, torch.Tensor]] = []
         self.groups: list[list[dict[str, Any]]] = []
-        self.blocks = 0  # how often a block computed in training
+        self.blocks = 0  # number of block evaluations in training
         self.compiled: list[Any] = []
         self.profiled: list[int] = []
         self.samplings: list[Any] = []
@@ -178,7 +178,7 @@ class Observed:
         patch.setattr(
             start, "Profiler", lambda folder, steps, say: self.profiled.append(steps) or profiler(folder, 0, say)
         )
-        patch.setattr("os.fsync", lambda fd: None)  # tests/test_durability.py has its own eye on it
+        patch.setattr("os.fsync", lambda fd: None)  # tests/test_durability.py tests it
         patch.setattr("gpt.training.monitor.plot_losses", lambda losses, path, title: path.write_bytes(b"\x89PNG"))
         patch.setitem(sys.modules, "wandb", self._fake_wandb())
         patch.setenv("XDG_CACHE_HOME", os.path.abspath("usual"))
@@ -197,11 +197,11 @@ class Observed:
         module.init = lambda **options: self.wandb.append(options) or run
         return module
 
-    # What cases look at.
+    # Properties for the cases.
 
     @property
     def text(self) -> list[str]:
-        """The text of every training row."""
+        """Text of every training row."""
         return [self.tokenizer.decode(row.tolist()) for rows in self.rows for row in rows]
 
     @property
@@ -210,18 +210,18 @@ class Observed:
 
     @property
     def last(self) -> dict[str, list[float]]:
-        """The weights at the end."""
+        """Final weights."""
         return {name: weight.tolist() for name, weight in self.weights[-1].items()}
 
     def column(self, key: str) -> list[Any]:
-        """The metrics that have a key."""
+        """Values of a key in the metrics."""
         return [record[key] for record in self.metrics if key in record]
 
     def steps(self, key: str) -> list[int]:
         return [record["step"] for record in self.metrics if key in record]
 
     def move(self, name: str) -> float:
-        """How far the first step moves the weight's farthest number."""
+        """Largest change of a number of the weight in the first step."""
         return (self.weights[1][name] - self.weights[0][name]).abs().max().item()
 
     def checkpoints(self, kind: str = "step") -> list[int]:
