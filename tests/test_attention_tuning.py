@@ -1,4 +1,4 @@
-"""Tuning by timing: which tables are taken, which candidates are refused, and who wins, by a stub for the clock."""
+"""Tuning by timing, with a stub timer: tables, refused candidates and the winner."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ def read_anew(monkeypatch):
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """table(entries) makes it the table to use."""
+    """table(entries) makes these the tuned table."""
 
     def table(content) -> str:
         path = tmp_path / "tuned.json"
@@ -43,7 +43,7 @@ def table(tmp_path, monkeypatch):
     return table
 
 
-def test_an_entry_goes_before_the_default(table, caplog):
+def test_a_tuned_entry_overrides_the_default(table, caplog):
     default = configs.choose(*CHOICE)
     other = configs.choose("sm_90", torch.float16, 80, 128, "forward")
     path = table({"entries": [ENTRY | {"milliseconds": 1.0}]})
@@ -54,12 +54,12 @@ def test_an_entry_goes_before_the_default(table, caplog):
     assert record.name == "kernels" and path in record.message and "bits may differ" in record.message
 
 
-def test_the_default_table_is_the_one_that_was_compiled():
-    """Another tile gives other bits: whoever changes an entry means it, reads the compile reports and says so here."""
+def test_the_default_table_is_pinned():
+    """Other tiles give other bits. Change the digest only after reading the compile report of the new table."""
     entries = sorted((*key, [(limit, *config) for limit, config in row]) for key, row in configs.TABLE.items())
     digest = hashlib.sha256(repr(entries).encode()).hexdigest()
     assert (len(entries), digest[:16]) == (48, "558588a9bfc7671c")
-    # in KiB: of 164, 100 and 228 CUDA keeps one for itself
+    # KiB; CUDA reserves one of 164, 100 and 228
     kib = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
     assert {arch: n / 1024 for arch, n in configs.SHARED_MEMORY.items()} == kib
     assert Config(64, 64, 4, 1) == configs.INTERPRETER
@@ -72,7 +72,7 @@ def test_the_default_table_is_the_one_that_was_compiled():
         ((10, 0), "sm_100"), ((10, 3), "sm_100"), ((11, 0), "sm_120"), ((12, 0), "sm_120"), ((12, 1), "sm_120"),
     ],
 )  # fmt: skip
-def test_a_device_has_the_tiles_of_its_architecture(monkeypatch, capability, arch):
+def test_a_device_uses_the_tiles_of_its_architecture(monkeypatch, capability, arch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert configs.architecture(torch.device("cuda", 1)) == arch
     assert configs.architecture(torch.device("cpu")) == "interpreter"
@@ -86,7 +86,7 @@ def test_dbias_never_takes_descriptors(table):
 
 
 BAD = {
-    "no JSON": "tiles: 64",
+    "not JSON": "tiles: 64",
     "a list": [ENTRY],
     "no entries": {"benchmark": "attention"},
     "entries of another kind": {"entries": ["sm_90"]},
@@ -107,7 +107,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("why", BAD)
-def test_what_is_no_table(why, table):
+def test_an_invalid_table_is_refused(why, table):
     path = table(BAD[why])
     for _ in range(2):
         with pytest.raises(ValueError) as caught:
@@ -115,13 +115,13 @@ def test_what_is_no_table(why, table):
         assert path in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_no_such_file(monkeypatch, tmp_path):
+def test_a_missing_table_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("KERNELS_TUNED_TABLE", str(tmp_path / "none.json"))
     with pytest.raises(ValueError, match=r"none\.json"):
         configs.choose(*CHOICE)
 
 
-def test_trying_leaves_no_trace():
+def test_trying_a_config_is_undone_afterwards():
     key = Key("sm_90", torch.float16, 64, "dq")
     before = configs.choose("sm_90", torch.float16, 64, 64, "dq")
     with configs.trying(key, Config(16, 16, 4, 1)):
@@ -132,8 +132,8 @@ def test_trying_leaves_no_trace():
 
 
 @pytest.mark.parametrize("kernel", configs.TUNED_KERNELS)
-def test_candidates(kernel):
-    """The default first, TMA only where it is, none twice, and all of them such as a table may have."""
+def test_candidates_are_valid_and_start_with_the_default(kernel):
+    """They have TMA only where the chip has it, no duplicates, and are valid table entries."""
     for arch in configs.SHARED_MEMORY:
         key = Key(arch, torch.bfloat16, 128, kernel)
         found = tuning.candidates(key)
@@ -146,8 +146,8 @@ def test_candidates(kernel):
             assert configs._entry(json.loads(json.dumps(outcome.entry()))) == (key, outcome.winner)
 
 
-def test_too_much_shared_memory():
-    """A config with TMA must fit without as well, and one that does not compile is not a candidate."""
+def test_a_config_with_too_much_shared_memory_is_refused():
+    """A config with TMA must also fit without it; a config that does not compile is refused too."""
     bench = SimpleNamespace(key=Key("sm_120", torch.float16, 64, "forward"), launch=lambda config: config)
 
     def shared(config):
@@ -165,8 +165,7 @@ def test_too_much_shared_memory():
     assert why(64, 64, 4, 5) == "does not compile: PassManager::run failed"
 
 
-def test_order():
-    """A config that is hardly faster than the default comes after it."""
+def test_a_config_must_beat_the_default_by_the_margin():
     default, hardly, much, slower = (Config(2**n, 16, 4, 1) for n in range(4, 8))
     times = {default: 1.0, hardly: 0.995, much: 0.9, slower: 1.1}
     assert tuning.fastest(times, default) == [much, default, hardly, slower]
@@ -174,7 +173,7 @@ def test_order():
 
 
 class StubTimer:
-    """Runs what it is to time, which takes as many milliseconds as its tile has rows."""
+    """A timer that runs the call and returns a millisecond for each row of its tile."""
 
     def __call__(self, run) -> float:
         run()
@@ -182,8 +181,8 @@ class StubTimer:
 
 
 @pytest.mark.parametrize("kernel", configs.TUNED_KERNELS)
-def test_the_fastest_that_is_right_wins(kernel, device, monkeypatch):
-    """Wrong at first sight, not even timed; wrong in the thorough cases, timed but beaten; too large, never checked."""
+def test_the_fastest_correct_config_wins(kernel, device, monkeypatch):
+    """A wrong config is not timed; one that fails a thorough case is timed but loses; a too large one is skipped."""
     key = Key(configs.architecture(torch.device(device)), torch.float32, 64, kernel)
     default, wrong, faulty, right, too_large = (Config(*tile, 4, 1) for tile in
         ((64, 32), (16, 16), (16, 32), (32, 32), (32, 64)))  # fmt: skip
@@ -210,7 +209,7 @@ def test_the_fastest_that_is_right_wins(kernel, device, monkeypatch):
     assert outcome.entry()["default_milliseconds"] == 64.0
 
 
-def test_none_is_right(device, monkeypatch, tmp_path, capsys):
+def test_without_a_correct_config_the_table_is_empty(device, monkeypatch, tmp_path, capsys):
     key = Key(configs.architecture(torch.device(device)), torch.float32, 64, "forward")
     monkeypatch.setattr(tuning, "why_wrong", lambda *_: "all wrong")
     outcome = tuning.tune(tuning.Bench(key, SMALL, device), [Config(16, 16, 4, 1)], StubTimer(), 1, device, lambda _: 0)
@@ -221,8 +220,8 @@ def test_none_is_right(device, monkeypatch, tmp_path, capsys):
     assert configs.read_tuned(tmp_path / "new" / "table.json") == {}
 
 
-def test_a_wrong_config_is_seen(device, monkeypatch):
-    """The check is the kernels' own, and it runs the config that is tried."""
+def test_a_wrong_config_is_found(device, monkeypatch):
+    """The check runs the kernel with the tried config."""
     key = Key(configs.architecture(torch.device(device)), torch.float32, 64, "forward")
     cases = [Case(40, 40, H=1)]
     assert tuning.why_wrong(key, Config(16, 32, 4, 1), cases, device) is None
@@ -232,15 +231,14 @@ def test_a_wrong_config_is_seen(device, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu(monkeypatch, tmp_path):
-    """From end to end, with few candidates."""
+def test_tuning_on_a_gpu_writes_a_table(monkeypatch, tmp_path):
     real, path = tuning.candidates, tmp_path / "table.json"
     monkeypatch.setattr(tuning, "candidates", lambda key: real(key)[:3])
     assert tuning.main(["--head-dims", "64", "--length", "1024", "--rounds", "2", "--write", str(path)]) == 0
     assert len(configs.read_tuned(path)) == 3
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="what it does without a GPU")
-def test_without_a_gpu(capsys):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests a machine without a GPU")
+def test_without_a_gpu_it_tunes_nothing(capsys):
     assert tuning.main([]) == 0
     assert capsys.readouterr().out.count("\n") == 1

@@ -1,4 +1,4 @@
-"""What the README and docs/corpora.md claim: each line of their tables of corpora is run, up to the tokens."""
+"""Every command in the corpus tables of README and docs/corpora.md runs, up to the tokens."""
 
 import bz2
 import csv
@@ -30,7 +30,7 @@ TEXTS = [f"document {i}: {POEM[:90]}" for i in range(30)]
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, named):
-    """A working directory with all that the commands name; the network and the Hub are stand-ins."""
+    """A working directory with every file that the commands name; the network and the Hub are stubs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("WORLD_SIZE", raising=False)
@@ -64,7 +64,7 @@ def folder(tmp_path, monkeypatch, named):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_line(folder, command, monkeypatch):
+def test_each_command_makes_a_corpus(folder, command, monkeypatch):
     piped, _, line = command.replace("\\|", "|").rpartition(" | ")
     if piped:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(Path(piped.removeprefix("cat ")).read_bytes())))
@@ -76,5 +76,5 @@ def test_line(folder, command, monkeypatch):
         assert POEM[:60] in sides(corpus)[0]
 
 
-def test_the_tables_were_found():
+def test_all_commands_were_found():
     assert len(COMMANDS) == 17

@@ -1,4 +1,4 @@
-"""--help of every command: paragraphs are wrapped at the terminal's width alone, at any width."""
+"""--help of every command wraps paragraphs at the terminal's width only."""
 
 import functools
 import io
@@ -17,7 +17,7 @@ COMMANDS = {"train": load_config} | {
 
 
 def shown(command: str, width: int, monkeypatch) -> list[str]:
-    """The lines after the usage."""
+    """Return the lines after the usage."""
     out = io.TextIOWrapper(io.BytesIO(), "utf-8")
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setattr("sys.stdout", out)
@@ -30,14 +30,14 @@ def shown(command: str, width: int, monkeypatch) -> list[str]:
 
 
 def boxes(lines: list[str]) -> list[list[str]]:
-    """What is in the boxes, column by column; an empty line for each edge."""
+    """Return the text in the boxes, column by column; an empty line for each edge."""
     top = next(line for line in lines if line.startswith("╭"))
     spans = [found.span() for found in re.finditer("╭.*?╮", top)]
     return [[line[start + 2 : end - 2] * line[start:].startswith("│") for line in lines] for start, end in spans]
 
 
 def broken(lines: list[str]) -> list[str]:
-    """Lines that have room for the first word of the next one, which is of the same paragraph."""
+    """List lines that have room for the first word of the next line of the same paragraph."""
     found = []
     for line, after in itertools.pairwise(lines):
         text = after.strip()
@@ -53,16 +53,16 @@ def broken(lines: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_is_wrapped_at_the_terminals_width_alone(command, width, monkeypatch):
+def test_help_is_wrapped_at_the_terminals_width_only(command, width, monkeypatch):
     about, *lines = [line for line in shown(command, width, monkeypatch) if line]
-    assert lines[0].startswith("╭"), "what the command is for is one line, which the terminal wraps"
+    assert lines[0].startswith("╭"), "the description is one line, which the terminal wraps"
     assert about[0].isupper() and about.endswith(".") and max(map(len, lines)) <= width
     columns = boxes(lines)
     assert sum(line.startswith("-") for column in columns for line in column) > 2
     assert not [line for column in columns for line in broken(column)]
 
 
-def test_a_line_that_the_source_broke_is_seen():
+def test_a_line_break_of_the_source_is_found():
     assert broken(["-x  one two   ", "    three     "]) == []
     assert broken(["-x  one       ", "    two three "]) == ["-x  one | two"]
     assert broken(["    one       ", "    two three "]) == ["one | two"]

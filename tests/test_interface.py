@@ -1,8 +1,8 @@
-"""The Python interface with arguments of every wrong kind: a clear error, or what is promised, and nothing else.
+"""Call the Python interface with arguments of every wrong kind: each must be accepted as documented or refused clearly.
 
-Each function that the documentation names is called with right arguments, each replaced in turn by each of VALUES.
-A value that the parameter takes must pass. Any other must end in one of ERRORS, raised by the project's own code, with
-one sentence that names the parameter.
+Each documented function is called with correct arguments, each replaced in turn by each of VALUES. A value that the
+parameter accepts must pass. Any other must raise one of ERRORS from the project's own code, with one sentence that
+names the parameter.
 """
 
 import dataclasses
@@ -84,12 +84,12 @@ VALUES: dict[str, Callable[[], Any]] = {
 
 @dataclasses.dataclass
 class Call:
-    """A function, its arguments, and which of VALUES each of its parameters takes; None: any."""
+    """A function, its arguments, and the VALUES that each of its parameters accepts; None: any."""
 
     function: Callable
     arguments: dict[str, Any]
     takes: dict[str, str | None]
-    words: dict[str, str] = dataclasses.field(default_factory=dict)  # what a sentence may call a parameter
+    words: dict[str, str] = dataclasses.field(default_factory=dict)  # another word for a parameter in messages
 
     def run(self, **changes: Any) -> Any:
         found = self.function(**(self.arguments | changes))
@@ -229,7 +229,7 @@ score_texts multiple_choice with_shots Question export harness_model"""
 
 @pytest.fixture
 def apart(tmp_path, monkeypatch):
-    """Files land in a folder of their own, and nothing is downloaded."""
+    """Run in a new folder, without downloads."""
     import huggingface_hub
 
     def offline(*args, **options):
@@ -243,7 +243,7 @@ def apart(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", CALLS.split())
-def test_arguments_of_every_kind(calls, apart, name):
+def test_wrong_arguments_are_refused_clearly(calls, apart, name):
     call = calls[name]
     assert set(inspect.signature(call.function).parameters) == set(call.arguments) == set(call.takes)
     call.run()
@@ -254,7 +254,7 @@ def test_arguments_of_every_kind(calls, apart, name):
         for kind, make in VALUES.items():
             try:
                 call.run(**{parameter: make()})
-                fault = None if kind in taken else "is taken"
+                fault = None if kind in taken else "is accepted"
             except Exception as error:
                 words = (parameter, call.words.get(parameter, parameter))
                 fault = why_unclear(error, words) if kind not in taken else f"is refused: {error!r}"
@@ -264,13 +264,13 @@ def test_arguments_of_every_kind(calls, apart, name):
 
 
 def why_unclear(error: Exception, words: tuple[str, ...]) -> str | None:
-    """Why an error does not tell a user what is wrong; None if it does."""
+    """Say why an error is unclear to a user; None if it is clear."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     line, text = linecache.getline(frame.filename, frame.lineno).strip(), str(error)
     if not isinstance(error, ERRORS) or isinstance(error, UnicodeError):
         return f"ends in {error!r}, at {frame.filename}:{frame.lineno}"
     if not frame.filename.startswith((f"{ROOT}/gpt/", f"{ROOT}/kernels/")) or not line.startswith("raise "):
-        return f"ends in {error!r}, which nobody raised at {frame.filename}:{frame.lineno}"
+        return f"ends in {error!r}, which no raise statement raised, at {frame.filename}:{frame.lineno}"
     if not any(word in text for word in words) or "\n" in text or len(text) > 400 or " at 0x" in text:
         return f"ends in an unclear sentence: {text[:500]!r}"
     return None
@@ -280,7 +280,7 @@ def why_unclear(error: Exception, words: tuple[str, ...]) -> str | None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a field's value is what its annotation says."""
+    """Whether a value matches its annotation."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(fits(value, part) for part in parts)
@@ -302,8 +302,8 @@ OPTIONS += [config.OptimConfig, config.TrainConfig, config.LogConfig]
 
 
 @pytest.mark.parametrize("kind", OPTIONS, ids=lambda kind: kind.__name__)
-def test_options_of_every_kind(kind):
-    """Either the option then is what its annotation says, or UserError names it."""
+def test_wrong_option_values_are_refused_clearly(kind):
+    """Either the option matches its annotation, or UserError names it."""
     faults, hints = [], get_type_hints(kind)
     for field in dataclasses.fields(kind):
         for name, make in VALUES.items():
@@ -320,8 +320,8 @@ def test_options_of_every_kind(kind):
 
 
 @pytest.mark.parametrize("kind", OPTIONS, ids=lambda kind: kind.__name__)
-def test_options_take_what_is_as_good(kind):
-    """numpy's numbers for numbers, text for a path, lists for tuples; the field has the plain value."""
+def test_options_accept_equivalent_types(kind):
+    """numpy numbers for numbers, text for a path, lists for tuples; the field holds the plain value."""
     other = {int: np.int64, float: np.float32, tuple: list}
     for field in dataclasses.fields(kind):
         value = field.default if field.default is not dataclasses.MISSING else None
@@ -350,15 +350,15 @@ def test_options_take_what_is_as_good(kind):
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_what_is_in_an_option_is_refused_where_it_is_wrong(calls, options):
-    """By the option, or by generate, which knows the tokens; at once."""
+def test_a_wrong_element_of_an_option_is_refused(calls, options):
+    """Either the option refuses it or generate, which knows the tokens, before it yields anything."""
     call, (name,) = calls["generate"], options
     with pytest.raises(gpt.UserError) as info:
         call.run(config=gpt.SamplingConfig(**options))
     assert why_unclear(info.value, (name,)) is None
 
 
-def test_a_call_with_too_few_or_too_many_arguments_has_pythons_own_message():
+def test_missing_and_unknown_arguments_get_pythons_message():
     for arguments, message in (({}, r"load\(\) missing 1 required"), ({"run_dir": "x", "what": 1}, r"load\(\) got an")):
         with pytest.raises(TypeError, match=message):
             gpt.load(**arguments)

@@ -1,6 +1,6 @@
 """Every default configuration compiles ahead of time for every target, within its limits; no GPU is needed.
 
-The compiler runs in a process of its own, without TRITON_INTERPRET: the choice falls when a kernel is defined.
+The compiler runs in its own process, without TRITON_INTERPRET, which Triton reads when a kernel is defined.
 """
 
 import json
@@ -17,13 +17,13 @@ TARGETS = sorted(configs.SHARED_MEMORY)
 KERNELS = ("forward", "dkdv", "dq")
 # One tile too large: what it spills shows that the test can see a spill.
 TOO_LARGE = {"target": "sm_90", "kernel": "dkdv", "dtype": "bf16", "D": 128, "config": [128, 128, 4, 2]}
-# Bytes that one version of Triton spills all the same, with nothing found that spills with none: a forward tile fetched
-# by TMA, which no default one is, and the loss with every term.
+# Bytes that one version of Triton spills, where no tile avoids it in all versions: a forward tile fetched by TMA, which
+# no default uses, and the loss with every term.
 SPILLED = {"3.6": {("sm_120", "forward", 80): 92}, "3.9": {("sm_100", "loss", 50257): 20}}
 
 
 def cases() -> list[dict]:
-    """D 64 and 128 in bf16 for every target and kernel, and a few of other dtypes, head dims and masks."""
+    """List D 64 and 128 in bf16 for every target and kernel, and a few other dtypes, head dims and masks."""
     found = [
         {"target": target, "kernel": kernel, "dtype": "bf16", "D": D, "mask": mask}
         for target in TARGETS
@@ -44,19 +44,19 @@ def cases() -> list[dict]:
         if D == 128 or target in ("sm_90", "gfx942")
     ]
     found += [{"target": "sm_89", "kernel": "decode", "dtype": dtype, "D": 128} for dtype in ("fp16", "fp32")]
-    # What else the compiler, and not only the interpreter, must take: all features at once, lengths of 1, prepare.
+    # Also compile all features at once, lengths of 1, and prepare, which other tests only interpret.
     found += [
         {"target": target, "kernel": kernel, "dtype": "bf16", "D": 24, "variant": variant}
         for target, variant in (("sm_90", "features"), ("gfx942", "features"), ("sm_80", "one"))
         for kernel in (*KERNELS, "dbias", "prepare", "decode", "combine")
     ]
-    # Lists of tiles in place of bands.
+    # Lists of tiles instead of bands.
     found += [
         {"target": target, "kernel": kernel, "dtype": "bf16", "D": 64, "mask": "bigbird"}
         for target in ("sm_80", "sm_90", "gfx942")
         for kernel in KERNELS
     ]
-    # Where other tiles spilled a few bytes, with one Triton or another.
+    # Other tiles spilled a few bytes here with some versions of Triton.
     found += [
         {"target": target, "kernel": kernel, "dtype": "bf16", "D": 128, "mask": mask}
         for target, kernel, mask in (
@@ -74,7 +74,7 @@ def cases() -> list[dict]:
         {"target": t, "kernel": "loss gradient", "dtype": "bf16", "D": 50304} for t in ("sm_80", "sm_90", "gfx942")
     ]
     found += [{"target": "sm_90", "kernel": "loss", "dtype": "fp32", "D": 65, "variant": "features"}]
-    # Tiles fetched by the copy engine, in a config that spills nothing with it.
+    # Tiles fetched by the copy engine, in a config that then spills nothing.
     found += [
         {"target": target, "kernel": kernel, "dtype": "bf16", "D": 80, "config": [64, 64, 8, 2, True]}
         for target, kernel in (("sm_90", "forward"), ("sm_90", "dkdv"), ("sm_90", "dq"), ("sm_120", "forward"))
@@ -84,7 +84,7 @@ def cases() -> list[dict]:
 
 
 def compiled() -> list[dict]:
-    """The compiler's report on each case, in their order."""
+    """Compile the cases; return a report on each, in order."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.compile_report", "--json", "--cases", json.dumps(cases())],
@@ -99,14 +99,14 @@ def compiled() -> list[dict]:
 
 
 def faults(report: dict) -> list[str]:
-    """What is wrong with a kernel: too much shared memory, a spill, or a matrix product outside the matrix units.
+    """List the faults of a kernel: too much shared memory, a spill, or a matrix product outside the matrix units.
 
-    For 16-bit inputs and head dims up to 128 nothing may spill, and the chip's own instruction (mma.sync, wgmma,
-    tcgen05, mfma) must be in both inner loops, that of the full tiles and that of the masked ones, equally often. For
-    float32 it must not be anywhere, as it would round, save on gfx942, whose does not.
+    For 16-bit inputs and head dims up to 128 nothing may spill, and both inner loops, over full tiles and over masked
+    ones, must have the chip's matrix instruction (mma.sync, wgmma, tcgen05, mfma) equally often. For float32 it must
+    not occur, because it would round, except on gfx942, where it does not.
     """
     case, found = report["case"], []
-    # The loss's own kernels multiply no matrices.
+    # The loss kernels multiply no matrices.
     is_loss = case["kernel"].startswith("loss")
     is_lean = case["dtype"] != "fp32" and case["D"] <= 128 and case["variant"] == "plain" and not is_loss
     if not report["shared"] <= configs.SHARED_MEMORY[case["target"]]:
@@ -114,7 +114,7 @@ def faults(report: dict) -> list[str]:
     allowed = SPILLED.get(triton.__version__[:3], {}).get((case["target"], case["kernel"], case["D"]), 0)
     if (is_lean or is_loss) and report["spilled"] != allowed:
         found.append(f"{report['spilled']} bytes of registers spilled")
-    # One loop over the tiles that need no mask, and one over those that do.
+    # One loop over full tiles and one over masked tiles.
     in_loops = [matrix for matrix, _ in report["loops"]]
     if is_lean and not (len(in_loops) == 2 and in_loops[0] == in_loops[1] > 0):
         found.append(f"matrix instructions in inner loops: {in_loops}")
@@ -127,8 +127,8 @@ def faults(report: dict) -> list[str]:
     return [f"{case} in {report['config']}: {fault}" for fault in found]
 
 
-def test_every_default_compiles():
-    """One test, so that the compiler runs once. The tile that is too large shows that a spill would be seen."""
+def test_every_default_config_compiles_within_its_limits():
+    """A single test, so that the compiler runs once. The tile that is too large shows that spills are found."""
     *reports, too_large = compiled()
     assert len(reports) == len(cases()) - 1
     assert [fault for report in reports for fault in faults(report)] == []

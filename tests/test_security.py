@@ -1,4 +1,4 @@
-"""What a user downloads is read and never run: poisoned checkpoints, tokenizers, token files; and the code itself."""
+"""Downloaded files are read and never executed: poisoned checkpoints, tokenizers and token files are refused."""
 
 import ast
 import contextlib
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Poison:
-    """Unpickled, it makes the file "ran"."""
+    """An object that creates the file "ran" when unpickled."""
 
     def __reduce__(self):
         return (Path.touch, (Path("ran"),))
@@ -47,7 +47,7 @@ POISONS = {
     "pickle": lambda: pickle.dumps(Poison()),
     "torch-save": torch_file,
     "huge-header": lambda: header(1 << 62, b"{}"),
-    "header-is-no-json": lambda: header(2, b"\x80\x04"),
+    "header-is-not-json": lambda: header(2, b"\x80\x04"),
     "offsets-beyond-the-file": lambda: header(
         67, b'{"embed.weight":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'.ljust(67)
     ),
@@ -57,7 +57,7 @@ POISONS = {
 
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_poisoned_checkpoint_whose_checksums_are_right_is_refused(run, capsys, name, poison):
+def test_a_poisoned_checkpoint_with_correct_checksums_is_refused(run, capsys, name, poison):
     checkpoint = run / "checkpoints" / NEWEST
     (checkpoint / name).write_bytes(POISONS[poison]())
     reseal(checkpoint)
@@ -98,7 +98,7 @@ def test_the_poison_works():
     ],
     ids=lambda value: json.dumps(value)[:30] if isinstance(value, dict) else "",
 )
-def test_a_state_with_odd_values_is_refused(run, capsys, changes, message):
+def test_a_state_with_wrong_values_is_refused(run, capsys, changes, message):
     path = run / "checkpoints" / NEWEST / "state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     reseal(path.parent)
@@ -107,7 +107,7 @@ def test_a_state_with_odd_values_is_refused(run, capsys, changes, message):
 
 
 @pytest.mark.parametrize("name", ["../../../text.txt", "/etc/passwd", "sub/x"])
-def test_a_manifest_reaches_for_no_other_file(run, capsys, name):
+def test_a_manifest_that_names_other_files_is_refused(run, capsys, name):
     path = run / "checkpoints" / NEWEST / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: {"bytes": 1, "sha256": "0"}}))
     assert status_of("--resume", "--max-steps", "5") == 2
@@ -125,7 +125,7 @@ def test_a_manifest_reaches_for_no_other_file(run, capsys, name):
     ],
     ids=["repeated", "surrogate", "pattern", "twice", "code"],
 )
-def test_an_odd_tokenizer_is_refused(tmp_path, form):
+def test_a_wrong_tokenizer_file_is_refused(tmp_path, form):
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps({"format": "gpt-tokenizer", "version": 1} | form))
     with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
@@ -133,7 +133,7 @@ def test_an_odd_tokenizer_is_refused(tmp_path, form):
 
 
 @pytest.mark.parametrize("tokens", [1 << 63, (1 << 64) - 1, 1 << 40])
-def test_a_token_file_that_promises_more_than_it_holds_is_refused(tmp_path, tokens):
+def test_a_token_file_shorter_than_its_header_says_is_refused(tmp_path, tokens):
     path = tmp_path / "train.tokens"
     fingerprint = bytes.fromhex(ByteTokenizer().fingerprint)
     path.write_bytes(struct.pack("<8sIIQ32s32s", MAGIC, 1, 2, tokens, fingerprint, bytes(32)).ljust(128, b"\0") + b"ab")
@@ -146,7 +146,7 @@ RUNS_CODE = {"exec", "eval", "compile", "__import__", "pickle", "marshal", "shel
 
 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nothing_that_runs_data_is_used(path):
+def test_the_program_calls_nothing_that_executes_data(path):
     assert not runs_data(path.read_text())
 
 
@@ -160,5 +160,5 @@ def runs_data(source: str) -> set[str]:
     return found & (RUNS_CODE | {"torch.load", "np.load", "numpy.load", "yaml.load", "os.system"})
 
 
-def test_the_walk_sees_what_runs_data():
+def test_calls_that_execute_data_are_found():
     assert runs_data("import pickle\ntorch.load(x)\nexec(y)") == {"pickle", "torch.load", "exec"}
