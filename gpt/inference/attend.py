@@ -239,7 +239,7 @@ class _Group:
 
         Where T is 1 none of them has that axis.
         """
-        if len(q) != len(self.filled):
+        if q.shape[0] != len(self.filled):
             q, k, v = q[self.rows], k[self.rows], v[self.rows]
         if not self.is_even:
             self.k_new[number][self.where] = k

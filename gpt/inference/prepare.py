@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.model import GPT, CausalSelfAttention
-from gpt.model.positions import rotate
+from gpt.model.positions import rotated
 
 Linear = Callable[[nn.Linear], Callable]
 
@@ -46,12 +46,12 @@ def _turn_together(attn: CausalSelfAttention, dtype: torch.dtype) -> Callable:
         weight, eps = torch.cat(weights).detach().to(dtype), attn.q_norm.eps  # (H + H_kv, D)
 
     def turn(qkv: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        qk, v = qkv.split((n_head + n_kv_head, n_kv_head), dim=-2)
+        qk, v = qkv.split_with_sizes((n_head + n_kv_head, n_kv_head), -2)  # split is a function in Python
         if weight is not None:
             qk = torch.rms_norm(qk, shape, None, eps).mul_(weight)
         if rotary is not None:
-            qk = rotate(qk, *rotary)
-        return *qk.split((n_head, n_kv_head), dim=-2), v
+            qk = rotated(qk, *rotary)
+        return *qk.split_with_sizes((n_head, n_kv_head), -2), v
 
     return turn
 

@@ -26,11 +26,11 @@ IGNORE_INDEX = -100  # targets with this value do not count in the loss
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with a residual; the norm comes before the sublayer or after the sum."""
+    """Attention and MLP, each with a residual; a norm comes before each of them, as in GPT-2."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.pre_norm, self.value_table = config.norm_order == "pre", config.value_table_of(layer)
+        self.value_table = config.value_table_of(layer)
         self.attn_norm = make_norm(config, config.n_embd)
         self.attn = CausalSelfAttention(config, layer)
         self.mlp_norm = make_norm(config, config.n_embd)
@@ -46,11 +46,19 @@ class Block(nn.Module):
         return self.body(x, *context)
 
     def body(self, x: Tensor, *context: Any) -> Tensor:
-        if self.pre_norm:
-            x = self.attn(self.attn_norm(x), x, *context)
-            return self.mlp(self.mlp_norm(x), x)
+        x = self.attn(self.attn_norm(x), x, *context)
+        return self.mlp(self.mlp_norm(x), x)
+
+
+class PostNormBlock(Block):
+    """The original Transformer's block: a norm comes after each sum."""
+
+    def body(self, x: Tensor, *context: Any) -> Tensor:
         x = self.attn_norm(self.attn(x, x, *context))
         return self.mlp_norm(self.mlp(x, x))
+
+
+BLOCKS = {"pre": Block, "post": PostNormBlock}  # by ModelConfig.norm_order
 
 
 class Table(nn.Embedding):
@@ -96,8 +104,8 @@ class GPT(nn.Module):
             Table(VALUE_EMBEDDING, config.vocab_size, width) for _ in range(config.value_embeds)
         )
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = make_norm(config, config.n_embd) if config.norm_order == "pre" else nn.Identity()
+        self.blocks = nn.ModuleList(BLOCKS[config.norm_order](config, layer) for layer in range(config.n_layer))
+        self.norm = nn.Identity() if config.norm_order == "post" else make_norm(config, config.n_embd)
         self.head = Head(config.n_embd, config.vocab_size, bias=False)
         if config.tied_embeddings:
             self.head.weight = self.embed.weight

@@ -40,7 +40,10 @@ class ActivatedLinear(HiddenLinear):
 
 
 class ResidualLinear(nn.Linear):
-    """residual + dropout(x W^T + b): the projections back into the residual stream."""
+    """residual + dropout(x W^T + b): the projections back into the residual stream.
+
+    Do not read `residual` after the call: a decoder's layers put the sum in its memory.
+    """
 
     role = RESIDUAL_OUT
 

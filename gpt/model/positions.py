@@ -28,9 +28,12 @@ def rotary_table(seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, Ten
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions on x (..., H, D); cos and sin, which broadcast to (..., 1, D), as rotary_table gives them."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    if by_hand(x):
-        return RotateFunction.apply(x, cos, sin)
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    return RotateFunction.apply(x, cos, sin) if by_hand(x) else rotated(x, cos, sin)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """rotate for tables of x's dtype, as plain operations."""
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def alibi_slopes(n_head: int) -> Tensor:
