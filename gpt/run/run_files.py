@@ -12,20 +12,9 @@ from pathlib import Path
 from gpt.config_file import read_toml
 from gpt.errors import UserError
 from gpt.files import write_whole
+from gpt.run import layout
 from gpt.run.checkpoint import discard, list_checkpoints, remove, unfinished
-from gpt.run.layout import (
-    CHECKPOINT_FILES,
-    CHECKPOINTS,
-    CONFIG,
-    CORPUS,
-    FILES,
-    MANIFEST,
-    RECORD,
-    TOKENIZER,
-    TRACES,
-    checkpoints_of,
-    is_run_file,
-)
+from gpt.run.layout import CHECKPOINTS, FILES, RECORD, TRACES, checkpoints_of, is_run_file
 
 
 class RunFiles:
@@ -98,7 +87,7 @@ class RunFiles:
         for folder in (*self.checkpoints, *unfinished(checkpoints_of(self.run_dir))):
             yield folder
             if not folder.is_symlink():
-                yield from (folder / name for name in sorted(CHECKPOINT_FILES) if (folder / name).exists())
+                yield from (folder / name for name in sorted(layout.CHECKPOINT_FILES) if (folder / name).exists())
 
 
 def _read_record(path: Path) -> set[str] | None:
@@ -112,18 +101,18 @@ def _read_record(path: Path) -> set[str] | None:
 
 def _unrecorded(run_dir: Path, checkpoints: list[Path]) -> set[str]:
     """Return the names of a run's files without a run.json: none unless the folder certainly holds a run."""
-    is_run = is_run_file(run_dir / CONFIG) and is_run_file(run_dir / TOKENIZER)
-    if not (is_run and (is_run_file(run_dir / CORPUS) or any(map(_has_manifest, checkpoints)))):
+    is_run = is_run_file(run_dir / layout.CONFIG) and is_run_file(run_dir / layout.TOKENIZER)
+    if not (is_run and (is_run_file(run_dir / layout.CORPUS) or any(map(_has_manifest, checkpoints)))):
         return set()
-    traced = read_toml(run_dir / CONFIG)["train"].get("profile_steps", 0) > 0
+    traced = read_toml(run_dir / layout.CONFIG)["train"].get("profile_steps", 0) > 0
     return {*FILES, *(TRACES * traced)}
 
 
 def _has_manifest(checkpoint: Path) -> bool:
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
+        manifest = json.loads((checkpoint / layout.MANIFEST).read_bytes())
         entries = all({"bytes", "sha256"} == entry.keys() for entry in manifest.values())
-        return entries and manifest.keys() <= CHECKPOINT_FILES
+        return entries and manifest.keys() <= layout.CHECKPOINT_FILES
     except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
@@ -137,7 +126,9 @@ def _check_links(run_dir: Path) -> None:
         is_folder = path in (run_dir, checkpoints_of(run_dir))
         if not (target.exists() or (not is_folder and target.parent.is_dir())):
             raise UserError(f"{path} is a link to {target}, which does not exist: create that, or delete the link")
-        if path != run_dir and any(_is_of_another_run(target.parent / name, run_dir) for name in (RECORD, CONFIG)):
+        if path != run_dir and any(
+            _is_of_another_run(target.parent / name, run_dir) for name in (RECORD, layout.CONFIG)
+        ):
             raise UserError(f"{path} is a link into another run, {target.parent}: delete the link")
 
 

@@ -78,51 +78,38 @@ class _Copy:
 
     @torch.no_grad()
     def put_back(self, optimizer: torch.optim.Optimizer, found_inf: Tensor) -> None:
-        """Restore everything if found_inf is 1."""
-        if not self._only_tensors_moved(optimizer):
-            if found_inf.item():
-                self.put_all_back(optimizer)
-            return
-        for now, then in self._pairs(optimizer):
-            now.copy_(torch.where(found_inf > 0, then, now))
-
-    @torch.no_grad()
-    def put_all_back(self, optimizer: torch.optim.Optimizer) -> None:
-        """Restore everything, and delete states that did not exist."""
-        for now, then in self._pairs(optimizer):
-            now.copy_(then)
-        for p in list(optimizer.state):
-            before, state = self.states.get(p, {}), optimizer.state[p]
-            for key in list(state):
-                if key not in before:
-                    del state[key]
-                elif not torch.is_tensor(state[key]):
-                    state[key] = before[key]
-            if p not in self.states:
+        """Restore everything if found_inf is 1, and delete states that did not exist."""
+        if self._only_tensors_moved(optimizer):
+            for now, then in self._pairs(optimizer):
+                now.copy_(torch.where(found_inf > 0, then, now))
+        elif found_inf.item():
+            for now, then in self._pairs(optimizer):
+                now.copy_(then)
+            for p in [p for p in optimizer.state if p not in self.states]:
                 del optimizer.state[p]
-        for group, before in zip(optimizer.param_groups, self.groups, strict=True):
-            for key in group.keys() - before.keys() - {"params"}:
-                del group[key]
-            group.update({key: value for key, value in before.items() if not torch.is_tensor(value)})
+            for now, before in self._tables(optimizer):
+                for key in now.keys() - before.keys() - {"params"}:
+                    del now[key]
+                now.update({key: value for key, value in before.items() if not torch.is_tensor(value)})
+
+    def _tables(self, optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Pair the optimizer's states and group options with their copies."""
+        states = [(optimizer.state[p], before) for p, before in self.states.items()]
+        return [*states, *zip(optimizer.param_groups, self.groups, strict=True)]
 
     def _pairs(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over the optimizer's tensors that existed before, each with its earlier values."""
         for p, then in self.weights.items():
             yield local(p.detach()), then
-        now_and_then = [(optimizer.state[p], before) for p, before in self.states.items()]
-        now_and_then += zip(optimizer.param_groups, self.groups, strict=True)
-        for now, before in now_and_then:
+        for now, before in self._tables(optimizer):
             for key, then in before.items():
                 if torch.is_tensor(now[key]) and torch.is_tensor(then):
                     yield local(now[key]), then
 
     def _only_tensors_moved(self, optimizer: torch.optim.Optimizer) -> bool:
         """Tell whether nothing but the values of existing tensors changed."""
-        return optimizer.state.keys() == self.states.keys() and all(
-            _fixed(values) == _fixed(before)
-            for now, then in ((optimizer.state.values(), self.states.values()), (optimizer.param_groups, self.groups))
-            for values, before in zip(now, then)
-        )
+        same_weights = optimizer.state.keys() == self.states.keys()
+        return same_weights and all(_fixed(now) == _fixed(before) for now, before in self._tables(optimizer))
 
 
 def _fixed(values: dict[str, Any]) -> dict[str, Any]:

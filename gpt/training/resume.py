@@ -14,7 +14,6 @@ from gpt.config_file import config_from_toml, with_changes, write_toml
 from gpt.data.corpus import Corpus
 from gpt.data.provenance import write_provenance
 from gpt.data.tokenizers import Tokenizer
-from gpt.distributed import World
 from gpt.errors import UserError
 from gpt.files import make_folder
 from gpt.interop.initial import has_tokenizer, initial_config, initial_tokenizer
@@ -137,16 +136,6 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
             f"vocab_size {size} is smaller than the tokenizer's {tokenizer.vocab_size}: increase it, or leave it out"
         )
     return with_changes(config, "model", vocab_size=size)
-
-
-def summary(corpus: Corpus, parameters: int, tokens_per_step: int, world: World, mode: str) -> str:
-    """Summarise data and model in two lines."""
-    return (
-        f"{corpus.documents} document{'s' * (corpus.documents > 1)}: {corpus.train_tokens:,} tokens to train on, "
-        f"{corpus.val_tokens:,} to validate; vocabulary {corpus.tokenizer.vocab_size:,}\n"
-        f"{parameters:,} parameters on {world.device}, {tokens_per_step:,} tokens a step"
-        + (f", {world.size} processes ({mode})" if world.size > 1 else "")
-    )
 
 
 def write_run(config: Config, tokenizer: Tokenizer, corpus: Corpus) -> None:

@@ -31,15 +31,7 @@ from gpt.training.parallel import Parallel, mode_of
 from gpt.training.plan import describe
 from gpt.training.profile import Profiler
 from gpt.training.ranks import check_alike, data_facts, start_facts, weight_facts
-from gpt.training.resume import (
-    claim_run_dir,
-    differences,
-    earlier_run,
-    recipe,
-    summary,
-    with_vocabulary,
-    write_run,
-)
+from gpt.training.resume import claim_run_dir, differences, earlier_run, recipe, with_vocabulary, write_run
 from gpt.training.saver import Saver
 from gpt.training.state import load_training_state
 from gpt.training.validation import bound_note, recover_evaluation
@@ -168,10 +160,20 @@ def _open_run(job: Job, lock: RunLock, corpus: Corpus, checkpoint: Path | None, 
     job.checkpoint = checkpoint
     job.saved_step = begins if options.resume or checkpoint is None else None
     say = job.monitor.say
-    say(summary(corpus, job.model.num_parameters(), job.tokens_per_step, world, job.parallel.mode))
+    say(_summary(job, corpus))
     say(bound_note(config, job.val_tokens))
     if begins >= options.max_steps:
         say(f"the run is already at step {begins}: raise --max-steps to continue it")
     say(differences(state.get("recipe", {}), recipe(config, world.size), begins))
     job.model.train()
     job.rate.restart(begins)
+
+
+def _summary(job: Job, corpus: Corpus) -> str:
+    """Summarise data and model in two lines."""
+    return (
+        f"{corpus.documents} document{'s' * (corpus.documents > 1)}: {corpus.train_tokens:,} tokens to train on, "
+        f"{corpus.val_tokens:,} to validate; vocabulary {corpus.tokenizer.vocab_size:,}\n"
+        f"{job.model.num_parameters():,} parameters on {job.device}, {job.tokens_per_step:,} tokens a step"
+        + (f", {job.world.size} processes ({job.parallel.mode})" if job.world.size > 1 else "")
+    )

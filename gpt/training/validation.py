@@ -104,7 +104,8 @@ def evaluations(
     if first is None:
         return None
     rest = limits(config, tokens, ends=_ends(at, config, first["val_loss"]))[1:]
-    results = [first, *(result and result | {"val_tokens": _targets(tokens)} for result in map(run, rest))]
+    total = {"val_tokens": sum(targets_in(part, None) for part in tokens)}
+    results = [first, *(result and result | total for result in map(run, rest))]
     return None if None in results else results
 
 
@@ -130,10 +131,6 @@ def _ends(at: Progress, config: Config, val_loss: float) -> bool:
     after = replace(at)
     after.evaluated(val_loss)
     return at.step >= config.train.max_steps or after.without_progress(config.train.patience)
-
-
-def _targets(tokens: Sequence[Any]) -> int:
-    return sum(targets_in(part, None) for part in tokens)
 
 
 def bound_note(config: Config, tokens: Sequence[Any]) -> str | None:
