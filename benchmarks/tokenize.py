@@ -25,8 +25,8 @@ from gpt.data.corpus import prepare
 from gpt.data.inspect import bytes_per_token
 from gpt.data.sources import STDLIB, find_sources
 from gpt.data.split import read_documents
-from gpt.data.tokenize_corpus import _cores
-from gpt.data.tokenizers import BPETokenizer, Tokenizer, load_tokenizer
+from gpt.data.tokenize_corpus import cores
+from gpt.data.tokenizers import Tokenizer, load_tokenizer
 from gpt.errors import UserError, run_command
 
 OURS, TIKTOKEN = "ours", "tiktoken"
@@ -58,7 +58,7 @@ def run(which: str, corpus: list[str], tokenizer: Tokenizer, cache: Path) -> dic
     if which == OURS:
         made = prepare(DataConfig(tuple(corpus), cache), TokenizerConfig(), fixed_tokenizer=tokenizer)
     else:
-        ids = tokenizer._encoding.encode_ordinary_batch(texts, num_threads=_cores())
+        ids = tokenizer.encoding.encode_ordinary_batch(texts, num_threads=cores())
     spent = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu, "mib": peak_mib()}
     if which == OURS:
         return spent | {
@@ -116,7 +116,7 @@ def pick(name: str | None, text: str, vocab_size: int) -> Tokenizer:
     if config.tokenizer == "bpe":
         print(f"a BPE of {vocab_size:,} tokens trained on {len(text):,} characters", end=" ")
         print(f"in {time.perf_counter() - start:.1f} s")
-    if not isinstance(tokenizer, BPETokenizer):
+    if tokenizer.encoding is None:
         raise UserError(
             f"tiktoken has no {name} tokenizer to compare with: give --tokenizer bpe or one of tiktoken's names"
         )
@@ -155,7 +155,7 @@ def main(argv: list[str]) -> int:
         del text
         found = measure(corpus, tokenizer, args.rounds)
         first = found[OURS][0]
-        print(f"{first['bytes'] / 1e6:.1f} MB of text, {first['tokens']:,.0f} tokens, {_cores()} cores")
+        print(f"{first['bytes'] / 1e6:.1f} MB of text, {first['tokens']:,.0f} tokens, {cores()} cores")
         print(report(found))
         print(bytes_per_token(sample, tokenizer))
     return 0

@@ -69,8 +69,8 @@ CASES = [
     Case(
         "tokenizer",
         ("byte", "bpe", "gpt2"),
-        lambda s: (getattr(s.tokenizer, "name", type(s.tokenizer).__name__), s.tokenizer.vocab_size),
-        lambda b, s, v: b == ("CharTokenizer", 26) and v in s[0].lower(),
+        lambda s: (s.tokenizer.name, s.tokenizer.vocab_size),
+        lambda b, s, v: b == ("char", 26) and v in s[0].lower(),
         patch=looks.small_encodings,
     ),
     Case(

@@ -283,7 +283,7 @@ def test_segments_depend_on_the_text_alone(text, sizes, longest):
 
 
 def test_long_text_in_segments_has_the_ids_of_the_whole(monkeypatch):
-    whole = BPE._encoding.encode_ordinary(TEXT)
+    whole = BPE.encoding.encode_ordinary(TEXT)
     monkeypatch.setattr(module, "_SEGMENT", 50)
     assert len(list(BPE.segments([TEXT]))) > 50
     assert BPE.encode(TEXT) == whole

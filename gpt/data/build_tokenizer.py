@@ -1,60 +1,38 @@
 """The tokenizer that a config asks for: from the corpus's characters, trained on its text, or one of tiktoken's."""
 
 import difflib
-import logging
-from collections.abc import Callable, Iterable
-
-import numpy as np
+from typing import Literal
 
 from gpt.data.config import TokenizerConfig
-from gpt.data.tokenizers import DOCUMENT, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, code_points
+from gpt.data.tokenizer_base import Texts
+from gpt.data.tokenizers import KINDS, BPETokenizer, Tokenizer
 from gpt.errors import UserError
-from gpt.stop import aside
-
-log = logging.getLogger(__name__)
-
-OWN_KINDS = ("char", "byte", "bpe")
 
 
-def build_tokenizer(
-    config: TokenizerConfig, texts: Callable[[], Iterable[str]], *, document_token: bool = True
-) -> Tokenizer:
+def build_tokenizer(config: TokenizerConfig, texts: Texts, *, document_token: bool = True) -> Tokenizer:
     """The tokenizer that config asks for.
 
     texts: gives the text to learn from, anew at each call: all of it for char, the training part for bpe; the other
     kinds never call it. document_token: whether a character tokenizer gets one; every other kind has one anyway.
     Raises UserError for an unknown name, or an encoding that is not at hand and cannot be downloaded.
     """
-    kind = config.tokenizer
-    if kind == "char":
-        seen, first = np.zeros(0x110000, bool), ""
-        for text in texts():
-            seen[code_points(text)] = True
-            first = first or text[:1]
-        alphabet = "".join(map(chr, np.flatnonzero(seen).tolist()))
-        return CharTokenizer(alphabet, document_token=document_token, first=first)
-    if kind == "byte":
-        return ByteTokenizer()
-    if kind == "bpe":
-        from gpt.data.bpe import PATTERN, merge_order, train_bpe
+    if config.tokenizer in KINDS:
+        return KINDS[config.tokenizer].build(config, texts, document_token)
+    return _named(config.tokenizer)
 
-        tokens = merge_order(aside(lambda: train_bpe(texts(), config.bpe_vocab_size - 1)))
-        size = len(tokens) + 1
-        if size < config.bpe_vocab_size:
-            log.warning(
-                "the text is too small for bpe_vocab_size %d: the vocabulary has %d tokens", config.bpe_vocab_size, size
-            )
-        return BPETokenizer("bpe", PATTERN, list(tokens), {DOCUMENT: len(tokens)})
-    return _named(kind)
+
+def learns_from(name: str) -> Literal["all", "train", None]:
+    """The part of the corpus that the tokenizer of this name learns from; None if it needs no text."""
+    return KINDS[name].learns_from if name in KINDS else None
 
 
 def check_name(name: str) -> None:
     """UserError, with the known names, unless build_tokenizer knows this one. Downloads nothing."""
-    if name in OWN_KINDS:
+    if name in KINDS:
         return
     import tiktoken
 
-    names = [*OWN_KINDS, *tiktoken.list_encoding_names()]
+    names = [*KINDS, *tiktoken.list_encoding_names()]
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)
         hint = f"did you mean {near[0]}? " if near else ""

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt.data.build_tokenizer import build_tokenizer, check_name
+from gpt.data.build_tokenizer import build_tokenizer, check_name, learns_from
 from gpt.data.cache import cache_folder, make_way, publish
 from gpt.data.config import DataConfig, TokenizerConfig
 from gpt.data.downloads import Progress
@@ -95,7 +95,7 @@ def prepare(
 
 def _maker(files: list[Path], config: TokenizerConfig) -> Tokenizer:
     """The tokenizer that made token files, which must be named."""
-    if config.tokenizer in ("char", "bpe"):
+    if learns_from(config.tokenizer):
         table = " (meta.pkl beside it is not read: a pickle can run code)" * (files[0].parent / "meta.pkl").exists()
         raise UserError(
             f"{files[0]} holds tokens and no text to learn a tokenizer from{table}: name the one that made them, such "
@@ -243,7 +243,7 @@ def _learn(
             yield from split.parts(number, document)
 
     def texts() -> Iterator[str]:
-        if config.tokenizer == "char":
+        if learns_from(config.tokenizer) == "all":
             yield from (text for _, text in every_text())
             return
         count = taken = 0

@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 
 from gpt.command_line import parse_flags
-from gpt.data.build_tokenizer import build_tokenizer, encoding_at_hand
+from gpt.data.build_tokenizer import build_tokenizer, encoding_at_hand, learns_from
 from gpt.data.config import TokenizerConfig
 from gpt.data.external_tokens import look_at
 from gpt.data.provenance import tokenized_folders
@@ -42,7 +42,8 @@ class Arguments:
         require(self.command == "inspect", f"there is no command {self.command!r}: python -m gpt.corpus inspect PATH")
         require(0 <= self.sample_tokens < 1 << 20, f"sample_tokens must be at least 0, not {self.sample_tokens}")
         require(
-            self.tokenizer not in ("char", "bpe"), f"a {self.tokenizer} tokenizer is learned from text: name another"
+            self.tokenizer is None or not learns_from(self.tokenizer),
+            f"a {self.tokenizer} tokenizer is learned from text: name another",
         )
 
 
@@ -112,8 +113,7 @@ def _foreign(path: Path, name: str | None, sample_tokens: int) -> Iterator[str]:
 
 
 def _name(tokenizer: Tokenizer) -> str:
-    kind = getattr(tokenizer, "name", type(tokenizer).__name__.removesuffix("Tokenizer").lower())
-    return f"a {kind} tokenizer of {tokenizer.vocab_size:,} tokens"
+    return f"a {tokenizer.name} tokenizer of {tokenizer.vocab_size:,} tokens"
 
 
 def _lines(name: str, ids: Any, tokenizer: Tokenizer, sample_tokens: int) -> Iterator[str]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gpt.config import Config
+from gpt.data.build_tokenizer import learns_from
 from gpt.data.config import DataConfig, TokenizerConfig
 from gpt.data.corpus import Corpus, check_length, prepare
 from gpt.data.loader import Loader, order_keys
@@ -40,7 +41,7 @@ def prepare_all(
     """
     if not data.corpus_weights:
         return [prepare(data, tokenizer, fixed_tokenizer=fixed_tokenizer, progress=progress)]
-    if fixed_tokenizer is None and tokenizer.tokenizer in ("char", "bpe"):
+    if fixed_tokenizer is None and learns_from(tokenizer.tokenizer):
         fixed_tokenizer = prepare(replace(data, corpus_weights=()), tokenizer, progress=progress).tokenizer
     corpora = []
     for entry in data.corpus:

@@ -22,7 +22,7 @@ from gpt.data.cache import JOURNAL
 from gpt.data.readers import OnRead, Source
 from gpt.data.split import Side, Split, read_documents, utf8_bytes
 from gpt.data.token_files import ShardWriter
-from gpt.data.tokenizers import BPETokenizer, Tokenizer, UnknownCharacter
+from gpt.data.tokenizers import Tokenizer, UnknownCharacter
 from gpt.files import write_whole
 
 GROUP = 400_000  # characters that are encoded at a time,
@@ -176,7 +176,7 @@ def _encoded(
 ) -> Iterator[tuple[list[_Piece], _Encoded]]:
     """Each group but the first `done`, encoded, in order. tiktoken works outside the interpreter's lock: it gets a
     thread per core."""
-    threads = _cores() if isinstance(tokenizer, BPETokenizer) else 1
+    threads = cores() if tokenizer.parallel else 1
     waiting: deque[tuple[list[_Piece], Future[_Encoded]]] = deque()
     pool = ThreadPoolExecutor(threads)
     try:
@@ -210,6 +210,6 @@ def _encode(group: list[_Piece], tokenizer: Tokenizer) -> _Encoded:
     return _Encoded(joined, sizes, all(piece.text.isspace() for piece in group))
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

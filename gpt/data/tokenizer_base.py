@@ -10,7 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
@@ -18,9 +19,16 @@ from gpt.arguments import checked, shown
 from gpt.errors import UserError
 from gpt.files import write_whole
 
+if TYPE_CHECKING:
+    import tiktoken
+
+    from gpt.data.config import TokenizerConfig
+
 DOCUMENT = "<|endoftext|>"  # spelling of the token before each document
 FORMAT = "gpt-tokenizer"
 VERSION = 1
+
+Texts = Callable[[], Iterable[str]]
 
 
 class UnknownCharacter(UserError):
@@ -36,18 +44,34 @@ class UnknownCharacter(UserError):
 
 
 class Tokenizer(ABC):
-    """What every kind offers. Ids run from 0 to vocab_size - 1.
+    """The interface of every tokenizer. Ids run from 0 to vocab_size - 1.
+
+    A subclass sets `kind` and whichever of the attributes below differ from their defaults. Training, export and
+    benchmarks read these attributes and never ask for a class.
 
     pieces: the UTF-8 bytes behind each id (a part of a character for some); b"" for special tokens and unused ids.
     specials: spelling and id of each special token.
     """
 
+    kind: str  # its name in tokenizer.json and, unless it is a named encoding, in --tokenizer
+    learns_from: Literal["all", "train", None] = None  # the part of the corpus that `build` reads; None: nothing
+    parallel = False  # whether encoding releases the interpreter's lock, so that threads speed it up
+    encoding: "tiktoken.Encoding | None" = None  # tiktoken's encoder, if it does the work
+    characters: str | None = None  # the characters that it can encode, in the order of their ids; None: any text
+    # Of a byte-level BPE: the bytes of each id in merge order, None for any other id; what splits text before merging.
+    tokens: list[bytes | None] | None = None
+    pattern: str | None = None
+    normalization: str | None = None  # NFC if text is composed first
+    added: Mapping[str, tuple[int, bool]] = MappingProxyType({})  # plain tokens found before splitting
+    unreached: Mapping[int, bytes] = MappingProxyType({})  # ids that no text becomes
+
+    name: str  # of a named encoding; else the kind
     vocab_size: int
     document_token: int | None  # the id before each document
     token_bytes: np.ndarray  # (vocab_size,) int64: UTF-8 bytes of each token's text, 0 for special tokens
 
     def __init__(self, pieces: list[bytes], specials: Mapping[str, int]) -> None:
-        self._pieces = pieces
+        self.name, self._pieces = self.kind, pieces
         self.specials = dict(specials)
         self.vocab_size = len(pieces)
         self.document_token = self.specials.get(DOCUMENT)
@@ -129,7 +153,7 @@ class Tokenizer(ABC):
 
     @property
     def _serialized(self) -> bytes:
-        form = {"format": FORMAT, "version": VERSION, **self._form()}
+        form = {"format": FORMAT, "version": VERSION, "kind": self.kind, **self._form()}
         return (json.dumps(form, ensure_ascii=True, indent=0, sort_keys=True) + "\n").encode()
 
     @abstractmethod
@@ -138,7 +162,17 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _form(self) -> dict[str, Any]:
-        """What the file says of this kind of tokenizer."""
+        """The file's content beside format, version and kind."""
+
+    @classmethod
+    @abstractmethod
+    def from_form(cls, form: dict[str, Any]) -> Self:
+        """The tokenizer of a saved file's content; ValueError says what is wrong with it."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, config: "TokenizerConfig", texts: Texts, document_token: bool) -> Self:
+        """A new tokenizer. texts: returns the text that learns_from names, from its start."""
 
 
 def check_encode(text: Any, allow_special: Any = False) -> None:

@@ -11,29 +11,34 @@ Libraries (tiktoken, tokenizers) are imported where they are used: a character r
 import base64
 import binascii
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from gpt.arguments import checked
+from gpt.data.config import TokenizerConfig
 from gpt.data.tokenizer_base import (
     DOCUMENT,
     FORMAT,
     VERSION,
     StreamDecoder,
+    Texts,
     Tokenizer,
     UnknownCharacter,
     check_encode,
     spelled,
 )
 from gpt.errors import UserError
+from gpt.stop import aside
 
 __all__ = [
     "DOCUMENT",
+    "KINDS",
     "BPETokenizer",
     "ByteTokenizer",
     "CharTokenizer",
@@ -43,6 +48,8 @@ __all__ = [
     "check_tokens",
     "load_tokenizer",
 ]
+
+log = logging.getLogger(__name__)
 
 MAX_VOCAB = 1 << 24
 
@@ -59,6 +66,8 @@ class CharTokenizer(Tokenizer):
 
     first: the character that the corpus begins with.
     """
+
+    kind, learns_from = "char", "all"
 
     def __init__(self, characters: str, *, document_token: bool = False, first: str = "") -> None:
         self.characters, self.first = characters, first
@@ -85,20 +94,48 @@ class CharTokenizer(Tokenizer):
 
     def _form(self) -> dict[str, Any]:
         document = self.document_token is not None
-        return {"kind": "char", "characters": self.characters, "document_token": document, "first": self.first}
+        return {"characters": self.characters, "document_token": document, "first": self.first}
+
+    @classmethod
+    def from_form(cls, form: dict[str, Any]) -> Self:
+        characters, document, first = form.get("characters"), form.get("document_token"), form.get("first", "")
+        _check(isinstance(characters, str) and isinstance(document, bool), '"characters" or "document_token" is wrong')
+        _check(list(characters) == sorted(set(characters)), '"characters" are not sorted and distinct')
+        _check(isinstance(first, str) and first in characters, '"first" is not one of "characters"')
+        return cls(characters, document_token=document, first=first)
+
+    @classmethod
+    def build(cls, config: TokenizerConfig, texts: Texts, document_token: bool) -> Self:
+        found, first = np.zeros(0x110000, bool), ""
+        for text in texts():
+            found[code_points(text)] = True
+            first = first or text[:1]
+        alphabet = "".join(map(chr, np.flatnonzero(found).tolist()))
+        return cls(alphabet, document_token=document_token, first=first)
 
 
 class ByteTokenizer(Tokenizer):
     """The 256 bytes of UTF-8, then the document token."""
 
+    kind = "byte"
+
     def __init__(self) -> None:
-        super().__init__([bytes([i]) for i in range(256)] + [b""], {DOCUMENT: 256})
+        self.tokens = [bytes([i]) for i in range(256)]
+        super().__init__([*self.tokens, b""], {DOCUMENT: 256})
 
     def _encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), np.uint8).astype(self.dtype)
 
     def _form(self) -> dict[str, Any]:
-        return {"kind": "byte"}
+        return {}
+
+    @classmethod
+    def from_form(cls, form: dict[str, Any]) -> Self:
+        return cls()
+
+    @classmethod
+    def build(cls, config: TokenizerConfig, texts: Texts, document_token: bool) -> Self:
+        return cls()
 
 
 class BPETokenizer(Tokenizer):
@@ -111,6 +148,8 @@ class BPETokenizer(Tokenizer):
     added: spellings that always become one id, before the pattern splits the text: found in the text as it is given,
     or (True) once it is normalized. unreached: ids that text never becomes, and the bytes that they decode to.
     """
+
+    kind, learns_from, parallel = "bpe", "train", True
 
     def __init__(
         self,
@@ -125,7 +164,7 @@ class BPETokenizer(Tokenizer):
     ) -> None:
         import tiktoken
 
-        self.name, self.pattern, self.tokens = name, pattern, tokens
+        self.pattern, self.tokens = pattern, tokens
         self.normalization, self.document = normalization, document
         self.added, self.unreached = dict(added or {}), dict(unreached or {})
         outside = self.unreached | {i: spelling.encode() for spelling, (i, _) in self.added.items()}
@@ -134,10 +173,11 @@ class BPETokenizer(Tokenizer):
         for i, piece in outside.items():
             pieces[i] = piece
         super().__init__(pieces, specials)
+        self.name = name
         self.document_token = self.specials.get(document)
         self._near = max(_NEAR, *map(len, self.added), 0)
         ranks = {token: i for i, token in enumerate(tokens) if token is not None}
-        self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.specials)
+        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.specials)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         check_encode(text, allow_special)
@@ -197,7 +237,7 @@ class BPETokenizer(Tokenizer):
 
     def _encode_part(self, text: str) -> np.ndarray:
         try:
-            ids = self._encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
+            ids = self.encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
         except BaseException as error:
             if type(error).__name__ != "PanicException":  # tiktoken's own, for a pattern that matches no character
                 raise
@@ -217,12 +257,46 @@ class BPETokenizer(Tokenizer):
         if self.unreached:
             extra["unreached"] = {str(i): base64.b64encode(piece).decode() for i, piece in self.unreached.items()}
         return extra | {
-            "kind": "bpe",
             "name": self.name,
             "pattern": self.pattern,
             "special_tokens": self.specials,
             "tokens": tokens,
         }
+
+    @classmethod
+    def from_form(cls, form: dict[str, Any]) -> Self:
+        name, pattern = form.get("name"), form.get("pattern")
+        _check(isinstance(name, str) and isinstance(pattern, str), '"name" or "pattern" is not a string')
+        normalization, document = form.get("normalization"), form.get("document", DOCUMENT)
+        _check(normalization in (None, "NFC") and isinstance(document, str), '"normalization" or "document" is wrong')
+        specials = form.get("special_tokens")
+        tokens, added = _tokens(form.get("tokens")), form.get("added", {})
+        _check(isinstance(added, dict), '"added" is not a table')
+        _check(all(isinstance(x, list) and len(x) == 2 for x in added.values()), '"added" is not a table of pairs')
+        added = {spelling: tuple(value) for spelling, value in added.items()}
+        unreached = form.get("unreached", {})
+        ids = isinstance(unreached, dict) and all(i.isdecimal() for i in unreached)
+        _check(ids, '"unreached" is not a table of ids')
+        unreached = dict(zip(map(int, unreached), _tokens(list(unreached.values()))))
+        check_tokens(tokens, specials, added, unreached)
+        tokenizer = cls(name, pattern, tokens, specials, normalization, document, added, unreached)
+        _check(tokenizer.decode(tokenizer.encode(_PROBE)) == _PROBE, '"pattern" leaves text out')
+        return tokenizer
+
+    @classmethod
+    def build(cls, config: TokenizerConfig, texts: Texts, document_token: bool) -> Self:
+        from gpt.data.bpe import PATTERN, merge_order, train_bpe
+
+        tokens = merge_order(aside(lambda: train_bpe(texts(), config.bpe_vocab_size - 1)))
+        size = len(tokens) + 1
+        if size < config.bpe_vocab_size:
+            log.warning(
+                "the text is too small for bpe_vocab_size %d: the vocabulary has %d tokens", config.bpe_vocab_size, size
+            )
+        return cls("bpe", PATTERN, list(tokens), {DOCUMENT: len(tokens)})
+
+
+KINDS: dict[str, type[Tokenizer]] = {each.kind: each for each in (CharTokenizer, ByteTokenizer, BPETokenizer)}
 
 
 @checked
@@ -243,31 +317,9 @@ def _from_form(form: Any) -> Tokenizer:
     _check(isinstance(form, dict) and form.get("format") == FORMAT, f'"format" is not "{FORMAT}"')
     _check(form.get("version") == VERSION, f'"version" is {form.get("version")!r}, known is {VERSION}')
     kind = form.get("kind")
-    if kind == "char":
-        characters, document, first = form.get("characters"), form.get("document_token"), form.get("first", "")
-        _check(isinstance(characters, str) and isinstance(document, bool), '"characters" or "document_token" is wrong')
-        _check(list(characters) == sorted(set(characters)), '"characters" are not sorted and distinct')
-        _check(isinstance(first, str) and first in characters, '"first" is not one of "characters"')
-        return CharTokenizer(characters, document_token=document, first=first)
-    if kind == "byte":
-        return ByteTokenizer()
-    _check(kind == "bpe", f'"kind" is {kind!r}, known are char, byte and bpe')
-    name, pattern = form.get("name"), form.get("pattern")
-    _check(isinstance(name, str) and isinstance(pattern, str), '"name" or "pattern" is not a string')
-    normalization, document = form.get("normalization"), form.get("document", DOCUMENT)
-    _check(normalization in (None, "NFC") and isinstance(document, str), '"normalization" or "document" is wrong')
-    specials = form.get("special_tokens")
-    tokens, added = _tokens(form.get("tokens")), form.get("added", {})
-    _check(isinstance(added, dict), '"added" is not a table')
-    _check(all(isinstance(x, list) and len(x) == 2 for x in added.values()), '"added" is not a table of pairs')
-    added = {spelling: tuple(value) for spelling, value in added.items()}
-    unreached = form.get("unreached", {})
-    _check(isinstance(unreached, dict) and all(i.isdecimal() for i in unreached), '"unreached" is not a table of ids')
-    unreached = dict(zip(map(int, unreached), _tokens(list(unreached.values()))))
-    check_tokens(tokens, specials, added, unreached)
-    tokenizer = BPETokenizer(name, pattern, tokens, specials, normalization, document, added, unreached)
-    _check(tokenizer.decode(tokenizer.encode(_PROBE)) == _PROBE, '"pattern" leaves text out')
-    return tokenizer
+    known = ", ".join([*KINDS][:-1]) + f" and {[*KINDS][-1]}"
+    _check(isinstance(kind, str) and kind in KINDS, f'"kind" is {kind!r}, known are {known}')
+    return KINDS[kind].from_form(form)
 
 
 def _tokens(entries: Any) -> list[bytes | None]:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from gpt.arguments import checked
-from gpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
+from gpt.data.tokenizers import ByteTokenizer, Tokenizer
 from gpt.errors import EXIT_DONE, UserError
 from gpt.files import flush, make_folder
 from gpt.interop.hf_tokenizer import write_hf_tokenizer, write_tiktoken
@@ -189,7 +189,7 @@ def export(model: GPT, tokenizer: Tokenizer, directory: str | Path, *, dtype: Dt
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         save_file(tensors_for(family, model, getattr(torch, dtype)), folder / "model.safetensors", {"format": "pt"})
         write_hf_tokenizer(tokenizer, folder, seq_len=model.config.seq_len)
-        if not isinstance(tokenizer, CharTokenizer):
+        if tokenizer.tokens is not None:
             write_tiktoken(tokenizer, folder / "ranks.tiktoken")
         for path in (*filter(Path.exists, (folder / name for name in WRITTEN)), folder):
             flush(path)

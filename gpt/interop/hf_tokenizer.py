@@ -46,20 +46,24 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of a tokenizer.json whose ids are this tokenizer's."""
-    if isinstance(tokenizer, CharTokenizer):
+    """The content of a tokenizer.json that gives this tokenizer's ids. UserError if the format cannot express it."""
+    if tokenizer.characters is not None:
         vocab: dict[str, int] = {c: i for i, c in enumerate(tokenizer.characters)} | tokenizer.specials
         # With no unknown token, a character that is not in the vocabulary is refused there as well.
         model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
         split, decoder = _split(EACH_CHARACTER), {"type": "Fuse"}
-    else:
+    elif tokenizer.tokens is not None:
         model, decoder = _byte_level_model(tokenizer), _byte_level()
         split = _byte_level()
-        if isinstance(tokenizer, BPETokenizer):
+        if tokenizer.pattern is not None:
             if (pattern := for_oniguruma(tokenizer.pattern)) is None:
                 raise UserError(f"the tokenizer's pattern cannot be said in tokenizer.json: {tokenizer.pattern}")
             split = {"type": "Sequence", "pretokenizers": [_split(pattern), _byte_level()]}
-    form = getattr(tokenizer, "normalization", None)
+    else:
+        raise UserError(
+            f"tokenizer.json cannot express a {tokenizer.name} tokenizer: only characters and byte-level BPE"
+        )
+    form = tokenizer.normalization
     return {
         "version": "1.0",
         "truncation": None,
@@ -87,13 +91,12 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 def _added(tokenizer: Tokenizer) -> Iterator[tuple[str, int, bool, bool]]:
     """Spelling, id, whether it is found in normalized text, and whether it is special, of each added token."""
     yield from ((spelling, i, False, True) for spelling, i in tokenizer.specials.items())
-    yield from ((spelling, i, late, False) for spelling, (i, late) in getattr(tokenizer, "added", {}).items())
+    yield from ((spelling, i, late, False) for spelling, (i, late) in tokenizer.added.items())
 
 
 def _byte_level_model(tokenizer: Tokenizer) -> dict[str, Any]:
     """A BPE whose merges are every way to put a token together, in the order of ids: tiktoken's rule."""
-    tokens = tokenizer.tokens if isinstance(tokenizer, BPETokenizer) else [bytes([i]) for i in range(256)]
-    spelling = byte_characters()
+    tokens, spelling = tokenizer.tokens, byte_characters()
     texts = [
         UNUSED.format(i) if token is None else "".join(spelling[b] for b in token) for i, token in enumerate(tokens)
     ]
@@ -103,9 +106,8 @@ def _byte_level_model(tokenizer: Tokenizer) -> dict[str, Any]:
         pairs = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
         known = [pair for pair in pairs if pair[0] in ids and pair[1] in ids]
         merges += [list(pair) for pair in sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))]
-    never = getattr(tokenizer, "unreached", {})
     vocab = ids | {spelling: i for spelling, i, _, _ in _added(tokenizer)}
-    vocab |= {"".join(spelling[b] for b in token): i for i, token in never.items()}
+    vocab |= {"".join(spelling[b] for b in token): i for i, token in tokenizer.unreached.items()}
     # With no id left out, len() there is vocab_size here.
     vocab |= {UNUSED.format(i): i for i in set(range(tokenizer.vocab_size)) - set(vocab.values())}
     return {
@@ -117,7 +119,7 @@ def _byte_level_model(tokenizer: Tokenizer) -> dict[str, Any]:
         "fuse_unk": False,
         "byte_fallback": False,
         # A whole piece that is a token is that token; but not one that text never becomes.
-        "ignore_merges": isinstance(tokenizer, BPETokenizer) and not never,
+        "ignore_merges": tokenizer.pattern is not None and not tokenizer.unreached,
         "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
         "merges": merges,
     }
@@ -141,7 +143,7 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, seq_len: int) -> N
     text = json.dumps(to_tokenizer_json(tokenizer), ensure_ascii=False)
     theirs = tokenizers.Tokenizer.from_str(text)
     theirs.encode_special_tokens = True
-    for spelling in tokenizer.specials if not isinstance(tokenizer, CharTokenizer) else ():
+    for spelling in tokenizer.specials if tokenizer.characters is None else ():
         if theirs.encode(spelling).ids != tokenizer.encode(spelling):
             raise UserError(f"the special token {spelling!r} cannot be told from text in tokenizer.json")
     try:
@@ -163,12 +165,13 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, seq_len: int) -> N
 def write_tiktoken(tokenizer: Tokenizer, path: Path) -> None:
     """tiktoken's rank file: a line of base64 and id for each token. Pattern and special tokens are not in it.
 
-    Raises UserError for a character tokenizer, whose tokens are not byte pairs.
+    Raises UserError for a tokenizer that is not a byte-level BPE.
     """
-    if isinstance(tokenizer, CharTokenizer):
-        raise UserError("a character tokenizer has no ranks: only byte and BPE tokenizers go into tiktoken's format")
-    tokens = tokenizer.tokens if isinstance(tokenizer, BPETokenizer) else [bytes([i]) for i in range(256)]
-    lines = [base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens) if token is not None]
+    if tokenizer.tokens is None:
+        raise UserError(
+            f"a {tokenizer.name} tokenizer has no ranks: only byte and BPE tokenizers go into tiktoken's format"
+        )
+    lines = [base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokenizer.tokens) if token is not None]
     path.write_bytes(b"".join(lines))
 
 

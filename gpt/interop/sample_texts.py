@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator
 
-from gpt.data.tokenizers import BPETokenizer, CharTokenizer, Tokenizer
+from gpt.data.tokenizers import Tokenizer
 
 _SCRIPTS = [
     "the The THE and of to it's I'LL don't we've x'd 'tis ſ 'S state 2nd 3.14 1234567 0x1F naïve Straße ﬁ ß İ ı K Å",
@@ -44,7 +44,7 @@ _COUNT = 120  # texts of each kind
 def sample_texts(tokenizer: Tokenizer) -> Iterator[str]:
     """Some hundred texts of up to about 100 characters, and the spelling of every special token."""
     draw = random.Random(0)
-    if isinstance(tokenizer, CharTokenizer):
+    if tokenizer.characters is not None:
         for _ in range(_COUNT):
             yield "".join(draw.choices(tokenizer.characters, k=draw.randint(1, 60))) if tokenizer.characters else ""
         return
@@ -55,12 +55,11 @@ def sample_texts(tokenizer: Tokenizer) -> Iterator[str]:
     for _ in range(_COUNT):
         yield "".join(draw.choice(words) + draw.choice(_SPACES) for _ in range(draw.randint(1, 12)))
         yield "".join(draw.choices(letters, k=draw.randint(1, 40)))
-    pieces = [piece for piece in getattr(tokenizer, "tokens", []) if piece is not None]
+    pieces = [piece for piece in tokenizer.tokens or [] if piece is not None]
     texts = [piece.decode("utf-8", "ignore") for piece in draw.sample(pieces, min(len(pieces), 8 * _COUNT))]
     for at in range(0, len(texts), 8):
         yield from ("".join(texts[at : at + 8]), " ".join(texts[at : at + 8]), texts[at])
-    added = getattr(tokenizer, "added", {})
-    for spelling in [*tokenizer.specials, *added][: 2 * _COUNT]:
+    for spelling in [*tokenizer.specials, *tokenizer.added][: 2 * _COUNT]:
         yield from (
             spelling,
             f"a{spelling}b",
@@ -68,5 +67,4 @@ def sample_texts(tokenizer: Tokenizer) -> Iterator[str]:
             spelling[:-1],
             f"{spelling}\u0338",
         )
-    if isinstance(tokenizer, BPETokenizer):  # of those that text never becomes
-        yield from (piece.decode("utf-8", "ignore") for piece in [*tokenizer.unreached.values()][:_COUNT])
+    yield from (piece.decode("utf-8", "ignore") for piece in [*tokenizer.unreached.values()][:_COUNT])
