@@ -95,65 +95,68 @@ def test_a_sample_spreads_over_lines_and_is_stable_under_edits_elsewhere():
     ]
 
 
+# A project of two modules, and its tests.
+TOY = {
+    "gpt/tested.py": """
+        def add(a, b):
+            return a + b
+
+        def least(n):
+            return n if n > 0 else 0
+
+        def wait(n):
+            while n < 3:
+                n += 1
+
+        def distance(a):
+            return abs(a - 7)
+        """,
+    "gpt/__init__.py": "",
+    "gpt/alone.py": "def twice(a):\n    return 2 * a\n\n\ndef same(a):\n    return a * 1\n",
+    "tests/test_tested.py": """
+        import subprocess, sys
+        import pytest
+        from gpt.tested import distance, least, wait
+
+        FAR = distance(17)
+
+        @pytest.fixture(scope="module")
+        def answer():
+            return subprocess.run([sys.executable, "-c", ""], check=True)
+
+        @pytest.mark.parametrize("n", [0, 1])
+        def test_shared(answer, n):
+            assert answer.returncode == 0 <= least(n)
+
+        def test_least():
+            assert [least(n) for n in (-3, 0, 3)] == [0, 0, 3]
+
+        def test_wait():
+            wait(2)
+
+        def test_what_was_made_when_the_file_was_imported():
+            assert FAR == 10
+
+        def test_add_in_another_process():
+            code = "from gpt.tested import add; assert add(2, 3) == 5"
+            subprocess.run([sys.executable, "-c", code], check=True)
+        """,
+    "tests/equivalent_mutants.toml": """
+        [[mutant]]
+        module = "gpt/alone.py"
+        line = "return a * 1"
+        becomes = "return a / 1"
+        reason = "a float instead of an int, which nothing distinguishes"
+        """,
+    "pyproject.toml": "",
+}
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> tuple[str, dict[str, dict], dict[str, dict]]:
     """Run the program on a project of two modules; its output, verdicts by changed line, and recorded lines."""
     project = tmp_path_factory.mktemp("toy")
-    files = {
-        "gpt/tested.py": """
-            def add(a, b):
-                return a + b
-
-            def least(n):
-                return n if n > 0 else 0
-
-            def wait(n):
-                while n < 3:
-                    n += 1
-
-            def distance(a):
-                return abs(a - 7)
-            """,
-        "gpt/__init__.py": "",
-        "gpt/alone.py": "def twice(a):\n    return 2 * a\n\n\ndef same(a):\n    return a * 1\n",
-        "tests/test_tested.py": """
-            import subprocess, sys
-            import pytest
-            from gpt.tested import distance, least, wait
-
-            FAR = distance(17)
-
-            @pytest.fixture(scope="module")
-            def answer():
-                return subprocess.run([sys.executable, "-c", ""], check=True)
-
-            @pytest.mark.parametrize("n", [0, 1])
-            def test_shared(answer, n):
-                assert answer.returncode == 0 <= least(n)
-
-            def test_least():
-                assert [least(n) for n in (-3, 0, 3)] == [0, 0, 3]
-
-            def test_wait():
-                wait(2)
-
-            def test_what_was_made_when_the_file_was_imported():
-                assert FAR == 10
-
-            def test_add_in_another_process():
-                code = "from gpt.tested import add; assert add(2, 3) == 5"
-                subprocess.run([sys.executable, "-c", code], check=True)
-            """,
-        "tests/equivalent_mutants.toml": """
-            [[mutant]]
-            module = "gpt/alone.py"
-            line = "return a * 1"
-            becomes = "return a / 1"
-            reason = "a float instead of an int, which nothing distinguishes"
-            """,
-        "pyproject.toml": "",
-    }
-    for name, text in files.items():
+    for name, text in TOY.items():
         (project / name).parent.mkdir(exist_ok=True)
         (project / name).write_text(textwrap.dedent(text))
     command = [
@@ -171,7 +174,7 @@ def toy(tmp_path_factory) -> tuple[str, dict[str, dict], dict[str, dict]]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = (project / "build/mutants/verdicts.jsonl").read_text().splitlines()
-    assert (project / "gpt/tested.py").read_text() == textwrap.dedent(files["gpt/tested.py"])
+    assert (project / "gpt/tested.py").read_text() == textwrap.dedent(TOY["gpt/tested.py"])
     (gathered,) = (project / "build/mutants/coverage").glob("*.json")
     return (
         done.stdout,
