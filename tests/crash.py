@@ -1,4 +1,4 @@
-"""Kill a training at random moments, resume it each time, and compare the result with an undisturbed run.
+"""Kill a training at random moments, resume it each time, and compare the result with an uninterrupted run.
 
 python -m tests.crash --kills 100 [--seed 0]
 
@@ -120,7 +120,7 @@ def crash(kills: int, seed: int) -> dict[str, int]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if ended(pid, run_dir):
-            assert outcome(run_dir) == expected, f"{run_dir} differs from the undisturbed run"
+            assert outcome(run_dir) == expected, f"{run_dir} differs from the uninterrupted run"
             counts["runs compared"] += 1
             shutil.rmtree(run_dir)
             run_dir = ""
@@ -138,12 +138,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         Path("text.txt").write_text(TEXT)
         counts = crash(arguments.kills, arguments.seed)
-    kills = counts["kills"]
+    kills, runs = counts["kills"], counts["runs compared"]
     print(
-        f"seed {arguments.seed}: {kills} of {kills} kills resumed, {counts['kills within a save']} within a save; ",
-        end="",
+        f"seed {arguments.seed}: {kills} of {kills} kills resumed, {counts['kills within a save']} within a save; "
+        f"{runs} run{'s' * (runs != 1)} ended bit for bit like the uninterrupted one"
     )
-    print(f"{counts['runs compared']} runs ended bit for bit like the undisturbed one")
 
 
 if __name__ == "__main__":

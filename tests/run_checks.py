@@ -1,4 +1,4 @@
-"""A tiny run for tests of what goes wrong with one: made once, copied for each test."""
+"""A tiny run for tests of faults, trained once and copied for each test."""
 
 import json
 from pathlib import Path
@@ -39,14 +39,14 @@ def make_run(folder: Path) -> None:
 
 
 def status_of(*words: str) -> int:
-    """The exit status of train.py with the flags and these words."""
+    """Run train.py with the flags and these words; return the exit status."""
     with pytest.raises(SystemExit) as stop:
         run_command(lambda: main(load_config([*FLAGS, *words])))
     return stop.value.code
 
 
 def reseal(checkpoint: Path) -> None:
-    """Make the manifest true of the files as they are: what someone does who hands out a poisoned checkpoint."""
+    """Update the manifest to the files, as the author of a malicious checkpoint would."""
     manifest = json.loads((checkpoint / MANIFEST).read_text())
     for name in manifest:
         data = (checkpoint / name).stat().st_size

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, verified before use, and nothing in them that could run."""
+"""Checkpoints are complete or absent, verified before use, and contain nothing executable."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from gpt.training.state import load_training_state, read_state, training_tensors
 
 
 def trained(optimizer: str = "adamw", steps: int = 2, **options):
-    """A model and its optimizers after a few steps."""
+    """Train a model for a few steps; return it and its optimizers."""
     torch.manual_seed(0)
     model = GPT(ModelConfig(**{"n_layer": 1, "n_head": 2, "n_embd": 16, "seq_len": 8, "vocab_size": 11, **options}))
     optimizers = build_optimizers(model, OptimConfig(optimizer=optimizer))
@@ -33,7 +33,7 @@ def trained(optimizer: str = "adamw", steps: int = 2, **options):
 
 
 def save_checkpoint(directory: Path, model, optimizers, state: dict, *, keep: int, best: bool = False) -> Path:
-    """Store a model and its optimizers as of state["step"], under one kind."""
+    """Store a model and its optimizers as a checkpoint of state["step"]."""
     kind = "best" if best else "step"
     ck.store(directory, training_tensors(model, optimizers), state, keep=keep, kinds=(kind,))
     return directory / f"{kind}_{state['step']:08d}"
@@ -203,7 +203,7 @@ def test_state_json_must_be_json(tmp_path, text):
 
 
 def test_a_save_keeps_a_users_file_in_its_folder(tmp_path):
-    """A folder with the temporary name, and in it something that no checkpoint has."""
+    """A folder with the temporary name holds a file that no checkpoint has."""
     model, optimizers = trained()
     mine = tmp_path / f".step_00000005.{os.getpid()}.tmp" / "notes.txt"
     mine.parent.mkdir()

@@ -1,4 +1,4 @@
-"""Defaults, preset, file, flags, in this order; what is written reads back; every recipe is sound."""
+"""Defaults, preset, file and flags override each other in this order; configs survive writing; all recipes load."""
 
 import math
 from dataclasses import fields, replace

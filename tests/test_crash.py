@@ -11,4 +11,4 @@ def test_a_killed_training_resumes_and_equals_an_uninterrupted_one():
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
     assert "10 of 10 kills resumed" in done.stdout
-    assert re.search(r"; [1-9]\d* runs ended bit for bit", done.stdout)
+    assert re.search(r"; [1-9]\d* runs? ended bit for bit", done.stdout)

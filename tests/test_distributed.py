@@ -1,4 +1,4 @@
-"""Two processes under torchrun do what one does with the whole batch: DDP and FSDP2, on gloo and the CPU."""
+"""Two processes under torchrun equal one process with the whole batch: DDP and FSDP2, with gloo on the CPU."""
 
 import contextlib
 import io
@@ -35,7 +35,7 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 
 
 def flags(run_dir: str, batch_size: int, *more: str) -> list[str]:
-    """A small model, with weights whose rows two processes cannot halve."""
+    """A small model with weights whose rows do not divide by two processes."""
     words = f"--corpus text.txt --cache-dir cache --run-dir {run_dir} --device cpu --dtype float32 --n-layer 2"
     words += f" --n-head 3 --n-embd 24 --mlp-dim 21 --seq-len 16 --batch-size {batch_size} --grad-accum-steps 2"
     words += (
@@ -59,7 +59,7 @@ OTHERS = ("nadam", "local-momentum")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where one process and two have trained each recipe, and each has gone on from the others' checkpoints."""
+    """Train each recipe with one process and with two, and resume each from the other's checkpoints."""
     folder = tmp_path_factory.mktemp("runs")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -117,13 +117,13 @@ def environment() -> dict[str, str]:
 
 
 def lasting(run_dir: Path, since: int = 0) -> list[dict]:
-    """The metrics after a step, without what depends on the clock."""
+    """Read the metrics after a step, without values that depend on the clock."""
     records = [r for r in read_metrics(run_dir / "metrics.jsonl") if r["step"] > since]
     return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in records]
 
 
 def samples(printed: Path) -> list[str]:
-    """What was written at each evaluation."""
+    """Read the sample of each evaluation."""
     return re.findall(r"(?m)^step \d+: validation.*\n((?:  \| .*\n)+)", printed.read_text())
 
 
@@ -172,7 +172,7 @@ class TestTwoProcesses:
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", OTHERS)
 def test_another_optimizer_in_two_processes(folder, name, mode):
-    """It does what it does in one, and resumes bit for bit."""
+    """It equals one process, and resumes bit for bit."""
     one, two, again = (checkpoint(folder / f"{name}-{kind}") for kind in ("one", mode, f"{mode}-again"))
     assert one.keys() == two.keys() == again.keys()
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
@@ -180,7 +180,7 @@ def test_another_optimizer_in_two_processes(folder, name, mode):
 
 
 def test_all_ranks_halve_their_micro_batches_if_one_is_out_of_memory(folder):
-    """The last rank has room for one row, not for four; the step is that of the whole batch."""
+    """The last rank has memory for one row, not for four; the step equals that of the whole batch."""
     printed = (folder / "small-ddp/printed").read_text()
     assert re.findall(r"out of memory: .*", printed) == [
         f"out of memory: micro-batches have {rows} rows from now on instead of {2 * rows}" for rows in (2, 1)
@@ -192,7 +192,7 @@ def test_all_ranks_halve_their_micro_batches_if_one_is_out_of_memory(folder):
 
 @pytest.fixture
 def world():
-    """A process group of this process alone."""
+    """Make a process group of one process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield World(torch.device("cpu"), joined=True)
     dist.destroy_process_group()
@@ -260,7 +260,7 @@ def test_shares_are_relative_to_the_mean_over_ranks():
 
 @pytest.fixture
 def job(tmp_path):
-    """job(flag, ...) starts an endless training of two processes and returns when it is on its way."""
+    """Return job(flag, ...), which starts an endless training of two processes and waits for its first steps."""
     (tmp_path / "text.txt").write_text(TEXT)
     started = []
 
@@ -305,7 +305,7 @@ def test_a_signal_stops_all_ranks_at_one_step_and_saves(job, tmp_path):
 
 
 def test_a_signal_in_an_evaluation_stops_all_ranks_and_saves(job, tmp_path):
-    """It would read a million tokens, after the third step; one of the two ranks is told."""
+    """The evaluation after step 3 would read a million tokens; one of the two ranks gets the signal."""
     (tmp_path / "text.txt").write_text(TEXT * 4000)
     process, ranks = job("--tokenizer", "byte", "--eval-interval", "3", "--eval-tokens", "1000000")
     os.kill(ranks["1"], signal.SIGTERM)
@@ -317,7 +317,7 @@ def test_a_signal_in_an_evaluation_stops_all_ranks_and_saves(job, tmp_path):
 
 
 def test_all_ranks_roll_back_and_give_up_together(tmp_path):
-    """A rate so high that the first step leaves weights which the second cannot use."""
+    """The rate is so high that the weights are not finite after the first step."""
     (tmp_path / "text.txt").write_text(TEXT)
     words = flags("run", 4, "--parallel", "fsdp", "--learning-rate", "1e30", "--warmup-steps", "0")
     words += [

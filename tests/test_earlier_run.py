@@ -33,7 +33,7 @@ def test_an_earlier_run_is_evaluated_and_sampled(earlier, capsys):
 
 
 def test_an_earlier_run_resumes_to_the_same_result(earlier):
-    """Beyond rounding, which the order of sums on this processor decides."""
+    """But for rounding, which depends on the order of sums on this processor."""
     words = ["run/config.toml", "--resume-from", "run/checkpoints/step_00000003", "--run-dir", "again"]
     assert MAINS["train"](words) == 0
     assert val_loss(Path("again"), 6) == pytest.approx(val_loss(earlier, 6), rel=1e-4)

@@ -1,4 +1,4 @@
-"""How a command ends on what the user can put right."""
+"""Exit statuses and messages of commands."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def test_out_of_memory_is_one_sentence(capsys, allocate):
 
 
 class OutOfMemoryError(Exception):
-    """As torch's of a GPU is called."""
+    """Has the name of torch.cuda.OutOfMemoryError."""
 
 
 @pytest.mark.parametrize(

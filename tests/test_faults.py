@@ -1,4 +1,4 @@
-"""Disks that are full, directories that cannot be written, files that are damaged or gone: what a run does then."""
+"""Full disks, read-only directories, and damaged or missing files."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ from train import main
 
 
 def sentence(capsys) -> str:
-    """The one line on stderr."""
+    """Return the only line on stderr."""
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     return line
@@ -32,7 +32,7 @@ def sentence(capsys) -> str:
 
 @contextlib.contextmanager
 def largest_file(size: int):
-    """No file grows beyond size bytes, as on a disk that is full."""
+    """Limit all files to size bytes, like a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -43,7 +43,7 @@ def largest_file(size: int):
 
 @contextlib.contextmanager
 def mounted(place: Path, options: str):
-    """A small tmpfs at place; the test is skipped where nothing may be mounted."""
+    """Mount a small tmpfs at place; skip the test if mounting is not permitted."""
     command = ["mount", "-t", "tmpfs", "-o", options, "none", str(place)]
     if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("no file system may be mounted here")
@@ -84,7 +84,7 @@ def test_metrics_that_cannot_be_written_are_named(run, capsys):
 
 
 def test_a_small_disk_fills_up(run, capsys):
-    """The checkpoints of steps 2 and 4 fit on it, and that of step 6 does not."""
+    """The checkpoints of steps 2 and 4 fit on the disk, that of step 6 does not."""
     held = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
     (run.parent / "disk").mkdir()
     with mounted(run.parent / "disk", f"size={held + 60_000}"):
@@ -187,7 +187,7 @@ def test_a_second_training_in_the_same_directory_is_refused(run, capsys):
 
 
 def test_a_concurrently_started_training_is_not_overwritten(run, capsys, monkeypatch):
-    """Both found the directory free; the other was done before this one came to write."""
+    """Both found the directory free; the other run finished before this one writes."""
     shutil.move(run, "aside")
     take = RunLock.take
 
@@ -202,7 +202,7 @@ def test_a_concurrently_started_training_is_not_overwritten(run, capsys, monkeyp
 
 
 def test_ctrl_c_during_a_save_does_not_break_it(run, capsys, monkeypatch):
-    """The interrupt comes while the thread is writing step 6; the end of main waits for it."""
+    """The interrupt comes while the thread writes step 6; main waits for it."""
     begun, store = threading.Event(), saver_module.store
 
     def slow(*arguments, **options):

@@ -1,4 +1,4 @@
-"""Whole files or none, and paths of any bytes as text."""
+"""Atomic writes, and paths of any bytes as text."""
 
 import os
 from pathlib import Path

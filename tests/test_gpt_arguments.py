@@ -1,4 +1,4 @@
-"""gpt/arguments.py: each annotation, what it takes, and the sentence for anything else."""
+"""gpt/arguments.py: the values that each annotation allows, and the message for others."""
 
 import dataclasses
 import math
@@ -37,7 +37,7 @@ class Sample:
 
 
 class Nameless:
-    """Raises in its __repr__, as a caller's own class may."""
+    """Raises in __repr__, as a caller's class may."""
 
     def __repr__(self) -> str:
         raise RuntimeError

@@ -1,4 +1,4 @@
-"""Steps that are skipped on the device, float16's scale, and a loop that waits for no device between its logs."""
+"""Skipped steps, float16's loss scale, and a loop that does not wait for the device between logs."""
 
 import math
 import signal
@@ -35,7 +35,7 @@ def run(*words: str) -> int:
 
 @pytest.fixture
 def bad_at(monkeypatch):
-    """bad_at(call, ...) makes the loss of these training steps NaN, counted from 1."""
+    """Return bad_at(call, ...), which makes the loss of these training steps NaN, counted from 1."""
 
     def bad_at(*calls: int) -> None:
         true_loss, count = GPT.loss, iter(range(1, 10**6))
@@ -60,7 +60,7 @@ def test_a_bad_step_is_skipped_and_training_continues(folder, capsys, bad_at):
 
 
 def test_skipped_steps_are_counted_between_logs(folder, capsys, bad_at):
-    """Also those of a log that falls on one of them, and those that a save has looked at."""
+    """Including a log at a skipped step, and steps already counted at a save."""
     bad_at(2, 4, 5, 7)
     words = ["--eval-interval", "100", "--checkpoint-interval", "8"]
     assert run("--max-steps", "10", "--log-interval", "5", "--max-skipped-steps", "3", *words) == 0
@@ -72,7 +72,7 @@ def test_skipped_steps_are_counted_between_logs(folder, capsys, bad_at):
 
 @pytest.mark.parametrize("words", [[], ["--log-interval", "9", "--max-skipped-steps", "1"]], ids=["some", "too-many"])
 def test_a_stop_on_a_bad_step_waits_for_a_good_one_to_save(folder, capsys, bad_at, monkeypatch, words):
-    """Also where so many are too many: an undisturbed run has not looked at them, and does not go back."""
+    """Also if max_skipped_steps is reached: an uninterrupted run checks only at a log, and does not roll back."""
     bad_at(3, 4)
     advance = Monitor.advance
     monkeypatch.setattr(Monitor, "advance", lambda self, n: advance(self, n) or n != 3 or signal.raise_signal(15))
@@ -98,7 +98,7 @@ def test_training_gives_up_after_too_many_bad_steps(folder, capsys, bad_at, limi
 
 @pytest.mark.parametrize("sound", [True, False], ids=["sound", "unsound"])
 def test_a_last_bad_step_succeeds_only_if_the_validation_loss_is_finite(folder, capsys, bad_at, monkeypatch, sound):
-    """Which the validation loss tells."""
+    """The validation loss shows whether the weights are good."""
     bad_at(5)
     if not sound:
         monkeypatch.setattr(
@@ -116,7 +116,7 @@ def test_a_last_bad_step_succeeds_only_if_the_validation_loss_is_finite(folder, 
 
 
 def test_a_last_bad_step_saves_no_weights_that_are_not_finite(folder, capsys, bad_at, monkeypatch):
-    """Whatever the validation loss is: that of a token which the validation text lacks is not in it."""
+    """Whatever the validation loss is: it ignores tokens that the validation text does not contain."""
     bad_at(5)
     monkeypatch.setattr("gpt.training.verdict.all_finite", lambda *args: False)
     assert run("--max-steps", "5") == 3
@@ -134,7 +134,7 @@ def test_a_last_bad_step_with_bad_weights_rolls_back(folder, capsys, bad_at, mon
 
 
 def test_a_validation_loss_that_is_not_finite_is_left_out_of_the_metrics(folder, capsys, monkeypatch):
-    """NaN is not JSON; and it is never the best."""
+    """NaN is not JSON, and is never the best loss."""
     monkeypatch.setattr("gpt.training.due.evaluate", lambda *args: {"val_loss": math.nan, "bits_per_byte": math.inf})
     assert run("--max-steps", "5") == 0
     assert "validation loss nan" in capsys.readouterr().out
@@ -208,7 +208,7 @@ def test_the_loss_scale_equals_that_of_torchs_grad_scaler():
 
 
 class Waits(TorchDispatchMode):
-    """Counts the operations that a GPU would have to be waited for, within torch ..."""
+    """Counts torch operations that would wait for a GPU ..."""
 
     OPERATORS = (
         torch.ops.aten._local_scalar_dense.default,
@@ -226,7 +226,7 @@ class Waits(TorchDispatchMode):
 
 
 class WaitsInPython(TorchFunctionMode):
-    """... and the calls on a tensor, which torch does not see on a CPU."""
+    """... and calls on a tensor, which torch does not dispatch on a CPU."""
 
     METHODS = (torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy)
 

@@ -1,4 +1,4 @@
-"""The table of peaks, against a second list of what the makers' data sheets say."""
+"""The table of peaks, against a second list from the makers' data sheets."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_every_entry_is_in_the_second_list():
 
 
 def test_only_whole_words_of_a_device_name_match():
-    """An A100X, or an H1000, is not known."""
+    """An A100X or an H1000 is unknown."""
     assert [peak_of(name) for name in ("NVIDIA A100X", "NVIDIA H1000", "RTX", "")] == [None] * 4
 
 

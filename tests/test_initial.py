@@ -1,4 +1,4 @@
-"""Training that begins with the weights of a run or of a Hugging Face checkpoint: the whole command."""
+"""The training command with --init-from a run or a Hugging Face checkpoint."""
 
 import json
 import shutil

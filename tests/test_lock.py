@@ -1,4 +1,4 @@
-"""One trainer per run directory."""
+"""A run directory is locked for one training process."""
 
 import errno
 import logging
@@ -51,7 +51,7 @@ def open_files() -> int:
 
 @pytest.mark.parametrize("text", ["", "\xff\n"], ids=["unnamed", "garbage"])
 def test_a_lock_without_a_process_id_is_respected(tmp_path, text):
-    """A full disk keeps the name out of the file; the lock holds."""
+    """On a full disk the file has no process id, but the lock holds."""
     with RunLock(tmp_path) as lock:
         lock.take()
         (tmp_path / ".lock").write_bytes(text.encode("latin-1"))

@@ -1,4 +1,4 @@
-"""The memory that a plan counts beside the model's tensors: the loss's, the process's, and what the heap keeps."""
+"""Memory of a plan beside the model's tensors: the loss, the process and the heap."""
 
 import itertools
 import subprocess
@@ -21,7 +21,7 @@ reads_proc = pytest.mark.skipif(sys.platform != "linux", reason="Linux tells in 
 
 
 def held_while(call) -> int:
-    """The most bytes that were allocated at once while call() ran, less those of what it returned."""
+    """Measure the peak of allocated bytes during call(), without those of its result."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         result = call()
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -33,7 +33,7 @@ def held_while(call) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("N", "V", "C"), [(350, 50304, 8), (1000, 20001, 8), (72, 300_000, 64)], ids=str)
 def test_the_workspace_of_the_loss(N, V, C, dtype):
-    """Several chunks, one, and a product of the weight's size that is larger than the chunk's copies."""
+    """Several chunks, one chunk, and a product as large as the weight that exceeds the chunk's copies."""
     x, weight = (torch.randn(rows, C, requires_grad=True) for rows in (N, V))
     targets = torch.randint(V, (N,))
 
@@ -87,7 +87,7 @@ print(before - process_bytes(torch.device("cpu")))
 @reads_proc
 @pytest.mark.parametrize(("mode", "MiB"), [("give back", 124), ("keep", 0)])
 def test_freed_memory_is_returned_to_the_system(mode, MiB):
-    """All of it; without the call it stays, so that the test can fail."""
+    """Without the call the memory stays, so the test can fail."""
     done = subprocess.run([sys.executable, "-c", HEAP, mode], capture_output=True, text=True, check=True)
     assert abs((int(done.stdout) >> 20) - MiB) < 10
 

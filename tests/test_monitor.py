@@ -1,4 +1,4 @@
-"""The metrics file, the picture and the clock."""
+"""metrics.jsonl, loss.png and the clock."""
 
 import json
 import subprocess
@@ -78,7 +78,7 @@ def test_the_plot_names_its_curves(tmp_path, monkeypatch):
 
 
 def test_the_plot_draws_the_smoothed_curve_in_front_of_single_steps(tmp_path):
-    """Of steps that jump up and down, almost all of the strong blue is on the line between."""
+    """For a jumping loss, almost all dark blue pixels are on the line of the mean."""
     from matplotlib import image
 
     losses = Losses(record(step, train_loss=2.0 + (-1) ** step) for step in range(400))
@@ -113,7 +113,7 @@ def test_the_smoothed_curve_is_the_mean_of_a_twentieth_of_the_points():
 
 
 def test_memory_does_not_grow_with_the_records(tmp_path, capsys):
-    """In the run and when it is resumed: both curves have the same number of points. 20,000 records take megabytes."""
+    """During the run and when it is resumed; both curves have equally many points. 20,000 records take megabytes."""
     line = json.dumps(record(1, train_loss=1.0, grad_norm=1.0, learning_rate=0.1)) + "\n"
 
     def peak(n: int) -> int:
@@ -135,7 +135,7 @@ def test_memory_does_not_grow_with_the_records(tmp_path, capsys):
 
 
 def test_shortened_metrics_are_cut_at_the_first_later_step(tmp_path, capsys):
-    """The last line kept may have lost its line end."""
+    """The last remaining line may lack its line end."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "train_loss": 2.0}\n{"step": 2}')
     for start, kept in ((2, [1, 2]), (1, [1]), (0, [])):

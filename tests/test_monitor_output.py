@@ -1,4 +1,4 @@
-"""What a run shows while it trains: lines on a pipe, a bar on a terminal, and what it says it wrote."""
+"""The output of a training: lines on a pipe, a bar on a terminal, and the list of written files."""
 
 import builtins
 import io
@@ -147,7 +147,7 @@ def test_records_end_at_the_first_line_that_is_invalid(tmp_path, line):
 
 
 def test_written_files_are_listed(tmp_path, capsys):
-    """The newest and the best checkpoint, and only what is there of a trace."""
+    """The newest and the best checkpoint, and the trace files that exist."""
     monitor = monitor_in(tmp_path)
     always = ["config.toml", "tokenizer.json", "corpus.json", "run.json", "metrics.jsonl", "loss.png"]
     assert monitor.written() == always
@@ -194,7 +194,7 @@ def test_other_ranks_report_nothing(capsys):
 
 
 class FakeWandb(types.SimpleNamespace):
-    """The parts of wandb that a monitor uses: `started` are the options of each start, `logged` what each run got."""
+    """The parts of wandb that a monitor uses. `started`: options of each start; `logged`: records of each run."""
 
     class Error(Exception):
         pass

@@ -1,4 +1,4 @@
-"""Schedules in closed form, Muon against the singular value decomposition, groups as documented."""
+"""Schedules in closed form, Muon against the singular value decomposition, parameter groups."""
 
 import math
 
@@ -59,7 +59,7 @@ def test_constant_schedule_ignores_min_lr():
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 48, 16), (2, 16, 64)], ids=str)
 def test_orthogonalize_sends_singular_values_near_one(shape):
-    """Directions stay, and every singular value that is not tiny lands where the quintic iteration sends it."""
+    """Singular vectors stay, and all singular values but tiny ones follow the quintic iteration."""
     G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     U, S, V = torch.linalg.svd(G.double(), full_matrices=False)
     x = S / (S.square().sum(-1, keepdim=True).sqrt() + 1e-7)
@@ -73,7 +73,7 @@ def test_orthogonalize_sends_singular_values_near_one(shape):
 
 
 class Sizes(TorchDispatchMode):
-    """The most numbers in the result of a matrix product."""
+    """Record the largest number of elements in the result of a matrix product."""
 
     most = 0
 
@@ -92,7 +92,7 @@ def test_newton_schulz_multiplies_along_the_short_side(shape):
 
 
 def test_muon_step_is_the_written_rule():
-    """Two steps of momentum, Nesterov, decay and scaling, done by hand on one tall matrix."""
+    """Two steps of momentum, Nesterov, decay and scaling, computed by hand for a tall matrix."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(12, 4, generator=generator)
     p = torch.nn.Parameter(weight.clone())
@@ -137,7 +137,7 @@ def test_muon_orthogonalises_queries_keys_and_values_separately():
 
 @pytest.mark.parametrize("shape", [(3, 8, 6), (2, 5, 12), (2, 3, 4, 4)], ids=str)
 def test_muon_orthogonalises_the_matrices_of_a_stack_separately(shape):
-    """As the weights of experts are: each moves as it would alone."""
+    """Like weights of experts: each matrix moves as it would alone."""
     start, grads = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).split((1, 2))
     stack = torch.nn.Parameter(start[0].clone())
     alone = [torch.nn.Parameter(matrix.clone()) for matrix in start[0].flatten(0, -3)]
@@ -200,7 +200,7 @@ def test_adamw_is_torchs_own_rule():
 
 
 def test_base_width_scales_what_grows_with_the_model():
-    """64 wide, found at 16: a quarter of the rate for the blocks' matrices and the head; rate * decay as before."""
+    """Width 64, tuned at 16: a quarter of the rate for the blocks' matrices and the head; rate * decay unchanged."""
     model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=64, seq_len=8, vocab_size=11))
     config = OptimConfig(learning_rate=0.1, weight_decay=0.5, base_width=16)
     (optimizer,) = build_optimizers(model, config)
@@ -242,7 +242,7 @@ def final_loss(width: int, learning_rate: float, steps: int, **options) -> float
 
 
 def test_wider_is_better_at_one_learning_rate():
-    """The default optimizer and rate, on a text that takes more than the training to learn."""
+    """With the default optimizer and rate, on a text too long to be learned in this training."""
     losses = [final_loss(width, OptimConfig().learning_rate, 60) for width in WIDTHS]
     assert losses[0] - 0.1 > losses[1] > losses[2] + 0.1, losses
 
@@ -274,7 +274,7 @@ def test_the_average_is_the_weighted_sum_of_all_weights():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_step_with_found_inf_changes_nothing(optimizer):
-    """Whatever the gradients are: weights, moments and step counts stay, bit for bit."""
+    """For any gradients, weights, moments and step counts stay, bit for bit."""
     config = OptimConfig(optimizer=optimizer, weight_decay=0.1)
     one, two = tiny_model(), tiny_model()
     both = [(model, build_optimizers(model, config)) for model in (one, two)]

@@ -1,4 +1,4 @@
-"""Any of torch's optimizers, and one of the test's own: it trains, skips, saves and resumes bit for bit."""
+"""Optimizers of torch and of these tests train, skip steps, save and resume bit for bit."""
 
 import math
 
@@ -59,7 +59,7 @@ def assert_same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> N
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_skipped_step_changes_nothing(name):
-    """Whatever the gradients are: before the first step, between two, and after the last."""
+    """For any gradients: before the first step, between two steps, and after the last."""
     (one, bad), (two, good) = (
         (model, MAKERS[name](list(model.parameters()))) for model in (tiny_model(), tiny_model())
     )
@@ -216,7 +216,7 @@ def test_a_state_that_a_checkpoint_cannot_hold_is_named():
 
 @pytest.mark.parametrize("name", ["sgd", "nadam", "adafactor", "lion"])
 def test_the_command_skips_and_resumes_with_it(folder, capsys, monkeypatch, name):
-    """A run with a bad step, stopped after it, ends with the weights of one that was not."""
+    """A run stopped after a bad step and resumed ends with the weights of an uninterrupted one."""
     use_optimizer(monkeypatch, name)
     true_loss, calls = GPT.loss, []
 
@@ -240,7 +240,7 @@ SHARDED = ["sgd-momentum", "adam-amsgrad", "adagrad", "rmsprop", "nadam", "local
 
 @pytest.fixture
 def world():
-    """A process group of this process alone."""
+    """Make a process group of one process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield World(torch.device("cpu"), joined=True)
     dist.destroy_process_group()
@@ -248,7 +248,7 @@ def world():
 
 @pytest.mark.parametrize("name", SHARDED)
 def test_sharded_weights_are_skipped_saved_and_resumed(world, tmp_path, name):
-    """As FSDP2 has them, against the same steps of a plain model."""
+    """FSDP2, compared with the same steps of a plain model."""
 
     def sharded() -> tuple[GPT, optim.Optimizer]:
         model = tiny_model()

@@ -1,4 +1,4 @@
-"""Paths of any bytes in every option that takes one, in any locale; links, folders in the way, and empty values."""
+"""Paths of any bytes in every option that takes a path, in any locale; links, obstructing folders, empty values."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def outcomes(place: bytes, environment: dict[str, str]) -> list[dict]:
 
 @pytest.mark.parametrize(("first", "second"), [(UTF8, ASCII), (ASCII, {"LC_ALL": "C"})], ids=["utf8", "ascii"])
 def test_a_path_is_used_or_refused_in_one_sentence(tmp_path, first, second):
-    """And what was written in one locale is read in another."""
+    """Files written in one locale are read in another."""
     place = os.fsencode(tmp_path) + b"/" + ODD
     found = outcomes(place, first)
     assert len(found) > 50

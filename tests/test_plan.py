@@ -1,4 +1,4 @@
-"""The plan of a run: what it counts is what a run uses; and the command that shows it, traces steps, counts MFU."""
+"""The plan of a run counts what a real run uses; --dry-run, traces and MFU."""
 
 import math
 from dataclasses import replace
@@ -28,7 +28,7 @@ def config_of(preset: str, **options) -> Config:
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_planned_memory_equals_that_of_a_real_step(preset, optimizer):
-    """Weights and optimizer by what is there after a step; activations by what autograd keeps of real tensors."""
+    """Compares weights and optimizer states after a step, and activations that autograd saves."""
     config = config_of(preset, optimizer=optimizer)
     planned = memory_of(config, CPU)
     model = GPT(config.model)
@@ -46,7 +46,7 @@ def test_planned_memory_equals_that_of_a_real_step(preset, optimizer):
 
 @pytest.mark.parametrize("packing", ["documents", "best_fit"])
 def test_activations_with_packed_documents(packing):
-    """More than a stream's: positions and segments are kept too, of each row."""
+    """Positions and segments of each row are saved, too."""
     config = config_of("modern")
     config = replace(config, data=replace(config.data, packing=packing))
     planned, model = memory_of(config, CPU).activations, GPT(config.model)
@@ -59,7 +59,7 @@ def test_activations_with_packed_documents(packing):
     ids=["window", "alibi", "pattern"],
 )
 def test_activations_include_saved_masks(options):
-    """Planned before the mask was ever made, and after."""
+    """Planned before the mask is first created, and after."""
     config = config_of("modern")
     config = replace(config, model=replace(config.model, **options))
     planned = memory_of(config, CPU).activations
@@ -76,7 +76,7 @@ def test_memory_with_average_shards_and_checkpointing():
 
 
 def test_checkpointing_saves_each_blocks_input_once():
-    """Its input, and the vectors of value embeddings, which two blocks share."""
+    """The input of a block, and the value embeddings that two blocks share."""
     config, kept = config_of("modern").model, []
     for layers, tables in ((2, 0), (4, 0), (4, 2)):
         model = GPT(replace(config, n_layer=layers, n_kv_head=1, value_embeds=tables))
@@ -125,7 +125,7 @@ def test_describe(monkeypatch):
 
 
 def test_the_plan_of_a_small_run(monkeypatch):
-    """Every number, counted by hand: 3 blocks of width 16 with biases, a tied vocabulary of 70,000, 16 positions."""
+    """All numbers counted by hand: 3 blocks of width 16 with biases, a tied vocabulary of 70,000, 16 positions."""
     model = ModelConfig(**PRESETS["gpt2"], n_layer=3, n_head=2, n_embd=16, seq_len=16, vocab_size=70_000)
     train = TrainConfig(batch_size=3, grad_accum_steps=2, max_steps=100, dtype="float32")
     config = Config(model=model, optim=OptimConfig(warmup_steps=20, learning_rate=0.002), train=train)
@@ -199,7 +199,7 @@ def test_bytes_and_seconds_are_formatted_for_people():
 
 
 def test_peak_by_name():
-    """The words of an entry, whole, and the longest entry that fits."""
+    """Whole words of an entry must match, and the longest matching entry counts."""
     assert peak_of("NVIDIA H100 80GB HBM3") == 989.4e12
     assert peak_of("NVIDIA H100 PCIe") == 756e12
     assert peak_of("NVIDIA A100-SXM4-40GB") == 312e12

@@ -1,4 +1,4 @@
-"""Which steps are traced, what of them is written, and what is said."""
+"""Traced steps, written files and messages of the profiler."""
 
 import gzip
 import json
@@ -10,7 +10,7 @@ from gpt.training.profile import Profiler
 
 
 def trace(folder, steps: int, taken: int) -> tuple[list[str], list[int]]:
-    """What is said of a run of `taken` steps, and which of them, from 0, are in the trace."""
+    """Profile a run of `taken` steps; return the messages and the traced steps, from 0."""
     said: list[str] = []
     profiler = Profiler(folder, steps, said.append)
     for n in range(taken):

@@ -1,4 +1,4 @@
-"""How far a run has come, and when it has come no further."""
+"""gpt/training/progress.py: the progress of a run, and patience."""
 
 import pytest
 

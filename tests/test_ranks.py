@@ -1,4 +1,4 @@
-"""Ranks that were started differently say so in one sentence, all of them, and compute nothing."""
+"""Ranks that differ all report it in one sentence before they compute anything."""
 
 import hashlib
 import re
@@ -24,7 +24,7 @@ from tests.train_checks import flags as other_flags
 
 
 class Together(World):
-    """A world of three whose ranks give these texts."""
+    """A world whose ranks gather these texts."""
 
     def __init__(self, *texts: str):
         super().__init__(torch.device("cpu"), 0, len(texts))
@@ -47,7 +47,7 @@ def test_all_differences_are_in_one_sentence():
 
 
 def test_weights_are_compared_by_a_hash():
-    """Of the sums of their bits, taken as whole numbers."""
+    """The hash is of the sums of their bits as integers."""
     model = torch.nn.Linear(2, 2)
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[1.0, -1.0], [0.0, 0.5]]))
@@ -134,7 +134,7 @@ RANKS_DIFFER = {
 
 
 def test_two_different_ranks_both_report_it(tmp_path):
-    """One start for each kind, all at once; rank 1 runs a command of its own, with a cache of its own."""
+    """Starts one job per kind, all at once; rank 1 has another command and its own cache."""
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "other.txt").write_text(TEXT.replace("up the hill", "to the mill"))
     (tmp_path / "more.txt").write_text(TEXT + "?")

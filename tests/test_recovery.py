@@ -1,4 +1,4 @@
-"""Training that goes back, skips spikes, ends early, keeps to its time and to its memory."""
+"""Rollbacks, skipped spikes, patience, time limits and lack of memory."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def run(*words: str, run_dir: str = "run") -> int:
 
 
 def lasting(run_dir: str = "run") -> list[dict]:
-    """The metrics without what depends on the clock."""
+    """Read the metrics without values that depend on the clock."""
     records = read_metrics(Path(run_dir) / "metrics.jsonl")
     return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in records]
 
@@ -46,7 +46,7 @@ def checkpoints() -> list[str]:
 
 
 def replace_loss(monkeypatch, change) -> None:
-    """change(x, loss) is what training sees in place of the loss of the inputs x."""
+    """Replace the training loss of inputs x by change(x, loss)."""
     true_loss = GPT.loss
 
     def loss(self, x, *args, **options):
@@ -61,7 +61,7 @@ def replace_loss(monkeypatch, change) -> None:
 
 @pytest.fixture
 def bad_rows(monkeypatch):
-    """Makes the loss NaN on the batches that an undisturbed run sees in its steps 5 and 6; these batches."""
+    """Make the loss NaN on the batches of steps 5 and 6 of an uninterrupted run; return those that occurred."""
     seen: list[torch.Tensor] = []
     with monkeypatch.context() as patch:
         replace_loss(patch, lambda x, loss: seen.append(x.clone()) or loss)
@@ -96,7 +96,7 @@ def test_a_rollback_continues_with_other_data(bad_rows, capsys):
 
 @pytest.mark.parametrize("step", [3, 6])
 def test_a_run_resumes_exactly_after_a_rollback(bad_rows, capsys, step):
-    """From before it went back, which it then does again, and from after."""
+    """From a checkpoint before the rollback, which is then repeated, and from one after it."""
     assert run(*BACK, "--keep-checkpoints", "9") == 0
     whole, metrics = weights_of("run", 8), lasting()
     for path in Path("run/checkpoints").iterdir():
@@ -211,7 +211,7 @@ def test_patience_ends_training_when_the_validation_loss_stops_falling(capsys):
 
 
 def test_patience_is_in_the_checkpoint(capsys):
-    """Stopped between two evaluations without progress, the run ends at the step of the undisturbed one."""
+    """A run stopped between two evaluations without progress ends at the same step as an uninterrupted one."""
     assert run(*WORSE, "--max-steps", "2") == 0
     words = [*WORSE, "--resume", "--learning-rate", "2.0", "--keep-checkpoints", "30"]
     assert run(*words) == 0
@@ -239,7 +239,7 @@ def test_a_time_limit_saves_and_the_run_resumes(capsys, monkeypatch):
     monkeypatch.setattr("gpt.stop.process_seconds", lambda: clock[0])
     replace_loss(monkeypatch, lambda x, loss: clock.append(clock.pop() + 0.6) or loss)
     assert run("--max-steps", "4", "--max-minutes", "100") == 4
-    assert "stopped by its limit of 100 minutes after step 2; --resume goes on" in capsys.readouterr().out
+    assert "stopped by its limit of 100 minutes after step 2; continue with --resume" in capsys.readouterr().out
     assert checkpoints() == ["step_00000002"]
     clock[:] = [0.0]
     assert run("--max-steps", "4", "--max-minutes", "100", "--resume") == 0
@@ -248,15 +248,15 @@ def test_a_time_limit_saves_and_the_run_resumes(capsys, monkeypatch):
 
 
 def test_an_exceeded_time_limit_leaves_one_step(capsys):
-    """Else a job that is started again and again would never come further. A process of tests is older than 6 ms."""
+    """Otherwise a job restarted again and again would make no progress. The test process is older than 6 ms."""
     assert run("--max-steps", "4", "--max-minutes", "0.0001") == 4
-    assert "stopped by its limit of 0.0001 minutes after step 1; --resume goes on" in capsys.readouterr().out
+    assert "stopped by its limit of 0.0001 minutes after step 1; continue with --resume" in capsys.readouterr().out
     assert checkpoints() == ["step_00000001"]
 
 
 @pytest.fixture
 def room_for(monkeypatch):
-    """room_for(rows): training with more rows at once runs out of memory."""
+    """Return room_for(rows), which makes training with more rows at once run out of memory."""
 
     def room_for(rows: int) -> None:
         def change(x, loss):

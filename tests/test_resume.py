@@ -1,4 +1,4 @@
-"""The training command, run again: how it goes on, gives up, and stops."""
+"""Resume, overwrite, stop and give up a training."""
 
 import json
 import math
@@ -41,7 +41,7 @@ ROOT = Path(__file__).parent.parent
     ids=["adamw-dropout-accumulation", "muon-average", "bfloat16", "float16"],
 )
 def test_a_run_resumed_at_any_step_equals_an_uninterrupted_one(folder, capsys, interval, options):
-    """The corpus's one epoch of 153 windows ends within the 20th step of 8 rows."""
+    """The first epoch of 153 windows ends within step 20 of 8 rows."""
     options = {"max_steps": 22, "n_layer": 1, "eval_interval": 6} | options
     run(run_dir="plain", checkpoint_interval=100, **options)
     metrics, whole = lasting("plain"), weights_of("plain", 22)
@@ -95,7 +95,7 @@ def test_resume_reports_changed_options_in_one_line(folder, capsys):
     ],
 )
 def test_resume_tells_other_text_from_another_rounding(batch_size, accumulated, processes, dropout, reason):
-    """The checkpoint is of 8 rows, twice a step, in one process."""
+    """The checkpoint was written with two micro-batches of 8 rows and one process."""
     before = recipe(load_config(flags(batch_size=8, grad_accum_steps=2, dropout=dropout)))
     now = recipe(load_config(flags(batch_size=batch_size, grad_accum_steps=accumulated, dropout=dropout)), processes)
     line = differences(before, now, 4)
@@ -104,7 +104,7 @@ def test_resume_tells_other_text_from_another_rounding(batch_size, accumulated, 
 
 
 def test_the_best_checkpoint_is_kept_separately_and_can_be_loaded(folder, capsys):
-    """A rate that is far too high from step 4 on: the validation loss has its minimum early."""
+    """From step 4 on the rate is far too high, so the validation loss has its minimum early."""
     run(max_steps=4, eval_interval=2, checkpoint_interval=2)
     raised = {"learning_rate": 0.5, "warmup_steps": 0, "schedule": "constant"}
     run("--resume", max_steps=12, eval_interval=2, checkpoint_interval=2, **raised)
@@ -124,7 +124,7 @@ def test_the_best_checkpoint_is_kept_separately_and_can_be_loaded(folder, capsys
 
 @pytest.mark.parametrize("max_steps", [4, 6], ids=["at-the-end", "on-the-way"])
 def test_resume_writes_a_best_checkpoint_that_a_kill_prevented(folder, capsys, max_steps):
-    """A step that is both is saved twice, and the kill came in between; the next evaluation is not better."""
+    """A step of both kinds is saved twice; the kill came between. The next evaluation is not better."""
     run(max_steps=4, eval_interval=2, checkpoint_interval=4)
     name = "run/checkpoints/best_00000004"
     shutil.move(name, "whole")
@@ -145,7 +145,7 @@ def test_resume_prunes_after_a_kill(folder, capsys):
 
 
 def test_resuming_from_an_earlier_step_removes_the_later_ones(folder, capsys):
-    """Else a later --resume would take the abandoned step 20, not the newest step of this course."""
+    """Otherwise a later --resume would use the abandoned step 20."""
     run(checkpoint_interval=5, keep_checkpoints=4)
     run("--resume-from", "run/checkpoints/step_00000005", max_steps=7, learning_rate=1e-4, eval_interval=100)
     assert names_in("run/checkpoints") == ["best_00000007", "step_00000005", "step_00000007"]
@@ -232,7 +232,7 @@ def test_a_signal_saves_and_the_run_resumes(folder, number):
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
 def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not(first):
-    """Under torchrun a process gets SIGTERM twice where the whole job does: from who ends it, and from torchrun."""
+    """Under torchrun a process gets SIGTERM twice: from whoever ends the job, and from torchrun."""
     code = "import signal, sys; from gpt.stop import StopRequest; stop = StopRequest(); raised = signal.raise_signal\n"
     code += f"raised({first:d}); raised(signal.SIGTERM); print(stop.reason, flush=True); raised(signal.SIGINT)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -240,7 +240,7 @@ def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not(first):
 
 
 def test_a_stop_between_logs_does_not_change_the_metrics(folder, capsys, monkeypatch):
-    """The second step is skipped, which the line of the fourth reports; the run is stopped before that."""
+    """Step 2 is skipped, which the line of step 4 reports; the run is stopped in between."""
     options = {"max_steps": 12, "log_interval": 4, "eval_interval": 5}
     true_loss, advance, count, stops = GPT.loss, Monitor.advance, iter(range(1, 100)), {3: signal.SIGINT, 7: 15}
 

@@ -1,4 +1,4 @@
-"""What a training may write over and delete in a folder: a run's own files, and nothing else."""
+"""Training overwrites and deletes only a run's own files."""
 
 import importlib
 import json
@@ -19,13 +19,13 @@ MODES = pytest.mark.parametrize("mode", [[], ["--overwrite"], ["--resume"]], ids
 
 
 def tree(folder: Path) -> dict[str, bytes | str | None]:
-    """Everything in a folder: content of files, target of links, None for folders."""
+    """Read everything in a folder: contents of files, targets of links, None for folders."""
     read = lambda path: os.readlink(path) if path.is_symlink() else None if path.is_dir() else path.read_bytes()
     return {str(path.relative_to(folder)): read(path) for path in sorted(folder.rglob("*"))}
 
 
 def refused(capsys, folder: Path, *words: str) -> str:
-    """The sentence with which a training in this folder is refused; nothing in it has changed."""
+    """Return the message with which a training in this folder is refused; check that it changes nothing."""
     before = tree(folder)
     assert status_of("--run-dir", str(folder), *words, "--max-steps", "2") == 2
     assert tree(folder) == before
@@ -37,7 +37,7 @@ def steps_in(run: Path) -> list[int]:
     return [record["step"] for record in read_metrics(run / "metrics.jsonl") if "train_loss" in record]
 
 
-# Folders of others.
+# Other folders.
 
 
 @MODES
@@ -69,7 +69,7 @@ def test_foreign_files_with_names_of_a_run_are_refused(folder, capsys, names, mo
 
 @MODES
 def test_a_recipe_is_not_a_run(folder, capsys, mode):
-    """A config.toml that this program reads, and did not write."""
+    """This program can read the config.toml, but did not write it."""
     (folder / "mine").mkdir()
     (folder / "mine/config.toml").write_text("[model]\nn_layer = 1\n")
     refused(capsys, folder / "mine", *mode)
@@ -98,7 +98,7 @@ def test_foreign_checkpoints_are_not_a_run_and_stay(folder, mode):
 @pytest.mark.parametrize("place", ["/", "~", ".", "..", "gpt", "kernels/x", ".git"])
 @MODES
 def test_folders_that_a_run_would_litter_are_refused(folder, capsys, monkeypatch, place, mode):
-    """The file system's root, the home folder, this program's own, one above it, and its source."""
+    """The root directory, the home folder, this program's folder, its parent, and its source."""
     program = Path(run_files.__file__).parents[1]
     monkeypatch.setenv("HOME", str(folder / "home"))
     (folder / "home").mkdir()
@@ -169,7 +169,7 @@ def test_a_users_profile_is_not_overwritten(run, capsys):
 
 
 def test_run_json_lists_only_files_of_runs(run):
-    """Whoever hands out a run does not choose what --overwrite deletes."""
+    """A run from someone else must not choose what --overwrite deletes."""
     (run.parent / "mine").write_text("x")
     names = ["../mine", "/mine", str(run.parent / "mine"), "notes.txt", *FILES]
     (run / RECORD).write_text(json.dumps({"files": names}))
@@ -190,7 +190,7 @@ def test_a_partly_deleted_run_can_be_overwritten(run, gone):
 
 
 def dying(function, left):
-    """The function, which is killed when nothing is left to count down."""
+    """Wrap the function so that it is killed when the countdown ends."""
 
     def call(*words):
         next(left)
@@ -200,7 +200,7 @@ def dying(function, left):
 
 
 def test_a_killed_overwrite_can_be_repeated(run, monkeypatch):
-    """It is killed before its first change to the folder, its second, and so on to the last."""
+    """It is killed before its first change to the folder, then before its second, up to the last."""
     for number in range(100):
         copy = run.parent / f"copy{number}"
         shutil.copytree(run, copy)
@@ -224,7 +224,7 @@ def test_a_killed_overwrite_can_be_repeated(run, monkeypatch):
 
 @pytest.mark.parametrize("name", ["checkpoints", f"checkpoints/{OLDER}"])
 def test_overwrite_finds_read_only_folders_before_it_deletes(run, capsys, monkeypatch, name):
-    """As root every folder can be written, so the system's answer is replaced."""
+    """Root can write to every folder, so os.access is replaced."""
     real = os.access
     monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != run / name and real(place, mode))
     assert f"cannot delete {run}/checkpoints" in refused(capsys, run, "--overwrite")
@@ -243,7 +243,7 @@ def test_overwrite_finds_links_into_read_only_folders_before_it_deletes(run, cap
 
 
 def test_hard_links_keep_their_content(run):
-    """A backup by hard links, through a resume that cuts the metrics, and an overwriting."""
+    """A backup of hard links survives a resume that truncates the metrics, and an overwrite."""
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "of": "a course that was left"}\n')
     shutil.copytree(run, run.parent / "backup", copy_function=os.link)
@@ -254,7 +254,7 @@ def test_hard_links_keep_their_content(run):
     assert tree(run.parent / "backup") == before
 
 
-# Runs from before there was a record.
+# Runs older than run.json.
 
 
 def old(run: Path, *gone: str) -> None:
@@ -370,7 +370,7 @@ def test_a_metrics_file_is_recognised_by_its_first_bytes(tmp_path, content, own,
 
 
 def test_the_table_names_every_file_of_a_run_and_its_writer(folder):
-    """With --profile-steps; a profile needs a few steps."""
+    """Uses --profile-steps, which starts to trace after three steps."""
     assert status_of("--max-steps", "5", "--profile-steps", "1", "--ema-decay", "0.5") == 0
     found = {path.relative_to(folder / "run") for path in (folder / "run").rglob("*") if path.is_file()}
     checkpoints = {path for path in found if path.parts[0] == CHECKPOINTS}

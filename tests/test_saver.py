@@ -1,4 +1,4 @@
-"""Saving beside the training: what is saved is the state at the save, in order, and its errors come back."""
+"""The saver thread writes the state at each save, in order, and its errors are raised."""
 
 import subprocess
 import sys
@@ -97,7 +97,7 @@ def test_a_thread_error_is_raised_once_and_keeps_the_older_checkpoint(tmp_path, 
 
 
 def test_an_exit_waits_for_the_thread(tmp_path, gate):
-    """Python joins the threads that are not daemons before it ends."""
+    """Python joins non-daemon threads at exit."""
     model, optimizers = trained()
     saver = Saver(tmp_path, keep=1)
     saver.save(training_tensors(model, optimizers), {"step": 1})
@@ -116,7 +116,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
 
 
 def test_other_ranks_write_no_checkpoint(tmp_path, monkeypatch):
-    """directory None: a save copies nothing and starts no thread, and there is nothing to prune."""
+    """With directory None a save copies nothing and starts no thread, and pruning does nothing."""
     monkeypatch.setattr(module, "snapshot", None)
     saver = Saver(None, keep=1)
     saver.save({}, {"step": 1})
@@ -176,7 +176,7 @@ def test_an_interrupt_in_the_thread_is_raised(tmp_path, monkeypatch):
 
 @pytest.fixture
 def late(monkeypatch):
-    """The thread writes nothing until someone waits for it: as late as it can. A list with a word for each write."""
+    """Make the thread write only when someone waits for it; return a list with an entry for each write."""
     waited, written, store, close = threading.Event(), [], module.store, Saver.close
 
     def write(directory, tensors, state, **options):
@@ -226,7 +226,7 @@ def test_a_copy_may_be_written_after_the_change(tmp_path, late):
 
 @pytest.mark.parametrize("options", [{}, {"optimizer": "muon"}, {"eval_interval": 3}], ids=["adamw", "muon", "alone"])
 def test_training_saves_its_state_at_each_checkpoint(folder, capsys, monkeypatch, late, options):
-    """Each save is written, without a copy, at the latest moment that the training leaves it, or in an evaluation."""
+    """Each in-place save is written at the latest possible moment, or during an evaluation."""
     monkeypatch.setattr(module, "snapshot", None)
     options = {"max_steps": 4, "checkpoint_interval": 1, "eval_interval": 2, "ema_decay": 0.5, **options}
     savers, init, eval_loss = [], Saver.__init__, Parallel.eval_loss
@@ -254,7 +254,7 @@ def test_training_saves_its_state_at_each_checkpoint(folder, capsys, monkeypatch
 
 
 def test_writing_needs_no_memory_for_the_tensors(tmp_path):
-    """In a process of its own: the highest use of memory before and after a save of 256 MiB."""
+    """Compares the peak memory of a separate process before and after a save of 256 MiB."""
     program = """
 import resource, sys, torch
 from pathlib import Path

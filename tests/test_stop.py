@@ -1,4 +1,4 @@
-"""A signal or a time limit is heard by whatever takes long, and costs nothing that was done."""
+"""Signals and time limits interrupt long work without losing results."""
 
 import signal
 import threading
@@ -21,7 +21,7 @@ from tests.train_checks import SHORT, TEXT, lasting, names_in, run, weights_of
 
 @pytest.mark.parametrize("micro_batch", [10, 11, 12])
 def test_a_signal_between_micro_batches_abandons_the_step(folder, capsys, monkeypatch, micro_batch):
-    """The third step has micro-batches 9 to 12; a signal in the last one comes too late to give the step up."""
+    """Step 3 has micro-batches 9 to 12; a signal in the last one is too late to abandon the step."""
     options = SHORT | {"batch_size": 2, "grad_accum_steps": 4, "dropout": 0.1}
     run(run_dir="plain", **options)
     calls, true_loss = [], GPT.loss
@@ -132,7 +132,7 @@ def test_without_proc_the_time_counts_from_the_import(monkeypatch, told):
 
 
 def test_a_signal_interrupts_a_long_library_call():
-    """As in the training of a BPE, which is one call; the other thread is left alone."""
+    """Such as the training of a BPE, which is one call; the other thread continues."""
     never, main_thread = threading.Event(), threading.main_thread().ident
 
     def work():

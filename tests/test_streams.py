@@ -1,4 +1,4 @@
-"""Text on standard output that its encoding has no characters for."""
+"""Text that the encoding of standard output cannot represent."""
 
 import io
 

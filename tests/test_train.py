@@ -1,4 +1,4 @@
-"""The training command as a user runs it: what it writes, and what it refuses."""
+"""The training command: the files it writes, and the input it refuses."""
 
 import functools
 import hashlib
@@ -56,7 +56,7 @@ def test_a_run_directory_holds_everything(folder, capsys):
 
 @pytest.mark.parametrize("decay", [0.0, 0.9], ids=["weights", "their-average"])
 def test_validation_loss_is_the_mean_over_the_whole_tail(folder, capsys, decay):
-    """Of the model that gpt.load gives: with the average of the weights, if one is kept."""
+    """For the model that gpt.load returns, with averaged weights if the run keeps them."""
     run(ema_decay=decay)
     record = [r for r in read_metrics(folder / "run/metrics.jsonl") if "val_loss" in r][-1]
     model, tokenizer = gpt.load("run", device="cpu")
@@ -73,7 +73,7 @@ def test_validation_loss_is_the_mean_over_the_whole_tail(folder, capsys, decay):
 
 
 def test_extra_terms_are_in_the_training_loss_alone(folder, capsys):
-    """At the start every logit is 0: the loss is ln V, and z_loss adds the square of it. Rates are near 0."""
+    """All logits start at 0: the loss is ln V, and z_loss adds its square. The learning rate is near 0."""
     run(run_dir="plain", max_steps=2, learning_rate=1e-9)
     run(run_dir="z", max_steps=2, learning_rate=1e-9, z_loss=0.5)
     nats = math.log(26)
@@ -99,7 +99,7 @@ def test_accumulation_is_a_larger_batch(folder, capsys):
 
 @pytest.mark.parametrize("packing", ["stream", "best_fit"])
 def test_micro_batches_without_targets(folder, capsys, monkeypatch, packing):
-    """Of three steps of two, the second has one and the third has nothing else: it only decays what it always does."""
+    """Three steps of two micro-batches: the second has one without targets, the third only such, so only decay acts."""
     (folder / "docs").mkdir()
     for i in range(9):
         (folder / f"docs/{i}.txt").write_text(TEXT[50 * i :][: 30 + 20 * i])
@@ -146,7 +146,7 @@ def test_low_precision_follows_float32(folder, capsys, dtype):
 
 @pytest.mark.parametrize("packing", ["stream", "best_fit"])
 def test_compiled_training_follows_eager(folder, capsys, monkeypatch, packing):
-    """The graph is captured whole; compiling it to machine code takes a minute and is one of the slow tests."""
+    """The whole graph is captured. Compiling it to machine code takes a minute and is a slow test."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
     if packing != "stream":
         (folder / "docs").mkdir()
@@ -183,7 +183,7 @@ def test_wandb_offline_is_written_and_reads_back(folder, capsys, monkeypatch):
 
 
 def wandb_records(path: Path):
-    """The records of a .wandb file: seven bytes of header, then LevelDB's log format in blocks of 32 KiB."""
+    """Read the records of a .wandb file: a header of seven bytes, then LevelDB's log format in blocks of 32 KiB."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, parts = path.read_bytes(), 7, b""

@@ -1,4 +1,4 @@
-"""The evaluations and samples of a training: stopped, killed, made again; what they read, and in which precision."""
+"""Evaluations and samples of a training: stopped, killed and repeated; the text they read, and their precision."""
 
 import json
 import signal
@@ -30,7 +30,7 @@ def long_text(folder) -> Path:
 
 
 def patch_evaluation(monkeypatch, at: int, act) -> list[int]:
-    """act() in the at-th batch of all evaluations, counted from 1; a list with an entry for each batch."""
+    """Call act() in batch number `at` of all evaluations, from 1; return a list with an entry for each batch."""
     calls, eval_loss = [], Parallel.eval_loss
 
     def counted(self, *args, **options):
@@ -44,7 +44,7 @@ def patch_evaluation(monkeypatch, at: int, act) -> list[int]:
 
 
 def files_of(run_dir: str) -> dict[str, object]:
-    """Every checkpoint's content, without what depends on the clock."""
+    """Read all checkpoints without values that depend on the clock."""
     found: dict[str, object] = {}
     for path in Path(run_dir, "checkpoints").rglob("*.*"):
         name = str(path.relative_to(run_dir))
@@ -59,7 +59,7 @@ def files_of(run_dir: str) -> dict[str, object]:
     ("batch", "step", "whole"), [(1, 2, False), (2, 2, True), (3, 4, False), (4, 4, True), (5, 6, False)]
 )
 def test_a_signal_in_an_evaluation_saves_at_once(long_text, capsys, monkeypatch, batch, step, whole):
-    """Of a step that is saved, or is not, or is the last. One that was not finished is made again."""
+    """In a saved step, an unsaved step and the last step. An unfinished evaluation is repeated."""
     run(run_dir="plain", **SHORT)
     with monkeypatch.context() as patch:
         calls = patch_evaluation(patch, batch, lambda: signal.raise_signal(signal.SIGTERM))
@@ -101,7 +101,7 @@ def test_a_step_is_saved_before_its_evaluation(long_text, capsys, monkeypatch):
 
 
 def test_a_finished_evaluation_is_not_repeated(long_text, capsys, monkeypatch):
-    """The kill came after its line in metrics.jsonl and before the best checkpoint; and once more, after the end."""
+    """Killed between its line in metrics.jsonl and the best checkpoint, and again after the end."""
     run(run_dir="plain", **SHORT)
     save = Saver.save
 
@@ -124,7 +124,7 @@ def test_a_finished_evaluation_is_not_repeated(long_text, capsys, monkeypatch):
 
 
 def test_resuming_in_another_directory_finds_the_evaluation(long_text, capsys):
-    """--resume-from another run: its best loss counts, and is in the new run's checkpoints."""
+    """With --resume-from another run its best loss counts, and is kept in the new run's checkpoints."""
     options = SHORT | {"eval_interval": 3}
     run(run_dir="first", **options)
     val_loss = next(r["val_loss"] for r in lasting("first") if "val_loss" in r)
@@ -138,7 +138,7 @@ def test_resuming_in_another_directory_finds_the_evaluation(long_text, capsys):
 
 @pytest.fixture
 def bounded(folder, monkeypatch) -> Path:
-    """By default an evaluation reads 100 of the 244 validation tokens that can be predicted."""
+    """Make evaluations read by default 100 of the 244 validation tokens."""
     monkeypatch.setattr(validation, "DEFAULT_TOKENS", 100)
     return folder
 

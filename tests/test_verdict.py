@@ -1,4 +1,4 @@
-"""gpt/training/verdict.py: what is decided after a step, as a truth table."""
+"""gpt/training/verdict.py: the decision after a step, as a truth table."""
 
 import math
 from pathlib import Path
@@ -44,7 +44,7 @@ TABLE = {
 
 @pytest.fixture
 def job(monkeypatch):
-    """judge's job of a row of the table, and whether a rollback is left."""
+    """Build the job for a row of the table, and tell whether a rollback is left."""
 
     def make(row: tuple, rollback: bool) -> tuple[SimpleNamespace, Reading]:
         _, _, in_a_row, spike, overflow, finite, val_loss, _ = row
@@ -72,7 +72,7 @@ def test_judge_follows_the_truth_table(job, row, rollback):
 
 
 def test_a_stop_waits_while_steps_are_skipped(job):
-    """There is nothing to save; and micro-batches then do not ask for it."""
+    """There is nothing to save, so micro-batches do not check for a stop."""
     made, seen = job(TABLE["a skipped step"], True)
     judge(made, STEP, True, seen)
     assert (made.stopping, made.listens) == (False, False)

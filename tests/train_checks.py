@@ -1,4 +1,4 @@
-"""Run the training command in a test and read its files. The fixture `folder` is its working directory."""
+"""Run the training command in tests, and read its results. The fixture `folder` is its working directory."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def run(*extra: str, **changes) -> int:
 
 
 def refused(capsys, *words: str) -> str:
-    """Run a command that must end with status 2; return its one line on stderr."""
+    """Return the only line on stderr of a command that ends with status 2."""
     with pytest.raises(SystemExit) as stop:
         run_command(lambda: main(load_config(list(words))))
     assert stop.value.code == 2
@@ -65,6 +65,6 @@ def names_in(folder: str) -> list[str]:
 
 
 def lasting(run_dir: str) -> list[dict]:
-    """Read the metrics without clock times."""
+    """Read the metrics without values that depend on the clock."""
     records = read_metrics(Path(run_dir) / "metrics.jsonl")
     return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in records]

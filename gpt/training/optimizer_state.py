@@ -90,7 +90,8 @@ class _Copy:
             for now, before in self._tables(optimizer):
                 for key in now.keys() - before.keys() - {"params"}:
                     del now[key]
-                now.update({key: value for key, value in before.items() if not torch.is_tensor(value)})
+                both = {key for key, value in before.items() if torch.is_tensor(value) and torch.is_tensor(now[key])}
+                now.update({key: value for key, value in before.items() if key not in both})
 
     def _tables(self, optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Pair the optimizer's states and group options with their copies."""
