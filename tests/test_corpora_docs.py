@@ -18,7 +18,7 @@ from gpt.data import downloads
 from gpt.data.corpus import prepare
 from gpt.training.command import load_config
 from tests.corpus_checks import POEM, sides, write
-from tests.test_foreign import llm_c, nanogpt
+from tests.test_external_tokens import llm_c, nanogpt
 from tests.test_readers import PACK, lines, parquet
 
 ROOT = Path(__file__).parents[1]

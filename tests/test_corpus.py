@@ -131,26 +131,6 @@ def test_reading_in_small_chunks_gives_the_same_tokens(tmp_path, make, kind, mon
     assert whole.tokenizer.encode(train) == [i for i in tokens[0] if i != whole.tokenizer.document_token]
 
 
-def test_memory_stays_bounded(tmp_path, make):
-    """30 MB of text pass in chunks: the Python side never holds a tenth of it."""
-    import tracemalloc
-
-    line = b"It was the best of times, it was the worst of times,\n"
-    path = tmp_path / "large.txt"
-    with open(path, "wb") as file:
-        for _ in range(300):
-            file.write(line * 2000)
-    make(write(tmp_path / "warm.txt", POEM), "byte")
-    tracemalloc.start()
-    try:
-        make(path, "byte")
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert path.stat().st_size > 30e6
-    assert peak < 16e6
-
-
 def test_whitespace_line_ends_and_controls_are_kept(tmp_path, make):
     text = "  a\r\n\tb \n\n\x0c\r c\u2028d\x00 " * 20
     assert "".join(sides(make(write(tmp_path / "text", text)))) == text

@@ -17,11 +17,11 @@ from gpt.data import tokenizers as tokenizer_module
 from gpt.data.cache import MARK, cache_folder
 from gpt.data.config import DataConfig, TokenizerConfig
 from gpt.data.corpus import prepare
-from gpt.data.token_files import ShardWriter
+from gpt.data.token_files import TokenWriter
 from gpt.data.tokenizers import ByteTokenizer
 from gpt.errors import UserError
 from tests.corpus_checks import POEM, folder_of, sides, write
-from tests.test_foreign import llm_c
+from tests.test_external_tokens import llm_c
 
 
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
@@ -66,14 +66,14 @@ def test_interrupted_write_leaves_nothing(tmp_path, make, monkeypatch):
         patch.setattr(tokenize_corpus, "GROUP", 100)
         patch.setattr(readers, "_CHUNK", 100)
         calls = iter(range(1000))
-        append = ShardWriter.append
+        append = TokenWriter.append
 
         def stop(self, ids):
             append(self, ids)
             if next(calls) == 5:
                 raise KeyboardInterrupt
 
-        patch.setattr(ShardWriter, "append", stop)
+        patch.setattr(TokenWriter, "append", stop)
         with pytest.raises(KeyboardInterrupt):
             make(path, "byte")
     assert list(cache.iterdir()) == []
@@ -155,7 +155,7 @@ def killed(tmp_path, make, monkeypatch, small):
 
     def killed(path: Path, kind: str) -> tuple[Path, dict]:
         journals, appended, names = [], [], []
-        written, append = tokenize_corpus.write_whole, ShardWriter.append
+        written, append = tokenize_corpus.write_whole, TokenWriter.append
 
         def stop(self, ids):
             append(self, ids)
@@ -170,7 +170,7 @@ def killed(tmp_path, make, monkeypatch, small):
 
         with monkeypatch.context() as patch:
             patch.setattr(tokenize_corpus, "write_whole", lambda *words: journals.append(written(*words)))
-            patch.setattr(ShardWriter, "append", stop)
+            patch.setattr(TokenWriter, "append", stop)
             with pytest.raises(MemoryError):
                 make(path, kind)
         left = shutil.move(tmp_path / "copy", names[-1])
@@ -254,7 +254,7 @@ def test_a_damaged_unfinished_folder_is_begun_anew(tmp_path, make, monkeypatch, 
 
 def test_an_interrupt_after_a_part_keeps_it(tmp_path, make, monkeypatch, small):
     path = write(tmp_path / "poem.txt", POEM * 8)
-    append, calls = ShardWriter.append, []
+    append, calls = TokenWriter.append, []
 
     def stop(self, ids):
         append(self, ids)
@@ -263,7 +263,7 @@ def test_an_interrupt_after_a_part_keeps_it(tmp_path, make, monkeypatch, small):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(ShardWriter, "append", stop)
+        patch.setattr(TokenWriter, "append", stop)
         with pytest.raises(KeyboardInterrupt):
             make(path, "byte")
     corpus, characters = encoded_by(make, monkeypatch, path, "byte")
@@ -343,7 +343,7 @@ def test_full_disk(tmp_path, make, monkeypatch):
     def full(self, ids):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ShardWriter, "append", full)
+    monkeypatch.setattr(TokenWriter, "append", full)
     with pytest.raises(UserError, match=r"cannot write to the cache folder .*No space left.*--cache-dir"):
         make(write(tmp_path / "poem.txt", POEM))
     assert list((tmp_path / "cache" / "corpora").iterdir()) == []

@@ -17,7 +17,7 @@ import sample
 from gpt.command_line import parse_flags
 from gpt.config import Config
 from gpt.data.cache import JOURNAL, publish, unfinished
-from gpt.data.token_files import HEADER_BYTES, ShardWriter
+from gpt.data.token_files import HEADER_BYTES, TokenWriter
 from gpt.data.tokenizers import ByteTokenizer
 from gpt.files import make_folder, write_whole
 from gpt.interop.export import Arguments, main
@@ -201,11 +201,11 @@ def test_a_published_folder_is_flushed_with_all_that_is_in_it(disk, tmp_path):
 
 def test_a_state_to_resume_a_token_file_from_is_on_the_disk(disk, tmp_path):
     tokenizer = ByteTokenizer()
-    with ShardWriter(tmp_path / "train.tokens", tokenizer) as writer:
+    with TokenWriter(tmp_path / "train.tokens", tokenizer) as writer:
         writer.append(torch.arange(200).numpy())
-        writer.mark()
-        assert not disk.flushed
         writer.state()
+        assert not disk.flushed
+        writer.sync()
         inode = (tmp_path / "train.tokens").stat().st_ino
         assert disk.sizes[inode] == HEADER_BYTES + 200 * tokenizer.dtype.itemsize
 

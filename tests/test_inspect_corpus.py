@@ -12,7 +12,7 @@ from gpt.evaluation.int8 import loss_of_int8
 from gpt.run import load
 from gpt.training.command import load_config
 from tests.corpus_checks import POEM, folder_of, write
-from tests.test_foreign import IDS, llama, llm_c, nanogpt
+from tests.test_external_tokens import IDS, llama, llm_c, nanogpt
 from train import main as train
 
 
@@ -57,7 +57,7 @@ def test_another_programs_file(tmp_path, capsys, kind, said):
     assert lines[2] == f"  | {POEM[:9]}"
 
 
-def test_shards_of_a_corpus(tmp_path, make, capsys):
+def test_token_files_of_a_corpus(tmp_path, make, capsys):
     for i in range(3):
         llm_c(tmp_path / f"train_{i}.bin")
     llm_c(tmp_path / "val.bin")

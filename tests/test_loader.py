@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpt.data.loader import Batches, TrainLoader, permuted, target_bytes, validation_batches
-from gpt.data.token_files import ShardWriter, read_tokens
+from gpt.data.token_files import TokenWriter, read_tokens
 from gpt.data.tokenizers import ByteTokenizer, CharTokenizer
 from gpt.errors import UserError
 
@@ -149,7 +149,7 @@ def test_batches_are_int64_contiguous_and_ones_own(dtype):
 
 def test_tokens_of_a_file(tmp_path):
     tokenizer = ByteTokenizer()
-    with ShardWriter(tmp_path / "x.tokens", tokenizer) as writer:
+    with TokenWriter(tmp_path / "x.tokens", tokenizer) as writer:
         writer.append(np.arange(200))
     tokens = read_tokens(tmp_path / "x.tokens", tokenizer)
     x, y = TrainLoader(tokens, batch_size=8, seq_len=20, seed=0).next_batch()

@@ -61,7 +61,7 @@ def inspect(path: Path, tokenizer: str | None = None, sample_tokens: int = 100) 
     if not path.exists():
         raise UserError(f"there is no {path}, seen from {Path.cwd()}")
     if path.is_file() and path.suffix == ".bin":
-        yield from _foreign(path, tokenizer, sample_tokens)
+        yield from _external(path, tokenizer, sample_tokens)
         return
     require(tokenizer is None, f"{path} has a tokenizer of its own: --tokenizer goes with another program's .bin")
     for folder in _tokenized(path) if path.is_dir() else [path.parent]:
@@ -97,7 +97,7 @@ def _tokenized(path: Path) -> list[Path]:
     return folders
 
 
-def _foreign(path: Path, name: str | None, sample_tokens: int) -> Iterator[str]:
+def _external(path: Path, name: str | None, sample_tokens: int) -> Iterator[str]:
     file = look_at(path)
     kind = "a header of llm.c" if file.offset else "no header, as nanoGPT's"
     if name is None:

@@ -24,7 +24,7 @@ _FIELDS = struct.Struct("<8sIIQ32s32s")
 _DTYPES = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 
 
-class ShardWriter:
+class TokenWriter:
     """Writes one token file; the header, and with it a valid file, comes only with a `with` block that ends well.
 
     state: what state() gave of a file that was left unfinished, to go on after those tokens; what follows them is cut
@@ -49,14 +49,13 @@ class ShardWriter:
         self._file.write(data)
         self.tokens += len(ids)
 
-    def state(self) -> dict[str, Any]:
-        """Bring the tokens so far to the disk; what another writer needs to go on after them."""
+    def sync(self) -> None:
+        """Flush the tokens so far to disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        return self.mark()
 
-    def mark(self) -> dict[str, Any]:
-        """The same while nothing is brought to the disk yet."""
+    def state(self) -> dict[str, Any]:
+        """What another writer needs to continue after these tokens, once sync has flushed them."""
         return {"tokens": self.tokens, "sha256": self._digest.hexdigest()}
 
     def _go_on(self, state: dict[str, Any]) -> None:
@@ -78,7 +77,7 @@ class ShardWriter:
         """Leave the file unfinished."""
         self._file.close()
 
-    def __enter__(self) -> "ShardWriter":
+    def __enter__(self) -> "TokenWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:

@@ -1,18 +1,18 @@
-"""Documents to token files: in groups that a thread per core encodes, and from where an interrupted call left off.
+"""Tokenizes documents into token files: on every core, and resuming after an interruption.
 
-A group is some hundred kilobytes of text, so that a million short documents cost no more than one long one; only a few
-groups are in memory at a time. Whenever another PART of text has been encoded, the token files are brought to the disk
-and a journal beside them says how far they are good. A later call for the same text checks them, reads the text again
-up to there without encoding it, and goes on; the files end up the same, byte for byte.
+Text is encoded in groups of some hundred kilobytes, so that a million short documents cost no more than one long one.
+Only a few groups are in memory at a time. After each PART of text, the token files are flushed to disk and a journal
+beside them records how much of them is valid. A later call for the same text checks them, reads the text again up to
+there without encoding it, and continues; the files end up the same, byte for byte.
 """
 
 import json
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby
+from itertools import groupby, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +21,32 @@ import numpy as np
 from gpt.data.cache import JOURNAL
 from gpt.data.readers import OnRead, Source
 from gpt.data.split import Side, Split, read_documents, utf8_bytes
-from gpt.data.token_files import ShardWriter
+from gpt.data.token_files import TokenWriter
 from gpt.data.tokenizers import Tokenizer, UnknownCharacter
 from gpt.files import write_whole
 
 GROUP = 400_000  # characters that are encoded at a time,
-PIECES = 2000  # in at most so many pieces
-PART = 100_000_000  # characters after which the journal is written
-WORTH_KEEPING = 1_000_000  # characters that an interrupt writes it for
+PIECES = 2000  # in at most this many pieces
+PART = 100_000_000  # characters between two journals
+WORTH_KEEPING = 1_000_000  # characters for which an interruption writes a journal
 
 SIDES: tuple[Side, Side] = ("train", "val")
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Text to encode by itself."""
+    """Text that is encoded by itself."""
 
     side: Side
     text: str
     document: str  # its name
     position: int  # of its first character in the document
-    starts: bool  # the document begins here
+    starts: bool  # whether the document begins here
 
 
 @dataclass
 class Counts:
-    """What has been encoded. Bytes are UTF-8 bytes of text; shards: what each side's ShardWriter.state gave."""
+    """What has been encoded so far; the journal's content. Bytes are UTF-8 bytes of text."""
 
     groups: int = 0
     characters: int = 0
@@ -54,15 +54,17 @@ class Counts:
     train_bytes: int = 0
     val_bytes: int = 0
     white_space: bool = True  # whether all text so far is white space
-    shards: dict[Side, Any] = field(default_factory=dict)
+    shards: dict[Side, Any] = field(default_factory=dict)  # the state of each side's TokenWriter
 
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A group's ids and bytes on each side."""
+    """A group's ids, and its counts. It holds none of the group's text."""
 
     ids: dict[Side, np.ndarray]
     bytes: dict[Side, int]
+    characters: int
+    documents: int
     white_space: bool
 
 
@@ -74,34 +76,29 @@ def write_tokens(
     errors: str,
     on_read: OnRead | None = None,
 ) -> Counts:
-    """Make train.tokens and val.tokens in a folder, or finish those of an earlier call.
+    """Write train.tokens and val.tokens in a folder, or finish those of an earlier call.
 
-    Raises UserError for what is not text.
+    Raises UserError for a source that is not text.
     """
-    paths = {side: folder / f"{side}.tokens" for side in SIDES}
-    counts = _journal(folder / JOURNAL, tokenizer)
-    writers = _resume(paths, tokenizer, counts)
-    if writers is None:
-        counts, writers = Counts(), {side: ShardWriter(path, tokenizer) for side, path in paths.items()}
+    counts, writers = _resume(folder, tokenizer)
+    groups = islice(_groups(_pieces(sources, split, tokenizer, errors, on_read)), counts.groups, None)
     written, marked = counts.characters, None
     with writers["train"], writers["val"]:
         try:
-            for group, encoded in _encoded(
-                _groups(sources, split, tokenizer, errors, on_read), tokenizer, counts.groups
-            ):
-                _append(writers, counts, group, encoded)
-                marked = replace(counts, shards={side: writer.mark() for side, writer in writers.items()})
+            for encoded in _encoded(groups, tokenizer):
+                _append(writers, counts, encoded)
+                marked = replace(counts, shards={side: writer.state() for side, writer in writers.items()})
                 if counts.characters - written >= PART:
                     written = counts.characters
-                    _keep(folder, tokenizer, marked, writers)
+                    _write_journal(folder, tokenizer, marked, writers)
         except KeyboardInterrupt:
             if marked is not None and marked.characters - written >= WORTH_KEEPING:
-                _keep(folder, tokenizer, marked, writers)
+                _write_journal(folder, tokenizer, marked, writers)
             raise
     return counts
 
 
-def _append(writers: dict[Side, ShardWriter], counts: Counts, group: list[_Piece], encoded: _Encoded) -> None:
+def _append(writers: dict[Side, TokenWriter], counts: Counts, encoded: _Encoded) -> None:
     """Write an encoded group and count it."""
     for side, ids in encoded.ids.items():
         writers[side].append(ids)
@@ -109,40 +106,33 @@ def _append(writers: dict[Side, ShardWriter], counts: Counts, group: list[_Piece
     counts.val_bytes += encoded.bytes["val"]
     counts.white_space = counts.white_space and encoded.white_space
     counts.groups += 1
-    counts.characters += sum(len(piece.text) for piece in group)
-    counts.documents += sum(piece.starts for piece in group)
+    counts.characters += encoded.characters
+    counts.documents += encoded.documents
 
 
-def _keep(folder: Path, tokenizer: Tokenizer, marked: Counts, writers: dict[Side, ShardWriter]) -> None:
-    """Bring the tokens to the disk, and then a journal that says how far they are good."""
+def _write_journal(folder: Path, tokenizer: Tokenizer, counts: Counts, writers: dict[Side, TokenWriter]) -> None:
+    """Flush the tokens to disk, then write the journal that counts them."""
     for writer in writers.values():
-        writer.state()
-    record = {"fingerprint": tokenizer.fingerprint, "group": GROUP, **asdict(marked)}
+        writer.sync()
+    record = {"fingerprint": tokenizer.fingerprint, "group": GROUP, **asdict(counts)}
     write_whole(folder / JOURNAL, json.dumps(record).encode())
 
 
-def _journal(path: Path, tokenizer: Tokenizer) -> Counts:
-    """How far an earlier call came with this tokenizer."""
+def _resume(folder: Path, tokenizer: Tokenizer) -> tuple[Counts, dict[Side, TokenWriter]]:
+    """Open the token files behind what the journal counts; from their start if there is no valid journal."""
+    paths = {side: folder / f"{side}.tokens" for side in SIDES}
+    writers: dict[Side, TokenWriter] = {}
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads((folder / JOURNAL).read_bytes())
         if (record.pop("fingerprint"), record.pop("group")) == (tokenizer.fingerprint, GROUP):
-            return Counts(**record)
+            counts = Counts(**record)
+            for side, path in paths.items():
+                writers[side] = TokenWriter(path, tokenizer, counts.shards[side])
+            return counts, writers
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    return Counts()
-
-
-def _resume(paths: dict[Side, Path], tokenizer: Tokenizer, counts: Counts) -> dict[Side, ShardWriter] | None:
-    """Writers that continue the token files of an earlier call; None if these are missing or have changed."""
-    writers: dict[Side, ShardWriter] = {}
-    try:
-        for side, path in paths.items():
-            writers[side] = ShardWriter(path, tokenizer, counts.shards[side])
-    except (OSError, ValueError, KeyError, TypeError):
         for writer in writers.values():
             writer.close()
-        return None
-    return writers
+    return Counts(), {side: TokenWriter(path, tokenizer) for side, path in paths.items()}
 
 
 def _pieces(
@@ -157,11 +147,11 @@ def _pieces(
                     position += len(text)
 
 
-def _groups(*arguments: Any) -> Iterator[list[_Piece]]:
-    """The pieces, as many together as make a GROUP."""
+def _groups(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """Collect pieces into groups of about GROUP characters."""
     group: list[_Piece] = []
     size = 0
-    for piece in _pieces(*arguments):
+    for piece in pieces:
         group.append(piece)
         size += len(piece.text)
         if size >= GROUP or len(group) == PIECES:
@@ -171,25 +161,22 @@ def _groups(*arguments: Any) -> Iterator[list[_Piece]]:
         yield group
 
 
-def _encoded(
-    groups: Iterator[list[_Piece]], tokenizer: Tokenizer, done: int
-) -> Iterator[tuple[list[_Piece], _Encoded]]:
-    """Each group but the first `done`, encoded, in order. tiktoken works outside the interpreter's lock: it gets a
-    thread per core."""
+def _encoded(groups: Iterator[list[_Piece]], tokenizer: Tokenizer) -> Iterator[_Encoded]:
+    """Encode groups, in order; with a thread per core if that is faster with this tokenizer.
+
+    Memory is bounded however the threads are scheduled: only the pool refers to a group, and drops its text once it is
+    encoded.
+    """
     threads = cores() if tokenizer.parallel else 1
-    waiting: deque[tuple[list[_Piece], Future[_Encoded]]] = deque()
+    waiting: deque[Future[_Encoded]] = deque()
     pool = ThreadPoolExecutor(threads)
     try:
-        for number, group in enumerate(groups):
-            if number < done:
-                continue
-            waiting.append((group, pool.submit(_encode, group, tokenizer)))
+        for future in map(pool.submit, repeat(_encode), groups, repeat(tokenizer)):
+            waiting.append(future)
             if len(waiting) > 2 * threads:
-                first, future = waiting.popleft()
-                yield first, future.result()
+                yield waiting.popleft().result()
         while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -206,10 +193,15 @@ def _encode(group: list[_Piece], tokenizer: Tokenizer) -> _Encoded:
         except UnknownCharacter as error:
             raise UnknownCharacter(error.character, piece.position + error.position, piece.document) from None
         sizes[piece.side] += utf8_bytes(piece.text)
-    joined = {side: np.concatenate(parts) for side, parts in ids.items() if parts}
-    return _Encoded(joined, sizes, all(piece.text.isspace() for piece in group))
+    return _Encoded(
+        ids={side: parts[0] if len(parts) == 1 else np.concatenate(parts) for side, parts in ids.items() if parts},
+        bytes=sizes,
+        characters=sum(len(piece.text) for piece in group),
+        documents=sum(piece.starts for piece in group),
+        white_space=all(piece.text.isspace() for piece in group),
+    )
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from gpt.data import external_tokens as foreign
+from gpt.data import external_tokens
 from gpt.data.corpus import check_length
 from gpt.data.external_tokens import TokenParts
 from gpt.data.loader import target_bytes
@@ -62,7 +62,7 @@ def test_files_are_mapped_where_they_are(tmp_path, make, kind):
     check_length(corpus, 100)
 
 
-def test_shards_named_by_a_glob_follow_each_other(tmp_path, make):
+def test_files_of_a_glob_are_joined_in_order(tmp_path, make):
     for i, part in enumerate(np.array_split(IDS, 5)):
         llm_c(tmp_path / f"fineweb_train_{i:06}.bin", part)
     llm_c(tmp_path / "fineweb_val_000000.bin", IDS[:300])
@@ -126,8 +126,8 @@ def test_a_file_is_hashed_once(tmp_path, make, monkeypatch):
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert (record.name, json.loads(record.read_bytes())) == (f"{name}.json", {"state": state, "sha256": digest})
     with monkeypatch.context() as patch:
-        patch.setattr(foreign.Source, "hashed", None)
-        patch.setattr(foreign, "count_ids", None)
+        patch.setattr(external_tokens.Source, "hashed", None)
+        patch.setattr(external_tokens, "count_ids", None)
         assert make(path, "byte").directory == first.directory
     nanogpt(path, IDS[::-1])
     again = make(path, "byte")
@@ -149,7 +149,7 @@ def test_files_that_were_touched_or_moved_are_checked_again(tmp_path, make, chan
     assert sides(again) == sides(first)
 
 
-def test_a_run_on_shards(tmp_path, make, named):
+def test_a_run_on_token_files(tmp_path, make, named):
     """A named tokenizer's ids, beyond a byte."""
     ids = np.asarray(named.encode(POEM))
     assert ids.max() > 256
@@ -216,12 +216,12 @@ def test_what_only_has_the_name_of_token_ids_is_refused(tmp_path, kind):
     """Two letters are an id of gpt2's, and so are the halves of a wider id."""
     content, message = OTHERS[kind]
     with pytest.raises(UserError, match=rf"x.bin is not a token file of uint16 ids: it holds {message}"):
-        foreign.look_at(write(tmp_path / "x.bin", content))
+        external_tokens.look_at(write(tmp_path / "x.bin", content))
 
 
 @pytest.mark.parametrize("ids", [MANY, MANY % 65, MANY % 300, MANY % 7, [640, *MANY], [0x8B1F, *MANY]], ids=range(6))
 def test_ids_of_any_vocabulary_are_taken(tmp_path, ids):
-    assert foreign.look_at(nanogpt(tmp_path / "x.bin", ids)).tokens == len(ids)
+    assert external_tokens.look_at(nanogpt(tmp_path / "x.bin", ids)).tokens == len(ids)
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
@@ -291,14 +291,14 @@ def test_an_index_of_another_tokenizer_is_refused(tmp_path, make, named):
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 100])
 def test_ids_are_counted_in_parts(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(foreign, "_CHUNK", chunk)
+    monkeypatch.setattr(external_tokens, "_CHUNK", chunk)
     read, ids = [], [0, 0, 256, 3, 3, 3, 300]
-    file = foreign.look_at(llama(tmp_path / "x.bin", ids[:6]))
-    uses = foreign.count_ids(file, ByteTokenizer(), read.append)
+    file = external_tokens.look_at(llama(tmp_path / "x.bin", ids[:6]))
+    uses = external_tokens.count_ids(file, ByteTokenizer(), read.append)
     assert {i: n for i, n in enumerate(uses.tolist()) if n} == {0: 2, 256: 1, 3: 3} and len(uses) == 257
     assert sum(read) == 24 and max(read) == 4 * min(chunk, 6)
     with pytest.raises(UserError, match="the id 300 at byte 1048"):
-        foreign.count_ids(foreign.look_at(llama(tmp_path / "x.bin", ids)), ByteTokenizer())
+        external_tokens.count_ids(external_tokens.look_at(llama(tmp_path / "x.bin", ids)), ByteTokenizer())
 
 
 def test_windows_outside_the_tokens_are_refused():
@@ -311,7 +311,7 @@ def test_windows_outside_the_tokens_are_refused():
 
 def test_a_token_file_that_is_gone(tmp_path):
     with pytest.raises(UserError, match=r"cannot read the token file .*gone.bin: No such file"):
-        foreign.look_at(tmp_path / "gone.bin")
+        external_tokens.look_at(tmp_path / "gone.bin")
 
 
 def test_a_glob_searches_folders(tmp_path, make):
