@@ -5,6 +5,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable
@@ -168,23 +169,22 @@ class Coverage:
     def tests(self, mutant: Mutant) -> list[tuple[str, float]]:
         """List the tests that run a mutant's lines, with seconds: the module's test file first, then the fastest.
 
-        Tests of files that ran the lines only while they were imported come last.
+        Tests of files that ran the lines only while they were imported come last, as do those that may use a constant:
+        of files that import its module.
         """
         found = []
         for name, record in self.records.items():
             digest = record["sources"].get(mutant.module)
             wanted = digest and self._wanted(mutant.module, digest, mutant.lines)
-            imported = bool(wanted and record["imported"].get(mutant.module, 0) & wanted)
+            imported = wanted and record["imported"].get(mutant.module, 0) & wanted
+            imported = bool(imported or (not mutant.lines and _imports(self.tree.source(name), mutant.module)))
             for test, entry in record["tests"].items():
                 runs = bool(wanted and entry["lines"].get(mutant.module, 0) & wanted)
                 if runs or imported:
                     found.append((not runs, Path(mutant.module).stem not in name, entry["seconds"], test))
         if not found and not mutant.lines:
-            found = [
-                (False, True, entry["seconds"], test)
-                for r in self.records.values()
-                for test, entry in r["tests"].items()
-            ]
+            every = (item for record in self.records.values() for item in record["tests"].items())
+            found = [(False, True, entry["seconds"], test) for test, entry in every]
         return [(test, seconds) for *_, seconds, test in sorted(found)]
 
     @cache  # noqa: B019 - lives as long as the program
@@ -205,6 +205,12 @@ class Coverage:
         for a, b, size in difflib.SequenceMatcher(None, now, before, autojunk=False).get_matching_blocks():
             places |= {a + i + 1: b + i + 1 for i in range(size)}
         return places
+
+
+def _imports(source: str, module: str) -> bool:
+    """Whether a file of tests imports a module of the project by its name."""
+    package, _, name = module.removesuffix(".py").replace("/", ".").rpartition(".")
+    return bool(re.search(rf"^from {re.escape(package)}(\.{name} import| import .*\b{name}\b)", source, re.MULTILINE))
 
 
 def _bits(lines: Iterable[int]) -> int:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from gpt import errors
 from gpt.errors import UserError, out_of_memory, run_command
 
 
@@ -11,6 +12,11 @@ def ended(capsys, main) -> tuple[int, str]:
     with pytest.raises(SystemExit) as stop:
         run_command(main)
     return stop.value.code, capsys.readouterr().err
+
+
+def test_exit_statuses_are_those_of_the_documentation():
+    names = ("EXIT_DONE", "EXIT_FAULT", "EXIT_USER", "EXIT_DIVERGED", "EXIT_STOPPED")
+    assert [getattr(errors, name) for name in names] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -281,7 +281,11 @@ OTHERS = {
     "tensorflow": ("tf_model.h5", "", "TensorFlow's weights"),
     "flax": ("flax_model.msgpack", "", "Flax's weights"),
     "cache": ("snapshots/abc/config.json", "{}", "a folder of the Hub's cache: give snapshots/abc in it"),
-    "trainer": ("checkpoint-500/config.json", "{}", "several checkpoints of a training: give one of them, such as checkpoint-500"),
+    "trainer": (
+        "checkpoint-500/config.json",
+        "{}",
+        "several checkpoints of a training: give one .* such as checkpoint-500",
+    ),
 }
 
 

@@ -110,13 +110,15 @@ TOY = {
 
         def distance(a):
             return abs(a - 7)
+
+        LIMIT = 50
         """,
     "gpt/__init__.py": "",
     "gpt/alone.py": "def twice(a):\n    return 2 * a\n\n\ndef same(a):\n    return a * 1\n",
     "tests/test_tested.py": """
         import subprocess, sys
         import pytest
-        from gpt.tested import distance, least, wait
+        from gpt.tested import LIMIT, distance, least, wait
 
         FAR = distance(17)
 
@@ -136,6 +138,9 @@ TOY = {
 
         def test_what_was_made_when_the_file_was_imported():
             assert FAR == 10
+
+        def test_limit():
+            assert LIMIT == 50
 
         def test_add_in_another_process():
             code = "from gpt.tested import add; assert add(2, 3) == 5"
@@ -192,6 +197,10 @@ def test_a_mutant_that_runs_while_tests_are_imported_is_killed(toy):
     record = toy[1]["return abs(a + 7)"]
     assert record["result"] == "killed"
     assert record["by"] == "tests/test_tested.py::test_what_was_made_when_the_file_was_imported"
+
+
+def test_a_mutant_of_a_constant_is_killed_by_a_test_that_runs_no_function(toy):
+    assert toy[1]["LIMIT = 51"]["by"] == "tests/test_tested.py::test_limit"
 
 
 def test_a_shared_fixture_costs_every_test_that_uses_it(tmp_path):

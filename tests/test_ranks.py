@@ -192,3 +192,19 @@ def test_ranks_that_wait_for_rank_0_can_be_stopped(monkeypatch):
     with World(torch.device("cpu"), 1, 2).main_first():
         calls.append("block")
     assert calls == ["look", "look", "look", "wait", "block", "patient"]
+
+
+@pytest.mark.parametrize(("parallel", "joined"), [("auto", False), ("ddp", True)])
+def test_a_single_rank_joins_a_group_only_if_asked(parallel, joined, monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    started = []
+    group = SimpleNamespace(
+        init_process_group=lambda backend, **options: started.append(backend),
+        destroy_process_group=lambda: started.append("end"),
+        DistError=RuntimeError,
+    )
+    monkeypatch.setattr(distributed, "dist", group)
+    with distributed.join("cpu", parallel) as world:
+        assert (world.rank, world.size, world.joined) == (0, 1, joined)
+    assert started == (["gloo", "end"] if joined else [])
