@@ -49,13 +49,14 @@ def _check_acting(argv: Sequence[str], config: Config) -> None:
                 raise UserError(f"{flag(f.name)} does nothing with {key} {value}: it goes with {' or '.join(values)}")
 
 
-def _check_source(argv: Sequence[str], source: str, preset: str | None) -> None:
-    """Raise UserError for a preset, or a tokenizer that init_from also provides."""
+def _source_options(argv: Sequence[str], source: str, preset: str | None) -> dict[str, Any]:
+    """Return the source's model options. Raises UserError for a preset, or for a tokenizer that the source has, too."""
     named = _given(argv, "--tokenizer")
     if preset:
         raise UserError(f"preset {preset} and init_from {source} contradict each other: give one")
     if named and has_tokenizer(source):
         raise UserError(f"tokenizer {named} and init_from {source}, which has its own, contradict each other: give one")
+    return asdict(initial_config(source))
 
 
 def _preset(name: str | None) -> dict[str, Any]:
@@ -104,8 +105,7 @@ def load_config(argv: Sequence[str], prog: str = "train.py") -> Config:
     elif source and (begun := _begun_run(argv, path, tables)):
         tables["model"] = asdict(config_from_toml(begun).model) | _preset(preset) | model
     elif source:
-        _check_source(argv, source, preset)
-        tables["model"] = asdict(initial_config(source)) | model
+        tables["model"] = _source_options(argv, source, preset) | model
     else:
         tables["model"] = _preset(preset) | model
     try:
