@@ -21,7 +21,7 @@ _SIGNS = (
     ("*.h5", "TensorFlow's weights ({})", _SAVE),
     ("*.msgpack", "Flax's weights ({})", _SAVE),
     ("snapshots/*", "a folder of the Hub's cache", "give {} in it"),
-    ("checkpoint-*", "several checkpoints of a training", "give one of them, such as {}"),
+    ("checkpoint-*", "several checkpoints", "give one of them, such as {}"),
 )
 
 
