@@ -94,5 +94,5 @@ def test_export_writes_a_tokenizer_that_declares_its_tokens(tmp_path):
 
 
 def test_the_benchmark_refuses_a_tokenizer_without_an_encoding(toy):
-    with pytest.raises(UserError, match="nothing to compare a backward tokenizer with"):
+    with pytest.raises(UserError, match="no backward tokenizer to compare with"):
         benchmark.pick("backward", POEM, 300)
