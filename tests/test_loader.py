@@ -226,7 +226,7 @@ def test_resume_in_another_order_is_refused(change, name):
 @pytest.mark.parametrize("place", [{"index": 100}, {"index": -1}, {"epoch": -1}, {"index": 10**9}], ids=str)
 def test_impossible_place_is_refused_and_changes_nothing(place):
     loader, twin = (TrainLoader(numbered(1000), batch_size=4, seq_len=10, seed=7) for _ in range(2))
-    with pytest.raises(UserError, match="place in the data"):
+    with pytest.raises(UserError, match="data position is invalid"):
         loader.load_state_dict(loader.state_dict() | place)
     assert loader.next_batch()[0].equal(twin.next_batch()[0])
 

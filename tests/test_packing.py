@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 
 import gpt
 from gpt.config import ModelConfig
-from gpt.data.loader import PLACES, TrainLoader, validation_batches
+from gpt.data.loader import DOCUMENT_INPUTS, TrainLoader, validation_batches
 from gpt.data.packing import (
     BestFitLoader,
     DocumentLoader,
     check_packing,
+    document_inputs,
     pack,
     packed_validation,
     piece_starts,
-    places,
     read_pieces,
 )
 from gpt.data.token_files import read_tokens
@@ -58,7 +58,7 @@ def segments(batch: tuple[torch.Tensor, ...]):
 
 def test_positions_and_segments_of_a_row():
     x = torch.tensor([[7, 8, 0, 5, 0, 0, 6, 9], [0, 1, 2, 3, 4, 5, 6, 0]])
-    positions, ids = places(x, DOCUMENT)
+    positions, ids = document_inputs(x, DOCUMENT)
     assert positions.tolist() == [[0, 1, 0, 1, 0, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6, 0]]
     assert ids.tolist() == [[0, 0, 1, 1, 2, 3, 3, 3], [0, 0, 0, 0, 0, 0, 0, 1]]
     assert (positions.dtype, ids.dtype) == (torch.int64, torch.int32)
@@ -72,7 +72,7 @@ def test_documents_are_the_streams_windows():
         x, y, *rest = documents.next_batch()
         for ours, theirs in zip((x, y), stream.next_batch()):
             assert ours.equal(theirs)
-        assert all(a.equal(b) for a, b in zip(rest, places(x, DOCUMENT)))
+        assert all(a.equal(b) for a, b in zip(rest, document_inputs(x, DOCUMENT)))
         assert documents.state_dict() == stream.state_dict()
 
 
@@ -166,7 +166,8 @@ def test_a_packed_pass_has_the_loss_of_each_document_alone(packing, position):
     tokens = corpus(lengths_of(40), numbered=False)
     batches = list(packed_validation(tokens, packing, DOCUMENT, batch_size=4, seq_len=24))
     packed = sum(
-        model.loss(x, y, reduction="sum", **dict(zip(PLACES, rest, strict=True))).item() for x, y, *rest in batches
+        model.loss(x, y, reduction="sum", **dict(zip(DOCUMENT_INPUTS, rest, strict=True))).item()
+        for x, y, *rest in batches
     )
     cuts = {0, len(tokens) - 1, *np.flatnonzero(tokens[:-1] == DOCUMENT).tolist()}
     cuts |= set(range(0, len(tokens) - 1, 24)) if packing == "documents" else set(piece_starts(tokens, 0, 24).tolist())

@@ -78,7 +78,7 @@ def test_a_pool_that_makes_fewer_rows_after_a_rollback_is_left_for_the_next(smal
 @pytest.mark.parametrize("change", [{"pool": 100}, {"row": -1}, {"epoch": -1}, {"row": 17}], ids=str)
 def test_impossible_place_is_refused(change, small_pools):
     loader = loader_of("best_fit")
-    with pytest.raises(UserError, match="place in the data"):
+    with pytest.raises(UserError, match="data position is invalid"):
         loader.load_state_dict(loader.state_dict() | change)
 
 

@@ -88,7 +88,7 @@ def test_the_poison_works():
         ({"loader": []}, '"loader" is'),
         ({"loader": {"corpora": [{"corpora": []}]}}, '"loader" is'),
         ({"loader": {"packing": 3}}, '"loader" is'),
-        ({"loader": {"seed": 1337, "seq_len": 16, "tokens": 2203}}, "place in the data"),
+        ({"loader": {"seed": 1337, "seq_len": 16, "tokens": 2203}}, "data position is invalid"),
         ({"loader": {}}, "data order has seed None"),
         ({"scaler": {"scale": float("nan")}}, '"scaler" is'),
         ({"best": {"val_loss": "low"}}, '"best" is'),

@@ -1,4 +1,4 @@
-"""Folders of the cache: written beside their place, and there whole or not at all."""
+"""Folders of the cache: written beside their final, and there whole or not at all."""
 
 import os
 import tempfile
@@ -36,26 +36,26 @@ def cache_folder(given: Path | None) -> Path:
 
 
 @contextmanager
-def publish(place: Path, *, resume: bool = False) -> Iterator[Path]:
-    """A new folder to write in, which becomes `place` when the block ends well and goes away when it does not.
+def publish(final: Path, *, resume: bool = False) -> Iterator[Path]:
+    """A new folder to write in, which becomes `final` when the block ends well and goes away when it does not.
 
     A reader never sees half of it. Where another process was first, its folder stays. A write that fails in the block
     is a UserError that names the cache folder.
 
-    resume: the folder may be what an earlier block for this place left behind when it was killed, or interrupted with
+    resume: the folder may be what an earlier block for this final left behind when it was killed, or interrupted with
     a JOURNAL in it; it waits a month for that. Two processes never share one.
     """
-    with unfinished(place.parent, place.name if resume else None) as work:
+    with unfinished(final.parent, final.name if resume else None) as work:
         yield work
         try:
             (work / JOURNAL).unlink(missing_ok=True)
             for path in (*work.rglob("*"), work):  # before it has a name that readers trust
                 flush(path)
-            os.rename(work, place)
-            (place / MARK).unlink()
-            flush(place.parent)
+            os.rename(work, final)
+            (final / MARK).unlink()
+            flush(final.parent)
         except OSError:
-            if not place.is_dir():
+            if not final.is_dir():
                 raise
 
 
@@ -148,10 +148,10 @@ def discard(folder: Path) -> None:
         folder.rmdir()
 
 
-def make_way(place: Path) -> None:
+def make_way(final: Path) -> None:
     """Delete a damaged folder of the cache, to make it anew. UserError where it holds what is not the cache's."""
-    if strange := strange_in(place):
+    if strange := strange_in(final):
         raise UserError(
-            f"{place} is damaged and holds {strange.name}, which the cache did not write: move that elsewhere"
+            f"{final} is damaged and holds {strange.name}, which the cache did not write: move that elsewhere"
         )
-    discard(place)
+    discard(final)

@@ -25,7 +25,7 @@ from typing import Any
 from gpt.data.build_tokenizer import build_tokenizer, check_name, learns_from
 from gpt.data.cache import cache_folder, make_way, publish
 from gpt.data.config import DataConfig, TokenizerConfig
-from gpt.data.downloads import Progress
+from gpt.data.downloads import OnProgress
 from gpt.data.external_tokens import find_token_files, hashed, write_index
 from gpt.data.readers import OnRead, Source
 from gpt.data.sources import find_sources
@@ -35,7 +35,7 @@ from gpt.data.tokenize_corpus import write_tokens
 from gpt.data.tokenizers import Tokenizer, load_tokenizer
 from gpt.errors import UserError
 
-__all__ = ["Corpus", "Progress", "cache_folder", "check_length", "prepare"]
+__all__ = ["Corpus", "OnProgress", "cache_folder", "check_length", "prepare"]
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def prepare(
     tokenizer: TokenizerConfig,
     *,
     fixed_tokenizer: Tokenizer | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Corpus:
     """Tokenize data.corpus, or open what an earlier call made of the same text and settings.
 
@@ -80,17 +80,17 @@ def prepare(
         return _prepare_tokens(files, data, fixed_tokenizer or _maker(files, tokenizer), cache, progress)
     sources = [source.hashed() for source in find_sources(data, cache / "downloads", progress)]
     digest = _digest(sources, data, tokenizer, fixed_tokenizer)
-    place = cache / "corpora" / digest[:32]
-    if place.is_dir():
+    folder = cache / "corpora" / digest[:32]
+    if folder.is_dir():
         try:
-            saved = fixed_tokenizer or load_tokenizer(place / "tokenizer.json")
-            return _open(place, sources, digest, saved, verify=True)
+            saved = fixed_tokenizer or load_tokenizer(folder / "tokenizer.json")
+            return _open(folder, sources, digest, saved, verify=True)
         except UserError as error:
             log.warning("%s: tokenizing again", error)
-            make_way(place)
-    with publish(place, resume=True) as work:
+            make_way(folder)
+    with publish(folder, resume=True) as work:
         made = _write(work, sources, data, tokenizer, fixed_tokenizer, progress)
-    return _open(place, sources, digest, made, verify=False)
+    return _open(folder, sources, digest, made, verify=False)
 
 
 def _maker(files: list[Path], config: TokenizerConfig) -> Tokenizer:
@@ -105,7 +105,7 @@ def _maker(files: list[Path], config: TokenizerConfig) -> Tokenizer:
 
 
 def _prepare_tokens(
-    files: list[Path], data: DataConfig, tokenizer: Tokenizer, cache: Path, progress: Progress | None
+    files: list[Path], data: DataConfig, tokenizer: Tokenizer, cache: Path, progress: OnProgress | None
 ) -> Corpus:
     """A corpus of other programs' token files, which stay where they are."""
     sources = hashed(files, cache, progress)
@@ -116,17 +116,17 @@ def _prepare_tokens(
         "split": data.val_fraction,
     }
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-    place = cache / "corpora" / digest[:32]
-    if place.is_dir():
+    folder = cache / "corpora" / digest[:32]
+    if folder.is_dir():
         try:
-            return _open(place, sources, digest, tokenizer, verify=True)
+            return _open(folder, sources, digest, tokenizer, verify=True)
         except UserError as error:  # moved, or touched
             log.warning("%s: checking again", error)
-            make_way(place)
-    with publish(place) as work:
+            make_way(folder)
+    with publish(folder) as work:
         tokenizer.save(work / "tokenizer.json")
         write_index(work, files, tokenizer, data.val_fraction, _meter("checking tokens", sources, progress))
-    return _open(place, sources, digest, tokenizer, verify=False)
+    return _open(folder, sources, digest, tokenizer, verify=False)
 
 
 def check_length(corpus: Corpus, seq_len: int) -> None:
@@ -156,19 +156,19 @@ def _digest(sources: list[Source], data: DataConfig, config: TokenizerConfig, fi
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
-def _open(place: Path, sources: list[Source], digest: str, tokenizer: Tokenizer, *, verify: bool) -> Corpus:
+def _open(folder: Path, sources: list[Source], digest: str, tokenizer: Tokenizer, *, verify: bool) -> Corpus:
     """The corpus in a cache folder; UserError if anything in it is damaged."""
     try:
-        counts = json.loads((place / "corpus.json").read_bytes())
+        counts = json.loads((folder / "corpus.json").read_bytes())
         counts = {name: int(counts[name]) for name in ("train_bytes", "val_bytes", "documents")}
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"the tokenized corpus in {place} is damaged") from None
-    train, val = (read_tokens(place / f"{side}.tokens", tokenizer, verify=verify) for side in ("train", "val"))
+        raise UserError(f"the tokenized corpus in {folder} is damaged") from None
+    train, val = (read_tokens(folder / f"{side}.tokens", tokenizer, verify=verify) for side in ("train", "val"))
     return Corpus(
-        directory=place,
+        directory=folder,
         tokenizer=tokenizer,
-        train=place / "train.tokens",
-        val=place / "val.tokens",
+        train=folder / "train.tokens",
+        val=folder / "val.tokens",
         train_tokens=len(train),
         val_tokens=len(val),
         **counts,
@@ -183,7 +183,7 @@ def _write(
     data: DataConfig,
     config: TokenizerConfig,
     fixed: Tokenizer | None,
-    progress: Progress | None,
+    progress: OnProgress | None,
 ) -> Tokenizer:
     """Make a corpus folder: tokenizer.json, train.tokens, val.tokens, corpus.json. Returns the tokenizer.
 
@@ -215,7 +215,7 @@ def _unfinished(path: Path) -> Tokenizer | None:
         return None
 
 
-def _meter(what: str, sources: list[Source], progress: Progress | None) -> OnRead | None:
+def _meter(what: str, sources: list[Source], progress: OnProgress | None) -> OnRead | None:
     """Tells progress how much of the sources' files has been read."""
     if progress is None:
         return None

@@ -23,44 +23,44 @@ TIMEOUT_S = 30.0  # of each wait for the network
 _CHUNK = 1 << 20  # bytes read at a time
 _DATASET = re.compile(r"hf:(?P<name>[^:@\s]+)(:(?P<config>[^:@\s]+))?(@(?P<split>[^@\s]+))?")
 
-Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all (0: not known)
+OnProgress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all (0: not known)
 
 
-def download(url: str, folder: Path, progress: Progress | None = None, *, limit: int = 16 << 30) -> Source:
+def download(url: str, folder: Path, progress: OnProgress | None = None, *, limit: int = 16 << 30) -> Source:
     """The file behind a URL, fetched once into a folder of its own below `folder`, beside its record.
 
     A second call uses that copy without the network. Raises UserError when the URL does not give a whole file, or one
     of more than `limit` bytes.
     """
-    place = folder / hashlib.sha256(url.encode()).hexdigest()[:32]
-    if not (place / "record.json").is_file():
-        with publish(place) as work:
+    kept = folder / hashlib.sha256(url.encode()).hexdigest()[:32]
+    if not (kept / "record.json").is_file():
+        with publish(kept) as work:
             digest, size = _fetch(url, work / "content", progress, limit)
             _record(work, url, digest, size)
-    return _kept(place, url)
+    return _kept(kept, url)
 
 
 def _record(folder: Path, name: str, sha256: str, size: int) -> None:
     (folder / "record.json").write_text(json.dumps({"url": name, "sha256": sha256, "bytes": size}, indent=0))
 
 
-def _kept(place: Path, name: str, **form: Any) -> Source:
+def _kept(kept: Path, name: str, **form: Any) -> Source:
     """What an earlier fetch left in a folder."""
     try:
-        record = json.loads((place / "record.json").read_bytes())
-        return Source(name, place / "content", int(record["bytes"]), sha256=str(record["sha256"]), **form)
+        record = json.loads((kept / "record.json").read_bytes())
+        return Source(name, kept / "content", int(record["bytes"]), sha256=str(record["sha256"]), **form)
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"the download in {place} is damaged: delete that folder to fetch {name} again") from None
+        raise UserError(f"the download in {kept} is damaged: delete that folder to fetch {name} again") from None
 
 
-def _fetch(url: str, path: Path, progress: Progress | None, limit: int) -> tuple[str, int]:
+def _fetch(url: str, path: Path, progress: OnProgress | None, limit: int) -> tuple[str, int]:
     """Download to path; (sha256, bytes)."""
     with open(path, "wb") as file:
         return _spool(_received(url, limit), file, f"downloading {url}", progress)
 
 
 def _spool(
-    blocks: Iterator[tuple[bytes, int]], file: IO[bytes], what: str, progress: Progress | None
+    blocks: Iterator[tuple[bytes, int]], file: IO[bytes], what: str, progress: OnProgress | None
 ) -> tuple[str, int]:
     """Write blocks, each with the bytes there will be in all (0: not known); (sha256, bytes)."""
     digest, size = hashlib.sha256(), 0
@@ -102,7 +102,7 @@ def _received(url: str, limit: int) -> Iterator[tuple[bytes, int]]:
         raise UserError(f"cannot download {url}: it broke off after {size} of {total} bytes; try again")
 
 
-def spool_stdin(folder: Path, progress: Progress | None = None, *, limit: int = 16 << 30) -> Source:
+def spool_stdin(folder: Path, progress: OnProgress | None = None, *, limit: int = 16 << 30) -> Source:
     """All that is piped into this process, as one text. UserError where nothing is, or more than `limit` bytes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("stdin reaches one process only: save the text to a file, and name that with --corpus")
@@ -122,12 +122,12 @@ def spool_stdin(folder: Path, progress: Progress | None = None, *, limit: int = 
             digest, size = _spool(blocks(), file, "reading stdin", progress)
         if size == 0:
             raise UserError("the corpus -, stdin, is empty: nothing came through the pipe")
-        place = folder / digest[:32]
-        if not (place / "record.json").is_file():
-            with publish(place) as final:
+        kept = folder / digest[:32]
+        if not (kept / "record.json").is_file():
+            with publish(kept) as final:
                 os.rename(work / "content", final / "content")
                 _record(final, "stdin", digest, size)
-    return _kept(place, "stdin")
+    return _kept(kept, "stdin")
 
 
 def _read_stdin() -> bytes:
@@ -137,7 +137,7 @@ def _read_stdin() -> bytes:
         raise UserError(f"cannot read stdin: {error.strerror or error}") from None
 
 
-def spool_dataset(spec: str, data: DataConfig, folder: Path, progress: Progress | None = None) -> Source:
+def spool_dataset(spec: str, data: DataConfig, folder: Path, progress: OnProgress | None = None) -> Source:
     """A Hugging Face dataset, hf:NAME[:CONFIG][@SPLIT], streamed into JSON lines, once.
 
     The split is train if none is named. No more than data.max_corpus_bytes of text is read, whole documents. Raises
@@ -147,14 +147,14 @@ def spool_dataset(spec: str, data: DataConfig, folder: Path, progress: Progress 
     if parts is None:
         raise UserError(f"the corpus {spec} names no dataset: it is spelt hf:NAME, hf:NAME:CONFIG or hf:NAME@SPLIT")
     key = json.dumps([spec, data.text_field, data.max_corpus_bytes])
-    place = folder / hashlib.sha256(key.encode()).hexdigest()[:32]
-    if not (place / "record.json").is_file():
+    kept = folder / hashlib.sha256(key.encode()).hexdigest()[:32]
+    if not (kept / "record.json").is_file():
         datasets = need("datasets", "Hugging Face datasets")
-        with publish(place) as work, open(work / "content", "wb") as file:
+        with publish(kept) as work, open(work / "content", "wb") as file:
             digest, size = _spool(_rows(spec, parts, datasets, data), file, f"downloading {spec}", progress)
             file.close()
             _record(work, spec, digest, size)
-    return _kept(place, spec, kind="jsonl")
+    return _kept(kept, spec, kind="jsonl")
 
 
 def _rows(spec: str, parts: re.Match[str], datasets: Any, data: DataConfig) -> Iterator[tuple[bytes, int]]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from gpt.data.cache import writing
 from gpt.data.config import DataConfig
-from gpt.data.downloads import Progress
+from gpt.data.downloads import OnProgress
 from gpt.data.formats import is_plain, not_text
 from gpt.data.readers import OnRead, Source
 from gpt.data.tokenizers import Tokenizer
@@ -139,7 +139,7 @@ def _not_ids(head: bytes) -> str | None:
     return None
 
 
-def hashed(files: list[Path], cache: Path, progress: Progress | None = None) -> list[Source]:
+def hashed(files: list[Path], cache: Path, progress: OnProgress | None = None) -> list[Source]:
     """The files with their sha256: from a record in the cache while a file's size and time of change are the same."""
     sources = [Source(str(path), path, os.path.getsize(path)) for path in files]
     total, done, made = sum(source.size for source in sources), 0, []

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from gpt.data.tokenizers import Tokenizer
 from gpt.errors import UserError
+from gpt.model.config import IGNORE_INDEX
 
 __all__ = ["Batches", "Loader", "TrainLoader", "permuted", "target_bytes", "validation_batches"]
 
-IGNORED = -100  # the target that cross_entropy leaves out
-PLACES = ("positions", "segment_ids")  # what a batch may have beside inputs and targets, as GPT.loss calls them
+DOCUMENT_INPUTS = ("positions", "segment_ids")  # GPT.loss's names for what packed batches have besides x and y
 _ROUNDS = 6
 _AHEAD = 4096  # window starts computed at a time
 
@@ -119,7 +119,7 @@ class TrainLoader(Loader):
         phase = int(words[0]) % min(self.seq_len, starts)
         count = (starts - 1 - phase) // self.seq_len + 1
         if not 0 <= index <= count or epoch < 0:
-            raise UserError(f"the checkpoint's place in the data is invalid: window {index} of {count}, epoch {epoch}")
+            raise UserError(f"the checkpoint's data position is invalid: window {index} of {count}, epoch {epoch}")
         if self.rollbacks:
             words = order_keys(f"{self.seed}:{epoch}:{self.rollbacks}")
         self._phase, self._count, self._keys = phase, count, words[1:]
@@ -231,7 +231,7 @@ def validation_batches(
         start = first + rank * per_batch
         used = max(0, min(per_batch, targets - start))
         rows = max(1, -(-used // seq_len))
-        x, y = np.zeros(rows * seq_len, np.int64), np.full(rows * seq_len, IGNORED, np.int64)
+        x, y = np.zeros(rows * seq_len, np.int64), np.full(rows * seq_len, IGNORE_INDEX, np.int64)
         x[:used] = tokens[start : start + used]
         y[:used] = tokens[start + 1 : start + 1 + used]
         yield torch.from_numpy(x.reshape(rows, seq_len)), torch.from_numpy(y.reshape(rows, seq_len))

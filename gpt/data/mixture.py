@@ -19,7 +19,7 @@ from gpt.data.config import DataConfig, TokenizerConfig
 from gpt.data.corpus import Corpus, check_length, prepare
 from gpt.data.loader import Loader, order_keys
 from gpt.data.packing import make_loader
-from gpt.data.sources import Progress
+from gpt.data.sources import OnProgress
 from gpt.data.tokenizers import Tokenizer
 from gpt.distributed import World
 from gpt.errors import UserError
@@ -33,7 +33,7 @@ def prepare_all(
     tokenizer: TokenizerConfig,
     *,
     fixed_tokenizer: Tokenizer | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> list[Corpus]:
     """The corpora of a run, all of one tokenizer: with corpus_weights one for each entry of data.corpus, else one.
 

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt.data.loader import IGNORED, Loader, TrainLoader, order_keys, permuted, plain, targets_in, validation_batches
+from gpt.data.loader import Loader, TrainLoader, order_keys, permuted, plain, targets_in, validation_batches
 from gpt.errors import UserError
+from gpt.model.config import IGNORE_INDEX
 
 Row = list[tuple[int, int]]  # pieces: where each begins among the tokens, and its length
 
@@ -24,7 +25,7 @@ POOL = 4096  # pieces that are packed together
 _BLOCK = 1 << 24  # tokens searched at a time
 
 
-def places(x: Tensor, document_token: int) -> tuple[Tensor, Tensor]:
+def document_inputs(x: Tensor, document_token: int) -> tuple[Tensor, Tensor]:
     """positions (int64) and segment_ids (int32) of rows x (B, T) in which the document token begins a document."""
     begins = x == document_token
     begins[:, 0] = True
@@ -41,7 +42,7 @@ class DocumentLoader(TrainLoader):
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, ...]:
         x, y = super().read(rows)
-        return x, y, *places(x, self._document_token)
+        return x, y, *document_inputs(x, self._document_token)
 
 
 def piece_starts(tokens: np.ndarray, document_token: int, seq_len: int) -> np.ndarray:
@@ -83,7 +84,7 @@ def read_pieces(tokens: np.ndarray, rows: Sequence[Row], seq_len: int) -> tuple[
     What a row leaves free has input 0 and target -100, and is a segment of its own.
     """
     shape = (len(rows), seq_len)
-    x, y, positions = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64), np.zeros(shape, np.int64)
+    x, y, positions = np.zeros(shape, np.int64), np.full(shape, IGNORE_INDEX, np.int64), np.zeros(shape, np.int64)
     segments = np.zeros(shape, np.int32)
     counting = np.arange(seq_len)
     for i, row in enumerate(rows):
@@ -137,16 +138,16 @@ class BestFitLoader(Loader):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch begins: rows used of a pool of an epoch; and what the order depends on."""
-        place = {"epoch": self._epoch, "pool": self._pool, "row": self._row}
-        return {**place, "rollbacks": self.rollbacks, **self._order()}
+        position = {"epoch": self._epoch, "pool": self._pool, "row": self._row}
+        return {**position, "rollbacks": self.rollbacks, **self._order()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.check_order(state, self._order())
-        place = epoch, pool, row = [state.get(name, -1) for name in ("epoch", "pool", "row")]
-        if min(place) < 0 or pool * POOL >= self._count or row > POOL:
-            raise UserError(f"the checkpoint's place in the data is invalid: row {row} of pool {pool}, epoch {epoch}")
+        position = epoch, pool, row = [state.get(name, -1) for name in ("epoch", "pool", "row")]
+        if min(position) < 0 or pool * POOL >= self._count or row > POOL:
+            raise UserError(f"the checkpoint's data position is invalid: row {row} of pool {pool}, epoch {epoch}")
         self.rollbacks = state.get("rollbacks", 0)
-        self._go_to(*place)
+        self._go_to(*position)
 
     def _order(self) -> dict[str, Any]:
         order = {"seed": self.seed, "seq_len": self.seq_len, "tokens": len(self._tokens)}
@@ -182,7 +183,7 @@ def packed_validation(
     options = {"batch_size": batch_size, "seq_len": seq_len, "rank": rank, "world_size": world_size}
     if packing != "best_fit":
         for x, y in validation_batches(tokens, max_tokens=max_tokens, **options):
-            yield (x, y) if packing == "stream" else (x, y, *places(x, document_token))
+            yield (x, y) if packing == "stream" else (x, y, *document_inputs(x, document_token))
         return
     tokens = plain(tokens)[: targets_in(tokens, max_tokens) + 1]
     starts = piece_starts(tokens, document_token, seq_len)

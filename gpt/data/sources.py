@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from gpt.data.config import DataConfig
-from gpt.data.downloads import Progress, download, spool_dataset, spool_stdin
+from gpt.data.downloads import OnProgress, download, spool_dataset, spool_stdin
 from gpt.data.formats import form_of
 from gpt.data.readers import Source
 from gpt.errors import UserError
@@ -24,7 +24,7 @@ STDIN = "-"
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
-def find_sources(data: DataConfig, downloads: Path, progress: Progress | None = None) -> list[Source]:
+def find_sources(data: DataConfig, downloads: Path, progress: OnProgress | None = None) -> list[Source]:
     """The files that data.corpus names, in its order, each once, with at most data.max_corpus_bytes of text in all.
 
     Documents are whole; only a first one that alone passes the cap is cut at it. Empty files are left out. downloads:
@@ -56,7 +56,7 @@ def find_sources(data: DataConfig, downloads: Path, progress: Progress | None = 
     return list(found.values())
 
 
-def _named(spec: str, data: DataConfig, downloads: Path, progress: Progress | None) -> Iterator[Source]:
+def _named(spec: str, data: DataConfig, downloads: Path, progress: OnProgress | None) -> Iterator[Source]:
     """The documents of one entry of data.corpus, in order."""
     try:
         yield from _expand(spec, data, downloads, progress)
@@ -64,7 +64,7 @@ def _named(spec: str, data: DataConfig, downloads: Path, progress: Progress | No
         raise UserError(f"cannot read the corpus {spec}: {error.strerror or error}") from None
 
 
-def _expand(spec: str, data: DataConfig, downloads: Path, progress: Progress | None) -> Iterable[Source]:
+def _expand(spec: str, data: DataConfig, downloads: Path, progress: OnProgress | None) -> Iterable[Source]:
     if spec == STDLIB:
         return _stdlib()
     if spec == STDIN:

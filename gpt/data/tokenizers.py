@@ -205,8 +205,8 @@ class BPETokenizer(Tokenizer):
         """The last place where a segment that begins at `start` may end, else where it must."""
         end = start + _SEGMENT
         for first in (max(start + 1, end - 1000), start + 1):
-            places = [match.start() for match in CUT.finditer(text, first, end + 1)]
-            for at in places[:-_NEAR:-1]:
+            cuts = [match.start() for match in CUT.finditer(text, first, end + 1)]
+            for at in cuts[:-_NEAR:-1]:
                 if self._may_cut(text[max(start, at - self._near) : at], text[at : at + self._near]):
                     return at
         return end

@@ -110,7 +110,7 @@ def from_hf(source: str | Path, *, seq_len: int | None = None, device: Device = 
     seq_len: a context shorter than the checkpoint's; a learned position table is cut to it.
     Raises UserError where the checkpoint cannot be had, is damaged, or has options that this model lacks.
     """
-    place, folder = pick_device(device), fetch(source)
+    folder, device = fetch(source), pick_device(device)
     family, config = config_from_hf(folder)
     given, positions = DEFAULTS[family] | read_json(folder / "config.json"), config.seq_len
     if seq_len is not None:
@@ -119,7 +119,7 @@ def from_hf(source: str | Path, *, seq_len: int | None = None, device: Device = 
         log.warning("%s: its head differs from its embedding table, so they are not tied", source)
     model = GPT(config)
     copy_from(folder, family, model, biased(family, given), positions)
-    return model.eval().to(place)
+    return model.eval().to(device)
 
 
 @checked

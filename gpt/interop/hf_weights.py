@@ -26,7 +26,7 @@ _TABLES = re.compile(r"(?:transformer\.)?h\.\d+\.attn\.(bias|masked_bias)|(?:.+\
 
 
 @dataclass(frozen=True)
-class Place:
+class Match:
     """One weight of ours and where its rows are in theirs.
 
     sizes: rows that each of theirs holds. transposed: theirs has inputs first, as GPT-2's Conv1D has.
@@ -42,38 +42,38 @@ class Place:
     halves: tuple[int, int] | None = None  # heads whose rows are swapped, and the head width
 
 
-def layout(family: str, config: ModelConfig) -> Iterator[Place]:
-    """A place for every weight of a GPT of this config in the family's checkpoint."""
+def matches(family: str, config: ModelConfig) -> Iterator[Match]:
+    """Yield the match of every weight of a GPT of this config in the family's checkpoint."""
     yield from _gpt2(config) if family == "gpt2" else _llama(family, config)
     if not config.tied_embeddings:
-        yield Place("head.weight", ("lm_head.weight",))
+        yield Match("head.weight", ("lm_head.weight",))
 
 
-def _gpt2(config: ModelConfig) -> Iterator[Place]:
-    yield Place("embed.weight", ("transformer.wte.weight",))
-    yield Place("position_embed.weight", ("transformer.wpe.weight",))
+def _gpt2(config: ModelConfig) -> Iterator[Match]:
+    yield Match("embed.weight", ("transformer.wte.weight",))
+    yield Match("position_embed.weight", ("transformer.wpe.weight",))
     for kind in ("weight", "bias"):
-        yield Place(f"norm.{kind}", (f"transformer.ln_f.{kind}",))
+        yield Match(f"norm.{kind}", (f"transformer.ln_f.{kind}",))
         for i in range(config.n_layer):
             ours, theirs = f"blocks.{i}", f"transformer.h.{i}"
-            yield Place(f"{ours}.attn_norm.{kind}", (f"{theirs}.ln_1.{kind}",))
-            yield Place(f"{ours}.mlp_norm.{kind}", (f"{theirs}.ln_2.{kind}",))
+            yield Match(f"{ours}.attn_norm.{kind}", (f"{theirs}.ln_1.{kind}",))
+            yield Match(f"{ours}.mlp_norm.{kind}", (f"{theirs}.ln_2.{kind}",))
             conv = {"transposed": kind == "weight"}
-            yield Place(f"{ours}.attn.c_qkv.{kind}", (f"{theirs}.attn.c_attn.{kind}",), **conv)
-            yield Place(f"{ours}.attn.c_proj.{kind}", (f"{theirs}.attn.c_proj.{kind}",), **conv)
-            yield Place(f"{ours}.mlp.c_fc.{kind}", (f"{theirs}.mlp.c_fc.{kind}",), **conv)
-            yield Place(f"{ours}.mlp.c_proj.{kind}", (f"{theirs}.mlp.c_proj.{kind}",), **conv)
+            yield Match(f"{ours}.attn.c_qkv.{kind}", (f"{theirs}.attn.c_attn.{kind}",), **conv)
+            yield Match(f"{ours}.attn.c_proj.{kind}", (f"{theirs}.attn.c_proj.{kind}",), **conv)
+            yield Match(f"{ours}.mlp.c_fc.{kind}", (f"{theirs}.mlp.c_fc.{kind}",), **conv)
+            yield Match(f"{ours}.mlp.c_proj.{kind}", (f"{theirs}.mlp.c_proj.{kind}",), **conv)
 
 
-def _llama(family: str, config: ModelConfig) -> Iterator[Place]:
+def _llama(family: str, config: ModelConfig) -> Iterator[Match]:
     """Llama and its kin: projections apart, RMSNorm, a gate; nanochat has no norm weights and no gate."""
     H, H_kv, D = config.n_head, config.kv_heads, config.head_width
     bare = family == "nanochat"
 
-    def norm(ours: str, theirs: str) -> Place:
-        return Place(f"{ours}.weight", () if bare else (f"{theirs}.weight",))
+    def norm(ours: str, theirs: str) -> Match:
+        return Match(f"{ours}.weight", () if bare else (f"{theirs}.weight",))
 
-    yield Place("embed.weight", (_TABLE,))
+    yield Match("embed.weight", (_TABLE,))
     yield norm("norm", "model.norm")
     for i in range(config.n_layer):
         ours, theirs = f"blocks.{i}", f"model.layers.{i}"
@@ -86,21 +86,21 @@ def _llama(family: str, config: ModelConfig) -> Iterator[Place]:
             names = tuple(f"{theirs}.self_attn.{x}_proj.{kind}" for x in "qkv")
             # nanochat turns rotary positions the other way round; with the halves swapped the scores are the same.
             halves = (H + H_kv, D) if bare else None
-            yield Place(f"{ours}.attn.c_qkv.{kind}", names, (H * D, H_kv * D, H_kv * D), halves=halves)
-            yield Place(f"{ours}.attn.c_proj.{kind}", (f"{theirs}.self_attn.o_proj.{kind}",))
+            yield Match(f"{ours}.attn.c_qkv.{kind}", names, (H * D, H_kv * D, H_kv * D), halves=halves)
+            yield Match(f"{ours}.attn.c_proj.{kind}", (f"{theirs}.self_attn.o_proj.{kind}",))
             if bare:
-                yield Place(f"{ours}.mlp.c_fc.{kind}", (f"{theirs}.mlp.fc1.{kind}",))
-                yield Place(f"{ours}.mlp.c_proj.{kind}", (f"{theirs}.mlp.fc2.{kind}",))
+                yield Match(f"{ours}.mlp.c_fc.{kind}", (f"{theirs}.mlp.fc1.{kind}",))
+                yield Match(f"{ours}.mlp.c_proj.{kind}", (f"{theirs}.mlp.fc2.{kind}",))
                 continue
             gated = tuple(f"{theirs}.mlp.{x}_proj.{kind}" for x in ("gate", "up"))
             if config.activation == "relu2":
-                yield Place(f"{ours}.mlp.c_fc.{kind}", gated, equal=True)
+                yield Match(f"{ours}.mlp.c_fc.{kind}", gated, equal=True)
             else:
-                yield Place(f"{ours}.mlp.c_fc.{kind}", gated, (config.mlp_width, config.mlp_width))
-            yield Place(f"{ours}.mlp.c_proj.{kind}", (f"{theirs}.mlp.down_proj.{kind}",))
+                yield Match(f"{ours}.mlp.c_fc.{kind}", gated, (config.mlp_width, config.mlp_width))
+            yield Match(f"{ours}.mlp.c_proj.{kind}", (f"{theirs}.mlp.down_proj.{kind}",))
 
 
-class Tensors:
+class WeightFiles:
     """The tensors of a checkpoint's safetensors files, one file or several with an index, read as they are asked for.
 
     Raises UserError where there are none, one is damaged, or the weights are pickles.
@@ -173,7 +173,7 @@ class Tensors:
 def has_other_head(folder: Path, family: str) -> bool:
     """Whether a checkpoint holds a head that is not its embedding table."""
     try:
-        tensors = Tensors(folder)
+        tensors = WeightFiles(folder)
     except UserError:  # whoever reads the weights says so
         return False
     table, prefix = ("transformer.wte.weight", "transformer.") if family == "gpt2" else (_TABLE, "model.")
@@ -207,32 +207,32 @@ def copy_from(folder: Path, family: str, model: GPT, biases: set[str], positions
     """Copy a checkpoint's weights into a model made of config_from_hf; a position table is cut to the model's context.
 
     biases: the modules that have one there; the others' are zeros. positions: rows of its position table.
-    Raises UserError for a weight that is missing, of another shape, or has no place in the model.
+    Raises UserError for a weight that is missing, of another shape, or that the model lacks.
     """
-    config, tensors, weights = model.config, Tensors(folder), dict(model.named_parameters())
+    config, tensors, weights = model.config, WeightFiles(folder), dict(model.named_parameters())
     prefix = "transformer." if family == "gpt2" else "model."
-    for place in layout(family, config):
-        weight = weights.pop(place.ours)
-        if not place.theirs:
+    for match in matches(family, config):
+        weight = weights.pop(match.ours)
+        if not match.theirs:
             weight.fill_(1.0)
             continue
-        parts, sizes = [], place.sizes or (len(weight),) * len(place.theirs)
-        for size, name in zip(sizes, place.theirs, strict=True):
+        parts, sizes = [], match.sizes or (len(weight),) * len(match.theirs)
+        for size, name in zip(sizes, match.theirs, strict=True):
             if name.endswith(".bias") and name.split(".")[-2] not in biases:
                 parts.append(torch.zeros(size))
                 continue
             if (part := tensors.take(name, prefix)) is None:
                 raise UserError(f"{folder} lacks the weight {name}")
-            table = place.ours == "position_embed.weight"
+            table = match.ours == "position_embed.weight"
             wanted = (positions if table else size, *weight.shape[1:])
-            wanted = wanted[::-1] if place.transposed else wanted
+            wanted = wanted[::-1] if match.transposed else wanted
             if part.shape != wanted:
                 raise UserError(f"{folder}: {name} has shape {tuple(part.shape)}, not {wanted}")
-            parts.append(part.T if place.transposed else part[:size])
-        if place.equal and not torch.equal(parts[0], parts[1]):
+            parts.append(part.T if match.transposed else part[:size])
+        if match.equal and not torch.equal(parts[0], parts[1]):
             raise UserError(f"{folder} has a ReLU that gates another projection: only a gate equal to it, ReLU^2, fits")
-        rows = parts[0] if len(parts) == 1 or place.equal else torch.cat(parts)
-        weight.copy_(rows if place.halves is None else _swap_halves(rows, *place.halves))
+        rows = parts[0] if len(parts) == 1 or match.equal else torch.cat(parts)
+        weight.copy_(rows if match.halves is None else _swap_halves(rows, *match.halves))
     if family == "nanochat":  # its norm after the table is folded into the table
         embed = model.embed.weight
         embed.mul_(embed.square().mean(-1, keepdim=True).add_(config.norm_eps).rsqrt_())
@@ -264,17 +264,17 @@ def _usual(name: str, table: Tensor, config: ModelConfig) -> bool:
 def tensors_for(family: str, model: GPT, dtype: torch.dtype) -> dict[str, Tensor]:
     """The model's weights under the family's names; biases that the model lacks are zeros."""
     state, found = dict(model.named_parameters()), {}
-    for place in layout(family, model.config):
-        if not place.theirs:
+    for match in matches(family, model.config):
+        if not match.theirs:
             continue
-        if place.ours in state:
-            rows = state[place.ours].detach().cpu()
+        if match.ours in state:
+            rows = state[match.ours].detach().cpu()
         else:
-            rows = torch.zeros(len(state[place.ours.removesuffix("bias") + "weight"]))
-        rows = rows if place.halves is None else _swap_halves(rows, *place.halves)
-        parts = [rows] * len(place.theirs) if place.equal else rows.split(place.sizes or (len(rows),))
-        for name, part in zip(place.theirs, parts, strict=True):
-            found[name] = (part.T if place.transposed else part).to(dtype).contiguous().clone()
+            rows = torch.zeros(len(state[match.ours.removesuffix("bias") + "weight"]))
+        rows = rows if match.halves is None else _swap_halves(rows, *match.halves)
+        parts = [rows] * len(match.theirs) if match.equal else rows.split(match.sizes or (len(rows),))
+        for name, part in zip(match.theirs, parts, strict=True):
+            found[name] = (part.T if match.transposed else part).to(dtype).contiguous().clone()
     if family == "nanochat":
         # What the norm after its table makes into ours: a row of mean square s comes from one that is
         # sqrt(eps / (1 - s)) times as large.
@@ -288,7 +288,7 @@ def tensors_for(family: str, model: GPT, dtype: torch.dtype) -> dict[str, Tensor
 def fits_nanochat(model: GPT) -> list[str]:
     """What in the weights keeps a model from being written as nanochat, whose norms have no weights."""
     state, faults = dict(model.named_parameters()), []
-    if not all(torch.all(state[p.ours] == 1) for p in layout("nanochat", model.config) if not p.theirs):
+    if not all(torch.all(state[p.ours] == 1) for p in matches("nanochat", model.config) if not p.theirs):
         faults.append("norms with weights other than 1")
     if model.embed.weight.square().mean(-1).max() > 1 + 1e-5:
         faults.append("embeddings whose root mean square is above 1")

@@ -7,6 +7,8 @@ from gpt.arguments import check_fields, shown
 from gpt.errors import require
 from gpt.option import option
 
+IGNORE_INDEX = -100  # a target with this value does not count in the loss
+
 
 @dataclass(frozen=True)
 class ModelConfig:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from gpt.arguments import checked, shown
 from gpt.errors import require
 from gpt.model.attention import CausalSelfAttention
-from gpt.model.config import ModelConfig
+from gpt.model.config import IGNORE_INDEX, ModelConfig
 from gpt.model.inputs import check_call, check_hidden, check_targets
 from gpt.model.mlp import MLP
 from gpt.model.norms import make_norm
@@ -21,8 +21,6 @@ from gpt.model.positions import rotary_table, sinusoidal_table
 from gpt.model.roles import EMBEDDING, HEAD, RESIDUAL_OUT, VALUE_EMBEDDING, VALUE_GATE, VECTOR, weights_of
 from kernels import linear_cross_entropy
 from kernels.linear_cross_entropy import workspace_bytes
-
-IGNORE_INDEX = -100  # targets with this value do not count in the loss
 
 
 class Block(nn.Module):

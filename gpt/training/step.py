@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gpt.data.loader import IGNORED, PLACES
+from gpt.data.loader import DOCUMENT_INPUTS
 from gpt.device import autocast, seed_generators
 from gpt.distributed import full, local
 from gpt.errors import out_of_memory
+from gpt.model.config import IGNORE_INDEX
 from gpt.stop import Stopped
 from gpt.training.job import Job
 from gpt.training.optimizer_state import take_step
@@ -56,7 +57,7 @@ def _forward_backward(job: Job) -> Tensor:
     shares = itertools.repeat(1 / job.micro_steps)
     if job.config.data.packing == "best_fit":  # batches have different numbers of targets: weight them
         parts = list(parts)
-        shares = job.world.shares(torch.stack([(y != IGNORED).sum() for _, y, *_ in parts]).float())
+        shares = job.world.shares(torch.stack([(y != IGNORE_INDEX).sum() for _, y, *_ in parts]).float())
     for n, (batch, share) in enumerate(zip(parts, shares), start=1):
         if n > 1 and job.listens and n % pace == 0 and job.heard():
             raise Stopped
@@ -68,7 +69,7 @@ def _micro_step(job: Job, batch: Sequence[Tensor], share: Tensor | float, reduce
     """Add the gradients of a batch weighted with its share of the step; return its part of the loss ()."""
     x, y, *places = batch
     optim = job.config.optim
-    options = {"z_loss": optim.z_loss, "label_smoothing": optim.label_smoothing, **dict(zip(PLACES, places))}
+    options = {"z_loss": optim.z_loss, "label_smoothing": optim.label_smoothing, **dict(zip(DOCUMENT_INPUTS, places))}
     with job.parallel.gradients(reduced=reduced):
         with autocast(job.device, job.config.train.dtype):
             loss = job.parallel.loss(x, y, **options) * share

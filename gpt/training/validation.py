@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gpt.config import Config
-from gpt.data.loader import PLACES, target_bytes, targets_in
+from gpt.data.loader import DOCUMENT_INPUTS, target_bytes, targets_in
 from gpt.data.packing import packed_validation
 from gpt.data.tokenizers import Tokenizer
 from gpt.device import autocast
@@ -78,7 +78,7 @@ def _batches(
 
         def nats(x=x, y=y, places=places) -> float:
             with autocast(world.device, config.train.eval_dtype or config.train.dtype):
-                return float(parallel.eval_loss(x, y, **dict(zip(PLACES, places))))
+                return float(parallel.eval_loss(x, y, **dict(zip(DOCUMENT_INPUTS, places))))
 
         yield nats, int((batch[1] >= 0).sum())
 
