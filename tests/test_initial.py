@@ -151,7 +151,7 @@ def test_a_text_is_scored_only_if_each_of_its_tokens_has_a_row(tmp_path):
     scored = score_texts(*load_source(tmp_path / "hf", "cpu"), [TEXT])
     assert scored["loss"] == score_texts(model, ByteTokenizer(), [TEXT])["loss"]
     checkpoint_of(tmp_path / "hf", WITH_WORD)
-    asked = r"has the token 257 and its embedding table 257 rows: train it on with --init-from, which adds the rows"
+    asked = "has the token 257, but its embedding table has 257 rows: train it further with --init-from"
     with pytest.raises(UserError, match=asked):
         load_source(tmp_path / "hf", "cpu")
     with pytest.raises(UserError, match=asked):

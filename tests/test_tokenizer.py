@@ -223,7 +223,7 @@ def test_a_table_has_a_row_for_each_id_that_text_becomes():
     more = BPETokenizer("x", BPE.pattern, BPE.tokens, BPE.specials | {"<|other|>": BPE.vocab_size})
     for tokenizer, rows in ((BYTE, 257), (BPE, BPE.vocab_size), (more, BPE.vocab_size)):
         tokenizer.check_table(rows, "m")
-        message = f"the tokenizer of m has the token {rows - 1} and its embedding table {rows - 1} rows: train it on"
+        message = f"the tokenizer of m has the token {rows - 1}, but its embedding table has {rows - 1} rows: train it"
         with pytest.raises(UserError, match=message):
             tokenizer.check_table(rows - 1, "m")
 
@@ -325,7 +325,7 @@ def test_gpt2_itself():
         ("gtp2", "did you mean gpt2"),
         ("cl100k", "did you mean cl100k_base"),
         ("bp", "did you mean bpe"),
-        ("", "Known are"),
+        ("", "choose char, byte"),
     ],
 )
 def test_unknown_name_lists_the_known(name, hint):

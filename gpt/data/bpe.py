@@ -1,4 +1,4 @@
-"""A byte-level BPE trained on text by the tokenizers library, in the form in which tiktoken encodes with it."""
+"""Trains a byte-level BPE with the tokenizers library, for tiktoken to encode with."""
 
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import tokenizers
 
-# GPT-4's pre-splitting (cl100k_base), in the dialect that tiktoken and tokenizers read alike.
+# GPT-4's pattern (cl100k_base), written so that tiktoken and tokenizers read it alike.
 PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 
-_SEGMENT = 100_000  # characters; longer texts are handed over in parts
-_LONGEST = 1_000  # characters of a word; the trainer's time grows with the square of a word's length
+_SEGMENT = 100_000  # characters that the trainer gets at a time
+_LONGEST = 1_000  # characters; the trainer's time grows with the square of a word's length
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> "tokenizers.Tokenizer":
-    """A byte-level BPE of at most vocab_size tokens, the 256 bytes included; merges pairs seen at least twice."""
+    """Train a byte-level BPE of at most vocab_size tokens, including the 256 bytes; merge pairs seen at least twice."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     model = Tokenizer(models.BPE())
@@ -36,7 +36,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "tokenizers.Tokenizer":
 
 
 def merge_order(model: "tokenizers.Tokenizer") -> list[bytes]:
-    """A trained byte-level BPE's tokens as tiktoken ranks them: the 256 bytes, then what each merge made."""
+    """Return a trained BPE's tokens in tiktoken's order: the 256 bytes, then the result of each merge."""
     vocab = model.get_vocab(with_added_tokens=False)
     to_byte = {character: byte for byte, character in enumerate(byte_characters())}
     learned = [bytes(map(to_byte.__getitem__, token)) for token in sorted(vocab, key=vocab.__getitem__)]
@@ -44,14 +44,14 @@ def merge_order(model: "tokenizers.Tokenizer") -> list[bytes]:
 
 
 def _short(texts: Iterable[str]) -> Iterator[str]:
-    """Texts in segments of bounded length."""
+    """Cut texts into segments of bounded length."""
     for text in texts:
         for start in range(0, len(text), _SEGMENT):
             yield text[start : start + _SEGMENT]
 
 
 def byte_characters() -> list[str]:
-    """The printable character that stands for each byte in a byte-level BPE's vocabulary (Radford et al. 2019)."""
+    """Return the printable character for each byte in a byte-level BPE's vocabulary (Radford et al. 2019)."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]

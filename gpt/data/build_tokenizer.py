@@ -1,4 +1,4 @@
-"""The tokenizer that a config asks for: from the corpus's characters, trained on its text, or one of tiktoken's."""
+"""Builds the tokenizer that a config names: learned from the corpus, or one of tiktoken's encodings."""
 
 import difflib
 from typing import Literal
@@ -10,11 +10,11 @@ from gpt.errors import UserError
 
 
 def build_tokenizer(config: TokenizerConfig, texts: Texts, *, document_token: bool = True) -> Tokenizer:
-    """The tokenizer that config asks for.
+    """Build the tokenizer that config names.
 
-    texts: gives the text to learn from, anew at each call: all of it for char, the training part for bpe; the other
-    kinds never call it. document_token: whether a character tokenizer gets one; every other kind has one anyway.
-    Raises UserError for an unknown name, or an encoding that is not at hand and cannot be downloaded.
+    texts: returns the text to learn from, from its start: the part that learns_from names. document_token: whether a
+    character tokenizer has one; every other kind has one anyway.
+    Raises UserError for an unknown name, or an encoding that is not cached and cannot be downloaded.
     """
     if config.tokenizer in KINDS:
         return KINDS[config.tokenizer].build(config, texts, document_token)
@@ -22,12 +22,12 @@ def build_tokenizer(config: TokenizerConfig, texts: Texts, *, document_token: bo
 
 
 def learns_from(name: str) -> Literal["all", "train", None]:
-    """The part of the corpus that the tokenizer of this name learns from; None if it needs no text."""
+    """Return the part of the corpus that the tokenizer of this name learns from; None if it needs no text."""
     return KINDS[name].learns_from if name in KINDS else None
 
 
 def check_name(name: str) -> None:
-    """UserError, with the known names, unless build_tokenizer knows this one. Downloads nothing."""
+    """Raise UserError, listing the known names, for a name that build_tokenizer does not know. Downloads nothing."""
     if name in KINDS:
         return
     import tiktoken
@@ -36,17 +36,17 @@ def check_name(name: str) -> None:
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"there is no tokenizer {name!r}: {hint}Known are {', '.join(names)}")
+        raise UserError(f"unknown tokenizer {name!r}: {hint}choose {', '.join(names[:-1])} or {names[-1]}")
 
 
 def _named(name: str) -> BPETokenizer:
-    """One of tiktoken's own encodings, from TIKTOKEN_CACHE_DIR or the network."""
+    """Load one of tiktoken's encodings, from TIKTOKEN_CACHE_DIR or the network."""
     check_name(name)
     import tiktoken
 
     try:
         encoding = tiktoken.get_encoding(name)
-    except (OSError, ValueError) as error:  # requests' errors are OSErrors; ValueError: a download with a wrong hash
+    except (OSError, ValueError) as error:  # requests raises OSErrors; a download with a wrong hash raises ValueError
         raise UserError(
             f"the tokenizer {name} could not be downloaded ({type(error).__name__}): connect to the network, set "
             "TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer char, byte or bpe"
@@ -59,11 +59,11 @@ def _named(name: str) -> BPETokenizer:
 
 
 def encoding_at_hand(name: str) -> BPETokenizer | None:
-    """One of tiktoken's own encodings if its files are in tiktoken's cache; nothing is downloaded."""
+    """Load one of tiktoken's encodings without downloading anything; None if tiktoken has not cached it."""
     import tiktoken.load
 
     def refuse(address: str) -> bytes:
-        raise OSError(f"{address} is not asked for")
+        raise OSError(f"{address} may not be downloaded")
 
     read_file, tiktoken.load.read_file = tiktoken.load.read_file, refuse
     try:

@@ -69,12 +69,7 @@ class _Encoded:
 
 
 def write_tokens(
-    folder: Path,
-    sources: list[Source],
-    split: Split,
-    tokenizer: Tokenizer,
-    errors: str,
-    on_read: OnRead | None = None,
+    folder: Path, sources: list[Source], split: Split, tokenizer: Tokenizer, errors: str, on_read: OnRead | None = None
 ) -> Counts:
     """Write train.tokens and val.tokens in a folder, or finish those of an earlier call.
 

@@ -1,4 +1,4 @@
-"""What every tokenizer offers, and text from tokens as they come."""
+"""The interface of every tokenizer, and a decoder for tokens that arrive one by one."""
 
 import codecs
 import hashlib
@@ -11,18 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
 from gpt.arguments import checked, shown
+from gpt.data.config import TokenizerConfig
 from gpt.errors import UserError
 from gpt.files import write_whole
-
-if TYPE_CHECKING:
-    import tiktoken
-
-    from gpt.data.config import TokenizerConfig
 
 DOCUMENT = "<|endoftext|>"  # spelling of the token before each document
 FORMAT = "gpt-tokenizer"
@@ -32,7 +28,7 @@ Texts = Callable[[], Iterable[str]]
 
 
 class UnknownCharacter(UserError):
-    """A character that a character tokenizer lacks; `position` counts characters from 0 in the text given."""
+    """A character that a character tokenizer lacks. `position`: its index in the text."""
 
     def __init__(self, character: str, position: int, where: str = "the text") -> None:
         name = unicodedata.name(character, "no name")
@@ -53,17 +49,16 @@ class Tokenizer(ABC):
     specials: spelling and id of each special token.
     """
 
-    kind: str  # its name in tokenizer.json and, unless it is a named encoding, in --tokenizer
+    kind: str  # its name in tokenizer.json and in --tokenizer
     learns_from: Literal["all", "train", None] = None  # the part of the corpus that `build` reads; None: nothing
     parallel = False  # whether encoding releases the interpreter's lock, so that threads speed it up
-    encoding: "tiktoken.Encoding | None" = None  # tiktoken's encoder, if it does the work
-    characters: str | None = None  # the characters that it can encode, in the order of their ids; None: any text
-    # Of a byte-level BPE: the bytes of each id in merge order, None for any other id; what splits text before merging.
-    tokens: list[bytes | None] | None = None
-    pattern: str | None = None
+    encoding: Any = None  # the tiktoken.Encoding that encodes, if one does
+    characters: str | None = None  # the only characters that it can encode, in the order of their ids; None: any text
+    tokens: list[bytes | None] | None = None  # of a byte-level BPE, in merge order; None for an id that is not a merge
+    pattern: str | None = None  # the regex that splits text before a BPE merges
     normalization: str | None = None  # NFC if text is composed first
-    added: Mapping[str, tuple[int, bool]] = MappingProxyType({})  # plain tokens found before splitting
-    unreached: Mapping[int, bytes] = MappingProxyType({})  # ids that no text becomes
+    added: Mapping[str, tuple[int, bool]] = MappingProxyType({})  # see BPETokenizer
+    unreached: Mapping[int, bytes] = MappingProxyType({})
 
     name: str  # of a named encoding; else the kind
     vocab_size: int
@@ -84,30 +79,27 @@ class Tokenizer(ABC):
 
     @property
     def start_token(self) -> int:
-        """What an empty prompt starts from: the document token; else a line break; else the corpus's first token."""
+        """The token that starts an empty prompt: the document token, else a line break, else the corpus's first."""
         return 0 if self.document_token is None else self.document_token
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the saved form, in hex: equal tokenizers, and no others, share it."""
+        """sha256 of the saved file, in hex. Only equal tokenizers share it."""
         return hashlib.sha256(self._serialized).hexdigest()
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Ids of the text. Special tokens' spellings are plain text unless allow_special.
+        """Encode a text. The spelling of a special token is plain text unless allow_special.
 
-        Raises UserError on a lone surrogate, and on a character that a character tokenizer lacks; TypeError for what
-        is not text.
+        Raises UserError for a lone surrogate and for a character that a character tokenizer lacks; TypeError for
+        anything but a string.
         """
         check_encode(text, allow_special)
         if not (allow_special and self.specials):
             return self.encode_to_array(text).tolist()
-        ids: list[int] = []
-        for part, i in spelled(text, self.specials):
-            ids += self.encode_to_array(part).tolist() if i is None else [i]
-        return ids
+        return self._guarded(text, self._encode_with_specials).tolist()
 
     def encode_to_array(self, text: str) -> np.ndarray:
-        """The same ids, without special tokens, as an array of self.dtype: the fast path for corpora."""
+        """Encode a text without special tokens into an array of self.dtype: the fast path for corpora."""
         return self._guarded(text, self._encode)
 
     def _guarded(self, text: str, encode: Callable[[str], np.ndarray]) -> np.ndarray:
@@ -122,20 +114,20 @@ class Tokenizer(ABC):
             ) from None
 
     def check_table(self, rows: int, model: str) -> None:
-        """UserError unless a model's embedding table has a row for each id that a text becomes or begins with."""
+        """Raise UserError unless a model's embedding table has a row for each id that text can become or begin with."""
         missing = [i for i in range(rows, self.vocab_size) if self.token_bytes[i] or i == self.document_token]
         if missing:
             raise UserError(
-                f"the tokenizer of {model} has the token {missing[0]} and its embedding table {rows} rows: "
-                "train it on with --init-from, which adds the rows"
+                f"the tokenizer of {model} has the token {missing[0]}, but its embedding table has {rows} rows: "
+                "train it further with --init-from, which adds the rows"
             )
 
     def segments(self, chunks: Iterable[str]) -> Iterator[str]:
-        """One text's chunks, cut anew so that the ids of the segments, joined, are the ids of the whole text."""
+        """Cut the chunks of one text anew, so that the ids of the segments, joined, are the ids of the whole text."""
         return iter(chunks)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes behind ids; ValueError for an id outside the vocabulary, TypeError for anything but ids."""
+        """Decode ids into bytes. ValueError for an id outside the vocabulary, TypeError for anything but ids."""
         ids = _integers(ids)
         if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
             wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
@@ -143,12 +135,12 @@ class Tokenizer(ABC):
         return b"".join([self._pieces[i] for i in ids])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text behind ids. Bytes that form no character become U+FFFD; special tokens become nothing."""
+        """Decode ids into text. Invalid UTF-8 becomes U+FFFD; special tokens become nothing."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     @checked
     def save(self, path: str | Path) -> None:
-        """Write the tokenizer as JSON; the file is written whole or not at all."""
+        """Write the tokenizer as JSON: the whole file, or nothing."""
         write_whole(Path(path), self._serialized)
 
     @property
@@ -158,21 +150,26 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _encode(self, text: str) -> np.ndarray:
-        """The ids of a text that can be encoded."""
+        """Encode a text into an array of self.dtype, without special tokens."""
+
+    def _encode_with_specials(self, text: str) -> np.ndarray:
+        parts = spelled(text, self.specials)
+        ids = [self._encode(part) if i is None else np.array([i], self.dtype) for part, i in parts]
+        return np.concatenate([np.empty(0, self.dtype), *ids])
 
     @abstractmethod
     def _form(self) -> dict[str, Any]:
-        """The file's content beside format, version and kind."""
+        """Return the saved file's content, without format, version and kind."""
 
     @classmethod
     @abstractmethod
     def from_form(cls, form: dict[str, Any]) -> Self:
-        """The tokenizer of a saved file's content; ValueError says what is wrong with it."""
+        """Build the tokenizer from a saved file's content. ValueError says what is wrong with it."""
 
     @classmethod
     @abstractmethod
-    def build(cls, config: "TokenizerConfig", texts: Texts, document_token: bool) -> Self:
-        """A new tokenizer. texts: returns the text that learns_from names, from its start."""
+    def build(cls, config: TokenizerConfig, texts: Texts, document_token: bool) -> Self:
+        """Build a new tokenizer. texts: returns the text that learns_from names, from its start."""
 
 
 def check_encode(text: Any, allow_special: Any = False) -> None:
@@ -183,7 +180,7 @@ def check_encode(text: Any, allow_special: Any = False) -> None:
 
 
 def _integers(ids: Any) -> list[int]:
-    """Token ids as a list; TypeError for anything but a list, a tensor or an array of integers."""
+    """Convert token ids to a list. TypeError for anything but a list, a tensor or an array of integers."""
     try:
         if isinstance(ids, str | bytes | Mapping):
             raise TypeError
@@ -198,23 +195,23 @@ def _integers(ids: Any) -> list[int]:
 
 
 class StreamDecoder:
-    """Text from tokens as they come, never half a character: what push and flush return joins to decode(ids)."""
+    """Decodes tokens one by one, in whole characters. The results of push and flush, joined, are decode(ids)."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        """The characters that this token completes; often "" inside a character of several tokens."""
+        """Return the characters that this token completes: "" in the middle of a character."""
         return self._decoder.decode(self._tokenizer.decode_bytes([token]))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for an unfinished character. The decoder is then as new."""
+        """Return the rest, U+FFFD for an unfinished character, and reset the decoder."""
         return self._decoder.decode(b"", final=True)
 
 
 def spelled(text: str, tokens: Mapping[str, int]) -> Iterator[tuple[str, int | None]]:
-    """The text in parts, and the id of each part that is the spelling of one of the tokens; the longest counts."""
+    """Split text at the spellings of tokens, the longest first. Yields parts, each with its token's id or None."""
     if not tokens:
         yield text, None
         return

@@ -1,9 +1,8 @@
-"""Text to token ids and back: characters, bytes, a BPE trained on the corpus, and tiktoken's named encodings.
+"""The tokenizers: characters, bytes, and byte-level BPE, trained on the corpus or one of tiktoken's encodings.
 
 Four rules hold for every kind. The spelling of a special token in text stays text unless the caller asks otherwise.
-Decoding is total: any ids of the vocabulary give a string. A special token decodes to nothing, so that
+Decoding is total: any ids of the vocabulary decode to a string. A special token decodes to nothing, so that
 len(decode_bytes(ids)) == token_bytes[ids].sum(). A saved tokenizer is one JSON file that needs nothing else.
-gpt/data/build_tokenizer.py makes a new one.
 
 Libraries (tiktoken, tokenizers) are imported where they are used: a character run starts without them.
 """
@@ -30,7 +29,6 @@ from gpt.data.tokenizer_base import (
     Texts,
     Tokenizer,
     UnknownCharacter,
-    check_encode,
     spelled,
 )
 from gpt.errors import UserError
@@ -53,18 +51,18 @@ log = logging.getLogger(__name__)
 
 MAX_VOCAB = 1 << 24
 
-# Where text may be cut without changing its ids: a letter or digit, then a space or one of these marks. No pre-split
-# pattern of GPT-2, cl100k, o200k or ours has a piece that runs over such a place or looks across it; others may.
+# Text is cut between a letter or digit and a space or one of these marks. No piece of the patterns of GPT-2, cl100k,
+# o200k and ours crosses such a point or looks across it; pieces of other patterns may.
 CUT = re.compile(r"(?<=[^\W_])[ \n.,;:!?。，、；：！？]")
-_PROBE = "It's 12 pm,\n\n\t日本 (é) \r\n  x"  # what a pattern must take all of; composed, so that it is its own NFC
+_PROBE = "It's 12 pm,\n\n\t日本 (é) \r\n  x"  # a pattern must match all of it; it is its own NFC
 _SEGMENT = 100_000  # characters; tiktoken's regex overflows its stack on a run of about a million spaces
-_NEAR = 100  # characters on each side of a cut, or more, that show whether it changes ids
+_NEAR = 100  # characters on each side of a cut, at least, that are compared with and without it
 
 
 class CharTokenizer(Tokenizer):
-    """One id per character of a sorted alphabet, then the document token if there is one.
+    """One id per character of a sorted alphabet, then the document token if it has one.
 
-    first: the character that the corpus begins with.
+    first: the first character of the corpus.
     """
 
     kind, learns_from = "char", "all"
@@ -141,12 +139,12 @@ class ByteTokenizer(Tokenizer):
 class BPETokenizer(Tokenizer):
     """Byte-level BPE, encoded by tiktoken.
 
-    tokens: the bytes of each id in merge order, every single byte among them; None for any other id.
+    tokens: the bytes of each id in merge order, including every single byte; None for any other id.
     Text is encoded in segments of at most 100,000 characters, cut between a letter and a space or mark where that does
-    not change the ids of the text around it; only text without any such place is cut inside a piece.
-    normalization: NFC where the text is composed first (as Qwen's is). document: the document token's spelling.
-    added: spellings that always become one id, before the pattern splits the text: found in the text as it is given,
-    or (True) once it is normalized. unreached: ids that text never becomes, and the bytes that they decode to.
+    not change the ids around it; only text without such a point is cut inside a piece.
+    normalization: NFC if text is composed first (as Qwen does). document: the document token's spelling.
+    added: spellings that always become one id, found before the pattern splits the text, and after normalization if
+    the flag is True. unreached: ids that no text becomes, and the bytes that they decode to.
     """
 
     kind, learns_from, parallel = "bpe", "train", True
@@ -179,11 +177,8 @@ class BPETokenizer(Tokenizer):
         ranks = {token: i for i, token in enumerate(tokens) if token is not None}
         self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.specials)
 
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        check_encode(text, allow_special)
-        if not (allow_special and self.specials):
-            return self.encode_to_array(text).tolist()
-        return self._guarded(text, lambda text: self._encode(text, self.specials)).tolist()
+    def _encode_with_specials(self, text: str) -> np.ndarray:
+        return self._encode(text, self.specials)
 
     def segments(self, chunks: Iterable[str]) -> Iterator[str]:
         rest = ""
@@ -202,7 +197,7 @@ class BPETokenizer(Tokenizer):
             yield rest
 
     def _cut(self, text: str, start: int) -> int:
-        """The last place where a segment that begins at `start` may end, else where it must."""
+        """Return the last point where a segment that begins at `start` may be cut, else its longest end."""
         end = start + _SEGMENT
         for first in (max(start + 1, end - 1000), start + 1):
             cuts = [match.start() for match in CUT.finditer(text, first, end + 1)]
@@ -215,7 +210,7 @@ class BPETokenizer(Tokenizer):
         try:
             apart = [*self._encode(left, cut=False), *self._encode(right, cut=False)]
             return apart == self._encode(left + right, cut=False).tolist()
-        except (UserError, UnicodeEncodeError):  # which will be told of the segment
+        except (UserError, UnicodeEncodeError):  # encoding the segment raises it again
             return True
 
     def _encode(self, text: str, specials: Mapping[str, int] = MappingProxyType({}), *, cut: bool = True) -> np.ndarray:
@@ -239,29 +234,24 @@ class BPETokenizer(Tokenizer):
         try:
             ids = self.encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # tiktoken's own, for a pattern that matches no character
+            if type(error).__name__ != "PanicException":  # tiktoken panics at a pattern that matches no character
                 raise
             raise UserError(f"the tokenizer's pattern {self.pattern!r} cannot split text: {error}") from None
         if self.token_bytes[ids].sum() != (len(text) if text.isascii() else len(text.encode())):
             raise UserError(
-                f"the tokenizer's pattern {self.pattern!r} leaves out a part of {text[:60]!r}: it must take all text"
+                f"the tokenizer's pattern {self.pattern!r} leaves out a part of {text[:60]!r}: it must match all text"
             )
         return ids
 
     def _form(self) -> dict[str, Any]:
         tokens = [None if token is None else base64.b64encode(token).decode() for token in self.tokens]
-        # Only where they say something, so that a tokenizer without them keeps its fingerprint.
+        # Fields with their default are left out, so that a tokenizer without them keeps its fingerprint.
         extra = {"normalization": self.normalization} if self.normalization else {}
         extra |= {"document": self.document} if self.document != DOCUMENT else {}
         extra |= {"added": {spelling: list(token) for spelling, token in self.added.items()}} if self.added else {}
         if self.unreached:
             extra["unreached"] = {str(i): base64.b64encode(piece).decode() for i, piece in self.unreached.items()}
-        return extra | {
-            "name": self.name,
-            "pattern": self.pattern,
-            "special_tokens": self.specials,
-            "tokens": tokens,
-        }
+        return extra | {"name": self.name, "pattern": self.pattern, "special_tokens": self.specials, "tokens": tokens}
 
     @classmethod
     def from_form(cls, form: dict[str, Any]) -> Self:
@@ -301,19 +291,19 @@ KINDS: dict[str, type[Tokenizer]] = {each.kind: each for each in (CharTokenizer,
 
 @checked
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read what Tokenizer.save wrote. UserError, naming the file, for anything else."""
+    """Load a tokenizer that Tokenizer.save wrote. UserError, naming the file, for any other file."""
     path = Path(path)
     try:
         form = json.loads(path.read_bytes())
         return _from_form(form)
     except OSError as error:
         raise UserError(f"{path}: cannot read the tokenizer ({error.strerror or error})") from None
-    except (ValueError, RecursionError) as error:  # JSON, base64, a regex that tiktoken refuses, our own checks
+    except (ValueError, RecursionError) as error:  # from JSON, base64, tiktoken's regex or _check
         raise UserError(f"{path} is not a tokenizer of this program, or is damaged: {error}") from None
 
 
 def _from_form(form: Any) -> Tokenizer:
-    """The tokenizer in a parsed file; ValueError says what is wrong with it."""
+    """Build the tokenizer of a parsed file. ValueError says what is wrong with it."""
     _check(isinstance(form, dict) and form.get("format") == FORMAT, f'"format" is not "{FORMAT}"')
     _check(form.get("version") == VERSION, f'"version" is {form.get("version")!r}, known is {VERSION}')
     kind = form.get("kind")
@@ -338,7 +328,7 @@ def check_tokens(
     added: Mapping[str, tuple[int, bool]] | None = None,
     unreached: Mapping[int, bytes | None] | None = None,
 ) -> list[bytes | None]:
-    """The tokens; ValueError where all of these make no vocabulary of a byte-level BPE (as BPETokenizer takes them)."""
+    """Return the tokens. ValueError unless the arguments, as BPETokenizer takes them, form a byte-level vocabulary."""
     given = [token for token in tokens if token is not None]
     _check(len(set(given)) == len(given), '"tokens" holds one twice')
     _check(b"" not in given and {bytes([i]) for i in range(256)} <= set(given), '"tokens" lacks single bytes')
@@ -360,12 +350,12 @@ def _check(condition: bool, message: str) -> None:
 
 
 def composed(text: str) -> str:
-    """The text in NFC, by the tokenizers library's tables: each version of Python has its own."""
+    """Convert text to NFC by the tokenizers library's tables, since those of Python change with its version."""
     from tokenizers import normalizers
 
     return normalizers.NFC().normalize_str(text)
 
 
 def code_points(text: str) -> np.ndarray:
-    """Code points of the text's characters, uint32."""
+    """Return the text's code points, (characters,) uint32."""
     return np.frombuffer(text.encode("utf-32-le"), np.uint32)

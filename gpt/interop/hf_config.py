@@ -73,11 +73,7 @@ _NO_WINDOW = {"sliding_window": (None,), "use_sliding_window": (False, None)}
 FIXED: dict[str, dict[str, tuple | None]] = {
     "gpt2": NEUTRAL
     | _NO_WINDOW
-    | {
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-    },
+    | {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
     "llama": NEUTRAL | _NO_WINDOW,
     "mistral": NEUTRAL | dict.fromkeys(("attention_bias", "mlp_bias"), (False,)),
     "qwen2": NEUTRAL | {"mlp_bias": (False,)},
