@@ -188,7 +188,7 @@ def test_stdin_that_gives_no_text(make, piped, tmp_path, monkeypatch):
         make("-")
     piped(b"text")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="one process only"):
+    with pytest.raises(UserError, match="only one process can read stdin"):
         make("-")
 
 
@@ -270,12 +270,12 @@ def test_a_dataset_is_read_no_further_than_the_cap(make, hub):
         ([], {"error": ValueError("Config name is missing.\nPick one")}, r"hf:name \(ValueError: .* Pick one\)"),
         ([{"text": "a"}], {"error": ConnectionError("gone")}, r"hf:name after row 1 \(ConnectionError: gone\)"),
         ([{"text": "a"}, {"body": "b", "id": 1}], {}, r"row 2 has no field 'text': it has body, id; .*--text-field"),
-        ([{"text": 3}], {}, r"hf:name, row 1: the field 'text' is not text but int"),
+        ([{"text": 3}], {}, r"hf:name, row 1: the field 'text' is not text but a number"),
         ([{"text": "x" * 200}] * 9, {}, r"hf:name has more than 1000 bytes: .*--max-corpus-bytes"),
         ([{"text": "x"}], {"num_bytes": 1001}, r"hf:name has more than 1000 bytes: .*--max-corpus-bytes"),
     ],
 )
-def test_a_dataset_that_cannot_be_had(make, hub, tmp_path, rows, options, message):
+def test_a_dataset_that_cannot_be_read_is_refused(make, hub, tmp_path, rows, options, message):
     found = hub(rows, **options)
     with pytest.raises(UserError, match=message) as caught:
         make("hf:name", max_download_bytes=1000)
@@ -285,8 +285,8 @@ def test_a_dataset_that_cannot_be_had(make, hub, tmp_path, rows, options, messag
 
 
 @pytest.mark.parametrize("spec", ["hf:", "hf:a:b:c", "hf:a@", "hf: a"])
-def test_no_dataset_is_named(make, spec):
-    with pytest.raises(UserError, match="is spelt hf:NAME"):
+def test_a_misspelt_dataset_is_refused(make, spec):
+    with pytest.raises(UserError, match="write hf:NAME"):
         make(spec)
 
 
@@ -299,7 +299,7 @@ def test_the_limit_is_the_configs_unless_another_is_given(tmp_path, monkeypatch)
         assert inspect.signature(fetch).parameters["limit"].default == DataConfig().max_download_bytes == 16 * 2**30
 
 
-def test_a_pipe_that_breaks_is_one_sentence(tmp_path, monkeypatch):
+def test_a_broken_pipe_is_reported(tmp_path, monkeypatch):
     class Broken:
         def read(self, size):
             raise OSError(5, "Input/output error")

@@ -228,7 +228,7 @@ def test_ids_of_any_vocabulary_are_taken(tmp_path, ids):
 def test_a_tokenizer_must_be_named(tmp_path, make, kind):
     nanogpt(tmp_path / "train.bin")
     nanogpt(tmp_path / "val.bin")
-    with pytest.raises(UserError, match=r"train\.bin holds tokens and no text to learn .* from: .*--tokenizer gpt2"):
+    with pytest.raises(UserError, match=r"train\.bin holds tokens, not text that .*: name the tokenizer .*--tokenizer gpt2"):
         make(tmp_path, kind)
     write(tmp_path / "meta.pkl", b"")
     for corpus in (tmp_path, tmp_path / "train.bin"):

@@ -72,7 +72,7 @@ def test_it_learns_from_the_training_part_of_a_corpus(tmp_path, make, toy):
 
 def test_token_files_cannot_be_its_text(tmp_path, make, toy):
     np.arange(100, dtype="<u2").tofile(tmp_path / "x.bin")
-    with pytest.raises(UserError, match="no text to learn a tokenizer from"):
+    with pytest.raises(UserError, match="not text that a tokenizer could learn from"):
         make(tmp_path / "x.bin", "backward")
 
 

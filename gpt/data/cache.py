@@ -1,4 +1,4 @@
-"""Folders of the cache: written beside their final, and there whole or not at all."""
+"""Folders of the cache: written under a temporary name, so that a reader sees the whole folder or none."""
 
 import os
 import tempfile
@@ -15,20 +15,20 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-JOURNAL = "progress.json"  # in an unfinished folder: what of it is finished
+JOURNAL = "progress.json"  # in an unfinished folder: how much of it is finished
 MARK = ".made-by-gpt"  # in an unfinished folder: this program made it
-# Every file that this program writes in a folder of the cache. Nothing else in one is ever deleted.
+# All files that this program writes in a folder of the cache. It never deletes any other file.
 _CORPUS = ("tokenizer.json", "corpus.json", "train.tokens", "val.tokens")
 WRITTEN = {MARK, JOURNAL, "content", "record.json", *_CORPUS, f".{JOURNAL}.tmp", ".tokenizer.json.tmp"}
 _DAY = 86400
 
 
 def cache_folder(given: Path | None) -> Path:
-    """Where corpora and downloads are kept: `given`, or a folder in $XDG_CACHE_HOME or ~/.cache."""
+    """Return the folder for corpora and downloads: `given`, or one in $XDG_CACHE_HOME or ~/.cache."""
     if given is not None:
         return Path(given).expanduser().absolute()
     root = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(root):  # the XDG specification: a relative path is ignored
+    if not os.path.isabs(root):  # the XDG specification ignores relative paths
         root = os.path.expanduser("~/.cache")
     if not os.path.isabs(root):
         raise UserError("this user has no home folder to keep tokenized text in: give a folder with --cache-dir")
@@ -37,19 +37,19 @@ def cache_folder(given: Path | None) -> Path:
 
 @contextmanager
 def publish(final: Path, *, resume: bool = False) -> Iterator[Path]:
-    """A new folder to write in, which becomes `final` when the block ends well and goes away when it does not.
+    """Open a temporary folder for writing, which is renamed to `final` if the block succeeds and deleted if it fails.
 
-    A reader never sees half of it. Where another process was first, its folder stays. A write that fails in the block
-    is a UserError that names the cache folder.
+    If another process publishes first, its folder stays. A failing write in the block is a UserError that names the
+    cache folder.
 
-    resume: the folder may be what an earlier block for this final left behind when it was killed, or interrupted with
-    a JOURNAL in it; it waits a month for that. Two processes never share one.
+    resume: start with what an earlier block for `final` left when it was killed, or interrupted with a JOURNAL in the
+    folder; that is kept for a month. Two processes never share a folder.
     """
     with unfinished(final.parent, final.name if resume else None) as work:
         yield work
         try:
             (work / JOURNAL).unlink(missing_ok=True)
-            for path in (*work.rglob("*"), work):  # before it has a name that readers trust
+            for path in (*work.rglob("*"), work):  # before it gets the name that readers trust
                 flush(path)
             os.rename(work, final)
             (final / MARK).unlink()
@@ -61,9 +61,9 @@ def publish(final: Path, *, resume: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def unfinished(folder: Path, resume: str | None = None) -> Iterator[Path]:
-    """A folder below `folder` to write in for as long as the block lasts; resume: a name to find it by the next time.
+    """Open a temporary folder below `folder` for the block. resume: a name, so that a later block can continue it.
 
-    What killed processes left behind goes after a day, or a month if it has such a name.
+    Folders that killed processes left are deleted after a day, or after a month if they have such a name.
     """
     work, lock, keep = None, None, False
     try:
@@ -75,7 +75,7 @@ def unfinished(folder: Path, resume: str | None = None) -> Iterator[Path]:
             work.chmod(0o755)
             yield work
     except (KeyboardInterrupt, UserError) as error:
-        # What was interrupted, or found the disk full, may go on; text that was refused will be another.
+        # Keep work that was interrupted or found the disk full. Refused text will change, so its work is useless.
         keep = lock is not None and (isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, OSError))
         raise
     finally:
@@ -87,11 +87,11 @@ def unfinished(folder: Path, resume: str | None = None) -> Iterator[Path]:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Makes a folder of the cache; a write that fails in the block is a UserError that names it."""
+    """Make a folder of the cache. A failing write in the block is a UserError that names it."""
     try:
         make_folder(folder)
         yield
-    except BrokenPipeError:  # of the terminal, not of the cache
+    except BrokenPipeError:  # the terminal's, not the cache's
         raise
     except OSError as error:
         reason = error.strerror or error
@@ -101,14 +101,14 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def _resumed(work: Path) -> tuple[Path | None, int | None]:
-    """The folder, new or old, and the lock on it; None, None where another process or the user has it."""
+    """Return the folder, new or old, and its lock; None, None if another process or the user owns it."""
     if fcntl is None or (work.exists() and not is_own(work)):
         return None, None
     make_folder(work)
     lock = os.open(work, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(lock), os.stat(work)):  # else its holder has just finished
+        if os.path.samestat(os.fstat(lock), os.stat(work)):  # else another process has just finished it
             return work, lock
     except OSError:
         pass
@@ -117,7 +117,7 @@ def _resumed(work: Path) -> tuple[Path | None, int | None]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed processes left: folders of a day ago, or of a month ago if they can be resumed."""
+    """Delete the folders of killed processes: those older than a day, or a month if they can be resumed."""
     for pattern, age in ((".writing-*", _DAY), (".resume-*", 30 * _DAY)):
         for old in folder.glob(pattern):
             with suppress(FileNotFoundError):  # another process sweeps too
@@ -126,7 +126,7 @@ def _sweep(folder: Path) -> None:
 
 
 def is_own(work: Path) -> bool:
-    """Whether this program made an unfinished folder, which then holds its mark, and all that is in it."""
+    """Whether an unfinished folder and all its files are this program's."""
     if work.is_symlink() or not work.is_dir():
         return False
     names = os.listdir(work)
@@ -134,22 +134,22 @@ def is_own(work: Path) -> bool:
 
 
 def strange_in(folder: Path) -> Path | None:
-    """Something in a folder of the cache that this program did not write; None if all is its own."""
+    """Return a file in a folder of the cache that this program did not write, or None."""
     others = (path for path in folder.iterdir() if path.name not in WRITTEN or path.is_dir())
     return next(others, None)
 
 
 def discard(folder: Path) -> None:
-    """Delete what this program wrote in a folder of the cache, and the folder unless it holds something else."""
-    with suppress(OSError):  # it goes the next time
-        for name in (*sorted(WRITTEN - {MARK}), MARK):  # which is the last to go
+    """Delete this program's files in a folder of the cache, and the folder if it is then empty."""
+    with suppress(OSError):  # a later sweep deletes it
+        for name in (*sorted(WRITTEN - {MARK}), MARK):  # last, so that the folder stays known
             if not (folder / name).is_dir():
                 (folder / name).unlink(missing_ok=True)
         folder.rmdir()
 
 
 def make_way(final: Path) -> None:
-    """Delete a damaged folder of the cache, to make it anew. UserError where it holds what is not the cache's."""
+    """Delete a damaged folder of the cache. UserError if it holds a file that is not the cache's."""
     if strange := strange_in(final):
         raise UserError(
             f"{final} is damaged and holds {strange.name}, which the cache did not write: move that elsewhere"

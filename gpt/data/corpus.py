@@ -1,23 +1,22 @@
-"""Text sources to token files: found, hashed, split, tokenized once, and kept by content.
+"""Turns text sources into token files: finds, hashes, splits and tokenizes them once, and caches the result.
 
     corpus = prepare(config.data, config.tokenizer)
     tokens = read_tokens(corpus.train, corpus.tokenizer)
 
-The cache key is a hash of the sources' bytes, the tokenizer's settings, the split and the format, so that nothing is
-ever out of date. Text is never held whole: it passes through in chunks. `python -m gpt.corpus inspect PATH` says what
-came of it.
+The cache key is a hash of the sources' bytes, the tokenizer's settings, the split and the format, so that no entry can
+be out of date. Text passes through in chunks and is never in memory whole.
 
-Documents: each text file is one, and so is each line of JSON lines and each row of a Parquet file or dataset. The
-tokenizer's document token, where it has one, comes before each document; the held-out tail of a document does not
-begin a new one. A character tokenizer gets the token only for several documents, so that one text gives exactly its
-characters. gpt/data/split.py says which are held out. Text is kept unchanged, spaces and line ends too; text of nothing
-but white space is refused.
+Documents: a text file is one; so is each line of JSON lines and each row of a Parquet file or dataset. The tokenizer's
+document token, if it has one, comes before each document; the held-out tail of a document does not begin a new one. A
+character tokenizer has the token only if there are several documents, so that a single text becomes exactly its
+characters. Text is kept unchanged, including spaces and line ends; a corpus of nothing but white space is refused.
 """
 
 import hashlib
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +38,8 @@ __all__ = ["Corpus", "OnProgress", "cache_folder", "check_length", "prepare"]
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # of a cached corpus; part of its key
-BPE_BYTES = 200_000_000  # of text that a BPE learns from at most
+FORMAT = 2  # of a cached corpus; part of the cache key
+BPE_BYTES = 200_000_000  # of text, at most, that a BPE learns from
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ class Corpus:
     val_bytes: int
     documents: int
     sources: tuple[tuple[str, int, str], ...]  # name, bytes of the file, sha256
-    digest: str  # sha256 of all that decides the tokens
-    parts: tuple[str, ...] = ()  # of several corpora as one: the digest of each
+    digest: str  # sha256 of everything that decides the tokens
+    parts: tuple[str, ...] = ()  # the digest of each corpus, if this is the sum of several
 
 
 def prepare(
@@ -68,69 +67,58 @@ def prepare(
     fixed_tokenizer: Tokenizer | None = None,
     progress: OnProgress | None = None,
 ) -> Corpus:
-    """Tokenize data.corpus, or open what an earlier call made of the same text and settings.
+    """Tokenize data.corpus, or open the result of an earlier call with the same text and settings.
 
-    fixed_tokenizer: what a resumed or evaluated run brings; `tokenizer` is then not looked at. progress is called as
-    progress(what, bytes done, bytes in all). Raises UserError for whatever is wrong with the text or the cache.
+    fixed_tokenizer: the tokenizer of a resumed or evaluated run, used instead of `tokenizer`. progress is called as
+    progress(stage, bytes done, bytes in all). Raises UserError for any fault of the text or the cache.
     """
     if fixed_tokenizer is None:
         check_name(tokenizer.tokenizer)
     cache = cache_folder(data.cache_dir)
     if files := find_token_files(data):
-        return _prepare_tokens(files, data, fixed_tokenizer or _maker(files, tokenizer), cache, progress)
-    sources = [source.hashed() for source in find_sources(data, cache / "downloads", progress)]
-    digest = _digest(sources, data, tokenizer, fixed_tokenizer)
+        fixed_tokenizer = fixed_tokenizer or _maker(files, tokenizer)
+        sources = hashed(files, cache, progress)
+        key: dict[str, Any] = {
+            "format": FORMAT,
+            "token files": [[source.path.name, source.sha256] for source in sources],
+            "tokenizer": fixed_tokenizer.fingerprint,
+            "split": data.val_fraction,
+        }
+    else:
+        sources = [source.hashed() for source in find_sources(data, cache / "downloads", progress)]
+        key = _key(sources, data, tokenizer, fixed_tokenizer)
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     folder = cache / "corpora" / digest[:32]
     if folder.is_dir():
         try:
             saved = fixed_tokenizer or load_tokenizer(folder / "tokenizer.json")
             return _open(folder, sources, digest, saved, verify=True)
-        except UserError as error:
-            log.warning("%s: tokenizing again", error)
+        except UserError as error:  # token files may have moved, or changed
+            log.warning("%s: %s again", error, "checking" if files else "tokenizing")
             make_way(folder)
-    with publish(folder, resume=True) as work:
-        made = _write(work, sources, data, tokenizer, fixed_tokenizer, progress)
+    with publish(folder, resume=not files) as work:
+        if files:
+            made = fixed_tokenizer
+            made.save(work / "tokenizer.json")
+            write_index(work, files, made, data.val_fraction, _meter("checking tokens", sources, progress))
+        else:
+            made = _write(work, sources, data, tokenizer, fixed_tokenizer, progress)
     return _open(folder, sources, digest, made, verify=False)
 
 
 def _maker(files: list[Path], config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer that made token files, which must be named."""
+    """Build the tokenizer that made token files, which the user must name."""
     if learns_from(config.tokenizer):
         table = " (meta.pkl beside it is not read: a pickle can run code)" * (files[0].parent / "meta.pkl").exists()
         raise UserError(
-            f"{files[0]} holds tokens and no text to learn a tokenizer from{table}: name the one that made them, such "
-            "as --tokenizer gpt2, or train on the text itself"
+            f"{files[0]} holds tokens, not text that a tokenizer could learn from{table}: name the tokenizer that made "
+            "them, such as --tokenizer gpt2, or train on the text itself"
         )
     return build_tokenizer(config, list)
 
 
-def _prepare_tokens(
-    files: list[Path], data: DataConfig, tokenizer: Tokenizer, cache: Path, progress: OnProgress | None
-) -> Corpus:
-    """A corpus of other programs' token files, which stay where they are."""
-    sources = hashed(files, cache, progress)
-    key = {
-        "format": FORMAT,
-        "token files": [[source.path.name, source.sha256] for source in sources],
-        "tokenizer": tokenizer.fingerprint,
-        "split": data.val_fraction,
-    }
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-    folder = cache / "corpora" / digest[:32]
-    if folder.is_dir():
-        try:
-            return _open(folder, sources, digest, tokenizer, verify=True)
-        except UserError as error:  # moved, or touched
-            log.warning("%s: checking again", error)
-            make_way(folder)
-    with publish(folder) as work:
-        tokenizer.save(work / "tokenizer.json")
-        write_index(work, files, tokenizer, data.val_fraction, _meter("checking tokens", sources, progress))
-    return _open(folder, sources, digest, tokenizer, verify=False)
-
-
 def check_length(corpus: Corpus, seq_len: int) -> None:
-    """UserError unless the training part fills one row of seq_len tokens and the validation part has a target."""
+    """Raise UserError unless training fills one row of seq_len tokens and validation has a target."""
     for side, tokens, least in (("training", corpus.train_tokens, seq_len + 1), ("validation", corpus.val_tokens, 2)):
         if tokens < least:
             raise UserError(
@@ -139,25 +127,23 @@ def check_length(corpus: Corpus, seq_len: int) -> None:
             )
 
 
-def _digest(sources: list[Source], data: DataConfig, config: TokenizerConfig, fixed: Tokenizer | None) -> str:
-    """The cache key: sha256 of all that decides the tokens."""
+def _key(sources: list[Source], data: DataConfig, config: TokenizerConfig, fixed: Tokenizer | None) -> dict[str, Any]:
+    """Return everything that decides the tokens of a text."""
+    tokenizer: list[Any] = [config.tokenizer, config.bpe_vocab_size if config.tokenizer == "bpe" else None]
     if fixed is not None:
-        tokenizer: list[Any] = ["fixed", fixed.fingerprint]
-    else:
-        tokenizer = [config.tokenizer, config.bpe_vocab_size if config.tokenizer == "bpe" else None]
+        tokenizer = ["fixed", fixed.fingerprint]
     several = len(sources) > 1 or sources[0].kind != "text"
-    key = {
+    return {
         "format": FORMAT,
         "sources": [[source.sha256, *source.form] for source in sources],
         "tokenizer": tokenizer,
         "split": [data.val_fraction, data.split_seed if several else None],
         "encoding_errors": data.encoding_errors,
     }
-    return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
 def _open(folder: Path, sources: list[Source], digest: str, tokenizer: Tokenizer, *, verify: bool) -> Corpus:
-    """The corpus in a cache folder; UserError if anything in it is damaged."""
+    """Open the corpus in a cache folder. UserError if any of it is damaged."""
     try:
         counts = json.loads((folder / "corpus.json").read_bytes())
         counts = {name: int(counts[name]) for name in ("train_bytes", "val_bytes", "documents")}
@@ -185,13 +171,15 @@ def _write(
     fixed: Tokenizer | None,
     progress: OnProgress | None,
 ) -> Tokenizer:
-    """Make a corpus folder: tokenizer.json, train.tokens, val.tokens, corpus.json. Returns the tokenizer.
+    """Write a corpus folder: tokenizer.json, train.tokens, val.tokens, corpus.json. Returns the tokenizer.
 
-    In a folder that an interrupted call left behind it uses the existing tokenizer and tokens.
+    Uses the tokenizer and tokens that an interrupted call left in the folder.
     """
     split = find_split(sources, data)
-    saved = folder / "tokenizer.json"
-    tokenizer = fixed or _unfinished(saved)
+    saved, tokenizer = folder / "tokenizer.json", fixed
+    if tokenizer is None and saved.exists():
+        with suppress(UserError):
+            tokenizer = load_tokenizer(saved)
     if tokenizer is None:
         tokenizer = _learn(sources, split, data, config, _meter("reading", sources, progress))
     tokenizer.save(saved)
@@ -207,16 +195,8 @@ def _write(
     return tokenizer
 
 
-def _unfinished(path: Path) -> Tokenizer | None:
-    """The tokenizer that an interrupted call has learned."""
-    try:
-        return load_tokenizer(path) if path.exists() else None
-    except UserError:
-        return None
-
-
 def _meter(what: str, sources: list[Source], progress: OnProgress | None) -> OnRead | None:
-    """Tells progress how much of the sources' files has been read."""
+    """Return a function that reports to progress how much of the sources' files has been read."""
     if progress is None:
         return None
     total, done = sum(source.size for source in sources), 0
@@ -232,9 +212,9 @@ def _meter(what: str, sources: list[Source], progress: OnProgress | None) -> OnR
 def _learn(
     sources: list[Source], split: Split, data: DataConfig, config: TokenizerConfig, on_read: OnRead | None
 ) -> Tokenizer:
-    """The tokenizer that config asks for, from the whole text for characters, from the training part for a BPE.
+    """Build the tokenizer that config names, from the text that it learns from.
 
-    A BPE's trainer keeps every distinct word in memory: it learns from at most BPE_BYTES, spread evenly over the text.
+    A BPE's trainer keeps every distinct word in memory, so it gets at most BPE_BYTES, spread evenly over the text.
     """
     share = min(1.0, BPE_BYTES / max(1, sum(source.size for source in sources)))
 
@@ -253,7 +233,7 @@ def _learn(
                 if int(count * share) > int((count - 1) * share):
                     taken += len(text)
                     yield text
-            if taken >= BPE_BYTES:  # packed files hold more text than their size says
+            if taken >= BPE_BYTES:  # compressed files hold more text than their size says
                 return
 
     return build_tokenizer(config, texts, document_token=split.several)
