@@ -16,6 +16,7 @@ from gpt.data import external_tokens
 from gpt.data.corpus import check_length
 from gpt.data.external_tokens import TokenParts
 from gpt.data.loader import target_bytes
+from gpt.data.mixture import Mixture
 from gpt.data.packing import make_loader, packed_validation
 from gpt.data.token_files import read_tokens
 from gpt.data.tokenizers import ByteTokenizer
@@ -165,16 +166,16 @@ def test_a_run_on_token_files(tmp_path, make, named):
 BAD = {
     "empty": (lambda p: write(p, b""), "is not a token file: its 0 bytes"),
     "odd": (lambda p: write(p, b"abc"), "is not a token file: its 3 bytes"),
-    "version": (lambda p: llm_c(p, version=2), "llm.c token file of version 2: with magic 20240520, 1 is known"),
+    "version": (lambda p: llm_c(p, version=2), "llm.c token file of version 2: magic 20240520 needs version 1"),
     "cut": (lambda p: write(p, llm_c(p).read_bytes()[:-2]), "is damaged: .* bytes cannot hold"),
     "count": (lambda p: llm_c(p, tokens=7), "is damaged: .* its 7 tokens of 2 bytes"),
     "negative": (lambda p: llm_c(p, tokens=-7), "is damaged: .* its -7 tokens"),
     "wide": (lambda p: llama(p, width=2), "is damaged: .* tokens of 4 bytes"),
     "id": (
         lambda p: nanogpt(p, [1, 2, 257, 3]),
-        "holds the id 257 at byte 4, and the tokenizer has 257: .*--tokenizer",
+        "holds the id 257 at byte 4, but the tokenizer has 257 tokens: .*--tokenizer",
     ),
-    "tail": (lambda p: nanogpt(p, [1, 2, 257]), "holds the id 257 at byte 4, and the tokenizer has 257"),
+    "tail": (lambda p: nanogpt(p, [1, 2, 257]), "holds the id 257 at byte 4, but the tokenizer has 257"),
     "large": (lambda p: llama(p, [1, 2**32 - 1, 5]), "holds the id 4294967295 at byte 1028"),
     "pickle": (lambda p: write(p, b"\x80\x04\x95\x10\x00\x00"), "holds the id 1152 at byte 0"),
     "short": (lambda p: nanogpt(p, [1]), "too short to be split"),
@@ -228,7 +229,7 @@ def test_ids_of_any_vocabulary_are_taken(tmp_path, ids):
 def test_a_tokenizer_must_be_named(tmp_path, make, kind):
     nanogpt(tmp_path / "train.bin")
     nanogpt(tmp_path / "val.bin")
-    with pytest.raises(UserError, match=r"train\.bin holds tokens, not text that .*: name the tokenizer .*--tokenizer gpt2"):
+    with pytest.raises(UserError, match=r"train\.bin holds tokens, not text .*: name the tokenizer .*--tokenizer gpt2"):
         make(tmp_path, kind)
     write(tmp_path / "meta.pkl", b"")
     for corpus in (tmp_path, tmp_path / "train.bin"):
@@ -242,7 +243,7 @@ def test_what_goes_with_no_token_file(tmp_path, make):
         make((path, text), "byte")
     with pytest.raises(UserError, match="max_corpus_bytes counts bytes of text"):
         make(path, "byte", max_corpus_bytes=10)
-    with pytest.raises(UserError, match=r"v_val\.bin is to validate, by its name"):
+    with pytest.raises(UserError, match=r"v_val\.bin is for validation, by its name"):
         make(nanogpt(tmp_path / "v_val.bin"), "byte")
 
 
@@ -301,12 +302,14 @@ def test_ids_are_counted_in_parts(tmp_path, monkeypatch, chunk):
         external_tokens.count_ids(external_tokens.look_at(llama(tmp_path / "x.bin", ids)), ByteTokenizer())
 
 
-def test_windows_outside_the_tokens_are_refused():
-    windows = np.lib.stride_tricks.sliding_window_view(TokenParts([np.arange(4), np.arange(4, 9)]), 3)
-    assert windows[np.array([0, 2, 6])].tolist() == [[0, 1, 2], [2, 3, 4], [6, 7, 8]]
-    for start in (-1, 7):
-        with pytest.raises(IndexError, match=f"window {start} of 7"):
-            windows[np.array([start])]
+@pytest.mark.parametrize("packing", ["stream", "documents", "best_fit"])
+def test_a_mixture_reads_several_files(packing):
+    whole = np.arange(1000, dtype=np.uint16) % 250
+    parts = TokenParts([whole[:1], whole[1:400], whole[400:]])
+    options = {"batch_size": 7, "seq_len": 16, "seed": 3}
+    mixed = (Mixture([make_loader(t, packing, 249, **options)] * 2, (1, 2), **options) for t in (whole, parts))
+    ours, theirs = (loader.next_batch() for loader in mixed)
+    assert all(a.equal(b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_a_token_file_that_is_gone(tmp_path):

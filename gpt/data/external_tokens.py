@@ -1,9 +1,9 @@
-"""Token files that other programs made, used as they are: checked once, memory-mapped, never copied.
+"""Token files of other programs: checked once, then memory-mapped in place, never copied.
 
-nanoGPT's .bin is uint16 ids and nothing else. llm.c's and modded-nanogpt's has a header of 256 int32 before them: magic
-20240520, version 1, token count, for uint16 ids; magic 20240801, version 7, for uint32 ids (Llama 3's). The files with
-"val" in their name validate, the others are trained on; without such a file the tail of the tokens validates. What
-lies beside them, such as nanoGPT's meta.pkl, is not looked at: a pickle can run code.
+nanoGPT's .bin holds uint16 ids and nothing else. llm.c's and modded-nanogpt's begins with a header of 256 int32: magic
+20240520, version 1, token count, for uint16 ids; magic 20240801, version 7, for uint32 ids (Llama 3's). Files with
+"val" in their name are for validation, the others for training; without such a file the tail of the tokens is for
+validation. No other file in their folder is read, such as nanoGPT's meta.pkl: a pickle can run code.
 """
 
 import glob
@@ -27,15 +27,15 @@ from gpt.data.unpack import packing_of
 from gpt.errors import UserError
 from gpt.files import path_from_text, path_to_text, write_whole
 
-INDEX = b'{"format": "gpt-token-files", '  # how a file begins that leads to others
+INDEX = b'{"format": "gpt-token-files", '  # the first bytes of an index of token files
 HEADER_BYTES = 1024
 _KINDS = {20240520: (1, 2), 20240801: (7, 4)}  # magic: version, bytes per token
-_CHUNK = 1 << 22  # tokens looked at a time
+_CHUNK = 1 << 22  # tokens read at a time
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """Tokens of a file: `tokens` of them from byte `offset` on. size, mtime_ns: the file's when it was looked at."""
+    """`tokens` tokens of a file from byte `offset`. size, mtime_ns: the file's when it was checked."""
 
     path: str
     size: int
@@ -45,7 +45,7 @@ class TokenFile:
     tokens: int
 
     def open(self) -> np.memmap:
-        """The ids (tokens,), mapped read-only. UserError where the file has changed or is gone."""
+        """Map the ids (tokens,), read-only. UserError if the file has changed or is gone."""
         try:
             status = os.stat(self.path)
             if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
@@ -56,10 +56,10 @@ class TokenFile:
 
 
 def find_token_files(data: DataConfig) -> list[Path]:
-    """The .bin files that data.corpus names, each once; none where it names text.
+    """List the .bin files that data.corpus names, each once; [] if it names text.
 
-    They are named as files, by globs that lead to nothing else, or as a folder that holds *train*.bin and *val*.bin.
-    Raises UserError where text is named beside them.
+    They are named as files, by a glob that matches nothing else, or as a folder with *train*.bin and *val*.bin.
+    Raises UserError if it names both text and token files.
     """
     named = {spec: _bins(spec) for spec in data.corpus}
     if not any(named.values()):
@@ -84,7 +84,7 @@ def _bins(spec: str) -> list[Path]:
             files = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
             return files if files and all(file.suffix == ".bin" and file.is_file() for file in files) else []
         return [path] if path.suffix == ".bin" and path.is_file() else []
-    except (OSError, ValueError):  # find_sources says what is wrong with it
+    except (OSError, ValueError):  # find_sources reports it
         return []
 
 
@@ -93,7 +93,7 @@ def _validates(path: str | Path) -> bool:
 
 
 def look_at(path: Path) -> TokenFile:
-    """What a .bin file's header and size promise. UserError where they do not agree."""
+    """Read a .bin file's header and size. UserError if they disagree."""
     try:
         with open(path, "rb") as file:
             header = file.read(HEADER_BYTES)
@@ -105,7 +105,7 @@ def look_at(path: Path) -> TokenFile:
     if magic in _KINDS:
         known, width = _KINDS[magic]
         if version != known:
-            raise UserError(f"{path} is an llm.c token file of version {version}: with magic {magic}, {known} is known")
+            raise UserError(f"{path} is an llm.c token file of version {version}: magic {magic} needs version {known}")
         if tokens <= 0 or status.st_size != HEADER_BYTES + tokens * width:
             raise UserError(
                 f"the token file {path} is damaged: {status.st_size} bytes cannot hold a header of {HEADER_BYTES} and "
@@ -122,11 +122,11 @@ def look_at(path: Path) -> TokenFile:
 
 
 def _not_ids(head: bytes) -> str | None:
-    """What a file that begins so holds instead of uint16 ids, where that is known; small files may hold anything."""
+    """Describe a file's content if its head shows that it is not uint16 ids. A small file may hold anything."""
     if packing := packing_of(head):
         return f"compressed data (.{packing}): unpack it first"
     known = not_text(head)
-    if known and not known[0].startswith(("binary", "a pickle")):  # ids may begin as a pickle does
+    if known and not known[0].startswith(("binary", "a pickle")):  # ids may look like a pickle
         return known[0]
     ids = np.frombuffer(head[: len(head) // 8 * 8], "<u2")
     if len(ids) < 64:
@@ -140,7 +140,7 @@ def _not_ids(head: bytes) -> str | None:
 
 
 def hashed(files: list[Path], cache: Path, progress: OnProgress | None = None) -> list[Source]:
-    """The files with their sha256: from a record in the cache while a file's size and time of change are the same."""
+    """Hash files, or reuse the hash in the cache while a file's size and modification time are the same."""
     sources = [Source(str(path), path, os.path.getsize(path)) for path in files]
     total, done, made = sum(source.size for source in sources), 0, []
     for source in sources:
@@ -167,17 +167,15 @@ def hashed(files: list[Path], cache: Path, progress: OnProgress | None = None) -
 def write_index(
     folder: Path, files: Iterable[Path], tokenizer: Tokenizer, val_fraction: float, on_read: OnRead | None = None
 ) -> None:
-    """Make train.tokens, val.tokens (which lead to the files) and corpus.json in a folder.
+    """Write train.tokens and val.tokens, which are indexes of the files, and corpus.json into a folder.
 
-    Every id is checked. Raises UserError for a file of an unknown kind, or of another tokenizer.
+    Checks every id. Raises UserError for a file of an unknown kind, or of another tokenizer.
     """
-    found = [look_at(path) for path in files]
-    sides = {
-        "train": [file for file in found if not _validates(file.path)],
-        "val": [file for file in found if _validates(file.path)],
-    }
+    sides: dict[str, list[TokenFile]] = {"train": [], "val": []}
+    for path in files:
+        sides["val" if _validates(path) else "train"].append(look_at(path))
     if not sides["train"]:
-        raise UserError(f"{found[0].path} is to validate, by its name, and there is no token file to train on")
+        raise UserError(f"{sides['val'][0].path} is for validation, by its name: name a token file to train on too")
     if not sides["val"]:
         sides = _without_tail(sides["train"], val_fraction)
     counts = {"train_bytes": 0, "val_bytes": 0, "documents": 0}
@@ -195,7 +193,7 @@ def write_index(
 
 
 def _without_tail(files: list[TokenFile], val_fraction: float) -> dict[str, list[TokenFile]]:
-    """The files with the last val_fraction of their tokens on the other side."""
+    """Split the files: the last val_fraction of their tokens is for validation."""
     total = sum(file.tokens for file in files)
     if total < 2:
         raise UserError(f"{files[0].path} is too short to be split: give more tokens")
@@ -212,7 +210,7 @@ def _without_tail(files: list[TokenFile], val_fraction: float) -> dict[str, list
 
 
 def count_ids(file: TokenFile, tokenizer: Tokenizer, on_read: OnRead | None = None) -> np.ndarray:
-    """How often each id occurs, (vocab_size,) int64. UserError where one is outside the vocabulary."""
+    """Count each id, (vocab_size,) int64. UserError if one is outside the vocabulary."""
     ids, uses = file.open(), np.zeros(tokenizer.vocab_size, np.int64)
     for start in range(0, len(ids), _CHUNK):
         chunk = np.asarray(ids[start : start + _CHUNK])
@@ -220,8 +218,8 @@ def count_ids(file: TokenFile, tokenizer: Tokenizer, on_read: OnRead | None = No
             at = int(np.argmax(chunk >= tokenizer.vocab_size))
             where = f"at byte {file.offset + file.width * (start + at)}"
             raise UserError(
-                f"the token file {file.path} holds the id {int(chunk[at])} {where}, and the tokenizer has "
-                f"{tokenizer.vocab_size}: name the one that made it with --tokenizer"
+                f"the token file {file.path} holds the id {int(chunk[at])} {where}, but the tokenizer has "
+                f"{tokenizer.vocab_size} tokens: name the one that made the file with --tokenizer"
             )
         uses += np.bincount(chunk, minlength=tokenizer.vocab_size)
         if on_read is not None:
@@ -230,7 +228,7 @@ def count_ids(file: TokenFile, tokenizer: Tokenizer, on_read: OnRead | None = No
 
 
 def read_index(path: Path, tokenizer: Tokenizer) -> "np.memmap | TokenParts":
-    """The ids that an index leads to. UserError where it is damaged, or a file is not what it was."""
+    """Map the ids of the files in an index. UserError if it is damaged, or a file has changed."""
     try:
         index: dict[str, Any] = json.loads(path.read_bytes())
         files = [TokenFile(**file | {"path": path_from_text(file["path"])}) for file in index["files"]]
@@ -250,10 +248,9 @@ def read_index(path: Path, tokenizer: Tokenizer) -> "np.memmap | TokenParts":
 
 
 class TokenParts:
-    """Several mapped arrays, one after another, as one of shape (N,) that is never in memory whole.
+    """Several mapped arrays, joined into one of shape (N,) that is never in memory whole.
 
-    What the loader needs of an array: length, slices, numbers, comparison, and numpy's sliding_window_view, whose rows
-    are picked by their starts. np.asarray gives a copy of all of it.
+    Supports what loaders need of an array: length, slices, single ids and comparison. np.asarray copies all of it.
     """
 
     ndim = 1
@@ -290,27 +287,3 @@ class TokenParts:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype, copy=False)
-
-    def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        if function is np.lib.stride_tricks.sliding_window_view and len(args) == 2 and not kwargs:
-            return _Windows(self, args[1])
-        return NotImplemented
-
-
-class _Windows:
-    """All windows of `width` tokens, (N - width + 1, width); those at starts (n,) are read when asked for."""
-
-    def __init__(self, tokens: TokenParts, width: int) -> None:
-        self._tokens, self._width = tokens, width
-        self.shape = (max(0, len(tokens) - width + 1), width)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, starts: np.ndarray) -> np.ndarray:
-        rows = np.empty((len(starts), self._width), self._tokens.dtype)
-        for row, start in zip(rows, starts.tolist()):
-            if not 0 <= start < self.shape[0]:
-                raise IndexError(f"window {start} of {self.shape[0]}")
-            row[:] = self._tokens[start : start + self._width]
-        return rows

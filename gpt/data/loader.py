@@ -90,15 +90,15 @@ class TrainLoader(Loader):
 
     def __init__(self, tokens: np.ndarray, **options: int) -> None:
         super().__init__(**options)
-        seq_len = self.seq_len
-        if len(tokens) < seq_len + 1:
-            raise UserError(f"{len(tokens)} training tokens fill no window: seq_len {seq_len} needs {seq_len + 1}")
+        width = self.seq_len + 1
+        if len(tokens) < width:
+            raise UserError(f"{len(tokens)} training tokens fill no window: seq_len {self.seq_len} needs {width}")
         self._tokens = plain(tokens)
-        self._rows = np.lib.stride_tricks.sliding_window_view(self._tokens, seq_len + 1)  # (N - seq_len, seq_len + 1)
         self._go_to(0, 0)
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, ...]:
-        windows = torch.from_numpy(self._rows[rows].astype(np.int64))  # (B, T + 1)
+        windows = np.stack([self._tokens[start : start + self.seq_len + 1] for start in rows])
+        windows = torch.from_numpy(windows.astype(np.int64))  # (B, T + 1)
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
     def state_dict(self) -> dict[str, int]:
