@@ -1,6 +1,6 @@
-"""Token files to batches: training windows in a seeded order that resumes exactly, and one fixed validation pass.
+"""Turns tokens into batches: training windows in a seeded order that resumes exactly, and a fixed validation pass.
 
-gpt.data.packing has the loaders that keep documents apart, gpt.data.mixture the one of several corpora.
+gpt.data.packing has the loaders that keep documents apart, gpt.data.mixture the loader of several corpora.
 """
 
 import hashlib
@@ -21,15 +21,15 @@ __all__ = ["Batches", "Loader", "TrainLoader", "permuted", "target_bytes", "vali
 
 DOCUMENT_INPUTS = ("positions", "segment_ids")  # GPT.loss's names for what packed batches have besides x and y
 _ROUNDS = 6
-_AHEAD = 4096  # window starts computed at a time
+_AHEAD = 4096  # window starts computed at once
 
 
 class Loader(ABC):
-    """An endless stream of rows, dealt out to ranks; what each kind of row is, take and read know.
+    """An endless stream of rows, dealt out to ranks. A subclass decides what a row is.
 
-    A step takes the next world_size * batch_size rows, and this rank gets batch_size of them: the ranks together see
-    what one process with the whole batch would. Attributes that may change between batches: batch_size. rollbacks: how
-    often a run went back to leave behind what came next; the order depends on it.
+    A step takes the next world_size * batch_size rows, and each rank reads batch_size of them: together the ranks read
+    what one process with the whole batch would. batch_size may change between batches. rollbacks: how often the run
+    went back to skip data; the order depends on it.
     """
 
     def __init__(self, *, batch_size: int, seq_len: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
@@ -39,53 +39,53 @@ class Loader(ABC):
         self.rank, self.world_size, self.rollbacks = rank, world_size, 0
 
     def next_batch(self) -> tuple[Tensor, ...]:
-        """Inputs and targets, each (batch_size, seq_len) int64: the target is the token after the input, or -100.
+        """Return inputs and targets, each (batch_size, seq_len) int64: a target is the next token, or IGNORE_INDEX.
 
-        Where documents are kept apart: also positions int64 and segment_ids int32 of the same shape.
+        Loaders that keep documents apart add positions (int64) and segment_ids (int32) of the same shape.
         """
         rows = self.take(self.world_size * self.batch_size)
         return self.read(rows[self.rank * self.batch_size : (self.rank + 1) * self.batch_size])
 
     @abstractmethod
     def take(self, n: int) -> Sequence:
-        """The next n rows of the stream, n > 0; the stream moves on."""
+        """Advance the stream by its next n rows, n > 0, and return them."""
 
     @abstractmethod
     def read(self, rows: Sequence) -> tuple[Tensor, ...]:
-        """The batch of some rows that take gave."""
+        """Read the batch of rows that take returned."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch begins, over all ranks; and what the order depends on."""
+        """Return the position of the next batch, over all ranks, and what the order depends on."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to where state_dict was taken. batch_size and world_size may differ from then. Raises UserError."""
+        """Go to a saved position. batch_size and world_size may have changed. Raises UserError."""
 
     def check_order(self, state: dict[str, Any], order: dict[str, Any]) -> None:
-        """UserError unless the state has what this loader's order depends on."""
+        """Raise UserError unless the state was saved with this order."""
         for name, value in {"packing": None, **order}.items():
             if state.get(name) != value:
                 raise UserError(
-                    f"the checkpoint's data order has {name} {state.get(name)}, this run has {value}: give it the same "
-                    "text, tokenizer, seed, seq_len and packing"
+                    f"the checkpoint's data order has {name} {state.get(name)}, this run has {value}: resume with the "
+                    "same text, tokenizer, seed, seq_len and packing"
                 )
 
 
 def order_keys(name: str) -> np.ndarray:
-    """(1 + _ROUNDS,) uint64 that a name decides: a number, and keys for permuted."""
+    """Hash a name to (1 + _ROUNDS,) uint64: a number, and keys for permuted."""
     return np.frombuffer(hashlib.shake_256(name.encode()).digest(8 + 8 * _ROUNDS), "<u8")
 
 
 class TrainLoader(Loader):
     """Endless training batches from tokens (N,).
 
-    An epoch cuts the tokens, from a random phase below seq_len on, into windows of seq_len + 1 that share their end
-    token with the next one's start, so that each token is predicted at most once: all but the fewer than 2 seq_len at
-    the two ends that fill no window. The windows come in a random order, a Feistel permutation that is computed and not
-    stored. Phase and order depend on (seed, epoch) alone, and the order on `rollbacks`.
+    Each epoch cuts the tokens into windows of seq_len + 1, from a random phase below seq_len. Neighbours share one
+    token, so that each token is a target at most once; fewer than 2 seq_len tokens at the two ends fill no window. The
+    windows come in random order, by a Feistel permutation that is computed rather than stored. Phase and order depend
+    on (seed, epoch) alone, the order on `rollbacks` too.
 
-    Epochs follow each other without a seam, as one stream of windows. options: as Loader takes them.
+    Epochs follow each other as one stream of windows. options: those of Loader.
     """
 
     def __init__(self, tokens: np.ndarray, **options: int) -> None:
@@ -102,7 +102,7 @@ class TrainLoader(Loader):
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
     def state_dict(self) -> dict[str, int]:
-        """Where the next batch begins: windows used of the epoch, over all ranks; and what the order depends on."""
+        """Return the position: windows of the epoch used, over all ranks; and what the order depends on."""
         return {"epoch": self._epoch, "index": self._index, "rollbacks": self.rollbacks, **self._order()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -115,7 +115,7 @@ class TrainLoader(Loader):
 
     def _go_to(self, epoch: int, index: int) -> None:
         words = order_keys(f"{self.seed}:{epoch}")
-        starts = len(self._tokens) - self.seq_len  # where a window can start
+        starts = len(self._tokens) - self.seq_len  # points where a window can start
         phase = int(words[0]) % min(self.seq_len, starts)
         count = (starts - 1 - phase) // self.seq_len + 1
         if not 0 <= index <= count or epoch < 0:
@@ -127,7 +127,7 @@ class TrainLoader(Loader):
         self._ahead, self._ahead_from = np.empty(0, np.int64), index
 
     def take(self, n: int) -> np.ndarray:
-        """Starts (n,) int64 of the next n windows of the stream."""
+        """Return the starts (n,) int64 of the next n windows of the stream."""
         parts = []
         while n:
             if self._index == self._count:
@@ -145,10 +145,10 @@ class TrainLoader(Loader):
 
 
 class Batches:
-    """A Loader's batches on a device, and where the training, not the reading ahead, has got to.
+    """A Loader's batches on a device, and the data position of training, whatever has been read ahead.
 
-    For a GPU a thread reads one batch ahead into pinned memory, from where the copy runs beside the computation; on a
-    CPU the next batch is read when it is asked for.
+    For a GPU, a thread reads one batch ahead into pinned memory, so that the copy overlaps the computation. For a CPU,
+    a batch is read on demand.
     """
 
     def __init__(self, loader: Loader, device: torch.device, *, ahead: bool | None = None):
@@ -159,7 +159,7 @@ class Batches:
         self._next: Future | None = None
 
     def next_batch(self) -> tuple[Tensor, ...]:
-        """The loader's next batch, on the device; does not wait for it."""
+        """Return the loader's next batch, on the device, without waiting for the copy."""
         if self._thread is None:
             batch, self._state = self._read()
         else:
@@ -172,29 +172,29 @@ class Batches:
         return tuple(part.pin_memory() if self._pinned else part for part in batch), self._loader.state_dict()
 
     def go_to(self, state: dict[str, Any], rows: int | None = None) -> None:
-        """Go on from where state_dict was taken, from now on with so many rows a batch."""
+        """Continue from a saved position, with `rows` rows per batch."""
         if self._next is not None:
-            self._next.exception()  # whatever it was, it is not wanted
+            self._next.exception()  # its result and any error are unwanted
             self._next = None
         self._loader.batch_size = rows or self._loader.batch_size
         self._loader.load_state_dict(state)
         self._state = self._loader.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
-        """As Loader.state_dict, where the next batch that next_batch gives begins."""
+        """Return the loader's state before the batch that next_batch will return."""
         return self._state
 
     def close(self) -> None:
-        """End the thread; what it read ahead is dropped."""
+        """End the thread and drop what it has read ahead."""
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
 
 
 def permuted(indices: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
-    """Where a keyed permutation of range(count) sends indices (n,); int64.
+    """Apply a keyed permutation of range(count) to indices (n,). Returns int64. keys: (rounds,) uint64.
 
-    A Feistel network on the smallest square domain of a power of two that holds count, walked along its cycles until
-    inside (Black and Rogaway 2002). keys (rounds,) uint64.
+    A Feistel network on the smallest domain of 2^(2k) >= count values; values outside the range are mapped again until
+    they are inside (Black and Rogaway 2002).
     """
     half = np.uint64(max(1, -(-(count - 1).bit_length() // 2)))
     mask = np.uint64((1 << int(half)) - 1)
@@ -218,11 +218,11 @@ def validation_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One pass over tokens (N,): inputs and targets (B, seq_len) int64, always the same, in the text's order.
+    """Yield the inputs and targets (B, seq_len) int64 of one pass over tokens (N,), in the text's order.
 
-    Each token but the first is a target exactly once; with max_tokens, only the first max_tokens of them. The last row
-    is filled up with input 0 and target -100; the last batch may have fewer rows. Of several ranks each gets every
-    world_size-th batch, and all get the same number of them: where none is left, one of a single row without targets.
+    Each token but the first is a target exactly once, or the first max_tokens of them. The last row is padded with
+    input 0 and target IGNORE_INDEX; the last batch may have fewer rows. Each rank gets every world_size-th batch. All
+    ranks get the same number of batches: an empty one is a single row without targets.
     """
     targets = targets_in(tokens, max_tokens)
     tokens = plain(tokens)
@@ -238,20 +238,17 @@ def validation_batches(
 
 
 def target_bytes(tokens: np.ndarray, tokenizer: Tokenizer, max_tokens: int | None = None) -> int:
-    """UTF-8 bytes of the text that validation_batches has as targets.
+    """Count the UTF-8 bytes of validation_batches' targets.
 
     Bits per byte = loss in nats, summed over the targets / (ln 2 * target_bytes).
     """
-    targets = targets_in(tokens, max_tokens)
-    total = 0
-    for start in range(1, targets + 1, 1 << 20):
-        ids = np.asarray(tokens[start : min(start + (1 << 20), targets + 1)])
-        total += int(tokenizer.token_bytes[ids].sum())
-    return total
+    stop = 1 + targets_in(tokens, max_tokens)
+    parts = (tokens[start : min(start + (1 << 20), stop)] for start in range(1, stop, 1 << 20))
+    return sum(int(tokenizer.token_bytes[np.asarray(ids)].sum()) for ids in parts)
 
 
 def plain(tokens: np.ndarray) -> np.ndarray:
-    """A memmap as an array, whose slices are quick; what only acts like an array (several files) as it is."""
+    """Convert a memmap to a plain array, whose slices are faster. TokenParts stay as they are."""
     return tokens.view(np.ndarray) if isinstance(tokens, np.ndarray) else tokens
 
 
@@ -262,7 +259,7 @@ def targets_in(tokens: np.ndarray, max_tokens: int | None) -> int:
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """A hash of each uint64 (the finaliser of MurmurHash3)."""
+    """Hash each uint64 (MurmurHash3's finaliser)."""
     values = (values ^ (values >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
     values = (values ^ (values >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
     return values ^ (values >> np.uint64(33))

@@ -1,4 +1,4 @@
-"""Several corpora, each with its own epochs and validation text, in given shares of the training rows.
+"""Mixes several corpora in given shares of the training rows, each with its own epochs and validation text.
 
 corpora = prepare_all(config.data, config.tokenizer)
 loader = make_mixture([read_tokens(corpus.train, tokenizer) for corpus in corpora], tokenizer, config, world)
@@ -24,7 +24,7 @@ from gpt.data.tokenizers import Tokenizer
 from gpt.distributed import World
 from gpt.errors import UserError
 
-# Steps of 1 / golden ratio around a circle of 2^64: of all rotations the most even (Kronecker's sequence).
+# 2^64 / golden ratio: steps of this size cover the circle of 2^64 points most evenly (Kronecker's sequence).
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -35,9 +35,9 @@ def prepare_all(
     fixed_tokenizer: Tokenizer | None = None,
     progress: OnProgress | None = None,
 ) -> list[Corpus]:
-    """The corpora of a run, all of one tokenizer: with corpus_weights one for each entry of data.corpus, else one.
+    """Prepare a run's corpora with one tokenizer: one per entry of data.corpus if it has corpus_weights, else one.
 
-    A tokenizer that is learned is learned from all of them as one text. Raises UserError.
+    A learned tokenizer is learned from all entries as one text. Raises UserError.
     """
     if not data.corpus_weights:
         return [prepare(data, tokenizer, fixed_tokenizer=fixed_tokenizer, progress=progress)]
@@ -51,7 +51,7 @@ def prepare_all(
 
 
 def check_lengths(corpora: Sequence[Corpus], data: DataConfig, seq_len: int) -> None:
-    """UserError unless each corpus fills a row of seq_len tokens and can be validated on."""
+    """Raise UserError unless each corpus fills a training row of seq_len tokens and has a validation target."""
     for entry, corpus in zip(data.corpus, corpora, strict=False):
         try:
             check_length(corpus, seq_len)
@@ -60,7 +60,7 @@ def check_lengths(corpora: Sequence[Corpus], data: DataConfig, seq_len: int) -> 
 
 
 def together(corpora: Sequence[Corpus]) -> Corpus:
-    """What several corpora are as one, in numbers; its token files are the first one's."""
+    """Sum the counts and sources of several corpora; the token files are those of the first."""
     if len(corpora) == 1:
         return corpora[0]
     counts = ("train_tokens", "val_tokens", "train_bytes", "val_bytes", "documents")
@@ -74,12 +74,12 @@ def together(corpora: Sequence[Corpus]) -> Corpus:
 
 
 class Mixture(Loader):
-    """Rows of several loaders, so that each has its share of any long stretch of the stream.
+    """Rows of several loaders, each in its share of any long stretch of the stream.
 
-    Row i comes from the loader in whose part of [0, 1) the point (phase + i / golden ratio) mod 1 lies, parts as wide
-    as the weights, and is that loader's next one: a function of (seed, i) alone. Of any n rows that follow each other
-    the share of a loader is off by fewer rows than log2(n) + 3. A loader whose text is used up begins its next
-    epoch by itself. The state holds i and every loader's own state; the weights may change when a run is resumed.
+    [0, 1) is divided into one interval per loader, as wide as its weight. Row i is the next row of the loader in whose
+    interval the point (phase + i / golden ratio) mod 1 lies: a function of (seed, i) alone. In any n consecutive rows a
+    loader's count is off by fewer than log2(n) + 3. A loader starts its own next epoch when its text is used up. The
+    state holds i and every loader's state; the weights may change when a run is resumed.
     """
 
     def __init__(self, loaders: Sequence[Loader], weights: Sequence[float], **options: int) -> None:
@@ -90,12 +90,12 @@ class Mixture(Loader):
         self._phase = order_keys(f"{self.seed}:mixture")[0]
 
     def chosen(self, n: int) -> np.ndarray:
-        """Which loader gives each of the next n rows; (n,)."""
+        """Return the number of the loader of each of the next n rows; (n,)."""
         index = np.arange(self._index, self._index + n, dtype=np.uint64)
         return np.searchsorted(self._ends, (self._phase + index * _GOLDEN) / 2.0**64, side="right")
 
     def take(self, n: int) -> list[tuple[int, Any]]:
-        """The next n rows, each with the number of the loader that reads it."""
+        """Return the next n rows, each with the number of its loader."""
         chosen = self.chosen(n)
         self._index += n
         counts = np.bincount(chosen, minlength=len(self._loaders)).tolist()
@@ -113,7 +113,7 @@ class Mixture(Loader):
         return tuple(torch.cat(kind)[back] for kind in zip(*parts, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Rows used over all ranks, and where each loader's next row is."""
+        """Return the rows used, over all ranks, and each loader's state."""
         states = [loader.state_dict() for loader in self._loaders]
         return {"index": self._index, "rollbacks": self.rollbacks, "seed": self.seed, "corpora": states}
 
@@ -129,7 +129,7 @@ class Mixture(Loader):
 
 
 def make_mixture(tokens: Sequence[np.ndarray], tokenizer: Tokenizer, config: Config, world: World) -> Loader:
-    """The training rows of a run: of one corpus, or of several in the shares that corpus_weights says."""
+    """Make the loader of a run: of one corpus, or of several in the shares of corpus_weights."""
     options = {"batch_size": config.train.batch_size, "seq_len": config.model.seq_len}
     options |= {"seed": config.train.seed, "rank": world.rank, "world_size": world.size}
     loaders = [make_loader(part, config.data.packing, tokenizer.document_token, **options) for part in tokens]

@@ -1,9 +1,8 @@
-"""Training rows in which documents are kept apart.
+"""Training rows that keep documents apart.
 
-Every token of a row sees the tokens of its own document alone (`segment_ids`), and positions count from 0 where a
-document, or the part of it that the row has, begins. The targets are those of the plain stream: what a document's last
-token predicts is the document token that follows it, by which the model learns where a text ends. That token is always
-the same one, so that nothing of the next document is predicted.
+A token attends only to its own document (`segment_ids`), and positions count from 0 at the start of each document, or
+of the part that is in the row. The targets are those of the plain stream: a document's last token predicts the document
+token that follows, by which the model learns where a text ends.
 """
 
 from bisect import bisect_right
@@ -19,14 +18,14 @@ from gpt.data.loader import Loader, TrainLoader, order_keys, permuted, plain, ta
 from gpt.errors import UserError
 from gpt.model.config import IGNORE_INDEX
 
-Row = list[tuple[int, int]]  # pieces: where each begins among the tokens, and its length
+Row = list[tuple[int, int]]  # start among the tokens, and length, of each piece
 
-POOL = 4096  # pieces that are packed together
-_BLOCK = 1 << 24  # tokens searched at a time
+POOL = 4096  # pieces packed together
+_BLOCK = 1 << 24  # tokens searched at once
 
 
 def document_inputs(x: Tensor, document_token: int) -> tuple[Tensor, Tensor]:
-    """positions (int64) and segment_ids (int32) of rows x (B, T) in which the document token begins a document."""
+    """Return positions (int64) and segment_ids (int32) of rows x (B, T), whose documents begin with document_token."""
     begins = x == document_token
     begins[:, 0] = True
     index = torch.arange(x.shape[1]).expand_as(x)
@@ -34,7 +33,7 @@ def document_inputs(x: Tensor, document_token: int) -> tuple[Tensor, Tensor]:
 
 
 class DocumentLoader(TrainLoader):
-    """The windows of a TrainLoader, in its order, with documents kept apart."""
+    """A TrainLoader's windows, in its order, with documents kept apart."""
 
     def __init__(self, tokens: np.ndarray, document_token: int, **options: int) -> None:
         super().__init__(tokens, **options)
@@ -46,11 +45,11 @@ class DocumentLoader(TrainLoader):
 
 
 def piece_starts(tokens: np.ndarray, document_token: int, seq_len: int) -> np.ndarray:
-    """Where each piece begins, and as the last number where the last one ends; (pieces + 1,) int64.
+    """Return the start of each piece, and the end of the last one; (pieces + 1,) int64.
 
-    A piece is a document, or of one longer than seq_len each seq_len tokens of it and what is left. Only tokens that
-    have a next one to predict are in pieces. Takes 8 bytes for each piece, twice that while it works; about a second
-    for 10^9 tokens.
+    A piece is a document; one longer than seq_len is cut into pieces of seq_len and a shorter last one. The last token
+    has no target, so no piece holds it. Takes 8 bytes per piece, twice that while working; about a second for 10^9
+    tokens.
     """
     last, begin, parts = len(tokens) - 1, 0, []
     for at in range(0, last, _BLOCK):
@@ -65,7 +64,7 @@ def piece_starts(tokens: np.ndarray, document_token: int, seq_len: int) -> np.nd
 
 
 def pack(starts: Sequence[int], lengths: Sequence[int], seq_len: int) -> list[Row]:
-    """Rows of pieces of at most seq_len tokens in all: each takes, again and again, the longest piece that fits."""
+    """Pack pieces into rows of at most seq_len tokens: a row takes the longest piece that fits, until none does."""
     pieces = sorted(zip(lengths, starts))
     lengths, starts = [n for n, _ in pieces], [start for _, start in pieces]
     rows = []
@@ -79,9 +78,9 @@ def pack(starts: Sequence[int], lengths: Sequence[int], seq_len: int) -> list[Ro
 
 
 def read_pieces(tokens: np.ndarray, rows: Sequence[Row], seq_len: int) -> tuple[Tensor, ...]:
-    """Inputs, targets, positions and segment_ids of packed rows, each (rows, seq_len).
+    """Read the inputs, targets, positions and segment_ids of packed rows, each (rows, seq_len).
 
-    What a row leaves free has input 0 and target -100, and is a segment of its own.
+    The free end of a row has input 0 and target IGNORE_INDEX, and is a segment of its own.
     """
     shape = (len(rows), seq_len)
     x, y, positions = np.zeros(shape, np.int64), np.full(shape, IGNORE_INDEX, np.int64), np.zeros(shape, np.int64)
@@ -104,12 +103,11 @@ def read_pieces(tokens: np.ndarray, rows: Sequence[Row], seq_len: int) -> tuple[
 class BestFitLoader(Loader):
     """Rows packed so that few documents are cut (Ding et al. 2024, "Fewer truncations improve language modeling").
 
-    A document longer than seq_len is cut into pieces of seq_len and what is left; any other is a piece, whole. An epoch
-    has every piece once, in the order of a permutation that is computed and not stored; each POOL of them that follow
-    each other are packed together, longest first (first-fit decreasing), and their rows shuffled. So every token that
-    has a next one is an input once per epoch, and little of a row stays free.
+    An epoch has every piece (see piece_starts) once, in random order by a permutation that is computed rather than
+    stored. Each POOL of consecutive pieces is packed, longest first (first-fit decreasing), and its rows are shuffled.
+    So every token that has a target is an input once per epoch, and little of a row is empty.
 
-    The state counts pools and rows: it is the same for any batch_size and world_size.
+    The state counts pools and rows, and so does not depend on batch_size or world_size.
     """
 
     def __init__(self, tokens: np.ndarray, document_token: int, **options: int) -> None:
@@ -122,7 +120,7 @@ class BestFitLoader(Loader):
         self._go_to(0, 0, 0)
 
     def take(self, n: int) -> list[Row]:
-        """The next n rows of the stream."""
+        """Return the next n rows of the stream."""
         rows: list[Row] = []
         while len(rows) < n:
             if self._row == len(self._packed):
@@ -137,7 +135,7 @@ class BestFitLoader(Loader):
         return read_pieces(self._tokens, rows, self.seq_len)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch begins: rows used of a pool of an epoch; and what the order depends on."""
+        """Return the position: rows used of a pool of an epoch; and what the order depends on."""
         position = {"epoch": self._epoch, "pool": self._pool, "row": self._row}
         return {**position, "rollbacks": self.rollbacks, **self._order()}
 
@@ -150,8 +148,7 @@ class BestFitLoader(Loader):
         self._go_to(*position)
 
     def _order(self) -> dict[str, Any]:
-        order = {"seed": self.seed, "seq_len": self.seq_len, "tokens": len(self._tokens)}
-        return {**order, "packing": "best_fit"}
+        return {"seed": self.seed, "seq_len": self.seq_len, "tokens": len(self._tokens), "packing": "best_fit"}
 
     def _go_to(self, epoch: int, pool: int, row: int) -> None:
         keys = order_keys(f"{self.seed}:{epoch}:{self.rollbacks}")[1:]
@@ -161,7 +158,7 @@ class BestFitLoader(Loader):
         packed = pack(starts.tolist(), (self._starts[pieces + 1] - starts).tolist(), self.seq_len)
         shuffled = permuted(np.arange(len(packed)), len(packed), keys + np.uint64(1 + pool))
         self._packed = [packed[i] for i in shuffled]
-        # After a rollback the pool has other pieces, and may make fewer rows.
+        # After a rollback the pool holds other pieces, and may fill fewer rows.
         self._epoch, self._pool, self._row = epoch, pool, min(row, len(packed))
 
 
@@ -176,9 +173,9 @@ def packed_validation(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[tuple[Tensor, ...]]:
-    """The validation pass under a packing: validation_batches' targets, each once, and its arguments.
+    """Yield a validation pass under a packing. Takes validation_batches' arguments and has its targets, each once.
 
-    documents: its rows, with documents kept apart. best_fit: packed as for training, pools in the text's order.
+    documents: the same rows, with documents kept apart. best_fit: rows packed as for training, in the text's order.
     """
     options = {"batch_size": batch_size, "seq_len": seq_len, "rank": rank, "world_size": world_size}
     if packing != "best_fit":
@@ -194,20 +191,20 @@ def packed_validation(
         for row in pack(starts[:-1][at : at + POOL].tolist(), lengths[at : at + POOL].tolist(), seq_len)
     )
     while together := list(islice(rows, world_size * batch_size)):
-        # Each rank gets as many batches; where none of these rows is left, one row without targets.
+        # All ranks yield the same number of batches; an empty one yields a row without targets.
         mine = together[rank * batch_size : (rank + 1) * batch_size]
         yield read_pieces(tokens, mine or [[]], seq_len)
 
 
 def make_loader(tokens: np.ndarray, packing: str, document_token: int | None, **options: int) -> Loader:
-    """The training rows of tokens (N,) under a packing. options: as Loader takes them."""
+    """Make the loader of tokens (N,) under a packing. options: those of Loader."""
     if packing == "stream":
         return TrainLoader(tokens, **options)
     return {"documents": DocumentLoader, "best_fit": BestFitLoader}[packing](tokens, document_token, **options)
 
 
 def check_packing(packing: str, document_token: int | None, documents: int) -> None:
-    """UserError where documents are to be kept apart and there is nothing that tells them apart."""
+    """Raise UserError if a packing keeps documents apart that cannot be told apart."""
     if packing == "stream" or (document_token is not None and documents > 1):
         return
     why = "the corpus is one document" if documents == 1 else "the tokenizer has no document token"
