@@ -268,7 +268,7 @@ def test_entry_without_a_name(make, entry):
 
 @pytest.mark.parametrize("entry", ["missing.txt", "no/such/folder", "no*match", "ftp://host/file", "\0", "x" * 5000])
 def test_missing_path(make, entry):
-    with pytest.raises(UserError, match=r"is not there|leads to no text file|cannot read"):
+    with pytest.raises(UserError, match=r"does not exist|leads to no text file|cannot read"):
         make(entry)
 
 
@@ -356,7 +356,7 @@ def test_file_that_changes_while_it_is_read(tmp_path, make):
     def change(what, done, total):
         write(path, POEM.replace("quick", "quirk"))
 
-    with pytest.raises(UserError, match="is not what it was"):
+    with pytest.raises(UserError, match=r"has changed \(sha256"):
         make(path, progress=change)
     assert list((tmp_path / "cache" / "corpora").iterdir()) == []
 

@@ -132,7 +132,7 @@ def test_damaged_download_is_refused(server, make, tmp_path):
     url = f"{server.url}/text"
     source = download(url, tmp_path / "cache" / "downloads")
     write(source.path, POEM[:-1])
-    with pytest.raises(UserError, match="after deleting it if it is a download"):
+    with pytest.raises(UserError, match="delete the file first if it is a download"):
         make(url)
     write(source.path.parent / "record.json", "{}")
     with pytest.raises(UserError, match="is damaged: delete that folder"):

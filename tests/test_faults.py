@@ -169,7 +169,7 @@ def test_a_deleted_token_file_is_rebuilt(run, caplog):
 def test_a_deleted_corpus_is_named(run, capsys):
     Path("text.txt").unlink()
     assert status_of("--resume", "--max-steps", "5") == 2
-    assert "the corpus text.txt is not there" in sentence(capsys)
+    assert "the corpus text.txt does not exist" in sentence(capsys)
 
 
 # Two at once, and interrupts.

@@ -68,11 +68,11 @@ def test_token_files_of_a_corpus(tmp_path, make, capsys):
 @pytest.mark.parametrize(
     ("spoil", "words", "message"),
     [
-        (lambda p: p, (), r"there is no .*x\.bin"),
+        (lambda p: p, (), r"x\.bin does not exist"),
         (lambda p: write(p, b"abc"), (), r"x\.bin is not a token file: its 3 bytes"),
         (lambda p: write(p, llm_c(p).read_bytes()[:-1]), (), r"x\.bin is damaged"),
-        (lambda p: llama(p, [1 << 30]), (), "are these tokens"),
-        (lambda p: nanogpt(p, [300]), ("--tokenizer", "byte"), r"x\.bin holds the id 300 and the tokenizer has 257"),
+        (lambda p: llama(p, [1 << 30]), (), "this is not a token file"),
+        (lambda p: nanogpt(p, [300]), ("--tokenizer", "byte"), r"x\.bin holds the id 300, but the tokenizer has 257"),
         (nanogpt, ("--tokenizer", "gtp2"), "did you mean gpt2"),
         (nanogpt, ("--tokenizer", "char"), "a char tokenizer is learned from text"),
         (nanogpt, ("--sample-tokens", "-1"), "sample_tokens must be at least 0"),
@@ -90,14 +90,14 @@ def test_what_is_no_token_file(tmp_path, make):
         with pytest.raises(UserError, match=r"is not a run, tokenized corpus, token file or \.bin"):
             list(inspect(path))
     corpus = make(text)
-    with pytest.raises(UserError, match="has a tokenizer of its own"):
+    with pytest.raises(UserError, match="has its own tokenizer"):
         list(inspect(corpus.directory, "gpt2"))
     content = bytearray(corpus.train.read_bytes())
     content[-1] ^= 1
     corpus.train.write_bytes(content)
     with pytest.raises(UserError, match=r"train\.tokens is damaged: .* checksum"):
         list(inspect(corpus.directory))
-    with pytest.raises(UserError, match=r"there is no command 'show'"):
+    with pytest.raises(UserError, match=r"unknown command 'show'"):
         main(["show", str(text)])
 
 
@@ -137,11 +137,11 @@ def test_a_run_whose_corpus_is_gone(tmp_path, tiny_run):
 
 
 def test_the_command_itself(tmp_path):
-    """Its one line on stderr is the sentence: python has nothing to say of a module imported twice."""
+    """Stderr is one line, without a warning about a module imported twice."""
     words = [sys.executable, "-m", "gpt.corpus", "inspect", "nowhere"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: there is no nowhere")
+    assert done.stderr.startswith("error: nowhere does not exist")
     assert done.stderr.count("\n") == 1
 
 

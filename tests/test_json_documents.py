@@ -31,7 +31,7 @@ FORMS = {
 def test_objects_are_documents_whatever_the_name(tmp_path, form, name, packing, caplog):
     path = write(tmp_path / (name + packing), PACK[packing](FORMS[form].encode()))
     assert documents_of(path) == TEXTS
-    assert ("it is JSON, and the field 'text' of each object is a document" in caplog.text) == ("json" not in name)
+    assert ("it is JSON, so the field 'text' of each object is a document" in caplog.text) == ("json" not in name)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 100])
@@ -144,7 +144,7 @@ def test_json_without_the_field(tmp_path, make, caplog):
     assert documents_of(write(tmp_path / "x.txt", plain), text_field="body") == TEXTS
     caplog.clear()
     assert documents_of(write(tmp_path / "x.txt", OBJECT)) == [OBJECT]
-    assert "it is JSON without the field 'text', and is read as plain text" in caplog.text
+    assert "it is JSON without the field 'text', so it is read as plain text" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.txt", "rows"])
@@ -160,7 +160,7 @@ def test_lines_of_json_without_the_field_are_refused_in_a_folder_too(tmp_path, m
     write(path, json.dumps([{"body": "a"}, {"body": "b"}]))
     caplog.clear()
     assert make(path.parent, "byte").documents == 1
-    assert "it is JSON without the field 'text', and is read as plain text" in caplog.text
+    assert "it is JSON without the field 'text', so it is read as plain text" in caplog.text
 
 
 def test_a_folder_of_source_code_keeps_its_json(tmp_path, make):

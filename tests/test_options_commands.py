@@ -335,7 +335,7 @@ EXPORT = [
 ]
 
 INSPECT = [
-    Case("command", ("look",), lambda r: r.error, lambda b, s, v: b == "" and "there is no command 'look'" in s),
+    Case("command", ("look",), lambda r: r.error, lambda b, s, v: b == "" and "unknown command 'look'" in s),
     Case("path", ("more.bin",), lambda r: r.out, lambda b, s, v: "more.bin: 50 tokens" in s),
     Case("tokenizer", ("byte",), lambda r: r.out, lambda b, s, v: "read with a byte tokenizer" in s),
     Case("sample_tokens", (3,), lambda r: r.out, lambda b, s, v: "begins: 74 32 97\n" in s),

@@ -37,7 +37,7 @@ def test_another_column_and_none(tmp_path, caplog):
     assert documents_of(path.parent) == [table(field="body").decode()]
     assert caplog.text == ""
     assert documents_of(path) == [table(field="body").decode()]
-    assert "its first line names no column 'text', and it is read as plain text" in caplog.text
+    assert "its first line has no column 'text', so it is read as plain text" in caplog.text
 
 
 def test_a_table_by_another_name_is_text(tmp_path):
@@ -56,11 +56,11 @@ def test_what_a_row_may_hold(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (table() + b"7,b\n", "x.csv, row 4 has 2 fields, and the first line names 3"),
+        (table() + b"7,b\n", "x.csv, row 4 has 2 fields, but the first line names 3"),
         (table() + b'7,"b', "x.csv, row 4 is damaged: unexpected end of data"),
         (table() + b'7,"b" c,d\n', "x.csv, row 4 is damaged: .* expected after"),
         (table(lineterminator="\r"), "x.csv, row 1 is damaged: new-line character"),
-        (b"text,text\na,b\n", "x.csv has 2 columns 'text': leave one of them"),
+        (b"text,text\na,b\n", "x.csv has 2 columns 'text': keep one of them"),
         ("text,id\nñ,1\ncafé,2\n".encode("latin-1"), r"x.csv is not valid UTF-8: byte 8 \(0xf1, in line 2\)"),
         (b"text,id\n" + b"words,1\n" * 2000 + b"\0\0", "it holds NUL bytes from byte 16008 on"),
     ],

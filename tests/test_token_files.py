@@ -102,7 +102,7 @@ def test_a_writer_continues_an_unfinished_file(tmp_path):
             writer.append(np.array(more, np.uint16))
         assert read_tokens(path, tokenizer, verify=True).tolist() == [*range(100), *more]
     for wrong in ({"tokens": 102, "sha256": state["sha256"]}, {"tokens": 100, "sha256": "0"}):
-        with pytest.raises(UserError, match=r"x\.tokens is not as it was left"):
+        with pytest.raises(UserError, match=r"x\.tokens has changed"):
             TokenWriter(path, tokenizer, wrong)
 
 

@@ -31,7 +31,7 @@ def test_zstandard_that_begins_with_a_frame_to_skip(tmp_path):
 def test_a_name_of_compression_on_plain_text(tmp_path, caplog):
     assert documents_of(write(tmp_path / "x.txt.gz", POEM)) == [POEM]
     assert documents_of(write(tmp_path / "x.jsonl.xz", LINES)) == TEXTS
-    assert caplog.text.count("it is not compressed, and is read without unpacking") == 2
+    assert caplog.text.count("is not compressed: it is read without unpacking") == 2
 
 
 @pytest.mark.parametrize("packing", [p for p in PACK if p])
@@ -51,7 +51,7 @@ def test_what_follows_the_last_member(tmp_path, monkeypatch, caplog, packing, ch
     path = write(tmp_path / f"x.txt{packing}", PACK[packing](POEM.encode()) + rest)
     if packing in (".gz", ".bz2") and (packing, rest) != (".bz2", b"BZ"):
         assert documents_of(path) == [POEM]
-        assert caplog.text.count(f"what follows its compressed text is not {packing} and is left out") == 1
+        assert caplog.text.count(f"the data after its compressed text is not {packing} and is ignored") == 1
     else:
         with pytest.raises(UserError, match=r"x\.txt\.\w+ (is not a \.|is cut short)"):
             documents_of(path)

@@ -1,4 +1,4 @@
-"""What a file is, by its content; its name decides only where the content cannot."""
+"""Recognizes a file's format by its content, and by its name only if the content cannot tell."""
 
 import codecs
 import io
@@ -14,15 +14,15 @@ from gpt.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_HEAD = 8192  # bytes that tell text from binary
-_LONG_HEAD = 1 << 16  # bytes that tell JSON from text
-_LONGEST_HEAD = 1 << 26  # bytes, where the first object is longer than that
+_HEAD = 8192  # bytes that distinguish text from binary
+_LONG_HEAD = 1 << 16  # bytes that distinguish JSON from text
+_LONGEST_HEAD = 1 << 26  # bytes, for a longer first object
 _BLOCK = 1 << 14
-_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")  # bytes that no text of any common encoding holds
+_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")  # bytes that occur in no common text encoding
 _NAMES = {"jsonl": "jsonl", "ndjson": "jsonl", "json": "json", "parquet": "parquet", "csv": "csv", "tsv": "csv"}
 _ARCHIVE = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz|zip|7z|rar)$")
 _UNPACK = "unpack it, and name the folder"
-_KINDS = (  # how files begin that are not text, what they are, what to do
+_KINDS = (  # the first bytes of a file that is not text, its description, what to do
     (b"PK\x03\x04", "a ZIP archive (or a .docx, .xlsx, .epub, .npz or .pt file, which are such)", _UNPACK),
     (b"PK\x05\x06", "an empty ZIP archive", _UNPACK),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
@@ -40,7 +40,7 @@ _KINDS = (  # how files begin that are not text, what they are, what to do
     (b"\xff\xd8\xff", "an image", "give text"),
     (b"\x7fELF", "a program", "give text"),
 )
-# These begin as a text may.
+# Text may begin with these too.
 _LIKE_TEXT = (
     (b"ORC", "an ORC file", "write it as Parquet first"),
     (b"GIF8", "an image", "give text"),
@@ -56,14 +56,14 @@ _PICKLE = re.compile(rb"\x80[\x02-\x05][\x00-\x1f}\]\x80-\x95KXcq(]")
 
 
 class Form(NamedTuple):
-    """kind: text, jsonl, json, parquet or csv. packing: how it is compressed, "" if it is not."""
+    """kind: text, jsonl, json, parquet or csv. packing: gz, zst, bz2 or xz; "" if it is not compressed."""
 
     kind: str
     packing: str
 
 
 def form_by_name(name: str) -> Form:
-    """What a file's name says: text, where it says nothing."""
+    """Return the form that a file's name suggests: text by default."""
     name = name.lower()
     packing = next((ending for ending in MAGIC if name.endswith("." + ending)), "")
     ending = name.removesuffix("." + packing).rpartition(".")[2] if packing else name.rpartition(".")[2]
@@ -71,7 +71,7 @@ def form_by_name(name: str) -> Form:
 
 
 def not_text(head: bytes) -> tuple[str, str] | None:
-    """What a file that begins so is, and what to do, where it is known not to be text; None where it may be."""
+    """Describe a file with this head, and what to do, if it is certainly not text; None if it may be text."""
     for magic, what, todo in _KINDS:
         if head.startswith(magic):
             return what, todo
@@ -94,12 +94,12 @@ def not_text(head: bytes) -> tuple[str, str] | None:
 
 
 def is_plain(head: bytes) -> bool:
-    """Whether what begins so is text without any control character."""
+    """Whether a head is UTF-8 without control characters."""
     return _utf8(head) and not _CONTROL.search(head)
 
 
 def _utf8(head: bytes) -> bool:
-    """Whether the start of a file is UTF-8, a character cut at its end included."""
+    """Whether the start of a file is UTF-8; a character may be cut at its end."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
@@ -108,14 +108,14 @@ def _utf8(head: bytes) -> bool:
 
 
 def is_binary(head: bytes) -> bool:
-    """Whether a search for text leaves a file out that begins so: a NUL, or not UTF-8 and with control characters."""
+    """Whether a search for text skips a file with this head: for a NUL, or control characters that are not UTF-8."""
     if not_text(head):
         return True
     return b"\0" in head if _utf8(head) else _CONTROL.search(head) is not None
 
 
 def _head(path: Path, packing: str, name: str, size: int) -> bytes:
-    """The first bytes of a file's content, at least `size` of them if there are."""
+    """Read the first `size` bytes of a file's unpacked content, or some more."""
     with open(path, "rb") as file:
         if not packing:
             return file.read(size)
@@ -129,10 +129,10 @@ def _head(path: Path, packing: str, name: str, size: int) -> bytes:
 
 
 def form_of(path: Path, called: str, field: str, errors: str, *, shown: str, searched: bool = False) -> Form | None:
-    """What a file is and how it is compressed. called: its name, where `path` may not have it; shown: in messages.
+    """Recognize a file's kind and compression. called: its name, which `path` may lack; shown: its name in messages.
 
-    searched: it was found in a folder; None then means that it is left out, as binary.
-    Raises UserError for what is not text and holds none. errors: as in bytes.decode.
+    searched: the file was found in a folder, and is skipped if binary: the result is None. errors: as in bytes.decode.
+    Raises UserError for a file that holds no text.
     """
     named = form_by_name(called)
     if searched and _ARCHIVE.search(called.lower()):
@@ -142,10 +142,10 @@ def form_of(path: Path, called: str, field: str, errors: str, *, shown: str, sea
     if not start:
         return named
     if named.packing and not packing:
-        unpacker(named.packing)  # which says what is not installed
+        unpacker(named.packing)  # raises if its package is not installed
         if is_binary(_head(path, "", shown, _HEAD)):
             raise UserError(f"{shown} is not a .{named.packing} file, or is damaged before its byte {len(start)}")
-        log.warning("%s: it is not compressed, and is read without unpacking", shown)
+        log.warning("%s is not compressed: it is read without unpacking", shown)
     try:
         head = _head(path, packing, shown, _HEAD)
     except UserError:
@@ -164,18 +164,18 @@ def form_of(path: Path, called: str, field: str, errors: str, *, shown: str, sea
 
 
 def _kind_of_text(path: Path, name: str, field: str, head: bytes, form: Form, errors: str, searched: bool) -> str:
-    """text, jsonl or json. form: the kind by its name, and the packing."""
+    """Return text, jsonl, json or csv. form: the kind that the name suggests, and the packing."""
     if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         if errors != "strict":
             raise UserError(f"{name} is UTF-16, not UTF-8: convert the file (iconv -f UTF-16 -t UTF-8)")
-        return form.kind  # the reader says where it is wrong
+        return form.kind  # the reader reports the first invalid byte
     if found := not_text(head):
         raise UserError(f"{name} is {found[0]}, not text: {found[1]}")
     named = form.kind
     if head.lstrip(codecs.BOM_UTF8 + b" \t\r\n")[:1] not in (b"{", b"["):
         if named == "csv" and field not in columns(head.decode("utf-8", "replace")):
             if not searched:
-                log.warning("%s: its first line names no column %r, and it is read as plain text", name, field)
+                log.warning("%s: its first line has no column %r, so it is read as plain text", name, field)
             return "text"
         return "text" if named == "json" and searched else named
     named = "text" if named == "csv" else named
@@ -189,20 +189,20 @@ def _kind_of_text(path: Path, name: str, field: str, head: bytes, form: Form, er
     has = isinstance(first.get(field), str) if first is not None else re.search(key, content)
     if named == "json" and (has or not searched):
         return kind
-    if not has and kind == "jsonl" and several:  # rows, whose reader says what they have instead
+    if not has and kind == "jsonl" and several:  # the reader lists the fields that the rows have
         return kind
     if not has and (searched or not several):
         if several or not searched:
-            log.warning("%s: it is JSON without the field %r, and is read as plain text", name, field)
+            log.warning("%s: it is JSON without the field %r, so it is read as plain text", name, field)
         return "text"
-    log.warning("%s: it is JSON, and the field %r of each object is a document", name, field)
+    log.warning("%s: it is JSON, so the field %r of each object is a document", name, field)
     return kind
 
 
 def _json(
     path: Path, packing: str, name: str, head: bytes
 ) -> tuple[tuple[str, dict[str, Any] | None, bool] | None, str]:
-    """What json_form says of a file, with its first object if that is not too long, and the text that it looked at."""
+    """Return json_form of a file, including its first object unless that is too long, and the text examined."""
     size = _LONG_HEAD
     while True:
         if len(head) >= _HEAD:
@@ -215,7 +215,7 @@ def _json(
 
 
 def read_lines(path: Path, what: str) -> list[str]:
-    """The lines of a UTF-8 file, with or without a byte order mark. UserError, naming it as `what`, for any other."""
+    """Read the lines of a UTF-8 file, with or without a byte order mark. UserError for any other, naming it `what`."""
     try:
         raw = path.read_bytes()
         if packing := packing_of(raw):

@@ -1,7 +1,4 @@
-"""What is in token files: python -m gpt.corpus inspect PATH ...
-
-PATH: a run directory, a folder of a tokenized corpus, one token file of it, or another program's .bin.
-"""
+"""Describes token files: python -m gpt.corpus inspect PATH ..."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,25 +18,25 @@ from gpt.data.tokenizers import Tokenizer, load_tokenizer
 from gpt.errors import EXIT_DONE, UserError, require
 from gpt.streams import check_output
 
-_CHUNK = 1 << 22  # tokens looked at a time
-_COMPARED = 500_000  # tokens at the start whose text is encoded by other tokenizers
+_CHUNK = 1 << 22  # tokens read at a time
+_COMPARED = 500_000  # tokens at the start whose text other tokenizers encode
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Say what is in token files: counts, documents, bytes per token, and how their text begins."""
+    """Describe token files: counts, documents, bytes per token, and the start of their text."""
 
     command: tyro.conf.Positional[str]
-    """inspect, which is all there is."""
+    """inspect, the only command."""
     path: tyro.conf.Positional[Path]
     """A run directory, a folder of a tokenized corpus, one token file of it, or another program's .bin."""
     tokenizer: str | None = None
-    """What made a .bin: gpt2 or another of tiktoken's encodings, or byte. None: its ids are shown as numbers."""
+    """The tokenizer of a .bin: gpt2 or another of tiktoken's encodings, or byte. None: show its ids as numbers."""
     sample_tokens: int = 100
-    """Tokens at the start that are shown as text."""
+    """Number of tokens at the start to show as text."""
 
     def __post_init__(self) -> None:
-        require(self.command == "inspect", f"there is no command {self.command!r}: python -m gpt.corpus inspect PATH")
+        require(self.command == "inspect", f"unknown command {self.command!r}: run python -m gpt.corpus inspect PATH")
         require(0 <= self.sample_tokens < 1 << 20, f"sample_tokens must be at least 0, not {self.sample_tokens}")
         require(
             self.tokenizer is None or not learns_from(self.tokenizer),
@@ -48,7 +45,7 @@ class Arguments:
 
 
 def main(argv: list[str]) -> int:
-    """Print, for each token file of the path. Returns the exit status; raises UserError for any other path."""
+    """Describe the token files of a path. Returns the exit status; raises UserError for any other path."""
     arguments = parse_flags(Arguments, argv, prog="gpt.corpus")
     check_output()
     for line in inspect(arguments.path, arguments.tokenizer, arguments.sample_tokens):
@@ -57,19 +54,22 @@ def main(argv: list[str]) -> int:
 
 
 def inspect(path: Path, tokenizer: str | None = None, sample_tokens: int = 100) -> Iterator[str]:
-    """Lines on the token files that a path leads to. Raises UserError."""
+    """Yield lines that describe the token files of a path. Raises UserError."""
     if not path.exists():
-        raise UserError(f"there is no {path}, seen from {Path.cwd()}")
+        raise UserError(f"{path} does not exist: the working directory is {Path.cwd()}")
     if path.is_file() and path.suffix == ".bin":
         yield from _external(path, tokenizer, sample_tokens)
         return
-    require(tokenizer is None, f"{path} has a tokenizer of its own: --tokenizer goes with another program's .bin")
+    require(
+        tokenizer is None,
+        f"{path} has its own tokenizer: leave --tokenizer out, which is for the .bin of another program",
+    )
     for folder in _tokenized(path) if path.is_dir() else [path.parent]:
         yield from _ours(path, folder, sample_tokens)
 
 
 def _ours(path: Path, folder: Path, sample_tokens: int) -> Iterator[str]:
-    """Lines on the token files of a tokenized corpus, or on the one that path is."""
+    """Describe the token files of a tokenized corpus, or the one at the path."""
     if not (folder / "tokenizer.json").exists():
         raise UserError(f"{path} is not a run, tokenized corpus, token file or .bin: it has no tokenizer.json")
     made = load_tokenizer(folder / "tokenizer.json")
@@ -82,7 +82,7 @@ def _ours(path: Path, folder: Path, sample_tokens: int) -> Iterator[str]:
 
 
 def _tokenized(path: Path) -> list[Path]:
-    """The folders of tokenized corpora: the path itself, or a run's in the cache."""
+    """Return the folders of tokenized corpora: the path itself, or those of a run in the cache."""
     if not (path / "config.toml").exists():
         return [path]
     try:
@@ -92,7 +92,7 @@ def _tokenized(path: Path) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(
-                f"the tokenized corpus of {path} is no longer in the cache, {folder}: a training makes it again"
+                f"the tokenized corpus of {path} is no longer in the cache, {folder}: training on it makes it again"
             )
     return folders
 
@@ -103,7 +103,7 @@ def _external(path: Path, name: str | None, sample_tokens: int) -> Iterator[str]
     if name is None:
         uses = _uses(file.open())
         yield f"{path}: {file.tokens:,} tokens of {file.width} bytes, {kind}"
-        yield f"  {np.count_nonzero(uses):,} ids used, the largest {len(uses) - 1}; name what made it with --tokenizer"
+        yield f"  {np.count_nonzero(uses):,} ids used, the largest {len(uses) - 1}; name its tokenizer with --tokenizer"
         yield f"  begins: {' '.join(map(str, file.open()[:sample_tokens].tolist()))}"
         return
     made = build_tokenizer(TokenizerConfig(name), list)
@@ -120,7 +120,7 @@ def _lines(name: str, ids: Any, tokenizer: Tokenizer, sample_tokens: int) -> Ite
     uses = _uses(ids)
     if len(uses) > tokenizer.vocab_size:
         raise UserError(
-            f"{name} holds the id {len(uses) - 1} and the tokenizer has {tokenizer.vocab_size}: name what made it"
+            f"{name} holds the id {len(uses) - 1}, but the tokenizer has {tokenizer.vocab_size} tokens: name another"
         )
     size = int(uses @ tokenizer.token_bytes[: len(uses)])
     document = tokenizer.document_token
@@ -134,12 +134,12 @@ def _lines(name: str, ids: Any, tokenizer: Tokenizer, sample_tokens: int) -> Ite
 
 
 def _uses(ids: Any) -> np.ndarray:
-    """How often each id up to the largest occurs."""
+    """Count each id up to the largest."""
     uses = np.zeros(1, np.int64)
     for start in range(0, len(ids), _CHUNK):
         chunk = np.asarray(ids[start : start + _CHUNK])
         if chunk.max() >= 1 << 24:
-            raise UserError(f"the id {int(chunk.max())} is larger than any vocabulary: are these tokens?")
+            raise UserError(f"the id {int(chunk.max())} is larger than any vocabulary: this is not a token file")
         found = np.bincount(chunk, minlength=len(uses))
         found[: len(uses)] += uses
         uses = found
@@ -147,7 +147,7 @@ def _uses(ids: Any) -> np.ndarray:
 
 
 def bytes_per_token(text: str, tokenizer: Tokenizer) -> str:
-    """One line that compares a tokenizer with gpt2 and cl100k_base on a text, where those are in tiktoken's cache."""
+    """Compare a tokenizer's bytes per token with those of gpt2 and cl100k_base, if tiktoken has cached them."""
     size, shown = len(text.encode()), []
     for name in ("this", "gpt2", "cl100k_base"):
         each = tokenizer if name == "this" else encoding_at_hand(name)

@@ -1,4 +1,4 @@
-"""Documents out of JSON: a line each, or an object each of an array or of a sequence, in bounded memory."""
+"""Reads documents from JSON lines, from an array of objects or from consecutive objects, in bounded memory."""
 
 import codecs
 import json
@@ -13,13 +13,13 @@ _OBJECT = re.compile(r'\s*\{\s*("|\})')
 _ARRAY = re.compile(r'\s*\[\s*(\{\s*("|\}))')
 _BETWEEN = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
-_TAIL = 12  # characters: an error so near the end of what has been read may be the end of it
+_TAIL = 12  # characters: a parse error this close to the end of the text may come from its being incomplete
 
 
 def json_form(head: str, whole: bool) -> tuple[str, dict[str, Any] | None, bool] | None:
-    """What a text that begins so is, if it is JSON: "jsonl" (lines) or "json"; None if it is not.
+    """Recognize JSON by its head: "jsonl" (lines) or "json"; None if it is not JSON.
 
-    And the first object, if it ends within the head; and whether there is more than one. whole: the head is all of it.
+    Also returns the first object, if it ends within the head, and whether others follow. whole: the head is the text.
     """
     head = head.removeprefix("\ufeff").lstrip()
     if match := _ARRAY.match(head):
@@ -39,7 +39,7 @@ def json_form(head: str, whole: bool) -> tuple[str, dict[str, Any] | None, bool]
 
 
 def _first(text: str, start: int, whole: bool) -> tuple[dict[str, Any] | None, int]:
-    """The object at a place and its end; None and the text's end where it goes on; None and 0 where it is not JSON."""
+    """Return the object at `start` and its end: None and the text's end if it is cut, None and 0 if it is not JSON."""
     try:
         found, end = _DECODER.raw_decode(text, start)
         return (found, end) if isinstance(found, dict) else (None, 0)
@@ -54,7 +54,7 @@ def _goes_on(error: json.JSONDecodeError, size: int) -> bool:
 
 
 def lines(blocks: Iterable[bytes], name: str, longest: int) -> Iterator[bytes]:
-    """The lines of a file, split at line feeds alone."""
+    """Split blocks into lines, at line feeds only."""
     parts: list[bytes] = []
     size = number = 0
     for block in blocks:
@@ -72,7 +72,7 @@ def lines(blocks: Iterable[bytes], name: str, longest: int) -> Iterator[bytes]:
 
 
 def from_lines(blocks: Iterable[bytes], name: str, field: str, errors: str, longest: int) -> Iterator[tuple[str, str]]:
-    """Name and text of each line that is not blank."""
+    """Yield the name and text of each line that is not empty."""
     for number, line in enumerate(lines(blocks, name, longest), 1):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -98,7 +98,7 @@ def _parsed(line: bytes, where: str, number: int, errors: str) -> Any:
 
 
 def field_of(row: Any, field: str, where: str, each: str) -> str:
-    """The text of a row; UserError where it has none."""
+    """Return the text of a row. UserError if it has none."""
     if not isinstance(row, dict):
         raise UserError(f"{where} is not a JSON object but {kind_of(row)}: {each} needs a field {field!r}")
     if field not in row:
@@ -110,7 +110,7 @@ def field_of(row: Any, field: str, where: str, each: str) -> str:
 
 
 def from_values(blocks: Iterable[bytes], name: str, field: str, errors: str, longest: int) -> Iterator[tuple[str, str]]:
-    """Name and text of each object of a JSON array, or of objects that follow each other."""
+    """Yield the name and text of each object of a JSON array or of consecutive objects."""
     for number, value in enumerate(_Values(_decoded(blocks, name, errors), name, longest).all(), 1):
         where = f"{name}, object {number}"
         yield where, field_of(value, field, where, "each one")
@@ -132,14 +132,14 @@ def _decoded(blocks: Iterable[bytes], name: str, errors: str) -> Iterator[str]:
 
 
 class _Values:
-    """JSON values of a text that comes in chunks; only the part that is not parsed yet is kept."""
+    """Parses the JSON values of a text in chunks. Keeps only the text that is not parsed yet."""
 
     def __init__(self, chunks: Iterator[str], name: str, longest: int) -> None:
         self._chunks, self._name, self._longest = chunks, name, longest
         self._text, self._at, self._count = "", 0, 0
 
     def all(self) -> Iterator[Any]:
-        """The elements of the array that the text begins with, else the values that it consists of."""
+        """Yield the elements of the array that the text consists of, else its consecutive values."""
         array = self._skip() == "["
         self._at += array
         while character := self._skip():
@@ -178,7 +178,7 @@ class _Values:
                 raise self._fault("it is nested too deeply") from None
 
     def _skip(self) -> str:
-        """The next character that is not a space; "" at the end."""
+        """Skip white space. Returns the next character, or "" at the end."""
         while True:
             self._at = _BETWEEN.match(self._text, self._at).end()
             if self._at < len(self._text):
@@ -187,7 +187,7 @@ class _Values:
                 return ""
 
     def _read(self, size: int) -> bool:
-        """Read at least so many characters more, if there are; whether there were any."""
+        """Read at least `size` more characters, if there are so many. Returns whether it read any."""
         parts, got = [self._text[self._at :]], 0
         while got < size and (chunk := next(self._chunks, None)) is not None:
             parts.append(chunk)

@@ -1,21 +1,18 @@
-"""The progress bar of reading a corpus."""
+"""The progress bar shown while a corpus is read."""
 
 import sys
 from typing import Any
 
 
 class CorpusProgress:
-    """A bar with bytes per second and time left for each stage of reading a corpus; on a terminal only.
-
-    Called as progress(what, bytes done, bytes in all), which is what gpt.data.corpus.prepare does.
-    """
+    """A bar for each stage, with bytes per second and time left; on a terminal only. An OnProgress callback."""
 
     def __init__(self) -> None:
         self.progress = None
         self.tasks: dict[str, Any] = {}
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        if self.progress is None:  # the usual second start reads nothing: no import for it
+        if self.progress is None:  # imported only if there is something to read
             from rich.progress import DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
             columns = ("{task.description}", DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())

@@ -1,4 +1,4 @@
-"""corpus.json of a run: what it was trained on, and where the cache keeps those tokens."""
+"""A run's corpus.json: what the run was trained on, and where its tokens are in the cache."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from gpt.files import write_whole
 
 
 def write_provenance(corpus: Corpus, path: Path) -> None:
-    """What the run was trained on: every source with its size and SHA-256, and how it was split."""
+    """Record every source of a corpus with its size and SHA-256, and how the text was split."""
     sources = [{"name": name, "bytes": size, "sha256": sha256} for name, size, sha256 in corpus.sources]
     counts = ("digest", "documents", "train_tokens", "val_tokens", "train_bytes", "val_bytes")
     record = {key: getattr(corpus, key) for key in counts} | {"sources": sources}
@@ -20,12 +20,11 @@ def write_provenance(corpus: Corpus, path: Path) -> None:
 
 
 def tokenized_folders(run_dir: Path) -> list[Path]:
-    """Where the cache had the tokens that a run was trained on: a folder, or one for each of its weighted corpora.
+    """Return the cache's folder of the tokens that a run was trained on, or one for each of its weighted corpora.
 
-    Raises OSError, ValueError, KeyError or TypeError where its config.toml or corpus.json is missing or damaged.
+    Raises OSError, ValueError, KeyError or TypeError if config.toml or corpus.json is missing or damaged.
     """
     record = json.loads((run_dir / "corpus.json").read_bytes())
     cache = cache_folder(config_from_toml(run_dir / "config.toml").data.cache_dir)
-    return [
-        cache / "corpora" / digest[:32] for digest in (record["parts"] if "parts" in record else [record["digest"]])
-    ]
+    digests = record["parts"] if "parts" in record else [record["digest"]]
+    return [cache / "corpora" / digest[:32] for digest in digests]

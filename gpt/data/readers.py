@@ -1,8 +1,8 @@
-"""Documents out of files: text, JSON, tables and Parquet, plain or compressed, in bounded memory.
+"""Reads documents from files of text, JSON, tables and Parquet, plain or compressed, in bounded memory.
 
-Text is kept as it is: spaces and line ends (CRLF too); only a byte order mark at a file's start is left out. A text
-file, compressed or not, is one document; JSON lines, other JSON and Parquet hold one in each line, object or row, in a
-field of strings. Empty ones are left out. gpt/data/formats.py says what a file is.
+Text is kept unchanged, including spaces and line ends; only a byte order mark at the start is left out. A text file is
+one document; JSON, tables and Parquet hold one in each line, object or row, in a field of strings. Empty documents are
+left out. gpt/data/formats.py recognizes what a file is.
 """
 
 import codecs
@@ -20,18 +20,18 @@ from gpt.data.unpack import need, unpacked
 from gpt.errors import UserError
 
 _CHUNK = 1 << 20  # bytes read at a time
-_PACKED_CHUNK = 1 << 14  # of a compressed file, so that what a small block unpacks to is bounded too
+_PACKED_CHUNK = 1 << 14  # of a compressed file, which bounds the unpacked size too
 _LONGEST_LINE = 1 << 28  # bytes
-_ROWS = 256  # of a Parquet file at a time
+_ROWS = 256  # of a Parquet file read at a time
 
-OnRead = Callable[[int], None]  # is told how many more bytes of the file have been read
+OnRead = Callable[[int], None]  # gets the number of bytes just read from the file
 
 
 class Document(NamedTuple):
-    """One document. Its chunks are read once, before the next document is asked for."""
+    """One document. Its chunks can be read once, before the next document."""
 
     name: str
-    sha256: str  # of the file, where that is one document; else of the text
+    sha256: str  # of the file if that is one document, else of the text
     chunks: Iterable[str]
 
 
@@ -40,14 +40,14 @@ class Source:
     """A file of text.
 
     coding: "utf-8", or "python" for a source file that names its own encoding (PEP 263).
-    kind, packing: what the file is, and how it is compressed. field: of a JSON object or a Parquet row, the text.
-    limit: bytes of text to read: a text file is cut there (between characters), of others whole documents are read.
-    sha256: of the bytes read, where that is known; a file that no longer has it is refused.
+    kind, packing: what the file is, and how it is compressed. field: the field of an object or row that holds the text.
+    limit: bytes of text to read at most: a text file is cut there, between characters; other files end with a whole
+    document. sha256: of the bytes read, if known; a file that has changed is refused.
     """
 
     name: str
     path: Path
-    size: int  # bytes of the file that are read
+    size: int  # bytes to read from the file
     coding: str = "utf-8"
     limit: int | None = None
     sha256: str = ""
@@ -62,12 +62,12 @@ class Source:
 
     @property
     def form(self) -> list[Any]:
-        """What decides, beside the bytes, which text they are."""
+        """Everything except the bytes that decides the text."""
         form = [self.coding, self.limit]
         return form if self.plain else [*form, self.kind, self.packing, None if self.kind == "text" else self.field]
 
     def hashed(self) -> "Source":
-        """The same source with its sha256 and exact size."""
+        """Return the source with its sha256 and exact size."""
         digest, size = hashlib.sha256(), 0
         for block in self._read():
             digest.update(block)
@@ -76,24 +76,23 @@ class Source:
         return replace(self, sha256=digest.hexdigest(), size=size)
 
     def documents(self, errors: str, on_read: OnRead | None = None) -> Iterator[Document]:
-        """The documents, in order. errors: "strict" or "replace", as in bytes.decode.
+        """Yield the documents, in order. errors: "strict" or "replace", as in bytes.decode.
 
-        Raises UserError, naming the file and the line or row, for what is not text, and at the end if the file has
-        changed since it was hashed.
+        Raises UserError, naming the file and the line or row, for anything that is not text, and at the end if the file
+        has changed since it was hashed.
         """
         if self.kind == "text":
             yield Document(self.name, self.sha256, self.chunks(errors, on_read))
             return
-        rows = self._rows(errors, on_read)
         read = 0
-        for name, text in rows:
+        for name, text in self._rows(errors, on_read):
             try:
                 raw = text.encode()
             except UnicodeEncodeError as error:
                 if errors == "strict":
                     raise UserError(
                         f"{name}: the field {self.field!r} holds the lone surrogate U+{ord(text[error.start]):04X}, "
-                        "which is not a character: mend it, or give --encoding-errors replace"
+                        "which is not a character: correct it, or give --encoding-errors replace"
                     ) from None
                 raw = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
                 text = raw.decode()
@@ -107,7 +106,7 @@ class Source:
                 yield Document(name, hashlib.sha256(raw).hexdigest(), (text,))
 
     def chunks(self, errors: str, on_read: OnRead | None = None) -> Iterator[str]:
-        """A text file's text, about a million characters at a time. Raises UserError for several NUL bytes in a row."""
+        """Yield a text file's text, about a million characters at a time. UserError for two NUL bytes in a row."""
         position, last = 0, b""
         decoder = codecs.getincrementaldecoder(self._encoding(errors))(errors)
         for block in self._blocks(on_read):
@@ -117,11 +116,11 @@ class Source:
                 raise UserError(f"{self.name} is not text: it holds NUL bytes from byte {position + at - len(last)} on")
             yield text
             position, last = position + len(block), block[-1:]
-        if self.limit is None or self.kind != "text":  # the limit may fall inside a character, which is then left out
+        if self.limit is None or self.kind != "text":  # a character cut by the limit is left out
             yield self._decode(decoder, b"", position, final=True)
 
     def text_bytes(self, most: int) -> int:
-        """UTF-8 bytes of the text in whole documents; more than `most`, if there are more, and no telling how many."""
+        """Count the UTF-8 bytes of the text. Stops counting above `most`."""
         total = 0
         for document in self.documents("replace"):
             for text in document.chunks:
@@ -131,12 +130,12 @@ class Source:
         return total
 
     def first_fits(self, most: int) -> bool:
-        """Whether the first document has at most `most` UTF-8 bytes of text; of a text file that is all of it."""
+        """Whether the first document has at most `most` UTF-8 bytes of text."""
         first = next(self.documents("replace"), None)
         return first is not None and sum(len(text.encode()) for text in first.chunks) <= most
 
     def _read(self) -> Iterator[bytes]:
-        """The bytes of the file that count."""
+        """Yield the bytes of the file, up to the limit of a plain text."""
         left, chunk = self.limit if self.plain else None, _PACKED_CHUNK if self.packing else _CHUNK
         try:
             with open(self.path, "rb", buffering=0) as file:
@@ -147,7 +146,7 @@ class Source:
             raise UserError(f"cannot read {self.name}: {error.strerror or error}") from None
 
     def _blocks(self, on_read: OnRead | None = None) -> Iterator[bytes]:
-        """The content, unpacked and up to a text's limit; all that was read is checked against the sha256."""
+        """Yield the unpacked content, up to a text's limit. Checks the bytes read against the sha256."""
         blocks = self._checked(on_read)
         if self.packing:
             blocks = unpacked(blocks, self.packing, self.name, _CHUNK)
@@ -184,7 +183,7 @@ class Source:
             raise UserError(f"{self.name}: {error.msg}; give --encoding-errors replace to read it as UTF-8") from None
 
     def _decode(self, decoder: codecs.IncrementalDecoder, block: bytes, position: int, final: bool = False) -> str:
-        """Decode one block that starts at byte `position` of the text."""
+        """Decode the block at byte `position` of the text."""
         pending = len(decoder.getstate()[0])
         try:
             return decoder.decode(block, final)
@@ -200,7 +199,7 @@ class Source:
             ) from None
 
     def _rows(self, errors: str, on_read: OnRead | None) -> Iterator[tuple[str, str]]:
-        """Name and text of each line, object or row."""
+        """Yield the name and text of each line, object or row."""
         if self.kind == "parquet":
             return self._parquet(errors, on_read)
         if self.kind == "csv":
@@ -209,11 +208,11 @@ class Source:
         return read(self._blocks(on_read), self.name, self.field, errors, _LONGEST_LINE)
 
     def _parquet(self, errors: str, on_read: OnRead | None) -> Iterator[tuple[str, str]]:
-        """Name and text of each row. Rows are read a few at a time, from one row group after another."""
+        """Yield the name and text of each row. Reads a few rows at a time, from one row group after another."""
         pyarrow, parquet = need("pyarrow", "Parquet files"), need("pyarrow.parquet", "Parquet files")
-        row, told = 0, 0
+        row, reported = 0, 0
         try:
-            # With neither, a row group's whole column would be in memory.
+            # Without these two options, a row group's whole column would be in memory.
             with parquet.ParquetFile(self.path, buffer_size=_CHUNK, pre_buffer=False) as file:
                 self._check_column(file.schema_arrow, pyarrow.types)
                 for batch in file.iter_batches(_ROWS, columns=[self.field], use_threads=False):
@@ -222,8 +221,8 @@ class Source:
                         yield f"{self.name}, row {row}", self._row(raw, row, errors)
                     if on_read is not None:
                         read = self.size * row // file.metadata.num_rows
-                        on_read(read - told)
-                        told = read
+                        on_read(read - reported)
+                        reported = read
         except (pyarrow.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{self.name} is not a whole Parquet file (after row {row}: {reason})") from None
@@ -234,9 +233,9 @@ class Source:
         if self.field not in schema.names:
             raise UserError(f"{self.name} has no column {self.field!r}: {instead(schema.names)}")
         if (several := schema.names.count(self.field)) > 1:
-            raise UserError(f"{self.name} has {several} columns {self.field!r}: leave one of them")
+            raise UserError(f"{self.name} has {several} columns {self.field!r}: keep one of them")
         kind = schema.field(self.field).type
-        text = kind.value_type if types.is_dictionary(kind) else kind  # pandas' categories
+        text = kind.value_type if types.is_dictionary(kind) else kind  # pandas writes categories
         if str(text) not in ("string", "large_string", "string_view"):
             raise UserError(f"{self.name}: the column {self.field!r} is not text but {kind}: {instead(schema.names)}")
 
@@ -248,12 +247,12 @@ class Source:
         except UnicodeDecodeError as error:
             found = f"byte {error.start} of the text (0x{raw[error.start]:02x}) begins no character"
             raise UserError(
-                f"{self.name}, row {row} is not valid UTF-8: {found}; mend it, or give --encoding-errors replace"
+                f"{self.name}, row {row} is not valid UTF-8: {found}; correct it, or give --encoding-errors replace"
             ) from None
 
     def _check(self, digest: str) -> None:
         if self.sha256 not in ("", digest):
             raise UserError(
-                f"{self.path} is not what it was (sha256 {digest}, not {self.sha256}): "
-                "start again, after deleting it if it is a download"
+                f"{self.path} has changed (sha256 {digest}, not {self.sha256}): start again, and delete the file first "
+                "if it is a download"
             )

@@ -1,5 +1,5 @@
-"""Where text comes from: files, folders, globs, http(s) URLs, Hugging Face datasets, stdin and the interpreter's own
-library. gpt/data/readers.py reads the files that all of them lead to."""
+"""Finds the files behind a corpus: files, folders, globs, http(s) URLs, Hugging Face datasets, stdin and the library of
+the Python that runs. gpt/data/readers.py reads them."""
 
 import glob
 import logging
@@ -25,11 +25,10 @@ _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__
 
 
 def find_sources(data: DataConfig, downloads: Path, progress: OnProgress | None = None) -> list[Source]:
-    """The files that data.corpus names, in its order, each once, with at most data.max_corpus_bytes of text in all.
+    """List the files that data.corpus names, in order, each once, with at most data.max_corpus_bytes of text in all.
 
-    Documents are whole; only a first one that alone passes the cap is cut at it. Empty files are left out. downloads:
-    the folder that keeps what came from URLs, datasets and stdin. Raises UserError for what does not exist, or holds no
-    text.
+    Documents stay whole; only a first document larger than the cap is cut. Empty files are left out. downloads: the
+    folder for URLs, datasets and stdin. Raises UserError for an entry that does not exist or holds no text.
     """
     if not data.corpus:
         raise UserError(f"no corpus is given: name files, folders, globs, http(s) URLs or {STDLIB} with --corpus")
@@ -57,7 +56,7 @@ def find_sources(data: DataConfig, downloads: Path, progress: OnProgress | None 
 
 
 def _named(spec: str, data: DataConfig, downloads: Path, progress: OnProgress | None) -> Iterator[Source]:
-    """The documents of one entry of data.corpus, in order."""
+    """Yield the files of one entry of data.corpus, in order."""
     try:
         yield from _expand(spec, data, downloads, progress)
     except OSError as error:
@@ -68,10 +67,10 @@ def _expand(spec: str, data: DataConfig, downloads: Path, progress: OnProgress |
     if spec == STDLIB:
         return _stdlib()
     if spec == STDIN:
-        return [_as_it_is(spool_stdin(downloads, progress, limit=data.max_download_bytes), "", data)]
+        return [_recognized(spool_stdin(downloads, progress, limit=data.max_download_bytes), "", data)]
     if re.match(r"https?://", spec, re.IGNORECASE):
         source = download(spec, downloads, progress, limit=data.max_download_bytes)
-        return [_as_it_is(source, _url_path(spec), data)]
+        return [_recognized(source, _url_path(spec), data)]
     if spec.startswith("hf:"):
         return [spool_dataset(spec, data, downloads, progress)]
     path = Path(os.path.expanduser(spec))
@@ -81,17 +80,19 @@ def _expand(spec: str, data: DataConfig, downloads: Path, progress: OnProgress |
         return [_file(path, data)]
     if glob.has_magic(spec):
         return _texts(spec, [Path(match) for match in glob.glob(str(path), recursive=True)], data)
-    raise UserError(f"the corpus {spec} is not there: no such file or folder, seen from {Path.cwd()}")
+    raise UserError(
+        f"the corpus {spec} does not exist: no such file or folder, and the working directory is {Path.cwd()}"
+    )
 
 
 def _file(path: Path, data: DataConfig) -> Source:
     if not path.is_file():
-        raise UserError(f"{path} is not a regular file: save its text to one first, since it is read more than once")
-    return _as_it_is(Source(str(path), path, path.stat().st_size), path.name, data)
+        raise UserError(f"{path} is not a regular file: it is read more than once, so save its text to a file first")
+    return _recognized(Source(str(path), path, path.stat().st_size), path.name, data)
 
 
-def _as_it_is(source: Source, name: str, data: DataConfig) -> Source:
-    """The source with its kind and packing, by its content, else by a name. Raises UserError where it is not text."""
+def _recognized(source: Source, name: str, data: DataConfig) -> Source:
+    """Set the source's kind and packing by its content, else by its name. Raises UserError if it is not text."""
     form = form_of(source.path, name, data.text_field, data.encoding_errors, shown=source.name)
     return replace(source, kind=form.kind, packing=form.packing, field=data.text_field)
 
@@ -99,12 +100,12 @@ def _as_it_is(source: Source, name: str, data: DataConfig) -> Source:
 def _url_path(url: str) -> str:
     try:
         return urlsplit(url).path
-    except ValueError:  # download says what is wrong with it
+    except ValueError:  # download reports it
         return ""
 
 
 def _texts(spec: str, roots: list[Path], data: DataConfig) -> list[Source]:
-    """The files of text, JSON and Parquet at and below roots, by path; says how many entries were left out."""
+    """List the files of text, JSON and Parquet at and below roots, by path. Warns how many entries it left out."""
     files: set[Path] = set()
     hidden = 0
     for root in roots:
@@ -124,7 +125,7 @@ def _texts(spec: str, roots: list[Path], data: DataConfig) -> list[Source]:
 
 
 def _found(path: Path, data: DataConfig) -> Source | None:
-    """A file that a search came upon; None if it is binary."""
+    """Return a file that a search found; None if it is binary."""
     form = form_of(path, path.name, data.text_field, data.encoding_errors, shown=str(path), searched=True)
     if form is None:
         return None
@@ -136,15 +137,15 @@ def _fail(error: OSError) -> None:
 
 
 def _stdlib() -> Iterator[Source]:
-    """The running interpreter's own library: .py files by depth, then path, without tests and installed packages."""
+    """Yield the running Python's library: .py files by depth, then path, without tests and installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
     level = [root] if root.is_dir() else []
     if not level:
-        raise UserError(f"this Python has no library in files ({root} is not a folder): give another --corpus")
+        raise UserError(f"this Python keeps its library elsewhere ({root} is not a folder): give another --corpus")
     while level:
         entries = sorted(entry for folder in level for entry in folder.iterdir())
         for path in entries:
-            # _sysconfigdata is a record of how this Python was built, not library code.
+            # _sysconfigdata records how this Python was built: it is not library code.
             if path.suffix == ".py" and path.is_file() and not path.name.startswith("_sysconfigdata"):
                 name = f"{STDLIB}/{path.relative_to(root).as_posix()}"
                 yield Source(name, path, path.stat().st_size, coding="python")

@@ -1,8 +1,8 @@
-"""A corpus's documents, and which of their text is trained on.
+"""Splits a corpus's documents into training and validation.
 
-One document is split at its tail. Of several, a seeded hash of each one's bytes decides, so that a document keeps its
-side when the corpus grows, and copies of one document are never on both sides. Nothing is kept for each document:
-the decision is made as they stream by.
+A single document is split at its tail. Of several, a seeded hash of each one's bytes decides, so that a document keeps
+its side when the corpus grows, and copies of a document are on one side. Documents are split as they stream by, so that
+memory does not grow with their number.
 """
 
 import codecs
@@ -24,19 +24,19 @@ def utf8_bytes(text: str) -> int:
 
 
 def read_documents(sources: list[Source], errors: str, on_read: OnRead | None = None) -> Iterator[Document]:
-    """The documents of all sources, in order, as Source.documents gives them."""
+    """Yield the documents of all sources, in order, as Source.documents does."""
     for source in sources:
         yield from source.documents(errors, on_read)
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which documents, or which part of the only one, are trained on."""
+    """Decides which documents, or which part of a single one, are for training."""
 
     seed: int
-    threshold: float  # a document whose draw lies below it is held out
-    cut: float | None = None  # of the only document so many UTF-8 bytes are trained on
-    last: int | None = None  # this document alone is held out: all are copies of one text
+    threshold: float  # a document whose draw is below it is held out
+    cut: float | None = None  # UTF-8 bytes of a single document that are for training
+    last: int | None = None  # the only document held out, if all are copies of one text
 
     @property
     def several(self) -> bool:
@@ -44,16 +44,16 @@ class Split:
         return self.cut is None
 
     def draw(self, document: Document) -> float:
-        """A number in [0, 1) that depends on the seed and the document's bytes alone."""
+        """Return a number in [0, 1) that depends on the seed and the document's bytes alone."""
         return int.from_bytes(hashlib.sha256(f"{self.seed}:{document.sha256}".encode()).digest()[:6]) / 2**48
 
     def side(self, number: int, document: Document) -> Side:
-        """Where one of several documents belongs, the corpus's number-th from 0 on."""
+        """Return the side of one of several documents. number: its index in the corpus."""
         held_out = self.draw(document) < self.threshold if self.last is None else number == self.last
         return "val" if held_out else "train"
 
     def parts(self, number: int, document: Document) -> Iterator[tuple[Side, str]]:
-        """The document's text in chunks, each wholly on one side; the cut moves down to a character's start."""
+        """Yield the document's text in chunks, each with its side. The cut moves down to the start of a character."""
         if self.cut is None:
             side = self.side(number, document)
             for text in document.chunks:
@@ -72,17 +72,16 @@ class Split:
                 while raw[at] & 0xC0 == 0x80:
                     at -= 1
                 head = len(raw[:at].decode())
-                head = max(head, done == 0)  # up, where nothing would be left to train on
+                head = max(head, done == 0)  # up, if nothing would be left for training
                 yield "train", text[:head]
                 yield "val", text[head:]
             done += size
 
 
 def find_split(sources: list[Source], data: DataConfig) -> Split:
-    """The split that data asks for, with some text on both sides if there is more than one character or document.
+    """Make the split that data specifies. Both sides get text if there is more than one character or document.
 
-    Reads documents only until there is one on each side; of a text file its sha256 is enough. Raises UserError where
-    there is no document.
+    Reads documents only until each side has one. Raises UserError if there is no document.
     """
     split = Split(data.split_seed, data.val_fraction)
     lowest, highest, count = math.inf, -math.inf, 0
@@ -103,10 +102,10 @@ def find_split(sources: list[Source], data: DataConfig) -> Split:
 
 
 def _text_bytes(sources: list[Source], errors: str) -> int:
-    """UTF-8 bytes of the only document."""
+    """Count the UTF-8 bytes of a single document."""
     source = sources[0]
     if len(sources) == 1 and source.plain and source.coding == "utf-8" and errors == "strict" and source.limit is None:
-        mark = codecs.BOM_UTF8  # the one thing that is left out; what is not UTF-8 is refused when it is tokenized
+        mark = codecs.BOM_UTF8  # not part of the text; tokenizing refuses invalid UTF-8
         with open(source.path, "rb") as file:
             return source.size - len(mark) * (file.read(len(mark)) == mark)
     return sum(utf8_bytes(text) for document in read_documents(sources, errors) for text in document.chunks)

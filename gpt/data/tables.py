@@ -1,4 +1,4 @@
-"""Documents out of tables in text, a row each: comma-separated (.csv) and tab-separated (.tsv) values."""
+"""Reads a document from each row of a table in text: comma-separated (.csv) or tab-separated (.tsv) values."""
 
 import csv
 import re
@@ -10,7 +10,7 @@ _LONGEST = 1 << 28  # characters of a field
 
 
 def columns(head: str) -> list[str]:
-    """The names in a table's first line; the separator is the mark that parts it most often."""
+    """Read the column names in a table's first line. The separator is the mark that occurs most often."""
     line = re.split(r"[\r\n]", head.removeprefix("\ufeff"), maxsplit=1)[0]
     return next(csv.reader([line], delimiter=_separator(line)), [])
 
@@ -20,13 +20,13 @@ def _separator(line: str) -> str:
 
 
 def from_table(chunks: Iterable[str], name: str, field: str) -> Iterator[tuple[str, str]]:
-    """Name and text of each row, the first of which names the columns. Raises UserError for a row of another length."""
+    """Yield the name and text of each row below the column names. Raises UserError for a row of another length."""
     csv.field_size_limit(_LONGEST)
     lines = _lines(chunks)
     first = next(lines, "")
     names, number = columns(first), 0
     if names.count(field) != 1:
-        raise UserError(f"{name} has {names.count(field)} columns {field!r}: leave one of them")
+        raise UserError(f"{name} has {names.count(field)} columns {field!r}: keep one of them")
     at = names.index(field)
     try:
         for row in csv.reader(lines, delimiter=_separator(first), strict=True):
@@ -34,14 +34,14 @@ def from_table(chunks: Iterable[str], name: str, field: str) -> Iterator[tuple[s
             if not row:
                 continue
             if len(row) != len(names):
-                raise UserError(f"{name}, row {number} has {len(row)} fields, and the first line names {len(names)}")
+                raise UserError(f"{name}, row {number} has {len(row)} fields, but the first line names {len(names)}")
             yield f"{name}, row {number}", row[at]
     except csv.Error as error:
         raise UserError(f"{name}, row {number + 1} is damaged: {error}") from None
 
 
 def _lines(chunks: Iterable[str]) -> Iterator[str]:
-    """Lines with their ends, split at line feeds alone."""
+    """Split chunks into lines with their ends, at line feeds only."""
     rest = ""
     for chunk in chunks:
         *whole, rest = (rest + chunk).split("\n")

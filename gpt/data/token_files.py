@@ -1,4 +1,4 @@
-"""Token files: a header of 128 bytes, then the ids, little-endian, to be memory-mapped.
+"""Reads and writes token files: a header of 128 bytes, then little-endian ids, which are memory-mapped.
 
 magic "GPTSHARD" | version u32 | bytes per token u32 (2 or 4) | tokens u64 | tokenizer's fingerprint, 32 bytes |
 sha256 of the ids, 32 bytes | zeros.
@@ -25,10 +25,10 @@ _DTYPES = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 
 
 class TokenWriter:
-    """Writes one token file; the header, and with it a valid file, comes only with a `with` block that ends well.
+    """Writes one token file. The file gets its header, and becomes valid, when a `with` block ends without an error.
 
-    state: what state() gave of a file that was left unfinished, to go on after those tokens; what follows them is cut
-    off. Raises UserError where the file does not begin with them.
+    state: the state of an unfinished file. The writer continues after those tokens and cuts off any others. Raises
+    UserError if the file does not begin with them.
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, state: dict[str, Any] | None = None) -> None:
@@ -40,10 +40,10 @@ class TokenWriter:
         if state is None:
             self._file.write(bytes(HEADER_BYTES))
         else:
-            self._go_on(state)
+            self._continue(state)
 
     def append(self, ids: np.ndarray) -> None:
-        """Add ids (n,) of the tokenizer."""
+        """Append ids (n,)."""
         data = np.ascontiguousarray(ids, self._dtype).data
         self._digest.update(data)
         self._file.write(data)
@@ -58,7 +58,7 @@ class TokenWriter:
         """What another writer needs to continue after these tokens, once sync has flushed them."""
         return {"tokens": self.tokens, "sha256": self._digest.hexdigest()}
 
-    def _go_on(self, state: dict[str, Any]) -> None:
+    def _continue(self, state: dict[str, Any]) -> None:
         try:
             self._file.seek(HEADER_BYTES)
             left = state["tokens"] * self._dtype.itemsize
@@ -66,7 +66,7 @@ class TokenWriter:
                 self._digest.update(block)
                 left -= len(block)
             if left or self._digest.hexdigest() != state["sha256"]:
-                raise UserError(f"the unfinished token file {self._file.name} is not as it was left")
+                raise UserError(f"the unfinished token file {self._file.name} has changed")
             self._file.truncate()
             self.tokens = state["tokens"]
         except BaseException:
@@ -74,7 +74,7 @@ class TokenWriter:
             raise
 
     def close(self) -> None:
-        """Leave the file unfinished."""
+        """Close the file unfinished."""
         self._file.close()
 
     def __enter__(self) -> "TokenWriter":
@@ -89,10 +89,10 @@ class TokenWriter:
 
 
 def read_tokens(path: Path, tokenizer: Tokenizer, *, verify: bool = False) -> np.memmap | TokenParts:
-    """The ids of a token file, (tokens,) uint16 or uint32, mapped read-only; of other programs' files by their index.
+    """Map the ids of a token file or index, (tokens,) uint16 or uint32, read-only.
 
-    verify: also compare the ids with their checksum, about a second per GB. Raises UserError for a file that is
-    not ours, is truncated or damaged, or holds another tokenizer's ids.
+    verify: compare the ids with their checksum, about a second per GB. Raises UserError for a file of another kind, one
+    that is truncated or damaged, and one with another tokenizer's ids.
     """
     path = Path(path)
     try:
@@ -108,7 +108,7 @@ def read_tokens(path: Path, tokenizer: Tokenizer, *, verify: bool = False) -> np
     _, version, width, tokens, fingerprint, digest = _FIELDS.unpack_from(header)
     if version != VERSION or width not in _DTYPES:
         raise UserError(
-            f"{path} is a token file of version {version}, {width} bytes per token; known is {VERSION}, 2 or 4"
+            f"{path} is a token file of version {version}, {width} bytes per token: known are version {VERSION}, 2 or 4"
         )
     if tokens == 0 or size != HEADER_BYTES + tokens * width:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Compressed files: gzip, Zstandard, bzip2 and xz, known by how they begin, unpacked in bounded memory."""
+"""Unpacks gzip, Zstandard, bzip2 and xz files, recognized by their first bytes, in bounded memory."""
 
 import bz2
 import importlib
@@ -16,11 +16,10 @@ from gpt.errors import UserError
 log = logging.getLogger(__name__)
 
 MAGIC = {"gz": b"\x1f\x8b", "zst": b"\x28\xb5\x2f\xfd", "bz2": b"BZh", "xz": b"\xfd7zXZ\0"}
-_FED = 1 << 10  # bytes given to an unpacker at a time: what they unpack to is in memory
-_IGNORES_WHAT_FOLLOWS = ("gz", "bz2")  # so do gzip and bzip2, with a warning
+_FED = 1 << 10  # bytes given to an unpacker at once, which bounds the memory for the result
+_IGNORE_REST = ("gz", "bz2")  # like the programs gzip and bzip2, which warn
 
-
-# A .zst file may begin with a frame to be skipped, as pzstd's do; text may begin with "BZh", token ids as .gz does.
+# pzstd's files begin with a skippable frame. Text may begin with "BZh", and token ids with the bytes of .gz.
 _BEGINS = {packing: re.escape(magic) for packing, magic in MAGIC.items()}
 _BEGINS["gz"] += rb"(?:\x08|\Z)"
 _BEGINS["zst"] += rb"|[\x50-\x5f]\x2a\x4d\x18"
@@ -28,12 +27,12 @@ _BEGINS["bz2"] = rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90|.{0,5}\Z)"
 
 
 def packing_of(head: bytes) -> str:
-    """How a file that begins so is compressed: gz, zst, bz2, xz; "" if it is not."""
+    """Recognize the compression of a file by its head: gz, zst, bz2 or xz; "" if it is not compressed."""
     return next((packing for packing, magic in _BEGINS.items() if re.match(magic, head, re.DOTALL)), "")
 
 
 def need(module: str, what: str) -> ModuleType:
-    """An optional package's module; UserError that says how to get it."""
+    """Import a module of an optional package. UserError says how to install it."""
     package = module.split(".")[0]
     try:
         return importlib.import_module(module)
@@ -42,7 +41,7 @@ def need(module: str, what: str) -> ModuleType:
 
 
 def unpacker(packing: str) -> tuple[Callable[[], Any], tuple[type[Exception], ...]]:
-    """What makes the unpacker of one member, and what it raises for damage."""
+    """Return a function that makes the unpacker of one member, and the errors that it raises."""
     if packing == "zst":
         zstandard = need("zstandard", ".zst files")
         return (lambda: zstandard.ZstdDecompressor().decompressobj()), (zstandard.ZstdError,)
@@ -54,10 +53,10 @@ def unpacker(packing: str) -> tuple[Callable[[], Any], tuple[type[Exception], ..
 
 
 def unpacked(blocks: Iterable[bytes], packing: str, name: str, chunk: int) -> Iterator[bytes]:
-    """What a compressed file holds, all its members, about `chunk` bytes at a time.
+    """Unpack all members of a compressed file, about `chunk` bytes at a time.
 
-    Raises UserError where it is damaged or ends too early. What follows the last member of a .gz or .bz2 file and is
-    not one is left out, and a warning says so; all blocks are read in any case.
+    Raises UserError if the file is damaged or ends too early. Other data after the last member of a .gz or .bz2 file is
+    ignored with a warning, but all blocks are read.
     """
     new, faults = unpacker(packing)
     member, begun, read = new(), False, 0
@@ -86,13 +85,13 @@ def unpacked(blocks: Iterable[bytes], packing: str, name: str, chunk: int) -> It
                 ) from None
             block = (member.unused_data if member.eof else b"") + block
     if begun and not member.eof:
-        raise UserError(f"{name} is cut short: its compressed text does not end with the file")
+        raise UserError(f"{name} is cut short: the file ends before its compressed text does")
     if size:
         yield b"".join(parts)
 
 
 def _parts(member: Any, fed: bytes, most: int) -> Iterator[bytes]:
-    """What some bytes of a member unpack to; of bzip2 and xz, which may be a million times as much, in parts."""
+    """Unpack some bytes of a member; in parts for bzip2 and xz, whose result may be a million times as large."""
     if not hasattr(member, "needs_input"):
         yield member.decompress(fed)
         return
@@ -102,9 +101,9 @@ def _parts(member: Any, fed: bytes, most: int) -> Iterator[bytes]:
 
 
 def _next_member(rest: bytes, packing: str, name: str, new: Callable[[], Any]) -> Any:
-    """The unpacker for what follows a member; None where that is not a member and is left out."""
+    """Make the unpacker of the next member; None if the rest is not a member and is ignored."""
     magic = MAGIC[packing]
-    if packing in _IGNORES_WHAT_FOLLOWS and rest[: len(magic)] != magic[: len(rest)]:
+    if packing in _IGNORE_REST and rest[: len(magic)] != magic[: len(rest)]:
         _warn(name, packing)
         return None
     return new()
@@ -112,4 +111,4 @@ def _next_member(rest: bytes, packing: str, name: str, new: Callable[[], Any]) -
 
 @cache
 def _warn(name: str, packing: str) -> None:
-    log.warning("%s: what follows its compressed text is not .%s and is left out", name, packing)
+    log.warning("%s: the data after its compressed text is not .%s and is ignored", name, packing)
