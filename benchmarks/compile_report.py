@@ -31,6 +31,7 @@ from kernels import (
     cross_entropy_triton,
     masks,
 )
+from kernels.attention_arguments import Arguments
 from kernels.attention_decode_reference import DecodeCall
 from kernels.operators import call_of
 from kernels.problem import Launch, Problem
@@ -131,15 +132,14 @@ def launch_of(case: Case) -> Launch:
     tensor = functools.partial(torch.empty, dtype=DTYPES[case.dtype], device="meta")
     q, k = tensor(B, T, H, case.D), tensor(B, T, H_kv, case.D)
     rows = tensor(B, H, T, dtype=torch.float32)
-    segments = softcap = slopes = bias = sinks = seed = None
-    dropout_p = 0.0
+    arguments = Arguments(q, k, k, mask)
     if case.variant == "features":
-        mask = mask | masks.Mask(in_prefix, tensor(B, dtype=torch.int32))
-        segments, softcap, dropout_p = tensor(B, T, dtype=torch.int32), 30.0, 0.1
-        slopes, bias, sinks, seed = rows[0, :, 0], rows[0, :, None], rows[0, :, 0], tensor(1, dtype=torch.int64)
-    features = {"segment_ids": segments, "softcap": softcap, "alibi_slopes": slopes, "bias": bias, "sinks": sinks}
-    call = call_of(q, k, k, mask=mask, scale=None, dropout_p=dropout_p, seed=seed, **features)
-    problem = Problem(call, case.target)
+        arguments = Arguments(
+            q, k, k, mask | masks.Mask(in_prefix, tensor(B, dtype=torch.int32)), tensor(B, T, dtype=torch.int32),
+            softcap=30.0, alibi_slopes=rows[0, :, 0], bias=rows[0, :, None], sinks=rows[0, :, 0], dropout_p=0.1,
+            seed=tensor(1, dtype=torch.int64),
+        )  # fmt: skip
+    problem = Problem(call_of(arguments), case.target)
     if case.kernel == "forward":
         return attention_forward.forward_launch(problem, q, rows)
     if case.kernel == "dkdv":

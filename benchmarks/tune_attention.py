@@ -23,6 +23,7 @@ from triton.runtime.errors import OutOfResources
 from benchmarks import positive
 from benchmarks.attention import MASKS, RESULTS, EventTimer, Setting, conditions, interleaved, slug, write_record
 from kernels import configs, masks
+from kernels.attention_arguments import Arguments
 from kernels.attention_backward import dkdv_launch, dq_launch, prepare_launch
 from kernels.attention_forward import forward_launch
 from kernels.configs import Config, Key
@@ -92,8 +93,7 @@ class Bench:
         def randn() -> torch.Tensor:
             return torch.randn(setting.shape, generator=generator, device=device, dtype=key.dtype)
 
-        features = dict.fromkeys(("segment_ids", "softcap", "alibi_slopes", "bias", "sinks", "scale", "seed"))
-        self.call = call_of(randn(), randn(), randn(), mask=MASKS[setting.mask], dropout_p=0.0, **features)
+        self.call = call_of(Arguments(randn(), randn(), randn(), MASKS[setting.mask]))
         self.dout, self.out = randn(), torch.empty_like(self.call.q)
         self.dq, self.dk, self.dv = (torch.empty_like(x) for x in self.call[:3])
         B, T, H, _ = setting.shape

@@ -5,30 +5,55 @@ for them, but for `check_lengths`, which is for a CPU.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.arguments import check_integer, check_number, check_real, check_switch, check_tensors, kind
+from kernels.arguments import as_floats, check_integer, check_number, check_real, check_switch, check_tensors, kind
 from kernels.mask import FAR, Mask
+from kernels.masks import CAUSAL
 
 # The kernels multiply these by log2(e), and divide them by one another, in float32.
 LEAST, MOST = 1e-30, 1e30
 BELOW_ONE = math.nextafter(1, 0)
 
 
-def check_attention(
-    q, k, v, mask, segment_ids, scale, softcap, alibi_slopes, bias, sinks, dropout_p, seed, **switches
-) -> None:
-    """Raise TypeError or ValueError for what is not a call of `attention`. switches: arguments that are bools."""
+class Arguments(NamedTuple):
+    """The arguments of one call of `attention` and `attention_reference`, and what they are by default."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Mask = CAUSAL
+    segment_ids: Tensor | tuple[Tensor, Tensor] | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    alibi_slopes: Tensor | None = None
+    bias: Tensor | None = None
+    sinks: Tensor | None = None
+    dropout_p: float = 0.0
+    seed: int | Tensor | None = None
+    return_lse: bool = False
+
+    @property
+    def has_mask_only(self) -> bool:
+        """Whether the mask alone decides what is added to a score: no segments, no ALiBi, no bias."""
+        return self.segment_ids is None and self.alibi_slopes is None and self.bias is None
+
+
+def checked(call: Arguments) -> Arguments:
+    """Raise TypeError or ValueError for an invalid call; return it with its numbers as kernels take them."""
+    q, k, v, *_ = call
     _check_qkv(q, k, v)
     B, Tq, H, _ = q.shape
-    _check_common(q, mask, scale, softcap, alibi_slopes, sinks)
-    if segment_ids is not None:
-        _check_segments(segment_ids, q, k)
-    if bias is not None:
-        _check_bias(bias, q, (B, H, Tq, k.shape[1]))
-    check_number("dropout_p", dropout_p, 0, BELOW_ONE, "a number of at least 0 and below 1")
+    _check_common(q, call.mask, call.scale, call.softcap, call.alibi_slopes, call.sinks)
+    if call.segment_ids is not None:
+        _check_segments(call.segment_ids, q, k)
+    if call.bias is not None:
+        _check_bias(call.bias, q, (B, H, Tq, k.shape[1]))
+    check_number("dropout_p", call.dropout_p, 0, BELOW_ONE, "a number of at least 0 and below 1")
+    seed = call.seed
     if isinstance(seed, Tensor):
         check_tensors(seed=seed)
         if seed.numel() != 1 or seed.dtype != torch.int64:
@@ -36,8 +61,9 @@ def check_attention(
         _check_devices(q, seed=seed)
     elif seed is not None:
         check_integer("seed", seed)
-    for name, value in switches.items():
-        check_switch(name, value)
+    check_switch("return_lse", call.return_lse)
+    scale, softcap, dropout_p = as_floats(call.scale, call.softcap, call.dropout_p)
+    return call._replace(scale=scale, softcap=softcap, dropout_p=dropout_p)
 
 
 def check_dtypes(q, k, v) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels.attention_reference import dropout_survivors
 from kernels.bias import SMALL, add_bias, largest, row_shift
 from kernels.mask import evaluate
-from kernels.operators import Call, accumulated, call_of, define
+from kernels.operators import Call, accumulated, define
 from kernels.tile_lists import tile_map
 
 # Scores of this many pairs, over all heads, are held at once.
@@ -37,11 +37,6 @@ class Chunk(NamedTuple):
         if isinstance(self.keys, Tensor):
             return self.keys.int()
         return torch.arange(self.keys.start, self.keys.stop, device=device, dtype=torch.int32)
-
-
-def attention_chunked(q: Tensor, k: Tensor, v: Tensor, **features) -> tuple[Tensor, Tensor]:
-    """out (B, Tq, H, Dv) and lse (B, H, Tq): see `kernels.attention`."""
-    return _forward(*call_of(q, k, v, **features))
 
 
 def _chunks(call: Call) -> Iterator[Chunk]:
@@ -232,4 +227,4 @@ def _add_to_bias(dbias: Tensor, chunk: Chunk, ds: Tensor) -> None:
         dbias[..., chunk.keys] += ds
 
 
-_forward = define("chunked_attention", chunked_forward, chunked_backward)
+attend_chunked = define("chunked_attention", chunked_forward, chunked_backward)

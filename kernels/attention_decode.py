@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from kernels.arguments import as_floats, check_choice
-from kernels.attention import attention, triton_missing
+from kernels.attention import attention
 from kernels.attention_arguments import check_decode, check_lengths
 from kernels.attention_decode_reference import DecodeCall, attention_decode_reference, by_length, rebuilt
+from kernels.dispatch import on_device_of, require_able, triton, why_not_triton
 from kernels.mask import Mask
 from kernels.masks import CAUSAL
 from kernels.operators import guarded, is_transformed
 
-if triton_missing is None:
-    from kernels import attention_triton
+if triton is not None:
     from kernels.attention_decode_triton import DecodeProblem, decode
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
@@ -77,7 +77,7 @@ def attention_decode(
     sequence. On a CPU they are checked.
 
     Raises ValueError or TypeError for arguments that do not fit, NotImplementedError for an `impl` that cannot do the
-    call and for tensors that want a derivative, RuntimeError for an `impl` that cannot run here.
+    call or cannot run here, and for tensors that want a derivative.
     """
     check_decode(
         q, k_cache, v_cache, cache_lens, k_new, v_new, rotary, mask, block_table, scale, softcap, alibi_slopes, sinks,
@@ -86,7 +86,11 @@ def attention_decode(
     check_choice("impl", impl, IMPLEMENTATIONS)
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         check_lengths(k_cache, cache_lens, 0 if k_new is None else q.shape[1], block_table, rotary)
-    impl = _choose(impl, q, v_cache)
+    head_dims = q.shape[3], v_cache.shape[3]
+    if impl == "triton":
+        require_able(impl, why_not_triton(q, *head_dims))
+    elif impl == "auto":
+        impl = "triton" if q.is_cuda and why_not_triton(q, *head_dims) is None else "torch"
     cos, sin = (None, None) if rotary is None else rotary
     followed = [x for x in (q, k_cache, v_cache, k_new, v_new, cos, sin, alibi_slopes, sinks) if x is not None]
     if is_transformed(*followed) or (torch.is_grad_enabled() and any(x.requires_grad for x in followed)):
@@ -125,7 +129,7 @@ def _decode(*args):
     *args, wants_lse, impl = args
     call = DecodeCall(*args)
     if impl == "triton":
-        with attention_triton.on_device_of(call.q):
+        with on_device_of(call.q):
             return decode(DecodeProblem(call))
     mask = rebuilt(call.mask, call.n_bands, call.indexed, call.mask_ints, call.mask_rows)
     arguments = call._asdict() | {"mask": mask, "softcap": call.softcap or None, "return_lse": wants_lse}
@@ -146,24 +150,3 @@ def _fake(q, k_cache, v_cache, *args):
 
 
 _guarded_decode = guarded(_decode, NO_DERIVATIVES)
-
-
-def _choose(impl: str, q: Tensor, v: Tensor) -> str:
-    """The path that `impl` means for this call; raises where an explicit one cannot do it."""
-    if impl in ("torch", "reference"):
-        return impl
-    if triton_missing is not None:
-        if impl == "auto":
-            return "torch"
-        raise RuntimeError(f'impl="triton" needs triton, which does not import here: {triton_missing}')
-    if impl == "auto":
-        return "triton" if q.is_cuda and attention_triton.why_not_triton(q, v) is None else "torch"
-    if not attention_triton.runs_on(q.device):
-        raise RuntimeError(
-            f'impl="triton" needs a GPU from sm_80 up, not {q.device}; on a CPU its kernels run in an interpreter '
-            "if TRITON_INTERPRET=1 is set before triton is imported"
-        )
-    why_not = attention_triton.why_not_triton(q, v)
-    if why_not is not None:
-        raise NotImplementedError(f'impl="triton" cannot do this call: {why_not}')
-    return "triton"

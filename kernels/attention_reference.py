@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.arguments import as_floats
-from kernels.attention_arguments import check_attention
+from kernels.arguments import check_switch
+from kernels.attention_arguments import Arguments, checked
 from kernels.bias import add_bias, row_shift
 from kernels.masks import CAUSAL, Mask
 
@@ -40,11 +40,15 @@ def attention_reference(
     `kernels.attention` for the arguments. 16-bit inputs are computed in float32; `upcast=False` keeps the matrix
     products in the inputs' own dtype, as plain PyTorch would: the yardstick that the kernels' errors are compared to.
     """
-    check_attention(
-        q, k, v, mask, segment_ids, scale, softcap, alibi_slopes, bias, sinks, dropout_p, seed, return_lse=return_lse,
-        upcast=upcast,
-    )  # fmt: skip
-    scale, softcap, dropout_p = as_floats(scale, softcap, dropout_p)
+    call = Arguments(q, k, v, mask, segment_ids, scale, softcap, alibi_slopes, bias, sinks, dropout_p, seed, return_lse)
+    check_switch("upcast", upcast)
+    out, lse = attend_in_full(checked(call), upcast)
+    return (out, lse) if return_lse else out
+
+
+def attend_in_full(call: Arguments, upcast: bool = True) -> tuple[Tensor, Tensor]:
+    """Compute out and lse of a checked call: see `attention_reference`."""
+    q, k, v, mask, segment_ids, scale, softcap, alibi_slopes, bias, sinks, dropout_p, seed, _ = call
     B, Tq, H, D = q.shape
     Tk, H_kv = k.shape[1], k.shape[2]
     real = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -72,8 +76,7 @@ def attention_reference(
         if dropout_p > 0:
             keep = dropout_keep(dropout_p, seed, (B, H, Tq, Tk), q.device)
             p = p * keep / (1 - dropout_p)
-        out = (p.to(matmul) @ vh).transpose(1, 2).to(q.dtype)  # (B, Tq, H, Dv)
-    return (out, lse) if return_lse else out
+        return (p.to(matmul) @ vh).transpose(1, 2).to(q.dtype), lse  # (B, Tq, H, Dv)
 
 
 def _softmax(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from kernels.attention_arguments import Arguments
 from kernels.attention_reference import alibi_term, visible_pairs
 from kernels.bias import COARSE, SMALL, largest, row_shift
 from kernels.masks import CAUSAL, FULL, Mask
@@ -25,9 +26,10 @@ PACKED = 64
 MAX_DENSE = 16
 
 
-def why_not_sdpa(q, k, mask, segment_ids, softcap, bias, sinks, dropout_p, return_lse) -> str | None:
-    """Why torch's function cannot do this call; None if it can."""
-    if softcap is not None or sinks is not None or dropout_p or return_lse:
+def why_not_sdpa(call: Arguments) -> str | None:
+    """Return why torch's function cannot do this call; None if it can."""
+    q, k, _, mask, segment_ids, *_ = call
+    if call.softcap is not None or call.sinks is not None or call.dropout_p or call.return_lse:
         return "torch's scaled_dot_product_attention has no softcap, no sinks, no lse and not our dropout"
     Tq, Tk = q.shape[1], k.shape[1]
     if Tk == 0 or q.numel() == 0:
@@ -37,7 +39,7 @@ def why_not_sdpa(q, k, mask, segment_ids, softcap, bias, sinks, dropout_p, retur
     is_safe = Tq <= Tk and mask.shows_itself and not isinstance(segment_ids, tuple)
     if not is_safe and may_be_blind(mask, segment_ids, Tq, Tk, q.device):
         return "under this mask a query may see no key, where torch's scaled_dot_product_attention promises nothing"
-    if bias is not None and COARSE <= largest(bias) < torch.inf:
+    if call.bias is not None and COARSE <= largest(call.bias) < torch.inf:
         return f"torch's scaled_dot_product_attention loses a bias of {COARSE:.0f} or more"
     return None
 
@@ -51,18 +53,18 @@ def may_be_blind(mask: Mask, segment_ids, Tq: int, Tk: int, device) -> bool:
     return _dense(mask, Tq, Tk, device)[1]
 
 
-def attention_sdpa(q, k, v, mask=CAUSAL, segment_ids=None, scale=None, alibi_slopes=None, bias=None) -> Tensor:
-    """The call of `kernels.attention`, for what `why_not_sdpa` lets through."""
+def attention_sdpa(call: Arguments) -> Tensor:
+    """Compute out (B, Tq, H, Dv) of a call that `why_not_sdpa` allows."""
+    q, k, v, mask, _, scale, *_ = call
     B, Tq, H, D = q.shape
     Tk, H_kv = k.shape[1], k.shape[2]
     if scale is not None and scale <= 0:
         # torch multiplies the -inf of what is hidden by it too.
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
-    is_plain = segment_ids is None and alibi_slopes is None and bias is None
-    is_square_causal = is_plain and mask is CAUSAL and Tq == Tk
+    is_square_causal = call.has_mask_only and mask is CAUSAL and Tq == Tk
     if is_square_causal and q.dtype == torch.bfloat16 and Tq <= SHORT and q.requires_grad and q.device.type == "cpu":
         return _short_causal(q, k, v, scale)
-    if is_plain and (mask is FULL or (mask is CAUSAL and Tq == 1)):
+    if call.has_mask_only and (mask is FULL or (mask is CAUSAL and Tq == 1)):
         if Tq == 1 and H_kv != H:
             # One query: the heads of a group are queries of one head, and no key is read twice.
             out = F.scaled_dot_product_attention(
@@ -73,7 +75,7 @@ def attention_sdpa(q, k, v, mask=CAUSAL, segment_ids=None, scale=None, alibi_slo
     elif is_square_causal:
         attn_mask, is_causal = None, True
     else:
-        attn_mask, is_causal = _attn_mask(q, Tk, mask, segment_ids, alibi_slopes, bias), False
+        attn_mask, is_causal = _attn_mask(call), False
     # A branch and no `enable_gqa=H_kv != H`: under torch.compile that would be a symbol, which torch does not take.
     grouped = {}
     if H != H_kv:
@@ -109,9 +111,10 @@ def _hidden(T: int, dtype: torch.dtype) -> Tensor:
     return torch.full((T, T), float("-inf"), dtype=dtype).triu(1)
 
 
-def _attn_mask(q: Tensor, Tk: int, mask: Mask, segment_ids, alibi_slopes, bias) -> Tensor:
-    """What torch adds to the scores, or a bool tensor of what is visible; broadcasts to (B, H, Tq, Tk)."""
-    Tq = q.shape[1]
+def _attn_mask(call: Arguments) -> Tensor:
+    """Make what torch adds to the scores, or a bool tensor of what is visible; broadcasts to (B, H, Tq, Tk)."""
+    q, k, _, mask, segment_ids, _, _, alibi_slopes, bias, *_ = call
+    Tq, Tk = q.shape[1], k.shape[1]
     if segment_ids is not None or mask.tensors or torch.compiler.is_compiling():
         visible = visible_pairs(mask, segment_ids, Tq, Tk, q.device)
     else:

@@ -6,12 +6,10 @@ is a function of the shape, so that the same inputs give the same bits.
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention_triton import runs_on
 from kernels.problem import Launch
 from kernels.tiles import tanh
 
@@ -161,12 +159,3 @@ def _launch(kernel, logits: Tensor, targets: Tensor, terms: Terms, **args) -> La
     args |= {"logits": logits, "stride": logits.stride(0), "targets": targets, "N": N, "V": V, "terms": terms}
     args |= {"BLOCK_N": block_n, "BLOCK_V": block_v}
     return Launch(kernel, (triton.cdiv(N, block_n),), args, {"num_warps": 8})
-
-
-def why_not_triton(x: Tensor) -> str | None:
-    """Why the kernels cannot take x; None if they can."""
-    if not runs_on(x.device):
-        return f"{x.device} is not a GPU from sm_80 up"
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the kernels take float32, float16 and bfloat16, not {x.dtype}"
-    return None

@@ -5,8 +5,6 @@ chunked     the same in plain PyTorch (linear_cross_entropy_chunks.py)
 reference   F.linear and F.cross_entropy, which hold all the logits
 """
 
-import logging
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,15 +20,13 @@ from kernels.arguments import (
     check_real,
     check_tensors,
 )
-from kernels.linear_cross_entropy_chunks import chunk_rows, cross_entropy_triton, guarded_losses, guarded_total
+from kernels.dispatch import announce, require_able, why_not_triton
+from kernels.linear_cross_entropy_chunks import chunk_rows, guarded_losses, guarded_total
 from kernels.operators import is_transformed
-
-log = logging.getLogger("kernels")
 
 IMPLEMENTATIONS = ("auto", "triton", "chunked", "reference")
 # Without a GPU, more logits than this are not held at once: 64 MiB in float32.
 MOST_LOGITS = 1 << 24
-_announced: set[tuple[str, str]] = set()
 
 
 def linear_cross_entropy(
@@ -45,42 +41,35 @@ def linear_cross_entropy(
     reduction: str = "mean",
     impl: str = "auto",
 ) -> Tensor:
-    """The cross entropy, in nats, of targets under the logits x @ weight.T.
+    """Compute the cross entropy, in nats, of targets under the logits x @ weight.T.
 
-    x (..., C) and weight (V, C) of one dtype (under autocast both are cast), targets (...) int64; any strides. Returns
-    a number ("mean" over the targets that count, "sum") or, for "none", a loss for each target, in float32 (float64
-    for float64).
+    x (..., C) and weight (V, C) of one dtype (autocast casts both), targets (...) int64; any strides. Returns one
+    number for "mean" (over the targets that count) and "sum", or one loss for each target for "none", in float32
+    (float64 for float64).
 
     With l = x @ weight.T in x's dtype, s = softcap * tanh(l / softcap), lse = log(sum(exp(s))) and e = label_smoothing:
 
         loss = lse - (1 - e) * s[target] - e * mean(s) + z_loss * lse^2
 
-    softcap          positive, a bound on |s| (https://arxiv.org/abs/2408.00118); None for none
-    z_loss           weight of lse^2, which keeps lse near 0 (https://arxiv.org/abs/2204.02311 has 1e-4)
+    softcap          positive, a bound on |s| (https://arxiv.org/abs/2408.00118), or None
+    z_loss           weight of lse^2, which keeps lse near 0 (https://arxiv.org/abs/2204.02311 uses 1e-4)
     label_smoothing  share of the target spread over all V (https://arxiv.org/abs/1512.00567)
-    ignore_index     a target that does not count: its loss is 0, and so is its gradient
-    impl             "triton", "chunked", "reference", or "auto": Triton on a GPU from sm_80 up; else the reference
-                     where the logits are few, chunked where they are many
+    ignore_index     a target that does not count: its loss and gradient are 0
+    impl             "triton", "chunked", "reference", or "auto": Triton on a GPU from sm_80 up; elsewhere the reference
+                     for few logits, chunked for many
 
-    The mean over no target at all is 0, with gradients of 0, where F.cross_entropy's is NaN: so a micro-batch or a
-    process without targets adds nothing.
+    The mean over no target at all is 0, with gradients of 0, where F.cross_entropy's is NaN: a micro-batch or a process
+    without targets adds nothing.
 
-    Memory: a chunk of logits in x's dtype, 1 GiB at most on a GPU and 64 MiB on a CPU, never all of them and never
-    float32 ones. "mean" and "sum" take their gradients in the forward pass, chunk by chunk, and scale them in the
-    backward pass: dweight, in float32, lies in memory between the two. "none" makes the logits a second time instead.
-
-    Why chunks around torch's products, rather than Cut Cross-Entropy's kernels (https://arxiv.org/abs/2411.09009) that
-    never write a logit: there the backward pass makes every tile of logits again, four products for three, in kernels
-    that would have to reach cuBLAS's speed first; and dweight is added up under locks there, or by yet another pass
-    where it is to be deterministic. To write a chunk of 16-bit logits and its gradients and read them back, as here,
-    moves ten bytes for each logit, beside 6 C operations. The method is Liger's (https://arxiv.org/abs/2410.10989),
-    with sums in float32.
+    Memory: one chunk of logits in x's dtype, at most 1 GiB on a GPU and 64 MiB on a CPU. "mean" and "sum" compute
+    their gradients in the forward pass, chunk by chunk, and scale them in the backward pass: dweight, in float32, is
+    kept between the two. "none" computes the logits a second time instead. docs/loss.md compares this with other ways.
 
     Differentiable once, backwards; the reference also forwards, twice and under torch.func.
 
-    Raises ValueError or TypeError for arguments that do not fit; IndexError, on a CPU, for a target outside the
-    vocabulary (on a GPU, which cannot raise, its loss and gradient are NaN); NotImplementedError for impl="triton"
-    where it cannot run, and for a derivative that impl="triton" and "chunked" do not have.
+    Raises ValueError or TypeError for invalid arguments; IndexError, on a CPU, for a target outside the vocabulary (a
+    GPU cannot raise: the loss and gradient are NaN); NotImplementedError for impl="triton" where it cannot run, and for
+    a derivative that impl="triton" and "chunked" do not have.
     """
     _check(x, weight, targets, softcap, z_loss, label_smoothing, ignore_index, reduction)
     check_choice("impl", impl, IMPLEMENTATIONS)
@@ -91,7 +80,10 @@ def linear_cross_entropy(
         x = x.to(torch.get_autocast_dtype(device_type))
     elif x.dtype != weight.dtype:
         raise TypeError(f"x and weight have one dtype, not {x.dtype} and {weight.dtype}")
-    impl = _choose(x, weight, targets) if impl == "auto" else _required(impl, x)
+    if impl == "auto":
+        impl = _choose(x, weight, targets)
+    elif impl == "triton":
+        require_able(impl, why_not_triton(x))
     if impl == "reference":
         return linear_cross_entropy_reference(
             x,
@@ -176,16 +168,9 @@ def _check(x, weight, targets, softcap, z_loss, label_smoothing, ignore_index, r
     check_choice("reduction", reduction, ("mean", "sum", "none"))
 
 
-def _why_not_triton(x: Tensor) -> str | None:
-    """Why the kernels cannot do this call; None if they can."""
-    if cross_entropy_triton is None:
-        return "triton does not import here"
-    return cross_entropy_triton.why_not_triton(x)
-
-
 def _choose(x: Tensor, weight: Tensor, targets: Tensor) -> str:
-    """What "auto" means for this call."""
-    why_not = _why_not_triton(x) if x.is_cuda else "no GPU"
+    """Choose the path of "auto"."""
+    why_not = why_not_triton(x) if x.is_cuda else "no GPU"
     if is_transformed(x, weight, targets):
         choice, why_not = "reference", "torch.func or forward-mode differentiation is at work"
     elif why_not is None:
@@ -193,18 +178,8 @@ def _choose(x: Tensor, weight: Tensor, targets: Tensor) -> str:
     else:
         N = x.numel() // x.shape[-1]
         choice = "reference" if N * weight.shape[0] <= MOST_LOGITS else "chunked"
-    if (choice, why_not) not in _announced and not torch.compiler.is_compiling():
-        _announced.add((choice, why_not))
-        log.info("linear_cross_entropy runs on %s%s", choice, f": {why_not}" if why_not else "")
+    announce("linear_cross_entropy", choice, why_not)
     return choice
-
-
-def _required(impl: str, x: Tensor) -> str:
-    """impl; raises where it cannot do this call."""
-    why_not = _why_not_triton(x) if impl == "triton" else None
-    if why_not is not None:
-        raise NotImplementedError(f'impl="triton" cannot do this call: {why_not}')
-    return impl
 
 
 def workspace_bytes(N: int, V: int, C: int, dtype: torch.dtype, device_type: str) -> int:

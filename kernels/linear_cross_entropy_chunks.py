@@ -13,12 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.dispatch import on_device_of, triton
 from kernels.operators import accumulated, guarded
 
-try:
+if triton is not None:
     from kernels import cross_entropy_triton
-except ImportError:  # macOS and Windows have no triton
-    cross_entropy_triton = None
 
 # Bytes of logits that are held at once. On a GPU a chunk must fill the chip with tiles of dx (rows by C, the smallest
 # product), and reading and writing dweight once more must be little beside the product that it ends. On a CPU a chunk
@@ -164,8 +163,7 @@ def _prepared(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int):
     """x, weight in x's dtype, and targets, packed; products keep their dtype, and kernels run on x's device."""
     if x.device.type == "cpu":
         check_targets(targets, weight.shape[0], ignore_index)
-    on_device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-    with torch.autocast(x.device.type, enabled=False), on_device:
+    with torch.autocast(x.device.type, enabled=False), on_device_of(x):
         yield x.contiguous(), weight.to(x.dtype).contiguous(), targets.contiguous()
 
 

@@ -14,12 +14,7 @@ from typing import NamedTuple
 import torch
 
 from kernels.arguments import check_integer, check_switch, check_tensors, kind
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # macOS and Windows have no triton: predicates still run on tensors
-    triton = tl = None
+from kernels.dispatch import tl, triton
 
 # No position reaches this far, so that a bound at FAR hides nothing. Sums of two stay within int32.
 FAR = 1 << 29

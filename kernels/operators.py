@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
-from kernels.mask import Mask
+from kernels.attention_arguments import Arguments
 from kernels.tile_lists import Pattern
 
 
@@ -212,8 +212,9 @@ def _fake_backward(dout, dlse, out, lse, shift, wants_dbias, *args):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks, dbias
 
 
-def call_of(q, k, v, *, mask: Mask, segment_ids, scale, softcap, alibi_slopes, bias, sinks, dropout_p, seed) -> Call:
-    """The arguments of `kernels.attention` as an operator takes them."""
+def call_of(arguments: Arguments) -> Call:
+    """Convert the arguments of `attention` to what an operator takes."""
+    q, k, v, mask, segment_ids, scale, softcap, alibi_slopes, bias, sinks, dropout_p, seed, _ = arguments
     segments_q = segments_k = None
     if segment_ids is not None:
         segments_q, segments_k = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)

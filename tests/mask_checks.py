@@ -4,6 +4,7 @@ import functools
 
 import torch
 
+from kernels.attention_arguments import Arguments
 from kernels.masks import (
     CAUSAL,
     FULL,
@@ -35,10 +36,7 @@ LATER = Mask(later_queries, 50, bands=[Band(q_begin=50, exact=True)])
 
 def problem_of(mask: Mask, Tq: int, Tk: int, B: int = 1, H: int = 1, device="cpu", segment_ids=None) -> Problem:
     q, k = torch.randn(B, Tq, H, 16, device=device), torch.randn(B, Tk, 1, 16, device=device)
-    return Problem(
-        call_of(q, k, k, mask=mask, segment_ids=segment_ids, scale=None, softcap=None, alibi_slopes=None, bias=None,
-                sinks=None, dropout_p=0.0, seed=None)
-    )  # fmt: skip
+    return Problem(call_of(Arguments(q, k, k, mask, segment_ids)))
 
 
 def lengths(*numbers: int) -> torch.Tensor:

@@ -2,13 +2,12 @@
 
 import logging
 import math
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from kernels import attention, attention_decode, attention_reference, masks
+from kernels import attention, attention_decode, attention_reference, dispatch, masks
 from kernels.bias import add_bias, largest, row_shift
 from tests.attention_checks import (
     Case,
@@ -175,7 +174,7 @@ def test_the_truth_is_softmax_in_float64(level, impl):
 @pytest.mark.parametrize("level", [-1e4, -3e7, -1e9, -1e30, LEAST[torch.float32]])
 def test_auto_on_a_cpu(level, dtype, monkeypatch, caplog):
     """torch's own attention gets rows that begin at 0, and none that round scores as float64 would."""
-    monkeypatch.setattr(sys.modules["kernels.attention"], "_announced", set())
+    monkeypatch.setattr(dispatch, "_announced", set())
     case = Case(24, 24, B=2, H=4, H_kv=2, dtype=dtype, features=("bias",), bias_axes="hqk")
     inputs = with_bias(case, mixed(case.bias_shape(), level), "cpu")
     results = []

@@ -8,9 +8,8 @@ import textwrap
 import pytest
 import torch
 
-from kernels import attention, attention_reference, attention_sdpa, masks
-from kernels import attention_triton as triton_path
-from kernels.attention_triton import INTERPRETED
+from kernels import attention, attention_reference, attention_sdpa, dispatch, masks
+from kernels.dispatch import INTERPRETED
 from tests.attention_checks import Case, assert_close, make_inputs
 from tests.rounding import attention_deviation
 
@@ -24,8 +23,7 @@ def qkv(Tq=7, Tk=7, H=4, H_kv=2, D=8, Dv=8, **options):
 
 def chosen(monkeypatch, caplog, **call) -> str:
     """The path that auto takes, by its own log."""
-    module = sys.modules["kernels.attention"]
-    monkeypatch.setattr(module, "_announced", set())
+    monkeypatch.setattr(dispatch, "_announced", set())
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="kernels"):
         inputs = call.pop("inputs", None) or qkv()
@@ -191,10 +189,10 @@ def test_what_is_refused(call, error, text):
 
 @on_cpu
 def test_triton_without_a_gpu_says_why(monkeypatch):
-    monkeypatch.setattr(triton_path, "INTERPRETED", False)
-    q, _, v = qkv()
-    assert triton_path.why_not_triton(q, v) == "cpu is not a GPU from sm_80 up"
-    with pytest.raises(RuntimeError, match="needs a GPU from sm_80 up, not cpu"):
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    with pytest.raises(
+        NotImplementedError, match=r"cannot do this call: cpu is not a GPU from sm_80 up: .*INTERPRET=1"
+    ):
         attention(*qkv(), impl="triton")
 
 
@@ -211,7 +209,7 @@ def test_without_triton():
         torch.testing.assert_close(attention(q, q, q, mask=mask), attention_reference(q, q, q, mask=mask))
         try:
             attention(q, q, q, impl="triton")
-        except RuntimeError as error:
+        except NotImplementedError as error:
             assert "does not import" in str(error) and "triton" in str(error), error
         else:
             raise AssertionError("impl='triton' ran")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels import attention, attention_backward, attention_dbias, attention_reference, masks
+from kernels.attention_arguments import Arguments
 from kernels.attention_reference import dropout_keep
 from kernels.operators import call_of
 from kernels.problem import Problem
@@ -60,8 +61,7 @@ def test_gradient_of_bias_visits_what_the_mask_needs(device):
     """Of a window's 5 x 5 tiles 9, twice for two heads; for a bias of shape (T, T) one program has one tile."""
     bias = torch.zeros(300, 300, device=device)
     q, k = torch.randn(1, 300, 2, 16, device=device), torch.randn(1, 300, 1, 16, device=device)
-    features = dict.fromkeys(("segment_ids", "scale", "softcap", "alibi_slopes", "sinks", "seed"))
-    problem = Problem(call_of(q, k, k, mask=masks.sliding_window(30), bias=bias, dropout_p=0.0, **features))
+    problem = Problem(call_of(Arguments(q, k, k, masks.sliding_window(30), bias=bias)))
     rows = torch.zeros(1, 2, 300, device=device)
     counts = torch.zeros(50, dtype=torch.int32, device=device)
     launch = attention_dbias.dbias_launch(problem, q, rows, rows, bias.clone(), counts)

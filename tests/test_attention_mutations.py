@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from kernels import attention_backward, attention_forward, mask, masks, problem, tile_lists, tiles
-from kernels.attention_triton import INTERPRETED
+from kernels.dispatch import INTERPRETED
 from tests.attention_checks import Case, check
 
 pytestmark = pytest.mark.skipif(

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from kernels import attention, configs, masks
+from kernels.attention_arguments import Arguments
 from kernels.attention_forward import forward_launch
-from kernels.attention_triton import INTERPRETED
+from kernels.dispatch import INTERPRETED
 from kernels.operators import call_of
 from kernels.problem import Problem, descriptor
 from tests.attention_checks import Case, check, make_inputs, poisoned_outputs, run
@@ -55,8 +56,7 @@ def test_right_on_a_gpu(case):
 
 
 def launch(q, k, v, tma: bool):
-    features = {"segment_ids": None, "softcap": None, "alibi_slopes": None, "bias": None, "sinks": None}
-    call = call_of(q, k, v, mask=masks.CAUSAL, scale=None, dropout_p=0.0, seed=None, **features)
+    call = call_of(Arguments(q, k, v))
     key = configs.Key("sm_90", q.dtype, 64, "forward")
     with configs.trying(key, configs.Config(32, 32, 4, 2, tma)):
         return forward_launch(Problem(call, "sm_90"), torch.empty_like(q), q[..., 0])

@@ -5,6 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from kernels import attention, masks
+from kernels.attention_arguments import Arguments
 from kernels.operators import call_of
 
 WINDOW_AND_SINKS = masks.CAUSAL & (masks.sliding_window(5) | masks.sink_tokens(2))
@@ -17,8 +18,7 @@ def qkv(device, T=20, H=2, H_kv=1, D=16, **options):
 @pytest.mark.parametrize("name", ["triton_attention", "chunked_attention"])
 @pytest.mark.parametrize("features", [False, True], ids=["plain", "features"])
 def test_opcheck(features, name, device):
-    arguments = dict.fromkeys(("segment_ids", "scale", "softcap", "alibi_slopes", "bias", "sinks", "seed"))
-    arguments |= {"mask": WINDOW_AND_SINKS, "dropout_p": 0.0}
+    arguments = {"mask": WINDOW_AND_SINKS}
     if features:
         lengths = torch.tensor([3], dtype=torch.int32, device=device)
         arguments |= {
@@ -31,7 +31,7 @@ def test_opcheck(features, name, device):
             "dropout_p": 0.2,
             "seed": 5,
         }
-    args = tuple(call_of(*qkv(device), **arguments))
+    args = tuple(call_of(Arguments(*qkv(device), **arguments)))
     operators = getattr(torch.ops, name)
     torch.library.opcheck(operators.forward.default, args)
     out, lse, shift = operators.forward(*args)

@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
-from kernels import cross_entropy_triton, linear_cross_entropy
+from kernels import cross_entropy_triton, dispatch, linear_cross_entropy
 from kernels.cross_entropy_triton import Terms, gradient_launch, loss_launch
 
 TERMS = Terms(3.0, 0.01, 0.1, -100)
@@ -77,11 +77,12 @@ def test_tiles(N, V, rows, columns, programs):
 
 def test_where_the_kernels_run():
     x = torch.zeros(4, 8)
-    with mock.patch.object(cross_entropy_triton, "runs_on", return_value=False):
-        assert cross_entropy_triton.why_not_triton(x) == "cpu is not a GPU from sm_80 up"
-        with pytest.raises(NotImplementedError, match="cpu is not a GPU from sm_80 up"):
-            linear_cross_entropy(x, x, torch.zeros(4, dtype=torch.int64), impl="triton")
-    with mock.patch.object(cross_entropy_triton, "runs_on", return_value=True):
+    with (
+        mock.patch.object(dispatch, "runs_on", return_value=False),
+        pytest.raises(NotImplementedError, match="cpu is not a GPU from sm_80 up"),
+    ):
+        linear_cross_entropy(x, x, torch.zeros(4, dtype=torch.int64), impl="triton")
+    with mock.patch.object(dispatch, "runs_on", return_value=True):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            assert cross_entropy_triton.why_not_triton(x.to(dtype)) is None
-        assert "not torch.float64" in cross_entropy_triton.why_not_triton(x.double())
+            assert dispatch.why_not_triton(x.to(dtype)) is None
+        assert "not torch.float64" in dispatch.why_not_triton(x.double())

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import cross_entropy_triton, linear_cross_entropy, linear_cross_entropy_reference
+from kernels import cross_entropy_triton, dispatch, linear_cross_entropy, linear_cross_entropy_reference
 from kernels import linear_cross_entropy as public
 from kernels import linear_cross_entropy_chunks as chunks
 from tests.attention_checks import assert_close
@@ -107,7 +107,7 @@ def test_ignore_index_may_be_a_token(impl, device):
 @pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "reference"])
 @pytest.mark.parametrize("wrong", [65, -1])
 def test_targets_out_of_range_raise_on_a_cpu(impl, wrong):
-    if impl == "triton" and not cross_entropy_triton.runs_on(torch.device("cpu")):
+    if impl == "triton" and not dispatch.runs_on(torch.device("cpu")):
         pytest.skip("the kernels run on the GPU here")
     inputs = make_inputs(4, 65, 16, torch.float32, "cpu")
     inputs.targets[1] = wrong
@@ -259,7 +259,7 @@ def test_auto_takes_the_kernels_on_a_gpu_that_runs_them():
     x.numel.return_value = 64
     changes = {"is_transformed": lambda *tensors: False, "MOST_LOGITS": 0}
     for why_not, path in ((None, "triton"), ("too old", "chunked")):
-        with mock.patch.dict(public.__globals__, changes, _why_not_triton=lambda x, why=why_not: why):
+        with mock.patch.dict(public.__globals__, changes, why_not_triton=lambda x, why=why_not: why):
             assert path_of(x, torch.empty(65, 16), torch.empty(4)) == path
 
 
@@ -267,7 +267,8 @@ def test_what_auto_takes_is_said_once(caplog):
     inputs = make_inputs(4, 65, 16, torch.float32, "cpu")
     args = inputs.x, inputs.weight, inputs.targets
     with (
-        mock.patch.dict(public.__globals__, _announced=set(), MOST_LOGITS=0),
+        mock.patch.dict(public.__globals__, MOST_LOGITS=0),
+        mock.patch.object(dispatch, "_announced", set()),
         caplog.at_level("INFO", logger="kernels"),
     ):
         with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
@@ -284,7 +285,7 @@ def test_what_auto_takes_is_said_once(caplog):
 def test_without_triton_the_kernels_are_refused():
     inputs = make_inputs(4, 65, 16, torch.float32, "cpu")
     with (
-        mock.patch.dict(public.__globals__, cross_entropy_triton=None),
+        mock.patch.object(dispatch, "why_no_triton", "triton does not import here: no wheel"),
         pytest.raises(NotImplementedError, match="cannot do this call: triton does not import here"),
     ):
         linear_cross_entropy(inputs.x, inputs.weight, inputs.targets, impl="triton")

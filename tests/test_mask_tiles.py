@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from kernels import attention_backward, attention_forward, configs, tile_lists
-from kernels.attention_triton import INTERPRETED
+from kernels.dispatch import INTERPRETED
 from kernels.masks import (
     CAUSAL,
     FULL,

@@ -3,16 +3,15 @@
 import pytest
 import torch
 
+from kernels.attention_arguments import Arguments
 from kernels.masks import FULL
 from kernels.operators import call_of
 from kernels.problem import Problem
 
-NONE = dict.fromkeys(("segment_ids", "scale", "softcap", "alibi_slopes", "bias", "sinks"))
-
 
 def problem_with(**features) -> Problem:
     q, k = torch.randn(1, 5, 2, 16), torch.randn(1, 5, 1, 16)
-    return Problem(call_of(q, k, k, mask=FULL, **NONE | features, dropout_p=0.0, seed=None))
+    return Problem(call_of(Arguments(q, k, k, FULL, **features)))
 
 
 @pytest.mark.parametrize(
