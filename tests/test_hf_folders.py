@@ -284,7 +284,7 @@ OTHERS = {
     "trainer": (
         "checkpoint-500/config.json",
         "{}",
-        "several checkpoints of a training: give one .* such as checkpoint-500",
+        "several checkpoints.*: give one of them, such as checkpoint-500",
     ),
 }
 
