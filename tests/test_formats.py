@@ -219,3 +219,10 @@ def test_a_file_of_prompts_or_questions_is_text(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         read_lines(write(tmp_path / "x.txt", content), "prompt file")
     assert read_lines(write(tmp_path / "y.txt", b"\xef\xbb\xbfa\r\nb\rc"), "prompt file") == ["a", "b", "c"]
+
+
+def test_an_array_of_objects_without_the_field_is_refused_under_any_name(tmp_path, make):
+    """One object alone may be a text that happens to be JSON; several are rows, and their reader lists their fields."""
+    for name in ("x.txt", "x.json", "x"):
+        with pytest.raises(UserError, match="body"):
+            make(write(tmp_path / name, b'[{"body": "a"}, {"body": "b"}]'), "byte")

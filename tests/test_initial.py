@@ -14,7 +14,7 @@ from gpt.errors import UserError
 from gpt.evaluation.scoring import Question, multiple_choice, score_texts
 from gpt.interop.export import export
 from gpt.interop.hf_tokenizer import write_hf_tokenizer
-from gpt.interop.initial import load_source
+from gpt.interop.initial import has_tokenizer, load_source
 from gpt.model import GPT
 from gpt.training.command import load_config
 from train import main as train
@@ -85,6 +85,7 @@ def test_another_model_than_the_source_is_refused(tiny_run, tmp_path, words, mes
 def test_a_run_without_its_tokenizer_gets_no_other(tiny_run, tmp_path):
     source = shutil.copytree(tiny_run, tmp_path / "source")
     (source / "tokenizer.json").unlink()
+    assert has_tokenizer(source)
     with pytest.raises(UserError, match=r"tokenizer\.json"):
         start(tmp_path, "--init-from", source)
     assert not (tmp_path / "run").exists()

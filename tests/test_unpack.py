@@ -1,6 +1,7 @@
 """Compressed files: known by content, all their members, what follows them, in bounded memory."""
 
 import json
+import re
 
 import pytest
 
@@ -93,3 +94,15 @@ def test_a_package_that_is_missing_is_named():
     assert need("json.decoder", "x").JSONDecoder
     with pytest.raises(UserError, match=r"^Such files need the package no_such, which is not .*: pip install no_such$"):
         need("no_such.part", "Such files")
+
+
+@pytest.mark.parametrize("packing", ["gz", "bz2", "xz"])
+def test_damage_is_said_to_be_before_the_byte_that_was_read(packing):
+    whole = bytearray(PACK["." + packing](bytes(range(256)) * 40))
+    at = len(whole) // 2
+    whole[at : at + 20] = b"\xff" * 20
+    blocks = [bytes(whole[i : i + 16]) for i in range(0, len(whole), 16)]
+    with pytest.raises(UserError, match=r"before its byte \d+: ") as caught:
+        list(unpacked(blocks, packing, "x", 1 << 20))
+    place = int(re.search(r"byte (\d+)", str(caught.value))[1])
+    assert at < place <= len(whole) and (place % 16 == 0 or place == len(whole))

@@ -19,7 +19,7 @@ class CorpusProgress:
             self.progress = Progress(*columns, transient=True, disable=not sys.stdout.isatty())
             self.progress.start()
         if what not in self.tasks:
-            self.tasks[what] = self.progress.add_task(what, total=total)
+            self.tasks[what] = self.progress.add_task(what)
         self.progress.update(self.tasks[what], completed=done, total=total)
 
     def __enter__(self) -> "CorpusProgress":
