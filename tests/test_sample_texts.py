@@ -15,6 +15,7 @@ def test_each_odd_piece_is_tried_at_every_edge(odd):
 
 def test_odd_pieces_are_a_character_or_a_letter_with_a_mark():
     assert [piece for piece in module._ODD if len(piece) > 1] == ["e\u0301", "\u0308\u0323"]
+    assert not [piece for piece in module._ODD if piece.isascii() and piece.isprintable()]
     assert not {piece for piece in module._SPACES if piece.strip()} - {"\u200b", "\u200d", "\ufeff"}
 
 
