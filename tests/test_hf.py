@@ -66,20 +66,20 @@ def test_a_shorter_context(checkpoints, case):
 
 
 def test_a_learned_table_does_not_grow(checkpoints):
-    with pytest.raises(UserError, match="knows 24 positions: seq_len 25 is too long"):
+    with pytest.raises(UserError, match="has 24 learned positions: seq_len 25 is too long"):
         gpt.from_hf(checkpoints("gpt2")[1], seq_len=25)
 
 
 @pytest.mark.parametrize(
     ("case", "changes", "message"),
     [
-        ("llama", {"model_type": "mixtral"}, "model_type 'mixtral' is not supported: gpt2, llama"),
+        ("llama", {"model_type": "mixtral"}, "model_type 'mixtral' is not supported: known are gpt2, llama"),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0}}, "rope_type 'llama3'"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
         (
             "llama",
             {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}},
-            "rope_parameters of their own for some",
+            "rope_parameters that differ between layers",
         ),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ("llama", {"hidden_act": "gelu"}, "activation 'gelu' .known are silu, swish, relu"),

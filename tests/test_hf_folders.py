@@ -203,7 +203,7 @@ def test_a_tensor_in_two_files_is_refused(checkpoint):
 def test_an_option_of_another_family_is_refused(checkpoint, case, changes):
     folder = checkpoint(case)
     edit(folder, **changes)
-    with pytest.raises(UserError, match=f"asks for what this model lacks: .*{next(iter(changes))}"):
+    with pytest.raises(UserError, match=f"has options that this model lacks: .*{next(iter(changes))}"):
         gpt.from_hf(folder, device="cpu")
 
 

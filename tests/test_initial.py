@@ -62,7 +62,7 @@ def test_a_position_table_is_cut(tmp_path):
     after = gpt.load(tmp_path / "run", "cpu")[0]
     idx = torch.tensor([list(TEXT[:9].encode())])
     torch.testing.assert_close(after(idx), before(idx), atol=1e-6, rtol=1e-5)
-    with pytest.raises(UserError, match="knows 40 positions: seq_len 41 is too long"):
+    with pytest.raises(UserError, match="has 40 learned positions: seq_len 41 is too long"):
         start(tmp_path, "--init-from", tmp_path / "hf", "--seq-len", 41, name="other")
 
 
@@ -159,7 +159,7 @@ def test_a_text_is_scored_only_if_each_of_its_tokens_has_a_row(tmp_path):
         score_texts(model, WITH_WORD, [TEXT])
     with pytest.raises(UserError, match=asked):
         multiple_choice(model, WITH_WORD, [Question("a", ("b", "c"), 0)], ["a"])
-    with pytest.raises(UserError, match="table has 257 rows and the tokenizer 259 tokens"):
+    with pytest.raises(UserError, match="table has 257 rows, but the tokenizer has 259 tokens"):
         export(model, WITH_WORD, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     for pair in ({"model": model}, {"model": GPT(replace(model.config, vocab_size=300)), "draft": model}):

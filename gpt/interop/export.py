@@ -1,11 +1,11 @@
-"""Write a run as a Hugging Face checkpoint: python -m gpt.export RUN DIR [--dtype bfloat16] [--overwrite]
+"""Writes a run as a Hugging Face checkpoint: python -m gpt.export RUN DIR [--dtype bfloat16] [--overwrite]
 
-AutoModelForCausalLM and AutoTokenizer load the directory, with the run's logits and token ids. Transformers is not
-needed to write it.
+AutoModelForCausalLM and AutoTokenizer load the directory and compute the run's logits and token ids. Writing it does
+not need transformers.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from gpt.arguments import checked
 from gpt.data.tokenizers import ByteTokenizer, Tokenizer
 from gpt.errors import EXIT_DONE, UserError
 from gpt.files import flush, make_folder
+from gpt.interop.hf_config import GPT2_NAMES, LLAMA_NAMES
 from gpt.interop.hf_tokenizer import write_hf_tokenizer, write_tiktoken
 from gpt.interop.hf_weights import fits_nanochat, tensors_for
 from gpt.model import GPT, ModelConfig
@@ -47,7 +48,7 @@ _LLAMA = {
     "value_embeds": (0,),
     "logit_softcap": _NONE,
 }
-# The values of our options that a family can say; in the order in which families are tried.
+# The option values that each family supports. Families are tried in this order.
 FITS: dict[str, dict[str, tuple | None]] = {
     "gpt2": _LLAMA
     | {"position": ("learned",), "norm": ("layernorm",), "activation": ("gelu_tanh", "gelu", "relu", "relu2")},
@@ -72,15 +73,15 @@ class Arguments:
     run: tyro.conf.Positional[Path]
     """The run directory."""
     directory: tyro.conf.Positional[Path]
-    """Where to write."""
+    """The directory to write."""
     dtype: Dtype = "float32"
     """Precision of the weights written."""
     overwrite: bool = False
-    """Delete what an earlier export left in the directory; a directory with anything else is refused."""
+    """Delete an earlier export in the directory. A directory with any other file is refused."""
 
 
 def misfits(family: str, model: GPT) -> list[str]:
-    """Why a family cannot say this model's options, one clause each; none if it can."""
+    """List the options of a model that a family lacks."""
     config, found = model.config, []
     for option, allowed in FITS[family].items():
         value = getattr(config, option, None)
@@ -98,20 +99,20 @@ def misfits(family: str, model: GPT) -> list[str]:
 
 
 def family_of(model: GPT) -> str:
-    """The Hugging Face family that computes what this model does. UserError lists the options that none has."""
+    """Return the Hugging Face family that computes what this model does. UserError lists the options that it lacks."""
     faults = {family: misfits(family, model) for family in FITS}
     least = min(map(len, faults.values()))
     nearest = {family: found for family, found in faults.items() if len(found) == least}
     if least:
         raise UserError(
-            "no Hugging Face family known here has this model's options; the nearest lack: "
+            "no supported Hugging Face family has this model's options; the nearest lack: "
             + " | ".join(f"{family}: {'; '.join(found)}" for family, found in nearest.items())
         )
     return next(iter(nearest))
 
 
 def hf_config(family: str, config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
-    """The content of config.json."""
+    """Return the content of config.json."""
     document = tokenizer.document_token
     common = {
         "architectures": [CLASSES[family]],
@@ -123,30 +124,17 @@ def hf_config(family: str, config: ModelConfig, tokenizer: Tokenizer, dtype: str
         "eos_token_id": document,
         "pad_token_id": None,
     }
+    values = asdict(config) | {"n_kv_head": config.kv_heads, "head_dim": config.head_width, "mlp_dim": config.mlp_width}
+    names = GPT2_NAMES if family == "gpt2" else LLAMA_NAMES
+    common |= {key: values[option] for option, key in names.items()}
     if family == "gpt2":
-        names = {"gelu_tanh": "gelu_new"}
-        return common | {
-            "n_layer": config.n_layer,
-            "n_head": config.n_head,
-            "n_embd": config.n_embd,
-            "n_inner": config.mlp_width,
-            "n_positions": config.seq_len,
-            "layer_norm_epsilon": config.norm_eps,
-            "activation_function": names.get(config.activation, config.activation),
-            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
-        }
+        activation = "gelu_new" if config.activation == "gelu_tanh" else config.activation
+        dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+        return common | {"activation_function": activation, **dropouts}
     gate = {"swiglu": "silu", "relu2": "relu"}
     return common | {
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.kv_heads,
-        "hidden_size": config.n_embd,
-        "head_dim": config.head_width,
-        "intermediate_size": config.mlp_width,
-        "max_position_embeddings": config.seq_len,
-        "rms_norm_eps": config.norm_eps,
         "hidden_act": config.activation if family == "nanochat" else gate[config.activation],
-        # The newer spelling and the older one.
+        # The newer form and the older one.
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "rope_theta": config.rope_theta,
         "attention_bias": config.bias,
@@ -155,7 +143,7 @@ def hf_config(family: str, config: ModelConfig, tokenizer: Tokenizer, dtype: str
 
 
 def _extras(family: str, config: ModelConfig) -> dict[str, Any]:
-    """What one of Llama's kin says beyond the others."""
+    """Return the keys that only this one of Llama's relatives has."""
     if family == "llama":
         return {"mlp_bias": config.bias}
     if family == "mistral":
@@ -170,21 +158,21 @@ def _extras(family: str, config: ModelConfig) -> dict[str, Any]:
 
 @checked
 def export(model: GPT, tokenizer: Tokenizer, directory: str | Path, *, dtype: Dtype = "float32") -> str:
-    """Write the checkpoint into a directory, made if need be; returns the family's name.
+    """Write the checkpoint into a directory. Returns the family's name.
 
-    Raises UserError for a model that no family fits, before anything is written, and where the disk refuses.
+    Raises UserError for a model that fits no family, before writing anything, and for a failing write.
     """
     family, folder = family_of(model), Path(directory)
     if model.config.vocab_size < tokenizer.vocab_size:
         raise UserError(
-            f"the model's table has {model.config.vocab_size} rows and the tokenizer {tokenizer.vocab_size} tokens: "
-            "export it with the tokenizer that it was trained with"
+            f"the model's table has {model.config.vocab_size} rows, but the tokenizer has {tokenizer.vocab_size} "
+            "tokens: export it with the tokenizer that it was trained with"
         )
     settings = hf_config(family, model.config, tokenizer, dtype)
     ends = {"bos_token_id": tokenizer.document_token, "eos_token_id": tokenizer.document_token}
     try:
         make_folder(folder)
-        # config.json first: by it an export that was killed is known as one.
+        # config.json first, so that an unfinished export can be recognized as one.
         for name, content in (("config.json", settings), ("generation_config.json", ends)):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         save_file(tensors_for(family, model, getattr(torch, dtype)), folder / "model.safetensors", {"format": "pt"})
@@ -199,9 +187,9 @@ def export(model: GPT, tokenizer: Tokenizer, directory: str | Path, *, dtype: Dt
 
 
 def is_export(folder: Path, names: set[str]) -> bool:
-    """Whether a folder with these files was written here, and not by transformers or another program.
+    """Whether this program wrote a folder with these files, rather than transformers or another program.
 
-    A lone config.json may be anyone's: nothing is lost with it.
+    A lone config.json counts, whoever wrote it: it holds nothing worth keeping.
     """
     if names == {"config.json"}:
         return True
@@ -214,7 +202,7 @@ def is_export(folder: Path, names: set[str]) -> bool:
 
 
 def main(arguments: Arguments) -> int:
-    """Export and say what was written. Returns the exit status."""
+    """Export a run and list the files written. Returns the exit status."""
     do_without_output()
     folder = arguments.directory
     if folder.exists() and not folder.is_dir():
@@ -224,9 +212,9 @@ def main(arguments: Arguments) -> int:
         raise UserError(f"{folder} holds a run, which an export does not overwrite: give another directory")
     if left and not arguments.overwrite:
         raise UserError(f"{folder} is not empty: give another directory, or --overwrite to delete what it holds")
-    # Whoever names the folder above their runs must not lose them.
+    # A user who names the folder above their runs must not lose them.
     if any(path.name not in WRITTEN or path.is_dir() for path in left):
-        raise UserError(f"{folder} holds more than an export, and is not overwritten: give another directory")
+        raise UserError(f"{folder} holds more than an export and is not overwritten: give another directory")
     if left and not is_export(folder, {path.name for path in left}):
         raise UserError(f"{folder} holds a checkpoint that gpt.export did not write: give another directory")
     model, tokenizer = load(arguments.run, "cpu")

@@ -1,12 +1,12 @@
-"""Hugging Face checkpoints read without transformers: config.json into a ModelConfig, safetensors into a GPT.
+"""Reads Hugging Face checkpoints without transformers: config.json into a ModelConfig, safetensors into a GPT.
 
-Read are GPT-2, Llama, Mistral, Qwen2, Qwen3 and nanochat, where the checkpoint's options are among ours; whatever has
-no place here is refused, all of it in one sentence. Nothing is unpickled.
+Reads GPT-2, Llama, Mistral, Qwen2, Qwen3 and nanochat if this model has the checkpoint's options; one message lists all
+options that it lacks. Nothing is unpickled.
 """
 
 import logging
 import re
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 ANY = None
 
-# What a family's config.json means where it says nothing: transformers' defaults, as far as the model depends on them.
+# The defaults of transformers for keys that config.json leaves out, as far as the model depends on them.
 _LLAMA = {
     "num_key_value_heads": None,
     "head_dim": None,
@@ -39,18 +39,22 @@ _LLAMA = {
 _QWEN = _LLAMA | {"num_key_value_heads": 32, "max_position_embeddings": 32768, "max_window_layers": 28}
 _QWEN |= {"sliding_window": 4096}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "gpt2": {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+    "gpt2": {
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+        "n_inner": None,
+    },
     "llama": _LLAMA,
     "mistral": _LLAMA | {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
     "qwen2": _QWEN | {"attention_bias": True},
     "qwen3": _QWEN | {"head_dim": 128},
     "nanochat": _LLAMA | {"hidden_act": "relu2", "final_logit_softcapping": 15.0},
 }
-# GPT-2's options have a second name each.
+# GPT-2's options have two names each.
 ALIASES = {"hidden_size": "n_embd", "max_position_embeddings": "n_positions"}
 ALIASES |= {"num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
-# Keys that change what a model computes, with the only values that we compute too (the first one is the usual one).
-# Other families have them; here they would be asked for in vain.
+# Options of other families that this model lacks, with the values that change nothing (the usual one first).
 NEUTRAL: dict[str, tuple] = {
     "is_causal": (True, None),
     "is_encoder_decoder": (False, None),
@@ -83,17 +87,28 @@ FIXED: dict[str, dict[str, tuple | None]] = {
     | {
         "mlp_bias": (False,),
         "final_logit_softcapping": ANY,
-        # Its norm after the table would have to be in the table, and not in the head.
+        # Its norm after the table is folded into the table, which the head must not share.
         "tie_word_embeddings": (False,),
     },
 }
 GELUS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu"}
 UNGATED = GELUS | {"relu": "relu", "relu2": "relu2"}
-# A gate that is its own input, relu(x) * x, is relu(x)^2: so an MLP of ReLU^2 is written as one with a gate.
+# relu(x) * x = relu(x)^2, so an export writes ReLU^2 as a gated MLP whose two projections are equal.
 GATED = {"silu": "swiglu", "swish": "swiglu", "relu": "relu2"}
-
-
-# What config_from_hf must find as true or false, and as whole numbers, the first ones in every checkpoint.
+# Our options and the keys of config.json, for import and export.
+GPT2_NAMES = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "mlp_dim": "n_inner"}
+GPT2_NAMES |= {"seq_len": "n_positions", "norm_eps": "layer_norm_epsilon"}
+LLAMA_NAMES = {
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "n_embd": "hidden_size",
+    "head_dim": "head_dim",
+    "mlp_dim": "intermediate_size",
+    "seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+}
+# Keys that must be true or false, and options that must be whole numbers; every checkpoint has those NEEDED.
 SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 NEEDED = ("n_layer", "n_head", "n_embd", "seq_len", "vocab_size")
 SIZES = (*NEEDED, "n_kv_head", "head_dim", "mlp_dim", "window")
@@ -101,10 +116,10 @@ SIZES = (*NEEDED, "n_kv_head", "head_dim", "mlp_dim", "window")
 
 @checked
 def from_hf(source: str | Path, *, seq_len: int | None = None, device: Device = "auto") -> GPT:
-    """The model of a Hugging Face checkpoint (in eval mode, fp32): a directory, or a name on the Hub.
+    """Load the model of a Hugging Face checkpoint, a directory or a name on the Hub (in eval mode, fp32).
 
-    seq_len: a context shorter than the checkpoint's; a learned position table is cut to it.
-    Raises UserError where the checkpoint cannot be had, is damaged, or has options that this model lacks.
+    seq_len: a shorter context than the checkpoint's; a learned position table is cut to it.
+    Raises UserError if the checkpoint cannot be read, is damaged, or has options that this model lacks.
     """
     folder, device = fetch(source), pick_device(device)
     family, config = config_from_hf(folder)
@@ -120,19 +135,19 @@ def from_hf(source: str | Path, *, seq_len: int | None = None, device: Device = 
 
 @checked
 def tokenizer_from_hf(source: str | Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face checkpoint; UserError where there is none or it is not byte-level."""
+    """Load the tokenizer of a Hugging Face checkpoint. UserError if it has none, or one that is not byte-level."""
     return read_hf_tokenizer(fetch(source))
 
 
 def crop(config: ModelConfig, seq_len: int, source: str) -> ModelConfig:
-    """The config with another context; UserError where a learned position table would have to grow."""
+    """Change the context of a config. UserError if a learned position table would have to grow."""
     if config.position == "learned" and seq_len > config.seq_len:
-        raise UserError(f"{source} knows {config.seq_len} positions: seq_len {seq_len} is too long for it")
+        raise UserError(f"{source} has {config.seq_len} learned positions: seq_len {seq_len} is too long for it")
     return replace(config, seq_len=seq_len)
 
 
 def fetch(source: str | Path) -> Path:
-    """The checkpoint's directory: the one named, or a download of its JSON and safetensors files."""
+    """Return a checkpoint's directory. A name on the Hub is downloaded: its JSON and safetensors files."""
     folder = Path(source)
     if is_folder(folder):
         return folder
@@ -144,21 +159,21 @@ def fetch(source: str | Path) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise UserError(f"there is no directory {source}; to download by name, pip install huggingface_hub") from None
+        raise UserError(f"no directory {source} exists; to download by name, pip install huggingface_hub") from None
     try:
-        # The root's files only: folders below it hold other formats, consolidated* the same weights again.
+        # Only files of the root: folders hold other formats, and consolidated* a second copy of the weights.
         patterns = {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": ["*/*", "consolidated*"]}
         return Path(snapshot_download(str(source), **patterns))
-    except Exception as error:  # the Hub's client raises errors of several libraries
+    except Exception as error:  # the Hub's client raises errors of many types
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"there is no directory {source}, and the checkpoint of that name could not be downloaded "
+            f"no directory {source} exists, and the checkpoint of that name could not be downloaded "
             f"({type(error).__name__}: {reason})"
         ) from error
 
 
 def config_from_hf(folder: Path) -> tuple[str, ModelConfig]:
-    """The family and the ModelConfig of a checkpoint's config.json. UserError lists every option that does not fit."""
+    """Read a checkpoint's family and ModelConfig. UserError lists every option that this model lacks."""
     path = folder / "config.json"
     hint = adapter(folder) if path.exists() else instead(folder) or "it has no config.json"
     if hint:
@@ -166,17 +181,20 @@ def config_from_hf(folder: Path) -> tuple[str, ModelConfig]:
     content = read_json(path)
     family = content.get("model_type")
     if not isinstance(family, str) or family not in DEFAULTS:
-        raise UserError(f"{path}: model_type {family!r} is not supported: {', '.join(DEFAULTS)} are")
+        raise UserError(f"{path}: model_type {family!r} is not supported: known are {', '.join(DEFAULTS)}")
     given = DEFAULTS[family] | _renamed(family, content, path)
     misfits = [
         f"{key} {given[key]!r} (not {allowed[0]!r})"
-        for key, allowed in FIXED.get(family, {}).items()
+        for key, allowed in FIXED[family].items()
         if allowed is not ANY and key in given and given[key] not in allowed
     ]
     if given.get("quantization_config"):
         misfits.append("quantization_config (full weights only)")
     try:
-        options = _gpt2(given, misfits) if family == "gpt2" else _llama(family, given, misfits)
+        names, options_of = (GPT2_NAMES, _gpt2) if family == "gpt2" else (LLAMA_NAMES, _llama)
+        options = {option: given[key] for option, key in names.items()}
+        options |= {"vocab_size": given["vocab_size"], "tied_embeddings": given["tie_word_embeddings"]}
+        options |= options_of(family, given, misfits)
     except KeyError as error:
         raise UserError(f"{path} lacks the key {error}") from None
     except (TypeError, ValueError, AttributeError) as error:
@@ -189,13 +207,11 @@ def config_from_hf(folder: Path) -> tuple[str, ModelConfig]:
     if wrong:
         key, value = wrong[0], options[wrong[0]]
         raise UserError(f"{path} holds a value of the wrong kind: {key} {value!r} is not a whole number")
-    known = {f.name for f in fields(ModelConfig)}
-    misfits += [f"{key} {value!r}" for key, value in options.items() if key not in known and value is not None]
     if misfits:
-        raise UserError(f"{path} asks for what this model lacks: {'; '.join(misfits)}")
+        raise UserError(f"{path} has options that this model lacks: {'; '.join(misfits)}")
     options["tied_embeddings"] = bool(options["tied_embeddings"]) and not has_other_head(folder, family)
     try:
-        return family, ModelConfig(**{key: value for key, value in options.items() if key in known})
+        return family, ModelConfig(**options)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except TypeError as error:
@@ -203,7 +219,7 @@ def config_from_hf(folder: Path) -> tuple[str, ModelConfig]:
 
 
 def _renamed(family: str, content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The options under the names that we ask for; UserError where one has two values."""
+    """Give the options one name each. UserError if an option has two values."""
     others = ALIASES if family == "gpt2" else {}
     for other, name in others.items():
         if other in content and content.get(name, content[other]) != content[other]:
@@ -217,53 +233,37 @@ def _activation(name: str, known: dict[str, str], misfits: list[str]) -> str:
     return known.get(name, next(iter(known.values())))
 
 
-def _gpt2(given: dict[str, Any], misfits: list[str]) -> dict[str, Any]:
+def _gpt2(family: str, given: dict[str, Any], misfits: list[str]) -> dict[str, Any]:
     return {
-        "n_layer": given["n_layer"],
-        "n_head": given["n_head"],
-        "n_embd": given["n_embd"],
-        "mlp_dim": given.get("n_inner"),
-        "seq_len": given["n_positions"],
-        "vocab_size": given["vocab_size"],
         "position": "learned",
         "norm": "layernorm",
-        "norm_eps": given["layer_norm_epsilon"],
         "activation": _activation(given["activation_function"], UNGATED, misfits),
         "bias": True,
         "qk_norm": False,
-        "tied_embeddings": given["tie_word_embeddings"],
         "init": "gpt2",
     }
 
 
 def _llama(family: str, given: dict[str, Any], misfits: list[str]) -> dict[str, Any]:
+    window, pattern = _window(family, given, misfits)
     return {
-        "n_layer": given["num_hidden_layers"],
-        "n_head": given["num_attention_heads"],
-        "n_kv_head": given["num_key_value_heads"],
-        "n_embd": given["hidden_size"],
-        "head_dim": given["head_dim"],
-        "mlp_dim": given["intermediate_size"],
-        "seq_len": given["max_position_embeddings"],
-        "vocab_size": given["vocab_size"],
         "rope_theta": _rope_theta(given, misfits),
-        "norm_eps": given["rms_norm_eps"],
         "activation": _activation(given["hidden_act"], UNGATED if family == "nanochat" else GATED, misfits),
-        # Where only some of the linear layers have a bias, the others' are zeros.
+        # If only some of the linear layers have a bias, the others' are zeros.
         "bias": bool(given["attention_bias"] or (family == "llama" and given["mlp_bias"])),
         "qk_norm": family in ("qwen3", "nanochat"),
-        **dict(zip(("window", "window_pattern"), _window(family, given, misfits))),
-        "tied_embeddings": given["tie_word_embeddings"],
+        "window": window,
+        "window_pattern": pattern,
         "logit_softcap": given.get("final_logit_softcapping") if family == "nanochat" else None,
     }
 
 
 def _rope_theta(given: dict[str, Any], misfits: list[str]) -> float:
-    """The base of plain rotary positions, in the newer spelling (rope_parameters) or the older one (rope_theta)."""
+    """Return the base of plain rotary positions, in the newer form (rope_parameters) or the older one (rope_theta)."""
     rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if any(isinstance(value, dict) for value in rope.values()):
-        misfits.append("rope_parameters of their own for some layers")
+        misfits.append("rope_parameters that differ between layers")
     elif kind != "default":
         misfits.append(f"rope_type {kind!r} (not 'default')")
     share = rope.get("partial_rotary_factor", given.get("partial_rotary_factor"))
@@ -273,7 +273,7 @@ def _rope_theta(given: dict[str, Any], misfits: list[str]) -> float:
 
 
 def _window(family: str, given: dict[str, Any], misfits: list[str]) -> tuple[int | None, str | None]:
-    """The sliding window, and which layers have it as a window_pattern, where not all have."""
+    """Return the sliding window, and a window_pattern if only some layers have it."""
     window, layers = given["sliding_window"], given["num_hidden_layers"]
     if family not in ("qwen2", "qwen3") and given.get("layer_types"):
         kind = "full_attention" if family != "mistral" or window is None else "sliding_attention"
