@@ -87,7 +87,7 @@ def test_a_bias_that_the_options_do_not_have_is_refused(checkpoint, case, name, 
     """transformers leaves it out, though some of the linear layers have one."""
     folder = checkpoint(case)
     with_weights(folder, **{name: torch.ones(size)})
-    with pytest.raises(UserError, match=f"no place for: {name}"):
+    with pytest.raises(UserError, match=f"that this model lacks: {name}"):
         gpt.from_hf(folder, device="cpu")
 
 
@@ -130,7 +130,7 @@ def test_weights_that_are_not_finite_are_refused(checkpoint, value):
 def test_tables_beside_the_weights_are_compared(checkpoints, checkpoint, case, name, usual, odd, caplog):
     """transformers leaves them out too."""
     folder, expected = checkpoint(case), checkpoints(case)[0](random_tokens()).logits
-    for table, said in ((usual, ""), (odd, f"{name} is not what its options make it, and is left out")):
+    for table, said in ((usual, ""), (odd, f"{name} differs from what its options make it, and is ignored")):
         with_weights(folder, **{name: table})
         ours = gpt.from_hf(folder, device="cpu")
         torch.testing.assert_close(ours(random_tokens()), expected, atol=1e-4, rtol=1e-5)
@@ -139,10 +139,10 @@ def test_tables_beside_the_weights_are_compared(checkpoints, checkpoint, case, n
 
 @pytest.mark.parametrize("case", ["gpt2", "llama", "llama-bias-tied"])
 @pytest.mark.parametrize("name", ["score.weight", "model.layers.0.self_attn.bias", "h.0.attn.biases", "lm_head.bias"])
-def test_a_tensor_without_a_place_is_refused(checkpoint, case, name):
+def test_an_unknown_tensor_is_refused(checkpoint, case, name):
     folder = checkpoint(case)
     with_weights(folder, **{name: torch.ones(3)})
-    with pytest.raises(UserError, match=f"no place for: {name}"):
+    with pytest.raises(UserError, match=f"that this model lacks: {name}"):
         gpt.from_hf(folder, device="cpu")
 
 
@@ -164,7 +164,7 @@ def test_a_tensor_in_two_files_is_refused(checkpoint):
         gpt.from_hf(folder, device="cpu")
     (folder / "b.safetensors").unlink()
     for weight_map, message in (
-        ({"lm_head.weight": "a.safetensors", "x": "a.safetensors"}, "says that x is in a.safetensors, and it is not"),
+        ({"lm_head.weight": "a.safetensors", "x": "a.safetensors"}, "says that x is in a.safetensors, but it is not"),
         ({}, "names no weights"),
         ({"x": "../a.safetensors"}, "names files outside"),
         ([], "names no weights"),

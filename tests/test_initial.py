@@ -115,7 +115,7 @@ def test_a_table_grows_to_the_sources_own_tokenizer(tmp_path, tied, tokenizer, c
     still = ["--learning-rate", 1e-12, "--warmup-steps", 0, "--weight-decay", 0]
     assert start(tmp_path, "--init-from", tmp_path / "hf", *still) == 0
     size = tokenizer.vocab_size
-    said = f"{tmp_path / 'hf'} have 257 rows and this vocabulary {size}: those added are the mean of the others"
+    said = f"{tmp_path / 'hf'} have 257 rows, this vocabulary {size}: each new row is the mean of the others"
     assert said in capsys.readouterr().out
     after, kept = gpt.load(tmp_path / "run", "cpu")
     assert kept.vocab_size == after.config.vocab_size == size

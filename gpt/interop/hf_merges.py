@@ -1,9 +1,9 @@
-"""Whether a tokenizer.json encodes as tiktoken does: it lists its merges, tiktoken merges what makes a token.
+"""Checks that the merges of a tokenizer.json encode as tiktoken does, which has no list of merges.
 
-tiktoken joins, again and again, the two neighbors whose bytes together have the lowest id. A list of merges in the
-order of the ids that they make does the same unless it lacks a pair that comes up. The bytes of a token, wherever they
-are, are joined as they would be alone, as long as nothing joins them to their neighbors. So the token appears in a text
-only if its own bytes become it, and then of the same last pair; any other pair of it does not come up, listed or not.
+tiktoken repeatedly joins the two neighbours whose bytes together are the token with the lowest id. A list of merges in
+the order of the ids that they make does the same, unless it lacks a pair that occurs. The bytes of a token are joined
+in a text as they are alone, until something joins them to their neighbours. So a token occurs in a text only if its
+bytes alone become it, and then by the same last pair. No other pair of its parts occurs, listed or not.
 """
 
 from typing import Any
@@ -11,12 +11,12 @@ from typing import Any
 from gpt.data.bpe import byte_characters
 from gpt.data.tokenizers import MAX_VOCAB
 
-UNUSED = "<unused {}>"  # a space keeps it apart from every byte-level token
+UNUSED = "<unused {}>"  # the space distinguishes it from every byte-level token
 
 
 def byte_tokens(vocab: dict[str, int], others: set[str]) -> list[bytes | None]:
-    """The bytes of each id but the others'; ValueError where a token is not byte-level or two share an id."""
-    # A character that is not the sign of a byte must not be taken for one: only some of the 256 signs are below 256.
+    """Return the bytes of each id except the others'. ValueError if a token is not byte-level, or two share an id."""
+    # Only some of the 256 characters for bytes are below 256: the others below 256 must not pass for bytes.
     to_byte = dict.fromkeys(range(256), "\uffff")
     to_byte |= {ord(character): chr(byte) for byte, character in enumerate(byte_characters())}
     found: dict[int, bytes] = {}
@@ -36,9 +36,9 @@ def byte_tokens(vocab: dict[str, int], others: set[str]) -> list[bytes | None]:
 
 
 def unreached(model: dict[str, Any], others: set[str], bpe: Any) -> set[str]:
-    """The tokens that text never becomes. others: the spellings of added tokens; bpe: the tokenizers library's model.
+    """Return the tokens that no text becomes. others: spellings of added tokens; bpe: the tokenizers library's model.
 
-    Raises ValueError, naming the token, where tiktoken would not encode as the merges do.
+    Raises ValueError, naming the token, if tiktoken would encode otherwise than the merges.
     """
     whole, apart = bpe.ignore_merges, {}
     bpe.ignore_merges = False
@@ -48,7 +48,7 @@ def unreached(model: dict[str, Any], others: set[str], bpe: Any) -> set[str]:
     bpe.ignore_merges = whole
     if not whole:
         return set(apart)
-    # These come as whole pieces only; but tiktoken would join two parts wherever they are.
+    # These tokens occur only as whole pieces, but tiktoken would join their two parts anywhere.
     for text, found in apart.items():
         if len(found) == 2:
             left, right = (part.value for part in found)
@@ -57,7 +57,7 @@ def unreached(model: dict[str, Any], others: set[str], bpe: Any) -> set[str]:
 
 
 def check_order(merges: list[Any], vocab: dict[str, int], others: set[str]) -> None:
-    """ValueError unless merges join tokens, make others, and come in the order of what they make."""
+    """Raise ValueError unless merges join tokens into tokens, in the order of the ids that they make."""
     before = -1
     for pair in merges:
         if isinstance(pair, str) and pair.startswith("#version"):

@@ -1,4 +1,4 @@
-"""The mapping between our weights and those of Hugging Face checkpoints, used for import and export."""
+"""Maps weight names between our models and Hugging Face checkpoints, for import and export."""
 
 import json
 import logging
@@ -21,17 +21,17 @@ log = logging.getLogger(__name__)
 
 _TABLE = "model.embed_tokens.weight"
 INDEX = "model.safetensors.index.json"
-# Tables that older checkpoints carry beside their weights: transformers leaves them out, whatever is in them.
+# Tables beside the weights of older checkpoints. transformers ignores them, whatever they hold.
 _TABLES = re.compile(r"(?:transformer\.)?h\.\d+\.attn\.(bias|masked_bias)|(?:.+\.)?rotary_emb\.(inv_freq)")
 
 
 @dataclass(frozen=True)
 class Match:
-    """One weight of ours and where its rows are in theirs.
+    """One of our weights and the weights of the checkpoint that hold its rows.
 
-    sizes: rows that each of theirs holds. transposed: theirs has inputs first, as GPT-2's Conv1D has.
-    equal: theirs are copies of one another, ours is the one. halves: the two halves of each head's rows change places.
-    No theirs: a norm without a weight, ours is 1.
+    theirs: their names; none for a norm without a weight, and ours is then 1. sizes: the rows that each holds.
+    transposed: inputs come first, as in GPT-2's Conv1D. equal: all are copies of ours. halves: how many heads have the
+    two halves of their rows swapped, and the head width.
     """
 
     ours: str
@@ -39,7 +39,7 @@ class Match:
     sizes: tuple[int, ...] = ()
     transposed: bool = False
     equal: bool = False
-    halves: tuple[int, int] | None = None  # heads whose rows are swapped, and the head width
+    halves: tuple[int, int] | None = None
 
 
 def matches(family: str, config: ModelConfig) -> Iterator[Match]:
@@ -50,23 +50,24 @@ def matches(family: str, config: ModelConfig) -> Iterator[Match]:
 
 
 def _gpt2(config: ModelConfig) -> Iterator[Match]:
+    names = {"attn_norm": "ln_1", "mlp_norm": "ln_2", "attn.c_qkv": "attn.c_attn"}
+    names |= {name: name for name in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
     yield Match("embed.weight", ("transformer.wte.weight",))
     yield Match("position_embed.weight", ("transformer.wpe.weight",))
     for kind in ("weight", "bias"):
         yield Match(f"norm.{kind}", (f"transformer.ln_f.{kind}",))
         for i in range(config.n_layer):
-            ours, theirs = f"blocks.{i}", f"transformer.h.{i}"
-            yield Match(f"{ours}.attn_norm.{kind}", (f"{theirs}.ln_1.{kind}",))
-            yield Match(f"{ours}.mlp_norm.{kind}", (f"{theirs}.ln_2.{kind}",))
-            conv = {"transposed": kind == "weight"}
-            yield Match(f"{ours}.attn.c_qkv.{kind}", (f"{theirs}.attn.c_attn.{kind}",), **conv)
-            yield Match(f"{ours}.attn.c_proj.{kind}", (f"{theirs}.attn.c_proj.{kind}",), **conv)
-            yield Match(f"{ours}.mlp.c_fc.{kind}", (f"{theirs}.mlp.c_fc.{kind}",), **conv)
-            yield Match(f"{ours}.mlp.c_proj.{kind}", (f"{theirs}.mlp.c_proj.{kind}",), **conv)
+            for ours, theirs in names.items():
+                transposed = kind == "weight" and "norm" not in ours
+                match = f"blocks.{i}.{ours}.{kind}", (f"transformer.h.{i}.{theirs}.{kind}",)
+                yield Match(*match, transposed=transposed)
 
 
 def _llama(family: str, config: ModelConfig) -> Iterator[Match]:
-    """Llama and its kin: projections apart, RMSNorm, a gate; nanochat has no norm weights and no gate."""
+    """Yield the matches of Llama and its relatives: separate projections, RMSNorm, a gate.
+
+    nanochat has neither weights of norms nor a gate.
+    """
     H, H_kv, D = config.n_head, config.kv_heads, config.head_width
     bare = family == "nanochat"
 
@@ -101,9 +102,9 @@ def _llama(family: str, config: ModelConfig) -> Iterator[Match]:
 
 
 class WeightFiles:
-    """The tensors of a checkpoint's safetensors files, one file or several with an index, read as they are asked for.
+    """The tensors of a checkpoint's safetensors files, one file or several with an index, read on demand.
 
-    Raises UserError where there are none, one is damaged, or the weights are pickles.
+    unread: the file of each tensor that has not been taken. Raises UserError if there is no file, or one is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -120,20 +121,20 @@ class WeightFiles:
             except (OSError, SafetensorError) as error:
                 raise UserError(f"cannot read {path}: {error}") from None
         if lost := [tensor for tensor, name in listed.items() if self.unread.get(tensor) != name]:
-            raise UserError(f"{folder / INDEX} says that {lost[0]} is in {listed[lost[0]]}, and it is not")
+            raise UserError(f"{folder / INDEX} says that {lost[0]} is in {listed[lost[0]]}, but it is not")
 
     def _listed(self) -> dict[str, str]:
-        """The file of each tensor by the index; none where there is one file only."""
+        """Read each tensor's file from the index; {} if there is only one file."""
         single = (self.folder / "model.safetensors").exists()
         if (self.folder / INDEX).exists():
             if single:
-                raise UserError(f"{self.folder} holds model.safetensors and {INDEX}: delete the one that is not meant")
+                raise UserError(f"{self.folder} holds model.safetensors and {INDEX}: delete the wrong one")
             try:
                 listed = dict(json.loads((self.folder / INDEX).read_bytes())["weight_map"])
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(f"{self.folder / INDEX} is not an index of safetensors files: {error!r}") from None
             if not all(isinstance(name, str) and Path(name).name == name for name in listed.values()):
-                raise UserError(f"{self.folder / INDEX} names files outside of its directory")
+                raise UserError(f"{self.folder / INDEX} names files outside its directory")
             if not listed:
                 raise UserError(f"{self.folder / INDEX} names no weights")
             return listed
@@ -143,7 +144,7 @@ class WeightFiles:
         raise UserError(f"{self.folder} has no weights: there is no model.safetensors" + (f"; {hint}" if hint else ""))
 
     def take(self, name: str, prefix: str) -> Tensor | None:
-        """The tensor of that name, or of that name without the prefix, as checkpoints of the bare decoder have it."""
+        """Read a tensor once; None if missing. Its name may lack the prefix, as in checkpoints of the bare decoder."""
         found = self.find(name, prefix)
         if found is None:
             return None
@@ -151,18 +152,18 @@ class WeightFiles:
         del self.unread[found]
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise UserError(
-                f"{self.folder}: {found} has the type {tensor.dtype}: only full weights (16 bits or more) fit"
+                f"{self.folder}: {found} has the type {tensor.dtype}: only full weights (16 bits or more) are supported"
             )
         if not tensor.isfinite().all():
-            raise UserError(f"{self.folder}: {found} holds NaN or infinity: give a checkpoint from before that")
+            raise UserError(f"{self.folder}: {found} holds NaN or infinity: use an earlier checkpoint")
         return tensor
 
     def find(self, name: str, prefix: str) -> str | None:
-        """The name under which the checkpoint has a tensor that was not taken yet."""
+        """Return a tensor's name, with or without the prefix, if it has not been taken."""
         return next((n for n in (name, name.removeprefix(prefix)) if n in self.unread), None)
 
     def read(self, name: str) -> Tensor:
-        """A tensor that was not taken yet, by its own name."""
+        """Read a tensor that has not been taken, by the name in the file."""
         file = self.unread[name]
         try:
             return self._files[file].get_tensor(name)
@@ -171,10 +172,10 @@ class WeightFiles:
 
 
 def has_other_head(folder: Path, family: str) -> bool:
-    """Whether a checkpoint holds a head that is not its embedding table."""
+    """Whether a checkpoint holds a head that differs from its embedding table."""
     try:
         tensors = WeightFiles(folder)
-    except UserError:  # whoever reads the weights says so
+    except UserError:  # copy_from reports it
         return False
     table, prefix = ("transformer.wte.weight", "transformer.") if family == "gpt2" else (_TABLE, "model.")
     name = tensors.find(table, prefix)
@@ -186,14 +187,14 @@ def has_other_head(folder: Path, family: str) -> bool:
 
 
 def _swap_halves(rows: Tensor, heads: int, width: int) -> Tensor:
-    """Rows of queries, keys and values: the two halves of each of the first `heads` heads change places."""
+    """Swap the two halves of each of the first `heads` heads in the rows of queries, keys and values."""
     turned, rest = rows[: heads * width], rows[heads * width :]
     turned = turned.view(heads, 2, width // 2, *rows.shape[1:]).flip(1).reshape(turned.shape)
     return torch.cat((turned, rest))
 
 
 def biased(family: str, given: dict[str, Any]) -> set[str]:
-    """The modules of a family that have a bias, by their names, where config.json says `given`."""
+    """Return the names of the modules that have a bias, by the options `given` in config.json."""
     if family == "gpt2":
         return {"c_attn", "c_proj", "c_fc", "ln_1", "ln_2", "ln_f"}
     if family == "qwen2":
@@ -204,10 +205,10 @@ def biased(family: str, given: dict[str, Any]) -> set[str]:
 
 @torch.no_grad()
 def copy_from(folder: Path, family: str, model: GPT, biases: set[str], positions: int) -> None:
-    """Copy a checkpoint's weights into a model made of config_from_hf; a position table is cut to the model's context.
+    """Copy a checkpoint's weights into a model of config_from_hf. A position table is cut to the model's context.
 
-    biases: the modules that have one there; the others' are zeros. positions: rows of its position table.
-    Raises UserError for a weight that is missing, of another shape, or that the model lacks.
+    biases: the checkpoint's modules with a bias; ours are zeros elsewhere. positions: rows of its position table.
+    Raises UserError for a weight that is missing, has another shape, or is not in the model.
     """
     config, tensors, weights = model.config, WeightFiles(folder), dict(model.named_parameters())
     prefix = "transformer." if family == "gpt2" else "model."
@@ -230,30 +231,32 @@ def copy_from(folder: Path, family: str, model: GPT, biases: set[str], positions
                 raise UserError(f"{folder}: {name} has shape {tuple(part.shape)}, not {wanted}")
             parts.append(part.T if match.transposed else part[:size])
         if match.equal and not torch.equal(parts[0], parts[1]):
-            raise UserError(f"{folder} has a ReLU that gates another projection: only a gate equal to it, ReLU^2, fits")
+            raise UserError(
+                f"{folder} has a ReLU that gates another projection: only ReLU^2, where both are equal, fits"
+            )
         rows = parts[0] if len(parts) == 1 or match.equal else torch.cat(parts)
         weight.copy_(rows if match.halves is None else _swap_halves(rows, *match.halves))
-    if family == "nanochat":  # its norm after the table is folded into the table
+    if family == "nanochat":  # fold the norm after the table into the table
         embed = model.embed.weight
         embed.mul_(embed.square().mean(-1, keepdim=True).add_(config.norm_eps).rsqrt_())
-    if config.tied_embeddings and "lm_head.weight" in tensors.unread:  # which has_other_head has compared
+    if config.tied_embeddings and "lm_head.weight" in tensors.unread:  # has_other_head compared it
         del tensors.unread["lm_head.weight"]
     left = [name for name in tensors.unread if not _TABLES.fullmatch(name)]
     odd = [name for name in tensors.unread if name not in left and not _usual(name, tensors.read(name), config)]
     if odd:
-        log.warning("%s: %s is not what its options make it, and is left out", folder, odd[0])
+        log.warning("%s: %s differs from what its options make it, and is ignored", folder, odd[0])
     if left:
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        raise UserError(f"{folder} holds weights that this model has no place for: {', '.join(left[:3])}{more}")
+        raise UserError(f"{folder} holds weights that this model lacks: {', '.join(left[:3])}{more}")
 
 
 def _usual(name: str, table: Tensor, config: ModelConfig) -> bool:
-    """Whether a table beside the weights is what the model computes for itself."""
+    """Whether a table beside the weights equals the one that the model computes."""
     kind = next(filter(None, _TABLES.fullmatch(name).groups()))
-    if kind == "bias":  # which keys a query sees
+    if kind == "bias":  # the keys that a query attends to
         rows = table.squeeze().float()
         return rows.ndim == 2 and torch.equal(rows, torch.ones_like(rows).tril())
-    if kind == "masked_bias":  # the score of the others
+    if kind == "masked_bias":  # the score of the other keys
         return table.numel() == 1 and float(table) <= -1e4
     exponents = torch.arange(0, config.head_width, 2, dtype=torch.float64) / config.head_width
     expected = config.rope_theta**-exponents
@@ -262,7 +265,7 @@ def _usual(name: str, table: Tensor, config: ModelConfig) -> bool:
 
 @torch.no_grad()
 def tensors_for(family: str, model: GPT, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The model's weights under the family's names; biases that the model lacks are zeros."""
+    """Return the model's weights under the family's names. Biases that the model lacks are zeros."""
     state, found = dict(model.named_parameters()), {}
     for match in matches(family, model.config):
         if not match.theirs:
@@ -276,17 +279,16 @@ def tensors_for(family: str, model: GPT, dtype: torch.dtype) -> dict[str, Tensor
         for name, part in zip(match.theirs, parts, strict=True):
             found[name] = (part.T if match.transposed else part).to(dtype).contiguous().clone()
     if family == "nanochat":
-        # What the norm after its table makes into ours: a row of mean square s comes from one that is
-        # sqrt(eps / (1 - s)) times as large.
+        # nanochat's norm turns a row of scale sqrt(eps / (1 - s)) into a row of mean square s, which ours has.
         embed = model.embed.weight.detach().cpu()
         rest = 1 - embed.double().square().mean(-1, keepdim=True)
         scale = (model.config.norm_eps / rest.clamp(min=1e-7)).sqrt()
-        found["model.embed_tokens.weight"] = (embed * scale).to(dtype)
+        found[_TABLE] = (embed * scale).to(dtype)
     return found
 
 
 def fits_nanochat(model: GPT) -> list[str]:
-    """What in the weights keeps a model from being written as nanochat, whose norms have no weights."""
+    """List what in a model's weights nanochat, whose norms have no weights, cannot hold."""
     state, faults = dict(model.named_parameters()), []
     if not all(torch.all(state[p.ours] == 1) for p in matches("nanochat", model.config) if not p.theirs):
         faults.append("norms with weights other than 1")

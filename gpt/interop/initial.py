@@ -1,4 +1,4 @@
-"""What training may begin with, and evaluation read: a run of ours, or a Hugging Face checkpoint."""
+"""Loads the source of --init-from or of an evaluation: a run, or a Hugging Face checkpoint."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,17 +13,17 @@ from gpt.interop.hf_config import config_from_hf, crop, fetch, from_hf, tokenize
 from gpt.model import GPT, ModelConfig
 from gpt.run.loading import load, read_run, run_tokenizer
 
-# What training on may change: the rest is in the shape or the meaning of the weights.
+# Options that fine-tuning may change. The others decide the shape or the meaning of the weights.
 FREE = ("seq_len", "dropout", "init")
 
 
 def is_run(source: str | Path) -> bool:
-    """Whether the source is a run directory; else it is a Hugging Face directory or name."""
+    """Whether the source is a run directory rather than a Hugging Face directory or name."""
     return (Path(source) / "config.toml").exists()
 
 
 def load_source(source: str | Path, device: str = "auto") -> tuple[GPT, Tokenizer]:
-    """Model (in eval mode, fp32) and tokenizer of a run or a Hugging Face checkpoint. Raises UserError."""
+    """Load the model (in eval mode, fp32) and tokenizer of a source. Raises UserError."""
     if is_run(source):
         return load(source, device)
     model, tokenizer = from_hf(source, device=device), tokenizer_from_hf(source)
@@ -32,19 +32,19 @@ def load_source(source: str | Path, device: str = "auto") -> tuple[GPT, Tokenize
 
 
 def initial_config(source: str | Path) -> ModelConfig:
-    """The model options of a run or a Hugging Face checkpoint. Raises UserError."""
+    """Read the model options of a source. Raises UserError."""
     return read_run(Path(source))[0].model if is_run(source) else config_from_hf(fetch(source))[1]
 
 
 def has_tokenizer(source: str | Path) -> bool:
-    """Whether the source brings a tokenizer: each run does, a checkpoint with a tokenizer.json. Raises UserError."""
+    """Whether the source has a tokenizer: a run always, a checkpoint with a tokenizer.json. Raises UserError."""
     return is_run(source) or (fetch(source) / "tokenizer.json").exists()
 
 
 def initial_tokenizer(config: Config) -> Tokenizer | None:
-    """The tokenizer of config.train.init_from; None where that is not given, or is a checkpoint without tokenizer.json.
+    """Load the tokenizer of config.train.init_from. None without init_from, or if the source has no tokenizer.
 
-    Raises UserError where the model asked for is not the source's.
+    Raises UserError if config's model is not the source's.
     """
     source = config.train.init_from
     if source is None:
@@ -63,9 +63,9 @@ def initial_tokenizer(config: Config) -> Tokenizer | None:
 
 @torch.no_grad()
 def copy_initial_weights(config: Config, model: GPT, say: Callable[[str], None] = print) -> None:
-    """Copy the weights of config.train.init_from, if that is given; a learned position table is cut to the context.
+    """Copy the weights of config.train.init_from, if set. A learned position table is cut to the context.
 
-    Rows that a table of tokens has beyond the source's are the mean of those.
+    Rows that a token table has beyond the source's become the mean of the source's rows.
     """
     source = config.train.init_from
     if source is None:
@@ -81,6 +81,4 @@ def copy_initial_weights(config: Config, model: GPT, say: Callable[[str], None] 
         weight.copy_(rows)
     have, had = model.config.vocab_size, theirs.config.vocab_size
     if have > had:
-        say(
-            f"the tables of {source} have {had} rows and this vocabulary {have}: those added are the mean of the others"
-        )
+        say(f"the tables of {source} have {had} rows, this vocabulary {have}: each new row is the mean of the others")
