@@ -273,7 +273,7 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path, change, message):
 
 def test_a_special_token_that_is_a_word_is_refused(tmp_path):
     """As one piece of text it would be the token, whatever is asked for."""
-    with pytest.raises(UserError, match="'pad' cannot be told from text"):
+    with pytest.raises(UserError, match="cannot distinguish the special token 'pad'"):
         write_hf_tokenizer(BPETokenizer("x", BPE.pattern, BPE.tokens, {"pad": 600}), tmp_path, seq_len=24)
 
 

@@ -51,7 +51,7 @@ def test_added_tokens_that_are_not_special_are_found_in_any_text(tmp_path, norma
     [
         ({"add_prefix_space": True}, "puts a space before the text"),
         ({"added_tokens_decoder": {"600": {"content": "<x>"}}}, "adds the token '<x>' with id 600"),
-        ({"added_tokens_decoder": {"5": {"content": DOCUMENT}}}, "with id 5, and it does not"),
+        ({"added_tokens_decoder": {"5": {"content": DOCUMENT}}}, "with id 5, but it does not"),
         *(
             ({"added_tokens_decoder": {"600": {"content": DOCUMENT, flag: True}}}, f"{DOCUMENT!r} has {flag}")
             for flag in ("lstrip", "rstrip", "single_word")

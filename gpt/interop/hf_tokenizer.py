@@ -1,7 +1,7 @@
-"""Tokenizers as others keep them: Hugging Face's tokenizer.json and tiktoken's rank files, both ways.
+"""Reads and writes tokenizers of other programs: Hugging Face's tokenizer.json and tiktoken's rank files.
 
-A tokenizer.json that we write gives the ids that ours gives, on any text. There, other than here, the spelling of a
-special token in the text is the special token, unless transformers is called with split_special_tokens=True.
+An exported tokenizer.json gives our ids on any text, with one difference: there, the spelling of a special token in
+text becomes that token, unless transformers is called with split_special_tokens=True.
 """
 
 import base64
@@ -28,9 +28,11 @@ from gpt.interop.hf_merges import UNUSED, byte_tokens, check_order, unreached
 from gpt.interop.hf_pattern import EACH_CHARACTER, GPT2_PATTERN, for_oniguruma, unlike
 from gpt.interop.sample_texts import sample_texts
 
+_OFF = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)  # flags of added tokens that ours lack
+
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; UserError, naming the file, for anything else."""
+    """Read a JSON object. UserError, naming the file, for any other content."""
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
@@ -38,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object")
+        raise UserError(f"{path} is not a JSON object")
     return content
 
 
@@ -46,10 +48,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of a tokenizer.json that gives this tokenizer's ids. UserError if the format cannot express it."""
+    """Return the content of a tokenizer.json with this tokenizer's ids. UserError if the format cannot express it."""
     if tokenizer.characters is not None:
         vocab: dict[str, int] = {c: i for i, c in enumerate(tokenizer.characters)} | tokenizer.specials
-        # With no unknown token, a character that is not in the vocabulary is refused there as well.
+        # The vocabulary lacks <unk>, so that an unknown character is refused there too.
         model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
         split, decoder = _split(EACH_CHARACTER), {"type": "Fuse"}
     elif tokenizer.tokens is not None:
@@ -57,7 +59,7 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         split = _byte_level()
         if tokenizer.pattern is not None:
             if (pattern := for_oniguruma(tokenizer.pattern)) is None:
-                raise UserError(f"the tokenizer's pattern cannot be said in tokenizer.json: {tokenizer.pattern}")
+                raise UserError(f"tokenizer.json cannot express the tokenizer's pattern: {tokenizer.pattern}")
             split = {"type": "Sequence", "pretokenizers": [_split(pattern), _byte_level()]}
     else:
         raise UserError(
@@ -69,15 +71,7 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {
-                "id": i,
-                "content": spelling,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": late,
-                "special": special,
-            }
+            {"id": i, "content": spelling, **_OFF, "normalized": late, "special": special}
             for spelling, i, late, special in sorted(_added(tokenizer), key=lambda token: token[1])
         ],
         "normalizer": {"type": form} if form else None,
@@ -89,13 +83,13 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _added(tokenizer: Tokenizer) -> Iterator[tuple[str, int, bool, bool]]:
-    """Spelling, id, whether it is found in normalized text, and whether it is special, of each added token."""
+    """Yield each added token: spelling, id, whether it is found after normalization, whether it is special."""
     yield from ((spelling, i, False, True) for spelling, i in tokenizer.specials.items())
     yield from ((spelling, i, late, False) for spelling, (i, late) in tokenizer.added.items())
 
 
 def _byte_level_model(tokenizer: Tokenizer) -> dict[str, Any]:
-    """A BPE whose merges are every way to put a token together, in the order of ids: tiktoken's rule."""
+    """Return a BPE with every merge that can make a token, in the order of ids, which is tiktoken's rule."""
     tokens, spelling = tokenizer.tokens, byte_characters()
     texts = [
         UNUSED.format(i) if token is None else "".join(spelling[b] for b in token) for i, token in enumerate(tokens)
@@ -108,17 +102,13 @@ def _byte_level_model(tokenizer: Tokenizer) -> dict[str, Any]:
         merges += [list(pair) for pair in sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))]
     vocab = ids | {spelling: i for spelling, i, _, _ in _added(tokenizer)}
     vocab |= {"".join(spelling[b] for b in token): i for i, token in tokenizer.unreached.items()}
-    # With no id left out, len() there is vocab_size here.
+    # Without gaps between ids, len() there equals vocab_size here.
     vocab |= {UNUSED.format(i): i for i in set(range(tokenizer.vocab_size)) - set(vocab.values())}
     return {
         "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        # A whole piece that is a token is that token; but not one that text never becomes.
+        **dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")),
+        **dict.fromkeys(("fuse_unk", "byte_fallback"), False),
+        # True makes any piece in the vocabulary one token, even an unreached one.
         "ignore_merges": tokenizer.pattern is not None and not tokenizer.unreached,
         "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
         "merges": merges,
@@ -136,7 +126,7 @@ def _split(pattern: str) -> dict[str, Any]:
 def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, seq_len: int) -> None:
     """Write tokenizer.json and tokenizer_config.json, for AutoTokenizer.
 
-    Raises UserError where a special token's spelling, as plain text, would be the special token there.
+    Raises UserError if tokenizer.json cannot express the tokenizer.
     """
     import tokenizers
 
@@ -145,17 +135,16 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, seq_len: int) -> N
     theirs.encode_special_tokens = True
     for spelling in tokenizer.specials if tokenizer.characters is None else ():
         if theirs.encode(spelling).ids != tokenizer.encode(spelling):
-            raise UserError(f"the special token {spelling!r} cannot be told from text in tokenizer.json")
+            raise UserError(
+                f"tokenizer.json cannot distinguish the special token {spelling!r} from its spelling in text"
+            )
     try:
         _compare(tokenizer, theirs)
     except ValueError as error:
-        raise UserError(f"the tokenizer cannot be said in tokenizer.json: {error}") from None
+        raise UserError(f"tokenizer.json cannot express the tokenizer: {error}") from None
     document = next((s for s, i in tokenizer.specials.items() if i == tokenizer.document_token), None)
-    settings: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": seq_len,
-        "clean_up_tokenization_spaces": False,
-    }
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": seq_len}
+    settings["clean_up_tokenization_spaces"] = False
     if document is not None:
         settings |= {"bos_token": document, "eos_token": document}
     (folder / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
@@ -163,7 +152,7 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, seq_len: int) -> N
 
 
 def write_tiktoken(tokenizer: Tokenizer, path: Path) -> None:
-    """tiktoken's rank file: a line of base64 and id for each token. Pattern and special tokens are not in it.
+    """Write tiktoken's rank file: a line of base64 and id per token, without pattern and special tokens.
 
     Raises UserError for a tokenizer that is not a byte-level BPE.
     """
@@ -179,7 +168,7 @@ def write_tiktoken(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def read_tiktoken(path: Path, pattern: str, specials: Mapping[str, int], name: str = "tiktoken") -> BPETokenizer:
-    """The tokenizer of a tiktoken rank file, with the pattern and the special tokens that belong to it.
+    """Read a tiktoken rank file. The caller provides the pattern and special tokens that belong to it.
 
     Raises UserError, naming the file, for any other file.
     """
@@ -197,11 +186,11 @@ def read_tiktoken(path: Path, pattern: str, specials: Mapping[str, int], name: s
 
 
 def read_hf_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint's tokenizer.json (and of tokenizer_config.json, for which token ends a document).
+    """Read a checkpoint's tokenizer.json, and tokenizer_config.json for the token that ends a document.
 
-    Byte-level BPE is read, with GPT-2's or a pattern of its own, and what write_hf_tokenizer wrote. Special tokens are
-    so here too; other added tokens are found in any text. Raises UserError, naming the file, for whatever would give
-    text other ids here than there: each token, and a sample of text, are compared.
+    Reads byte-level BPE with GPT-2's or another pattern, and exports of write_hf_tokenizer. Added tokens that are not
+    special are found in any text. Raises UserError, naming the file, if text would get other ids here: compares each
+    token, and sample texts.
     """
     path = folder / "tokenizer.json"
     content = read_json(path)
@@ -218,12 +207,12 @@ def read_hf_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _library(text: str) -> Any:
-    """The tokenizers library's tokenizer of the same file; special tokens in a text are text to it."""
+    """Load a file with the tokenizers library, so that special tokens' spellings stay text."""
     import tokenizers
 
     try:
         theirs = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library's own, of no class of its own
+    except Exception as error:  # the library raises plain Exceptions
         raise ValueError(f"the tokenizers library refuses it ({error})") from None
     theirs.encode_special_tokens = True
     return theirs
@@ -235,7 +224,7 @@ def _from_tokenizer_json(content: dict[str, Any], settings: dict[str, Any], text
     if added != given:
         content = content | {"added_tokens": added}
         text = json.dumps(content)
-    library = cache(lambda: _library(text))  # asked for once what it would refuse has been named better
+    library = cache(lambda: _library(text))  # loaded after our own checks, whose messages are better
     form = _check_settings(content, settings)
     specials = {entry["content"]: entry["id"] for entry in added if entry.get("special")}
     plain = {e["content"]: (e["id"], bool(e.get("normalized"))) for e in added if not e.get("special")}
@@ -252,47 +241,46 @@ def _from_tokenizer_json(content: dict[str, Any], settings: dict[str, Any], text
 
 
 def _compare(ours: Tokenizer, theirs: Any) -> None:
-    """ValueError where the tokenizers library's tokenizer gives a sample of text other ids than ours."""
+    """Raise ValueError if the tokenizers library's tokenizer encodes a sample text differently."""
     for text in sample_texts(ours):
         ids = ours.encode(text)
         found = theirs.encode(text, add_special_tokens=False).ids
         if found != ids:
-            raise ValueError(f"it encodes {text!r} as {found[:20]}, and this program would as {ids[:20]}")
+            raise ValueError(f"it encodes {text!r} as {found[:20]}, but this program as {ids[:20]}")
 
 
 def _check_settings(content: dict[str, Any], settings: dict[str, Any]) -> str | None:
-    """The normalization, NFC or none; ValueError for whatever else changes ids and is not supported."""
+    """Return the normalization, NFC or None. ValueError for any other setting that changes ids."""
     model, forms = content["model"], [step["type"] for step in _steps(content.get("normalizer"), "normalizers")]
     if other := next((form for form in forms if form != "NFC"), None):
-        raise ValueError(f"it has the normalizer {other}, and only NFC is supported")
+        raise ValueError(f"it has the normalizer {other}, but only NFC is supported")
     form = forms[0] if forms else None
     if content.get("truncation"):
-        raise ValueError('it cuts text short ("truncation"): set that to null')
+        raise ValueError('it truncates text: set "truncation" to null')
     padding = content.get("padding")
     if padding and (padding.get("strategy") != "BatchLongest" or padding.get("pad_to_multiple_of")):
-        raise ValueError('it fills text up ("padding"): set that to null')
+        raise ValueError('it pads text: set "padding" to null')
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise ValueError(f"its model has {key} {model[key]!r}, which is not supported")
     decoders = [step["type"] for step in _steps(content.get("decoder"), "decoders")]
     if other := next((decoder for decoder in decoders if decoder not in ("ByteLevel", "Fuse")), None):
-        raise ValueError(f"it has the decoder {other}, and only ByteLevel is supported")
+        raise ValueError(f"it has the decoder {other}, but only ByteLevel is supported")
     if settings.get("add_prefix_space"):
         raise ValueError("tokenizer_config.json puts a space before the text (add_prefix_space)")
     added = {entry["content"]: entry for entry in content.get("added_tokens") or []}
     if len(added) < len(content.get("added_tokens") or []):
         raise ValueError("it adds a token twice")
     for spelling, entry in added.items():
-        for key in ("lstrip", "rstrip", "single_word"):
-            if entry.get(key):
-                raise ValueError(f"its added token {spelling!r} has {key}, which is not supported")
+        if flag := next(filter(entry.get, _OFF), None):
+            raise ValueError(f"its added token {spelling!r} has {flag}, which is not supported")
         if form and entry.get("normalized") and (entry.get("special") or composed(spelling) != spelling):
             raise ValueError(f"its added token {spelling!r} is found in normalized text, which is not supported")
     return form
 
 
 def _steps(step: dict[str, Any] | None, name: str) -> Iterator[dict[str, Any]]:
-    """The steps of a normalizer, pre-tokenizer or decoder, in order; nested sequences are flattened."""
+    """Yield the steps of a normalizer, pre-tokenizer or decoder, in order. Flattens nested sequences."""
     if not step:
         return
     if step["type"] != "Sequence":
@@ -303,13 +291,13 @@ def _steps(step: dict[str, Any] | None, name: str) -> Iterator[dict[str, Any]]:
 
 
 def _with_settings(added: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The added tokens with the flags that the files beside tokenizer.json set; ValueError where they add more."""
+    """Update the added tokens with the flags of the files beside tokenizer.json. ValueError if those add tokens."""
     ids = {entry["content"]: entry["id"] for entry in added}
     flags: dict[str, dict[str, Any]] = {}
     for i, entry in (settings.get("added_tokens_decoder") or {}).items():
         spelling = entry["content"]
         if ids.get(spelling) != int(i):
-            raise ValueError(f"its configuration adds the token {spelling!r} with id {i}, and it does not")
+            raise ValueError(f"its configuration adds the token {spelling!r} with id {i}, but it does not")
         flags[spelling] = {key: value for key, value in entry.items() if value or key == "normalized"}
     return [entry | flags.get(entry["content"], {}) for entry in added]
 
@@ -324,7 +312,7 @@ def _byte_level_bpe(
 ) -> Tokenizer:
     model = content["model"]
     if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
-        raise ValueError(f"its model is {model.get('type')}, and only byte-level BPE is supported")
+        raise ValueError(f"its model is {model.get('type')}, but only byte-level BPE is supported")
     pattern = _pattern(content.get("pre_tokenizer") or {})
     others = set(specials) | set(added)
     tokens = byte_tokens(model["vocab"], others)
@@ -338,7 +326,7 @@ def _byte_level_bpe(
     if pattern is None and not learned:
         pattern = EACH_CHARACTER
     if pattern is None:
-        raise ValueError("it splits text by no pattern, and its tokens run over any")
+        raise ValueError("it has no pattern to split text, but tokens of several bytes")
     outside = {model["vocab"][text]: tokens[model["vocab"][text]] for text in never}
     tokens = [None if i in outside else token for i, token in enumerate(tokens)]
     document = _document(specials, settings)
@@ -349,15 +337,15 @@ def _characters(content: dict[str, Any], specials: dict[str, int]) -> CharTokeni
     vocab = {text: i for text, i in content["model"]["vocab"].items() if text not in specials or len(text) == 1}
     characters = "".join(sorted(vocab, key=vocab.__getitem__))
     if content.get("pre_tokenizer") != _split(EACH_CHARACTER) or list(characters) != sorted(vocab):
-        raise ValueError("its model is WordLevel, and only one of single characters in their order is supported")
+        raise ValueError("its model is WordLevel, but only single characters in their order are supported")
     ours = CharTokenizer(characters, document_token=bool(specials))
     if specials != ours.specials or list(vocab.values()) != list(range(len(vocab))):
-        raise ValueError("its special tokens are not a character tokenizer's")
+        raise ValueError("its special tokens are not those of a character tokenizer")
     return ours
 
 
 def _pattern(step: dict[str, Any]) -> str | None:
-    """The pre-tokenizer's pattern; None where it is ByteLevel alone, without one."""
+    """Return the pre-tokenizer's pattern; None if it is ByteLevel without a pattern."""
     steps = list(_steps(step, "pretokenizers"))
     last = steps[-1] if steps else {}
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space") or len(steps) > 2:
@@ -366,7 +354,7 @@ def _pattern(step: dict[str, Any]) -> str | None:
     if len(steps) == 2:
         split = steps[0]
         regex = (split.get("pattern") or {}).get("Regex")
-        # tiktoken's way is the second of these: what the pattern does not match is left out.
+        # The second is tiktoken's way: text that the pattern does not match is left out.
         known = (split.get("behavior"), bool(split.get("invert"))) in (("Isolated", False), ("Removed", True))
         if not known or regex is None or pattern is not None:
             raise ValueError("it splits text in a way that is not supported")
@@ -377,7 +365,7 @@ def _pattern(step: dict[str, Any]) -> str | None:
 
 
 def _document(specials: dict[str, int], settings: dict[str, Any]) -> str:
-    """The token between documents: <|endoftext|>, else the checkpoint's first or last token."""
+    """Return the token between documents: <|endoftext|>, else the checkpoint's bos or eos token."""
     names = [settings.get(key) for key in ("bos_token", "eos_token")]
     names = [name["content"] if isinstance(name, dict) else name for name in names]
     return next((name for name in (DOCUMENT, *names) if name in specials), DOCUMENT)
