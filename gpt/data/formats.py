@@ -22,34 +22,31 @@ _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")  # bytes that occur
 _NAMES = {"jsonl": "jsonl", "ndjson": "jsonl", "json": "json", "parquet": "parquet", "csv": "csv", "tsv": "csv"}
 _ARCHIVE = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz|zip|7z|rar)$")
 _UNPACK = "unpack it, and name the folder"
-_KINDS = (  # the first bytes of a file that is not text, its description, what to do
-    (b"PK\x03\x04", "a ZIP archive (or a .docx, .xlsx, .epub, .npz or .pt file, which are such)", _UNPACK),
-    (b"PK\x05\x06", "an empty ZIP archive", _UNPACK),
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
-    (b"Rar!\x1a\x07", "a RAR archive", _UNPACK),
-    (b"{\\rtf1", "an RTF file", "save it as plain text first"),
-    (b"!<arch>\n", "an ar archive", _UNPACK),
-    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office file", "save it as plain text first"),
-    (b"\x93NUMPY", "a NumPy array", "give text, or token files (.bin)"),
-    (b"SQLite format 3\0", "an SQLite database", "write its text to JSON lines first"),
-    (b"ARROW1\0\0", "an Arrow file", "write it as Parquet first"),
-    (b"Obj\x01", "an Avro file", "write it as Parquet first"),
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file", "write its text to JSON lines first"),
-    (b"\x04\x22\x4d\x18", "an lz4 file", "unpack it first"),
-    (b"\x89PNG\r\n\x1a\n", "an image", "give text"),
-    (b"\xff\xd8\xff", "an image", "give text"),
-    (b"\x7fELF", "a program", "give text"),
+_KINDS = (  # a pattern for the start of a file that is not text, its description, what to do
+    (rb"PK\x03\x04", "a ZIP archive (or a .docx, .xlsx, .epub, .npz or .pt file, which are such)", _UNPACK),
+    (rb"PK\x05\x06", "an empty ZIP archive", _UNPACK),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
+    (rb"Rar!\x1a\x07", "a RAR archive", _UNPACK),
+    (rb"\{\\rtf1", "an RTF file", "save it as plain text first"),
+    (rb"!<arch>\n", "an ar archive", _UNPACK),
+    (rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office file", "save it as plain text first"),
+    (rb"\x93NUMPY", "a NumPy array", "give text, or token files (.bin)"),
+    (rb"SQLite format 3\0", "an SQLite database", "write its text to JSON lines first"),
+    (rb"ARROW1\0\0", "an Arrow file", "write it as Parquet first"),
+    (rb"Obj\x01", "an Avro file", "write it as Parquet first"),
+    (rb"\x89HDF\r\n\x1a\n", "an HDF5 file", "write its text to JSON lines first"),
+    (rb"\x04\x22\x4d\x18", "an lz4 file", "unpack it first"),
+    (rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff", "an image", "give text"),
+    (rb"\x7fELF", "a program", "give text"),
+    (rb"%PDF-\d", "a PDF file", "take its text out first"),
+    (rb"07070[127][0-7A-Fa-f]{70}", "a cpio archive", _UNPACK),
+    (rb"\([ld]p[01]\n", "a pickle, which can run any code when it is read", "write JSON lines instead"),
+    (rb"(?s:.{257})ustar", "a tar archive", _UNPACK),
 )
-# Text may begin with these too.
-_LIKE_TEXT = (
-    (b"ORC", "an ORC file", "write it as Parquet first"),
-    (b"GIF8", "an image", "give text"),
-    (b"GGUF", "a model in GGUF", "give text"),
-)
-_PATTERNS = (
-    (re.compile(rb"%PDF-\d"), "a PDF file", "take its text out first"),
-    (re.compile(rb"07070[127][0-7A-Fa-f]{70}"), "a cpio archive", _UNPACK),
-    (re.compile(rb"\([ld]p[01]\n"), "a pickle, which can run any code when it is read", "write JSON lines instead"),
+_LIKE_TEXT = (  # plain text may begin like these too
+    (rb"ORC", "an ORC file", "write it as Parquet first"),
+    (rb"GIF8", "an image", "give text"),
+    (rb"GGUF", "a model in GGUF", "give text"),
 )
 _PARQUET = b"PAR1"
 _PICKLE = re.compile(rb"\x80[\x02-\x05][\x00-\x1f}\]\x80-\x95KXcq(]")
@@ -72,16 +69,9 @@ def form_by_name(name: str) -> Form:
 
 def not_text(head: bytes) -> tuple[str, str] | None:
     """Describe a file with this head, and what to do, if it is certainly not text; None if it may be text."""
-    for magic, what, todo in _KINDS:
-        if head.startswith(magic):
+    for pattern, what, todo in _KINDS if is_plain(head) else _KINDS + _LIKE_TEXT:
+        if re.match(pattern, head):
             return what, todo
-    for pattern, what, todo in _PATTERNS:
-        if pattern.match(head):
-            return what, todo
-    if head[257:262] == b"ustar":
-        return "a tar archive", _UNPACK
-    if not is_plain(head) and (found := next((kind for kind in _LIKE_TEXT if head.startswith(kind[0])), None)):
-        return found[1:]
     if _PICKLE.match(head):
         return "a pickle, which can run any code when it is read", "write its text to JSON lines first"
     if b"\0\0" in head or 10 * head.count(b"\0") >= len(head) > 0:

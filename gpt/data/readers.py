@@ -69,10 +69,9 @@ class Source:
     def hashed(self) -> "Source":
         """Return the source with its sha256 and exact size."""
         digest, size = hashlib.sha256(), 0
-        for block in self._read():
+        for block in self._checked(None):
             digest.update(block)
             size += len(block)
-        self._check(digest.hexdigest())
         return replace(self, sha256=digest.hexdigest(), size=size)
 
     def documents(self, errors: str, on_read: OnRead | None = None) -> Iterator[Document]:
@@ -167,8 +166,11 @@ class Source:
             if on_read is not None:
                 on_read(len(block))
             yield block
-        if self.sha256:
-            self._check(digest.hexdigest())
+        if self.sha256 not in ("", digest.hexdigest()):
+            raise UserError(
+                f"{self.path} has changed (sha256 {digest.hexdigest()}, not {self.sha256}): start again, and delete "
+                "the file first if it is a download"
+            )
 
     def _encoding(self, errors: str) -> str:
         if self.coding != "python":
@@ -249,10 +251,3 @@ class Source:
             raise UserError(
                 f"{self.name}, row {row} is not valid UTF-8: {found}; correct it, or give --encoding-errors replace"
             ) from None
-
-    def _check(self, digest: str) -> None:
-        if self.sha256 not in ("", digest):
-            raise UserError(
-                f"{self.path} has changed (sha256 {digest}, not {self.sha256}): start again, and delete the file first "
-                "if it is a download"
-            )

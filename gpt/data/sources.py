@@ -70,14 +70,16 @@ def _expand(spec: str, data: DataConfig, downloads: Path, progress: OnProgress |
         return [_recognized(spool_stdin(downloads, progress, limit=data.max_download_bytes), "", data)]
     if re.match(r"https?://", spec, re.IGNORECASE):
         source = download(spec, downloads, progress, limit=data.max_download_bytes)
-        return [_recognized(source, _url_path(spec), data)]
+        return [_recognized(source, urlsplit(spec).path, data)]
     if spec.startswith("hf:"):
         return [spool_dataset(spec, data, downloads, progress)]
     path = Path(os.path.expanduser(spec))
     if path.is_dir():
         return _texts(spec, [path], data)
+    if path.is_file():
+        return [_recognized(Source(str(path), path, path.stat().st_size), path.name, data)]
     if path.exists():
-        return [_file(path, data)]
+        raise UserError(f"{path} is not a regular file: it is read more than once, so save its text to a file first")
     if glob.has_magic(spec):
         return _texts(spec, [Path(match) for match in glob.glob(str(path), recursive=True)], data)
     raise UserError(
@@ -85,23 +87,13 @@ def _expand(spec: str, data: DataConfig, downloads: Path, progress: OnProgress |
     )
 
 
-def _file(path: Path, data: DataConfig) -> Source:
-    if not path.is_file():
-        raise UserError(f"{path} is not a regular file: it is read more than once, so save its text to a file first")
-    return _recognized(Source(str(path), path, path.stat().st_size), path.name, data)
+def _recognized(source: Source, name: str, data: DataConfig, *, searched: bool = False) -> Source | None:
+    """Set the source's kind and packing by its content, else by its name. Raises UserError if it is not text.
 
-
-def _recognized(source: Source, name: str, data: DataConfig) -> Source:
-    """Set the source's kind and packing by its content, else by its name. Raises UserError if it is not text."""
-    form = form_of(source.path, name, data.text_field, data.encoding_errors, shown=source.name)
-    return replace(source, kind=form.kind, packing=form.packing, field=data.text_field)
-
-
-def _url_path(url: str) -> str:
-    try:
-        return urlsplit(url).path
-    except ValueError:  # download reports it
-        return ""
+    searched: the file was found in a folder; the result is None if it is binary.
+    """
+    form = form_of(source.path, name, data.text_field, data.encoding_errors, shown=source.name, searched=searched)
+    return form and replace(source, kind=form.kind, packing=form.packing, field=data.text_field)
 
 
 def _texts(spec: str, roots: list[Path], data: DataConfig) -> list[Source]:
@@ -116,20 +108,13 @@ def _texts(spec: str, roots: list[Path], data: DataConfig) -> list[Source]:
             hidden += sum(name.startswith(".") for name in folders + names)
             folders[:] = [name for name in folders if not name.startswith(".")]
             files.update(Path(folder, name) for name in names if not name.startswith("."))
-    texts = [source for path in sorted(files) if path.is_file() and (source := _found(path, data))]
+    found = (Source(str(path), path, path.stat().st_size) for path in sorted(files) if path.is_file())
+    texts = [text for source in found if (text := _recognized(source, source.path.name, data, searched=True))]
     if hidden or len(texts) < len(files):
         log.warning("%s: left out %d hidden and %d binary files", spec, hidden, len(files) - len(texts))
     if not texts:
         raise UserError(f"the corpus {spec} leads to no text file")
     return texts
-
-
-def _found(path: Path, data: DataConfig) -> Source | None:
-    """Return a file that a search found; None if it is binary."""
-    form = form_of(path, path.name, data.text_field, data.encoding_errors, shown=str(path), searched=True)
-    if form is None:
-        return None
-    return Source(str(path), path, path.stat().st_size, kind=form.kind, packing=form.packing, field=data.text_field)
 
 
 def _fail(error: OSError) -> None:

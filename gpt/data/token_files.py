@@ -21,7 +21,6 @@ MAGIC = b"GPTSHARD"
 VERSION = 1
 HEADER_BYTES = 128
 _FIELDS = struct.Struct("<8sIIQ32s32s")
-_DTYPES = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 
 
 class TokenWriter:
@@ -106,7 +105,7 @@ def read_tokens(path: Path, tokenizer: Tokenizer, *, verify: bool = False) -> np
     if len(header) < HEADER_BYTES or not header.startswith(MAGIC):
         raise UserError(f"{path} is not a token file of this program, or was never finished")
     _, version, width, tokens, fingerprint, digest = _FIELDS.unpack_from(header)
-    if version != VERSION or width not in _DTYPES:
+    if version != VERSION or width not in (2, 4):
         raise UserError(
             f"{path} is a token file of version {version}, {width} bytes per token: known are version {VERSION}, 2 or 4"
         )
@@ -121,4 +120,4 @@ def read_tokens(path: Path, tokenizer: Tokenizer, *, verify: bool = False) -> np
             file.seek(HEADER_BYTES)
             if hashlib.file_digest(file, "sha256").digest() != digest:
                 raise UserError(f"the token file {path} is damaged: its tokens do not match their checksum")
-    return np.memmap(path, _DTYPES[width], "r", HEADER_BYTES, (tokens,))
+    return np.memmap(path, f"<u{width}", "r", HEADER_BYTES, (tokens,))
