@@ -27,7 +27,7 @@ def prepared(module: nn.Module, linear: Linear, dtype: torch.dtype) -> nn.Module
     twin.__dict__ |= {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
     for name, part in module._modules.items():
         twin.__dict__[name] = _part(part, linear, dtype)
-    if isinstance(module, CausalSelfAttention):
+    if getattr(type(module), "turn", None) is CausalSelfAttention.turn:
         twin.turn = _turn_together(module, dtype)
     return twin
 
