@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from gpt.config import PRESETS, ModelConfig
-from gpt.inference import attend as span
+from gpt.inference import attend
 from gpt.inference import decoder as decode
-from gpt.inference.cache import CHUNK, SLACK
 from gpt.inference.decoder import Decoder
+from gpt.inference.kv_cache import CHUNK, SLACK
 from gpt.model import GPT
 
 VOCAB = 61
@@ -125,7 +125,7 @@ def test_a_row_may_be_empty_and_hold_one_token_after_a_cut():
     assert_near(logits[:, 0], torch.stack([uncached(model, [7])[0], uncached(model, [9])[0]]))
 
 
-def test_what_a_broken_row_leaves_behind_reaches_no_other():
+def test_nan_of_a_truncated_row_does_not_reach_other_rows():
     """Not even as 0 * NaN: a shorter row masks the keys of the others' lengths."""
     model = model_of()
     with torch.no_grad():
@@ -153,29 +153,29 @@ def test_a_window_bounds_the_cache_and_can_go_back_by_the_slack(position, patter
     """Rows that slide at different times, far past the buffer's end; beside a block that sees all, or without."""
     model = model_of(seq_len=1000, window=6, position=position, window_pattern=pattern)
     decoder = Decoder(model, 2, 1000)
-    store = decoder._stores[0]
-    assert store.cache.shape[4] <= 2 * 6 + CHUNK + SLACK + 16
-    assert [(len(s.cache), s.window) for s in decoder._stores] == ([(1, 6), (1, None)] if pattern else [(2, 6)])
+    cache = decoder._caches[0]
+    assert cache.kv.shape[4] <= 2 * 6 + CHUNK + SLACK + 16
+    assert [(len(c.kv), c.window) for c in decoder._caches] == ([(1, 6), (1, None)] if pattern else [(2, 6)])
     texts = [text_of(900, 1), text_of(900, 2)]
     decoder.prefill(0, texts[0][:200])
     decoder.prefill(1, texts[1][:420])
     slides = 0
     for i in range(300):
-        before = list(store.starts)
+        before = list(cache.starts)
         logits = decoder.step(torch.tensor([[texts[0][200 + i]], [texts[1][420 + i]]]))
-        slides += store.starts != before
-        if store.starts != before or i % 60 == 0:
+        slides += cache.starts != before
+        if cache.starts != before or i % 60 == 0:
             for row, n in ((0, 200 + i), (1, 420 + i)):
                 assert_near(logits[row, 0], uncached(model, texts[row][: n + 1])[-1])
     assert slides >= 2
-    decoder.prefill(0, text_of(int(store.size - (500 - store.starts[0])) + 1, 3))  # slides
+    decoder.prefill(0, text_of(int(cache.size - (500 - cache.starts[0])) + 1, 3))  # slides
     length = decoder.lengths[0]
     decoder.truncate(0, length - SLACK)
     with pytest.raises(ValueError, match="window has moved past"):
         decoder.truncate(0, 100)
 
 
-@pytest.fixture(params=[None, "torch"], ids=["span", "attention_decode"])
+@pytest.fixture(params=[None, "torch"], ids=["torch", "attention_decode"])
 def slid(request, monkeypatch) -> tuple[GPT, Decoder, list[int]]:
     """A row of 700 tokens under a window of 6, whose buffer has slid to its last few hundred; and an empty row.
 
@@ -185,14 +185,14 @@ def slid(request, monkeypatch) -> tuple[GPT, Decoder, list[int]]:
     model = model_of(seq_len=1000, window=6, n_kv_head=2, window_pattern="SL")
     decoder, text = Decoder(model, 2, 1000), text_of(700)
     decoder.prefill(0, text)
-    assert decoder._stores[0].size == 336 and decoder._stores[0].starts == [2 * CHUNK - (6 - 1 + SLACK), 0]
+    assert decoder._caches[0].size == 336 and decoder._caches[0].starts == [2 * CHUNK - (6 - 1 + SLACK), 0]
     return model, decoder, text
 
 
 def test_a_row_that_has_slid_can_be_cut_to_the_last_token_whose_window_it_holds(slid):
     """Each position from there on is right; one token before is refused, and nothing is cut."""
     model, decoder, text = slid
-    first = decoder._stores[0].starts[0] + 6 - 1
+    first = decoder._caches[0].starts[0] + 6 - 1
     snapshot, expected = decoder.snapshot(0), uncached(model, text)
     for length in (first, first + 1, 699):
         decoder.restore(0, snapshot)
@@ -216,7 +216,7 @@ def test_a_snapshot_of_a_row_that_has_slid(slid):
         decoder.restore(1, snapshot)
         assert decoder.lengths == [950, 700]
         assert_near(decoder.prefill(1, [7]), expected)
-        assert all(not store.cache[:, 1, :, :, 701 - store.starts[1] :].any() for store in decoder._stores)
+        assert all(not cache.kv[:, 1, :, :, 701 - cache.starts[1] :].any() for cache in decoder._caches)
 
 
 @pytest.mark.parametrize("name", ["modern", "window", "alibi-grouped"])
@@ -228,7 +228,7 @@ def test_even_rows_go_through_attention_at_once(name, monkeypatch):
         calls.append((len(q), attn_mask is not None))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
 
-    monkeypatch.setattr(span, "F", SimpleNamespace(scaled_dot_product_attention=noting))
+    monkeypatch.setattr(attend, "F", SimpleNamespace(scaled_dot_product_attention=noting))
     decoder = Decoder(model_of(**OPTIONS[name]), 3, 48)
     for row in range(3):
         decoder.prefill(row, text_of(12, row))
@@ -247,8 +247,8 @@ def test_rows_that_fill_up_a_tile_change_nothing(monkeypatch):
 
 
 def test_which_attention_is_for_which_device():
-    assert span.decode_impl(torch.device("cpu")) is None and span.decode_impl(torch.device("mps")) is None
-    assert span.decode_impl(torch.device("cuda")) == "auto"
+    assert attend.decode_impl(torch.device("cpu")) is None and attend.decode_impl(torch.device("mps")) is None
+    assert attend.decode_impl(torch.device("cuda")) == "auto"
 
 
 def test_no_more_than_capacity_and_context():

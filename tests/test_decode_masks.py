@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from gpt.errors import UserError
-from gpt.inference import attend as span
+from gpt.inference import attend
 from gpt.inference import decoder as decode
-from gpt.inference.cache import CHUNK
 from gpt.inference.decoder import Decoder
 from gpt.inference.generation import generate
+from gpt.inference.kv_cache import CHUNK
 from gpt.inference.quantize import quantize_weight
 from gpt.inference.sampling import SamplingConfig
 from gpt.model import GPT
@@ -179,7 +179,7 @@ def test_only_a_sliding_window_forgets(tokenizer):
     put_on(model, [masks.sliding_window(6), own, masks.sliding_window(6), OWN])
     text = torch.randint(tokenizer.vocab_size, (1, CHUNK + 280), generator=torch.Generator().manual_seed(0))
     decoder = Decoder(model, 1, CHUNK + 300)
-    assert [(len(s.cache), s.cache.shape[4] >= CHUNK + 300) for s in decoder._stores] == [
+    assert [(len(c.kv), c.kv.shape[4] >= CHUNK + 300) for c in decoder._caches] == [
         (2, False),
         (1, True),
         (1, True),
@@ -189,7 +189,7 @@ def test_only_a_sliding_window_forgets(tokenizer):
         expected = exact(text)[0].log_softmax(-1)
     decoder.prefill(0, text[0, : CHUNK + 200].tolist())
     found = torch.cat([decoder.step(text[:, [n]])[0] for n in range(CHUNK + 200, CHUNK + 280)])
-    assert decoder._stores[0].starts[0] > 0
+    assert decoder._caches[0].starts[0] > 0
     difference = found.double().log_softmax(-1) - expected[CHUNK + 200 :]
     assert difference.abs().max() <= model_deviation(exact, text)
 
@@ -197,14 +197,14 @@ def test_only_a_sliding_window_forgets(tokenizer):
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (masks.FULL, "block 1: the mask lets the token at position 0 see the one at 1,.* masks.CAUSAL & mask"),
-        (CAUSAL | masks.sink_tokens(3), "position 0 see the one at 1"),
-        (masks.sink_tokens(3), "position 0 see the one at 1"),
-        (CAUSAL | Mask(no_multiple, 4), "position 0 see the one at 2"),
-        (masks.block_sparse(torch.ones(8, 8), 4), "position 0 see the one at 1"),
+        (masks.FULL, "block 1: the mask lets the token at position 0 see the later one at 1: .* masks.CAUSAL & mask"),
+        (CAUSAL | masks.sink_tokens(3), "position 0 see the later one at 1"),
+        (masks.sink_tokens(3), "position 0 see the later one at 1"),
+        (CAUSAL | Mask(no_multiple, 4), "position 0 see the later one at 2"),
+        (masks.block_sparse(torch.ones(8, 8), 4), "position 0 see the later one at 1"),
         (CAUSAL & masks.prefix(torch.tensor([3], dtype=torch.int32)), "value for each row of a batch"),
-        (None, "attn.mask is a Mask of kernels.masks, not None"),
-        ("causal", "attn.mask is a Mask of kernels.masks, not 'causal'"),
+        (None, "attn.mask must be a kernels.masks.Mask, not None"),
+        ("causal", "attn.mask must be a kernels.masks.Mask, not 'causal'"),
     ],
     ids=["full", "prefix", "sinks", "own", "layout", "row-tensor", "none", "text"],
 )
@@ -223,12 +223,12 @@ def test_a_mask_that_no_cache_can_serve_is_refused(tokenizer, mask, message):
 @pytest.mark.parametrize("piece", [10, 70])
 def test_masks_are_looked_at_as_far_as_the_text_goes(tokenizer, monkeypatch, piece):
     """A mask that looks ahead from position 20 on serves a text of 20 tokens; the look is taken in pieces."""
-    monkeypatch.setattr(span, "PIECE", piece)
+    monkeypatch.setattr(attend, "PIECE", piece)
     model = model_of(tokenizer, seq_len=64).eval()
     model.blocks[0].attn.mask = CAUSAL | Mask(late, 20)
     list(generate(model, tokenizer, ["the"], SamplingConfig(max_new_tokens=18)))
     for count in (19, 40):
-        with pytest.raises(UserError, match="position 20 see the one at 21"):
+        with pytest.raises(UserError, match="position 20 see the later one at 21"):
             generate(model, tokenizer, ["the"], SamplingConfig(max_new_tokens=count))
 
 
@@ -236,7 +236,7 @@ def test_a_mask_whose_bands_are_causal_is_not_looked_at(tokenizer):
     """At a length that would take days."""
     model = model_of(tokenizer).eval()
     put_on(model, [CAUSAL, masks.sliding_window(5) | CAUSAL & masks.strided(3)])
-    span.check_masks(model, 1 << 28)
+    attend.check_masks(model, 1 << 28)
 
 
 def test_a_query_that_sees_no_key_gets_zeros_from_any_attention(tokenizer, monkeypatch):
@@ -246,7 +246,7 @@ def test_a_query_that_sees_no_key_gets_zeros_from_any_attention(tokenizer, monke
         scores = q @ k.mT * q.shape[-1] ** -0.5
         return (scores if attn_mask is None else scores + attn_mask).softmax(-1) @ v
 
-    monkeypatch.setattr(span, "F", SimpleNamespace(scaled_dot_product_attention=plain))
+    monkeypatch.setattr(attend, "F", SimpleNamespace(scaled_dot_product_attention=plain))
     config = SamplingConfig(max_new_tokens=16, temperature=0.0)
     for name in ("nothing-to-see-at-first", "nothing-to-see-alibi"):
         assert_follows_the_model(tokenizer, masked(tokenizer, name), PROMPTS, config)

@@ -107,7 +107,7 @@ def test_a_window_that_slides_is_no_new_graph(tapes):
     starts = set()
     for n in range(326, 340):
         logits = decoder.step(torch.tensor([[text[n]]]))[0]
-        starts.add(decoder._stores[0].starts[0])
+        starts.add(decoder._caches[0].starts[0])
         assert_near(logits, uncached(model, text[: n + 1])[-1:])
     assert len(starts) > 1 and len(tapes) == 1
 

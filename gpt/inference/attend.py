@@ -1,4 +1,4 @@
-"""Decoder attention: store new keys and values, then attend to what each block's mask shows."""
+"""Decoder attention: store new keys and values, then attend under each block's mask."""
 
 import functools
 from typing import NamedTuple
@@ -8,25 +8,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt.errors import UserError, require
-from gpt.model import GPT, CausalSelfAttention
+from gpt.model import GPT
 from kernels import attention, attention_decode, masks
 from kernels.mask import evaluate
 
-PIECE = 1 << 22  # pairs of positions at which a mask is looked at in one go
-FEW = 16  # new tokens of a row that attention_decode is made for
+PIECE = 1 << 22  # pairs of positions of a mask that are checked at a time
+FEW = 16  # most new tokens of a row for attention_decode
 
 
 def decode_impl(device: torch.device) -> str | None:
-    """Which attention_decode attends for a few new tokens: the fastest on a GPU; None on a CPU, see _Group."""
+    """The impl of attention_decode for a few new tokens; None on other devices than GPUs, which use TorchAttention."""
     return "auto" if device.type == "cuda" else None
 
 
-class Sight(NamedTuple):
-    """What the queries of a block see: its mask and ALiBi slopes (H,).
+class Visibility(NamedTuple):
+    """What a block's queries see: its mask and ALiBi slopes (H,).
 
-    window: the keys that a query sees, itself included, where the mask is a sliding window and nothing else. Such a
-    mask knows distances alone, so a store may drop old keys and count the others anew. Any other mask may look at any
-    position, and its store keeps all keys.
+    window: the size of a mask that is exactly a sliding window, the query included; None for others. Such a mask
+    depends on distances alone, so a cache may drop old keys. Any other mask may look at any position.
     """
 
     mask: masks.Mask
@@ -34,55 +33,49 @@ class Sight(NamedTuple):
     slopes: Tensor | None
 
     @property
-    def shows_all(self) -> bool:
+    def is_full(self) -> bool:
         """Whether a query sees every key from its window's first to its own."""
         return self.window is not None or self.mask.key == masks.CAUSAL.key
 
 
-def sight_of(attn: CausalSelfAttention) -> Sight:
-    window = attn.mask.ints[0] if attn.mask.key == masks.sliding_window(1).key else None
-    return Sight(attn.mask, window, attn.slopes)
-
-
-def group_by_sight(model: GPT) -> tuple[list[Sight], list[int]]:
-    """What is different of what the model's blocks see, and for each block which of these it has."""
-    sights: dict[tuple, Sight] = {}
+def group_blocks(model: GPT) -> tuple[list[Visibility], list[int]]:
+    """Find the distinct visibilities of a model's blocks, and the number of each block's."""
+    found: dict[tuple, Visibility] = {}
     keys = []
-    for block in model.blocks:
-        sight = sight_of(block.attn)
-        slopes = None if sight.slopes is None else tuple(sight.slopes.tolist())
-        keys.append((sight.mask.key, sight.mask.operands, slopes))
-        sights.setdefault(keys[-1], sight)
-    places = list(sights)
-    return list(sights.values()), [places.index(key) for key in keys]
+    for mask, slopes in ((block.attn.mask, block.attn.slopes) for block in model.blocks):
+        window = mask.ints[0] if mask.key == masks.sliding_window(1).key else None
+        keys.append((mask.key, mask.operands, None if slopes is None else tuple(slopes.tolist())))
+        found.setdefault(keys[-1], Visibility(mask, window, slopes))
+    numbers = {key: n for n, key in enumerate(found)}
+    return list(found.values()), [numbers[key] for key in keys]
 
 
 def check_masks(model: GPT, length: int) -> None:
-    """UserError unless keys and values of up to `length` tokens can be kept under every block's mask.
+    """Raise UserError unless every block's mask allows a cache for texts of up to `length` tokens.
 
-    They are computed once, so no token may see a later one; and rows of a decoder come and go, so a mask cannot have a
-    value for each row.
+    Keys and values are computed once, so no token may see a later one. Rows come and go, so a mask cannot have a value
+    for each row.
     """
     for layer, block in enumerate(model.blocks):
         mask = block.attn.mask
-        require(isinstance(mask, masks.Mask), f"block {layer}: attn.mask is a Mask of kernels.masks, not {mask!r}")
+        require(isinstance(mask, masks.Mask), f"block {layer}: attn.mask must be a kernels.masks.Mask, not {mask!r}")
         require(
             not mask.tensors,
-            f"block {layer}: a mask with a value for each row of a batch, as masks.prefix has, cannot generate: "
+            f"block {layer}: a mask with a value for each row of a batch, such as masks.prefix, cannot generate: "
             "use a mask of integers",
         )
         ahead = _looks_ahead(mask.key, mask.bands, mask.ints, length)
         if ahead is not None:
             q, k = ahead
             raise UserError(
-                f"block {layer}: the mask lets the token at position {q} see the one at {k}, which comes later: "
+                f"block {layer}: the mask lets the token at position {q} see the later one at {k}: "
                 "to generate, use masks.CAUSAL & mask"
             )
 
 
 @functools.lru_cache(maxsize=64)
 def _looks_ahead(key: str, bands: tuple, ints: tuple[int, ...], length: int) -> tuple[int, int] | None:
-    """The first positions q < k < length at which query q sees key k; None if no query sees a later key."""
+    """Find the first positions q < k < length at which query q sees key k; None if no query sees a later key."""
     if all(band.least >= 0 for band in bands):
         return None
     rows = max(1, PIECE // max(1, length))
@@ -95,94 +88,92 @@ def _looks_ahead(key: str, bands: tuple, ints: tuple[int, ...], length: int) -> 
     return None
 
 
-class Blocks(NamedTuple):
-    """What attention of all blocks needs besides queries: R rows of the stores, and each block's store and number.
+class CachedRows(NamedTuple):
+    """R rows of a decoder's caches.
 
-    stored: (layers, R, 2, H_kv, size, D) of each store; sights: what the queries of its blocks see.
+    kv: (layers, R, 2, H_kv, size, D) of each cache; visibilities: of each cache's blocks; of_block: the number of each
+    block's cache, and the block's layer in it.
     """
 
-    stored: list[Tensor]
-    sights: list[Sight]
-    places: list[tuple[int, int]]
+    kv: list[Tensor]
+    visibilities: list[Visibility]
+    of_block: list[tuple[int, int]]
 
 
 class NoAttention:
-    """Stands in for a Span: each token sees itself alone."""
+    """An attention without a cache, for comparing rows: each token sees itself alone."""
 
-    at = slice(0, 1)
+    positions = slice(0, 1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # All of them, so that whoever compares rows sees each of these numbers.
-        return q + (k.sum(-2, keepdim=True) + v.sum(-2, keepdim=True))
+        # All three enter, so that a difference in any of them shows.
+        return (q + (k.sum(-2, keepdim=True) + v.sum(-2, keepdim=True))).flatten(-2)
 
 
-class KernelSpan:
-    """The next T tokens of some rows, for a kernel that takes rows of any lengths.
+class KernelAttention:
+    """Attention of one step by attention_decode, which takes rows of any lengths: the next T tokens of R rows.
 
-    where (1 + stores, R + padding): the tokens that each row has, and how many of them each store holds. impl: that of
-    attention_decode. at: positions (R * T,) for a table's rows. `padding` rows more are carried along that nothing is
-    stored of and that attend to nothing.
+    counts (1 + caches, R + padding): each row's tokens, and how many of them each cache holds. impl: of
+    attention_decode. positions ((R + padding) * T,): the tokens' rows in the position tables. The `padding` rows store
+    nothing and attend to nothing.
     """
 
-    def __init__(self, blocks: Blocks, where: Tensor, T: int, impl: str, padding: int = 0):
-        self._blocks, self._impl, self._padding = blocks, impl, padding
-        self.at = (where[0].unsqueeze(1) + torch.arange(T, device=where.device)).flatten()
-        self._rows, self._T = where.shape[1] - padding, T
-        self._filled = where[1:, : self._rows].to(torch.int32).unbind(0)
+    def __init__(self, cached: CachedRows, counts: Tensor, T: int, impl: str, padding: int = 0):
+        self._cached, self._impl, self._padding, self._T = cached, impl, padding, T
+        self.positions = (counts[0].unsqueeze(1) + torch.arange(T, device=counts.device)).flatten()
+        self._rows = counts.shape[1] - padding
+        self._filled = counts[1:, : self._rows].to(torch.int32).unbind(0)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of one layer for q (R * T, H, D); k and v (R * T, H_kv, D) are stored. Returns (R * T, H, D)."""
-        stored, sights, places = self._blocks
-        store, number = places[layer]
-        sight, filled = sights[store], self._filled[store]
+        """Store a layer's k and v ((R + padding) * T, H_kv, D), then attend: (..., H D) for q (..., H, D)."""
+        number, layer_there = self._cached.of_block[layer]
+        visibility = self._cached.visibilities[number]
         q, k_new, v_new = (x.view(-1, self._T, *x.shape[1:])[: self._rows] for x in (q, k, v))
-        k, v = stored[store][number].transpose(2, 3).unbind(1)  # (R, size, H_kv, D) each
-        options = {"mask": sight.mask, "alibi_slopes": sight.slopes, "impl": self._impl}
-        y = attention_decode(q, k, v, filled, k_new=k_new, v_new=v_new, **options).flatten(0, 1)
-        return F.pad(y, (0, 0, 0, 0, 0, self._padding * self._T)) if self._padding else y
+        k, v = self._cached.kv[number][layer_there].transpose(2, 3).unbind(1)  # (R, size, H_kv, D) each
+        options = {"mask": visibility.mask, "alibi_slopes": visibility.slopes, "impl": self._impl}
+        y = attention_decode(q, k, v, self._filled[number], k_new=k_new, v_new=v_new, **options)
+        y = y.flatten(2).flatten(0, 1)
+        return F.pad(y, (0, 0, 0, self._padding * self._T)) if self._padding else y
 
 
-class Span:
-    """The next T tokens of some rows, worked out once for all layers; for a CPU.
+class TorchAttention:
+    """Attention of one step by torch, prepared once for all layers: the next T tokens of R rows.
 
-    lengths: the tokens that each row has; filled: how many of them each store holds. Rows of equal length go through
-    attention together; rows of different lengths too when T is 1, the longest row's keys masked for the others;
-    otherwise, or where it is asked for, one by one. at and padding as in KernelSpan.
+    lengths: each row's tokens; filled: how many of them each cache holds. Rows of equal length go through attention
+    together. So do rows of different lengths if T is 1: the shorter rows' missing keys are masked. Otherwise, or with
+    one_by_one, each row goes alone. positions and padding are as in KernelAttention.
     """
 
     def __init__(
-        self, blocks: Blocks, lengths: list[int], filled: list[list[int]], T: int, padding: int, *, one_by_one: bool
+        self, cached: CachedRows, lengths: list[int], filled: list[list[int]], T: int, padding: int, *, one_by_one: bool
     ):
-        self._blocks, self._padding, self._T, device = blocks, padding, T, blocks.stored[0].device
+        self._of_block, self._padding, self._T = cached.of_block, padding, T
         if len(set(lengths)) == 1 and not padding and (T == 1 or len(lengths) == 1):
-            self.at = slice(lengths[0], lengths[0] + T)
+            self.positions = slice(lengths[0], lengths[0] + T)
         else:
-            starts = torch.tensor(lengths + [0] * padding, device=device)
-            self.at = (starts[:, None] + torch.arange(T, device=device)).flatten()  # (R * T,)
+            starts = torch.tensor(lengths + [0] * padding, device=cached.kv[0].device)
+            self.positions = (starts[:, None] + torch.arange(T, device=starts.device)).flatten()
         self._groups = [
-            [_Group(part, rows, sight, held[part], T) for part in _together(held, T, one_by_one)]
-            for rows, sight, held in zip(blocks.stored, blocks.sights, filled)
+            [_Group(kv, rows, visibility, held[rows], T) for rows in _rows_together(held, T, one_by_one)]
+            for kv, visibility, held in zip(cached.kv, cached.visibilities, filled)
         ]
-        self._alone = not padding and all(len(groups) == 1 for groups in self._groups)
-        if T == 1:
-            for group in (group for groups in self._groups for group in groups):
-                group.bias, group.blind = group.bias_of_lone_queries()
+        self._is_one_group = not padding and all(len(groups) == 1 for groups in self._groups)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As KernelSpan.attend."""
-        store, number = self._blocks.places[layer]
+        """As KernelAttention.attend."""
+        number, layer_there = self._of_block[layer]
         if self._T > 1:
             q, k, v = (x.view(-1, self._T, *x.shape[1:]) for x in (q, k, v))  # (R, T, H or H_kv, D)
-        if self._alone:
-            return self._groups[store][0].attend(number, q, k, v)
-        outputs = [group.attend(number, q, k, v) for group in self._groups[store]]
+        if self._is_one_group:
+            return self._groups[number][0].attend(layer_there, q, k, v)
+        outputs = [group.attend(layer_there, q, k, v) for group in self._groups[number]]
         if self._padding:
-            outputs.append(outputs[0].new_zeros(self._padding * self._T, *outputs[0].shape[1:]))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            outputs.append(outputs[0].new_zeros(self._padding * self._T, outputs[0].shape[1]))
+        return torch.cat(outputs)
 
 
-def _together(filled: list[int], T: int, one_by_one: bool) -> list[slice]:
-    """Which rows go through attention together."""
+def _rows_together(filled: list[int], T: int, one_by_one: bool) -> list[slice]:
+    """Split rows into groups that go through attention together."""
     R = len(filled)
     if not one_by_one and (T == 1 or len(set(filled)) == 1):
         return [slice(0, R)]
@@ -190,37 +181,37 @@ def _together(filled: list[int], T: int, one_by_one: bool) -> list[slice]:
 
 
 class _Group:
-    """Rows that go through attention together: their part of a store, and views of what it is and will be.
+    """Rows that go through attention together: where their keys and values lie, and where the new ones go.
 
-    filled: how many tokens the store holds of each row. bias and blind: see bias_of_lone_queries.
+    filled: how many tokens the cache holds of each row. bias and blind: see _bias_of_lone_queries.
     """
 
-    def __init__(self, rows: slice, stored: Tensor, sight: Sight, filled: list[int], T: int):
-        cache, self.sight = stored[:, rows], sight
-        self.rows, self.filled, self.bias, self.blind = rows, filled, None, None
-        self.kv_heads, self.device = cache.shape[3], cache.device
+    def __init__(self, kv: Tensor, rows: slice, visibility: Visibility, filled: list[int], T: int):
+        kv = kv[:, rows]
+        self.visibility, self.rows, self.filled, self.T = visibility, rows, filled, T
+        self.kv_heads, self.device = kv.shape[3], kv.device
         self.is_even = len(set(filled)) == 1
-        # The first key that any of them sees.
-        window = self.sight.window
+        # The keys from the first that any of them sees to the last new one.
+        window = visibility.window
         self.begin = 0 if window is None else max(0, min(filled) + 1 - window)
         self.end = max(filled) + T
-        self.T = T
-        new = cache[..., filled[0] : self.end, :] if self.is_even else cache
-        if self.is_even and T == 1:
-            new = new.squeeze(-2)
-        self.k_new, self.v_new = (part.unbind(0) for part in new.unbind(2))  # (R, H_kv, T or size, D) of each layer
+        self.k, self.v = (part.unbind(0) for part in kv.narrow(4, self.begin, self.end - self.begin).unbind(2))
         if not self.is_even:
             at = torch.tensor(filled, device=self.device)
             self.where = (torch.arange(len(filled), device=self.device), slice(None), at)
-        self.k, self.v = (part.unbind(0) for part in cache[..., self.begin : self.end, :].unbind(2))
+            new = kv
+        else:
+            new = kv.select(4, filled[0]) if T == 1 else kv.narrow(4, filled[0], T)
+        self.k_new, self.v_new = (part.unbind(0) for part in new.unbind(2))  # (R, H_kv, [T or size,] D) of each layer
+        self.bias, self.blind = self._bias_of_lone_queries() if T == 1 else (None, None)
 
-    def bias_of_lone_queries(self) -> tuple[Tensor | None, Tensor | None]:
-        """What a lone query of each row adds to its scores, (R or 1, H_kv or 1, G or 1, Tk): ALiBi and the mask.
+    def _bias_of_lone_queries(self) -> tuple[Tensor | None, Tensor | None]:
+        """Make what ALiBi and the mask add to the scores of one query a row, (R or 1, H_kv or 1, G or 1, Tk).
 
-        Also which rows see no key, (R or 1, 1, 1, 1); None where each sees one.
+        Also find the rows that see no key, (R or 1, 1, 1, 1); None if each sees one.
         """
-        mask, _, slopes = self.sight
-        if self.is_even and slopes is None and self.sight.shows_all:
+        mask, _, slopes = self.visibility
+        if self.is_even and slopes is None and self.visibility.is_full:
             return None, None
         at = torch.tensor(self.filled[:1] if self.is_even else self.filled, dtype=torch.int32, device=self.device)
         at = at.view(-1, 1, 1, 1)
@@ -228,39 +219,40 @@ class _Group:
         bias = torch.zeros(len(at), 1, 1, len(keys), device=self.device)
         if slopes is not None:
             bias = -slopes.view(self.kv_heads, -1, 1) * (at - keys)
-        if self.is_even and self.sight.shows_all:
+        if self.is_even and self.visibility.is_full:
             return bias, None
-        seen = mask.visible(at, keys)  # (R or 1, 1, 1, Tk)
-        blind = None if mask.shows_itself else ~seen.any(-1, keepdim=True)
-        return bias.masked_fill_(~seen, float("-inf")), blind
+        visible = mask.visible(at, keys)  # (R or 1, 1, 1, Tk)
+        blind = None if mask.shows_itself else ~visible.any(-1, keepdim=True)
+        return bias.masked_fill_(~visible, float("-inf")), blind
 
-    def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store these rows' k and v (R, T, H_kv, D), and let q (R, T, H, D) see all of theirs: (R * T, H, D).
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store these rows' k and v (R, T, H_kv, D), then attend with q (R, T, H, D): (R * T, H D).
 
-        Where T is 1 none of them has that axis.
+        Without the axis T if T is 1.
         """
         if q.shape[0] != len(self.filled):
             q, k, v = q[self.rows], k[self.rows], v[self.rows]
         if not self.is_even:
-            self.k_new[number][self.where] = k
-            self.v_new[number][self.where] = v
+            self.k_new[layer][self.where] = k
+            self.v_new[layer][self.where] = v
         elif self.T == 1:
-            self.k_new[number].copy_(k)
-            self.v_new[number].copy_(v)
+            self.k_new[layer].copy_(k)
+            self.v_new[layer].copy_(v)
         else:
-            self.k_new[number].copy_(k.transpose(1, 2))
-            self.v_new[number].copy_(v.transpose(1, 2))
-        k, v = self.k[number], self.v[number]  # (R, H_kv, Tk, D) twice
+            self.k_new[layer].copy_(k.transpose(1, 2))
+            self.v_new[layer].copy_(v.transpose(1, 2))
+        k, v = self.k[layer], self.v[layer]  # (R, H_kv, Tk, D) each
         if self.T > 1:
-            options = {"mask": self.sight.mask, "alibi_slopes": self.sight.slopes}
-            return attention(q, k.transpose(1, 2), v.transpose(1, 2), **options).flatten(0, 1)
+            options = {"mask": self.visibility.mask, "alibi_slopes": self.visibility.slopes}
+            y = attention(q, k.transpose(1, 2), v.transpose(1, 2), **options)
+            return y.flatten(2).flatten(0, 1)
         if self.rows.start:
-            # To where a first row's queries would be, in bytes past a multiple of 64: products round by that too.
+            # Products round by their operand's address modulo 64 bytes: a copy has that of a first row's queries.
             q = q.clone()
-        # One query: the heads of a group are queries of one head, and no key is read twice.
+        # With one query a row, the heads that share keys are the queries of one head: no key is read twice.
         R, n_head, D = q.shape
         q = q.view(R, self.kv_heads, n_head // self.kv_heads, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)  # (R, H_kv, G, D)
         if self.blind is not None:
             y = y.masked_fill(self.blind, 0.0)
-        return y.reshape(R, n_head, D)
+        return y.reshape(R, n_head * D)

@@ -12,8 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.inference.attend import FEW, Blocks, KernelSpan, NoAttention, Span, check_masks, decode_impl, group_by_sight
-from gpt.inference.cache import CHUNK, HeldRow, Store
+from gpt.inference.attend import (
+    FEW,
+    CachedRows,
+    KernelAttention,
+    NoAttention,
+    TorchAttention,
+    check_masks,
+    decode_impl,
+    group_blocks,
+)
+from gpt.inference.kv_cache import CHUNK, CachedRow, KVCache
 from gpt.inference.linear import PlainLinear, prepare_linear
 from gpt.inference.prepare import lengthen_tables, prepared
 from gpt.inference.quantize import Int8Linear
@@ -38,10 +47,10 @@ def _plainly(method: Callable) -> Callable:
 
 
 class Snapshot(NamedTuple):
-    """What a Decoder's row held: so many tokens, and what each store had of them."""
+    """A copy of a Decoder's row: its number of tokens, and its part of each cache."""
 
     length: int
-    held: list[HeldRow]
+    cached: list[CachedRow]
 
 
 class Decoder:
@@ -103,17 +112,17 @@ class Decoder:
         for layer, block in enumerate(self._model.blocks):
             block.attn.attend = functools.partial(self._attend, layer)
         lengthen_tables(self._model, self.limit, self.dtype)
-        self._sights, of_block = group_by_sight(model)
-        kept = {"rows": len(self._lengths), "limit": self.limit, "dtype": self.dtype, "device": self.device}
-        self._stores = [
-            Store(self.config, sight.window, of_block.count(n), **kept) for n, sight in enumerate(self._sights)
+        self._visibilities, of_block = group_blocks(model)
+        sizes = {"rows": len(self._lengths), "limit": self.limit, "dtype": self.dtype, "device": self.device}
+        self._caches = [
+            KVCache(self.config, visibility.window, of_block.count(n), **sizes)
+            for n, visibility in enumerate(self._visibilities)
         ]
-        # Of each block: its store, and its number there.
-        self._places = [(n, of_block[:layer].count(n)) for layer, n in enumerate(of_block)]
+        self._of_block = [(n, of_block[:layer].count(n)) for layer, n in enumerate(of_block)]  # see CachedRows
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, segment_ids: None) -> Tensor:
-        """What the model's blocks call in the place of their own attention."""
-        return self._span.attend(layer, q, k, v)
+        """Attend to the cache: the twin's blocks call this instead of their own attention."""
+        return self._attention.attend(layer, q, k, v)
 
     @property
     def lengths(self) -> list[int]:
@@ -153,30 +162,29 @@ class Decoder:
         hidden = self._hidden(F.pad(tokens, (0, 0, 0, tile - R)) if R < tile else tokens, self._next(rows, T, tile - R))
         return self._read(hidden).view(tile, T, -1)[:R]
 
-    def _run(self, tokens: Tensor, where: Tensor) -> Tensor:
-        """Logits (B, T, V) of all rows' tokens; every number that changes from step to step is in a tensor."""
-        span = KernelSpan(self._blocks_of(range(len(tokens))), where, tokens.shape[1], decode_impl(self.device))
-        return self._read(self._hidden(tokens, span)).view(*tokens.shape, -1)
+    def _run(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        """Compute logits (B, T, V) of all rows' tokens; all numbers that change from step to step are in tensors."""
+        attention = KernelAttention(self._rows(range(len(tokens))), counts, tokens.shape[1], decode_impl(self.device))
+        return self._read(self._hidden(tokens, attention)).view(*tokens.shape, -1)
 
-    def _next(self, rows: range, T: int, padding: int = 0) -> Span | KernelSpan:
-        """The next T tokens of these rows, which from now on hold them."""
-        where, impl = self._advance(rows, T), decode_impl(self.device)
+    def _next(self, rows: range, T: int, padding: int = 0) -> TorchAttention | KernelAttention:
+        """Make room for these rows' next T tokens, and prepare their attention."""
+        counts, impl = self._advance(rows, T), decode_impl(self.device)
         if T <= FEW and impl is not None:
-            where = torch.tensor([each + [0] * padding for each in where], device=self.device)
-            return KernelSpan(self._blocks_of(rows), where, T, impl, padding)
-        return Span(self._blocks_of(rows), where[0], where[1:], T, padding, one_by_one=self._batch_invariant)
+            counts = torch.tensor([each + [0] * padding for each in counts], device=self.device)
+            return KernelAttention(self._rows(rows), counts, T, impl, padding)
+        return TorchAttention(self._rows(rows), counts[0], counts[1:], T, padding, one_by_one=self._batch_invariant)
 
-    def _blocks_of(self, rows: range) -> Blocks:
-        stored = [store.rows(rows) for store in self._stores]
-        return Blocks(stored, self._sights, self._places)
+    def _rows(self, rows: range) -> CachedRows:
+        return CachedRows([cache.rows(rows) for cache in self._caches], self._visibilities, self._of_block)
 
     def _advance(self, rows: range, T: int) -> list[list[int]]:
-        """Make room for T more tokens of these rows: how many each had, and how many of them each store holds."""
+        """Make room for T more tokens of these rows; returns how many each had, and how many each cache held."""
         for row in rows:
             self._make_room(row, T)
         lengths = self._lengths[rows.start : rows.stop]
         self._lengths[rows.start : rows.stop] = [n + T for n in lengths]
-        starts = (store.starts[rows.start : rows.stop] for store in self._stores)
+        starts = (cache.starts[rows.start : rows.stop] for cache in self._caches)
         return [lengths, *([n - start for n, start in zip(lengths, each)] for each in starts)]
 
     def _read(self, hidden: Tensor) -> Tensor:
@@ -185,58 +193,58 @@ class Decoder:
 
     @_plainly
     def truncate(self, row: int, length: int) -> None:
-        """Forget a row's tokens from `length` on. ValueError where the window has gone past it: see SLACK."""
+        """Cut a row to `length` tokens. Raises ValueError if its window has moved past them: see SLACK."""
         old = self._lengths[row]
         if not 0 <= length <= old:
             raise ValueError(f"row {row} has {old} tokens and cannot be cut to {length}")
-        for store in self._stores:
-            store.check_reaches(row, length)
-        for store in self._stores:
-            store.truncate(row, length, old)
+        for cache in self._caches:
+            cache.check_holds(row, length)
+        for cache in self._caches:
+            cache.truncate(row, length, old)
         self._lengths[row] = length
 
     @_plainly
     def snapshot(self, row: int) -> Snapshot:
-        """A copy of what a row holds."""
+        """Copy a row."""
         length = self._lengths[row]
-        return Snapshot(length, [store.copy(row, length) for store in self._stores])
+        return Snapshot(length, [cache.copy(row, length) for cache in self._caches])
 
     @_plainly
     def restore(self, row: int, snapshot: Snapshot) -> None:
-        """Make a row hold what a row of this decoder held."""
-        for store, held in zip(self._stores, snapshot.held, strict=True):
-            store.restore(row, held, self._lengths[row])
+        """Replace a row with a copy of one of this decoder's rows."""
+        for cache, cached in zip(self._caches, snapshot.cached, strict=True):
+            cache.restore(row, cached, self._lengths[row])
         self._lengths[row] = snapshot.length
 
     @_plainly
     def keep(self, rows: Sequence[int]) -> None:
-        """Leave out all rows but these; they are counted anew, in this order."""
+        """Drop all rows but these, and number them from 0 in this order."""
         rows = list(rows)
-        for store in self._stores:
-            store.keep(rows)
+        for cache in self._caches:
+            cache.keep(rows)
         self._lengths = [self._lengths[row] for row in rows]
         if self._graphs is not None:
-            self._graphs.clear()  # they have the old cache's addresses
+            self._graphs.clear()  # they hold the old caches' addresses
 
-    def _hidden(self, tokens: Tensor, span: Span | KernelSpan | NoAttention) -> Tensor:
-        """What the head reads, (R * T, C), for tokens (R, T)."""
-        self._span = span
-        return self._model.run(tokens.flatten(), span.at)
+    def _hidden(self, tokens: Tensor, attention: TorchAttention | KernelAttention | NoAttention) -> Tensor:
+        """Compute the head's input (R * T, C) for tokens (R, T)."""
+        self._attention = attention
+        return self._model.run(tokens.flatten(), attention.positions)
 
     def _make_room(self, row: int, T: int) -> None:
-        """Check that T more tokens fit, and let every store make room for them."""
+        """Make room for T more tokens in every cache. Raises ValueError if they do not fit."""
         length = self._lengths[row]
         if length + T > self.limit:
             raise ValueError(
                 f"{length + T} tokens are more than row {row} can hold: the capacity is {self.capacity}, "
                 f"the model's context {self.config.seq_len}"
             )
-        for store in self._stores:
-            store.make_room(row, length, T)
+        for cache in self._caches:
+            cache.make_room(row, length, T)
 
     @_plainly
     def _same_in_every_place(self, tile: int) -> bool:
-        """Whether equal rows of a tile come out equal, wherever in the tile they are."""
+        """Whether equal rows get equal bits wherever they are in a tile."""
         hidden = self._hidden(torch.zeros(tile, 1, dtype=torch.int64, device=self.device), NoAttention())
         logits = self._read(hidden)
         return bool((logits == logits[:1]).all() and (hidden == hidden[:1]).all())

@@ -44,8 +44,7 @@ class CausalSelfAttention(nn.Module):
         values (..., H_kv D): value embeddings; rotary: cos and sin, which broadcast to (..., 1, D).
         """
         q, k, v = self.project(x, values, rotary)
-        y = self.attend(q, k, v, segment_ids)  # (..., H, D)
-        return self.c_proj(y.flatten(-2), residual=residual)
+        return self.c_proj(self.attend(q, k, v, segment_ids), residual=residual)
 
     def project(
         self, x: Tensor, values: Tensor | None, rotary: tuple[Tensor, Tensor] | None
@@ -68,13 +67,6 @@ class CausalSelfAttention(nn.Module):
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segment_ids: Tensor | None) -> Tensor:
-        """Attention of the tokens of each row (B, T, H, D) to each other. A decoder attends to its cache instead."""
-        return attention(
-            q,
-            k,
-            v,
-            mask=self.mask,
-            segment_ids=segment_ids,
-            alibi_slopes=self.slopes,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        """Attend within each row: (B, T, H D) for q (B, T, H, D). A decoder attends to its cache instead."""
+        options = {"mask": self.mask, "segment_ids": segment_ids, "alibi_slopes": self.slopes}
+        return attention(q, k, v, **options, dropout_p=self.dropout if self.training else 0.0).flatten(-2)

@@ -150,20 +150,21 @@ class GPT(nn.Module):
         _, T = idx.shape
         if T > self.config.seq_len:
             raise ValueError(f"{T} tokens are more than the context of {self.config.seq_len}")
-        # A slice, not an index, where positions simply count: no gather on the common road.
-        at = slice(T) if positions is None else positions
+        # A slice in the common case, so that nothing is gathered.
+        return self.run(idx, slice(T) if positions is None else positions, segment_ids)
 
-        return self.run(idx, at, segment_ids)
-
-    def run(self, idx: Tensor, at: Tensor | slice, segment_ids: Tensor | None = None) -> Tensor:
-        """hidden, without its checks, for idx of any shape (...); at: which rows of the position tables it gets."""
+    def run(self, idx: Tensor, positions: Tensor | slice, segment_ids: Tensor | None = None) -> Tensor:
+        """Compute `hidden` without its checks, for idx of any shape (...). positions: rows of the position tables."""
         x, rotary = self._embedded(idx), None  # (..., C)
         if self.config.position == "learned":
-            x = x + self.position_embed.weight[at]
+            x = x + self.position_embed.weight[positions]
         elif self.config.position == "sinusoidal":
-            x = x + self.position_table[at]
+            x = x + self.position_table[positions]
         elif self.config.position == "rotary":
-            rotary = self.cos[at].unsqueeze(-2), self.sin[at].unsqueeze(-2)  # each broadcasts to (..., 1, D)
+            rotary = (
+                self.cos[positions].unsqueeze(-2),
+                self.sin[positions].unsqueeze(-2),
+            )  # each broadcasts to (..., 1, D)
         x = self.dropout(x)
         tables = [table(idx) for table in self.value_embeds]  # each (..., H_kv D)
         for block in self.blocks:
