@@ -23,7 +23,7 @@ class PlainLinear:
         self.matrix, self.bias, self.dtype = weight.t(), bias, weight.dtype  # (K, N), (N,)
 
     def __call__(self, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
-        x = x.to(self.dtype)
+        x = x if x.dtype == self.dtype else x.to(self.dtype)  # a call of `to` costs more than the check
         if residual is not None and residual.dtype == self.dtype and activation is None:
             residual.addmm_(x, self.matrix)
             return residual if self.bias is None else residual.add_(self.bias)
@@ -45,16 +45,17 @@ class PackedLinear(PlainLinear):
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int):
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
         self.bias, self.dtype = bias, weight.dtype
+        self.product, self.sum = (getattr(torch.ops.mkldnn._linear_pointwise, name) for name in ("default", "binary"))
 
     def __call__(self, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
-        x, product = x.to(self.dtype), torch.ops.mkldnn._linear_pointwise
+        x = x if x.dtype == self.dtype else x.to(self.dtype)
         if residual is not None and residual.dtype == self.dtype and activation is None:
-            return product.binary(x, residual, self.weight, self.bias, "add")
+            return self.sum(x, residual, self.weight, self.bias, "add")
         if activation in _FUSED:
             name, algorithm = _FUSED[activation]
-            y = product(x, self.weight, self.bias, name, [], algorithm)
+            y = self.product(x, self.weight, self.bias, name, [], algorithm)
         else:
-            y = product(x, self.weight, self.bias, "none", [], "")
+            y = self.product(x, self.weight, self.bias, "none", [], "")
             y = y if activation is None else activate(y, activation)
         return y if residual is None else residual.add_(y)
 
@@ -65,9 +66,11 @@ class MklLinear(PlainLinear):
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int):
         self.weight, self.bias, self.dtype, self.rows = weight.contiguous(), bias, weight.dtype, rows
         self.packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, rows)
+        self.product = torch.ops.mkl._mkl_linear.default
 
     def __call__(self, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
-        y = torch.ops.mkl._mkl_linear.default(x.to(self.dtype), self.packed, self.weight, self.bias, self.rows)
+        x = x if x.dtype == self.dtype else x.to(self.dtype)
+        y = self.product(x, self.packed, self.weight, self.bias, self.rows)
         y = y if activation is None else activate(y, activation)
         return y if residual is None else residual.add_(y)
 

@@ -44,7 +44,7 @@ class Int8Linear(PlainLinear):
         self.has_product = dtype == torch.bfloat16 and weight.device.type == "cpu"
 
     def __call__(self, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
-        x = x.to(self.dtype)
+        x = x if x.dtype == self.dtype else x.to(self.dtype)
         if self.has_product and 0 < x.shape[0] <= FEW_ROWS:
             if self.weight.shape[1] != self.in_features:
                 x = F.pad(x, (0, self.weight.shape[1] - self.in_features))

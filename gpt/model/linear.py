@@ -3,6 +3,7 @@
 A decoder puts layers of its own in their place that take the same call (gpt/inference/linear.py).
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,9 +17,9 @@ def activate(h: Tensor, activation: str) -> Tensor:
         gate, up = h.chunk(2, dim=-1)
         return F.silu(gate) * up
     if activation == "relu2":
-        return ReLUSquaredFunction.apply(h) if by_hand(h) else F.relu(h).square()
+        return ReLUSquaredFunction.apply(h) if by_hand(h) else torch.relu(h).square()
     if activation == "relu":
-        return F.relu(h)
+        return torch.relu(h)
     return F.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 

@@ -26,13 +26,13 @@ def rotary_table(seq_len: int, head_dim: int, theta: float) -> tuple[Tensor, Ten
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on x (..., H, D); cos and sin, which broadcast to (..., 1, D), as rotary_table gives them."""
+    """Rotate x (..., H, D) by its positions' rows of rotary_table, which broadcast to (..., 1, D)."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return RotateFunction.apply(x, cos, sin) if by_hand(x) else rotated(x, cos, sin)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """rotate for tables of x's dtype, as plain operations."""
+    """The formula of `rotate`, for tables in x's dtype."""
     return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
 
 
