@@ -389,5 +389,5 @@ def test_a_wrong_call_names_the_argument():
     with pytest.raises(ValueError, match=rf"outside the vocabulary, 0 to {last}$"):
         model(idx + last + 1)
     for name, dtype in (("positions", "torch.int64 or torch.int32"), ("segment_ids", "torch.int32")):
-        with pytest.raises(TypeError, match=rf"{name} is {dtype}, not torch.float32"):
+        with pytest.raises(TypeError, match=rf"{name} must be {dtype}, not torch.float32"):
             model(idx, **{name: idx.float()})

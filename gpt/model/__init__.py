@@ -1,6 +1,6 @@
 """The decoder: GPT, its blocks, attention, MLP, norms and positions, and ModelConfig, which chooses among them.
 
-Imports the ground and kernels. How these modules train, sample or move between formats is the other rooms' work.
+Imports the ground and kernels. Training, sampling and conversion between formats are in other rooms.
 """
 
 from gpt.model.attention import CausalSelfAttention

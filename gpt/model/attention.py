@@ -39,9 +39,9 @@ class CausalSelfAttention(nn.Module):
         rotary: tuple[Tensor, Tensor] | None,
         segment_ids: Tensor | None,
     ) -> Tensor:
-        """residual + projection of what each token of x (..., C) attends to; both of x's shape.
+        """Attend from each token of x (..., C), project, and add residual (..., C).
 
-        values (..., H_kv D): value embeddings; rotary: cos and sin, which broadcast to (..., 1, D).
+        values (..., H_kv D): value embeddings. rotary: cos and sin, which broadcast to (..., 1, D).
         """
         q, k, v = self.project(x, values, rotary)
         return self.c_proj(self.attend(q, k, v, segment_ids), residual=residual)
@@ -49,7 +49,7 @@ class CausalSelfAttention(nn.Module):
     def project(
         self, x: Tensor, values: Tensor | None, rotary: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (..., H, D), keys and values (..., H_kv, D) of x (..., C), normalised and rotated."""
+        """Project x (..., C) to queries (..., H, D) and keys and values (..., H_kv, D), normalised and rotated."""
         qkv = self.c_qkv(x).view(*x.shape[:-1], -1, self.head_dim)
         q, k, v = self.turn(qkv, rotary)
         if self.value_gate is not None:
@@ -58,7 +58,7 @@ class CausalSelfAttention(nn.Module):
         return q, k, v
 
     def turn(self, qkv: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys, normalised and rotated, and values, of all of them side by side (..., H + 2 H_kv, D)."""
+        """Split qkv (..., H + 2 H_kv, D), and normalise and rotate queries and keys."""
         q, k, v = qkv.split_with_sizes(self.heads, dim=-2)  # Tensor.split is slower: it is written in Python
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)

@@ -1,4 +1,4 @@
-"""The decoder's options, and the presets that name three of its forms."""
+"""The decoder's options, and presets for three well-known decoders."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,14 +12,14 @@ IGNORE_INDEX = -100  # a target with this value does not count in the loss
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The decoder. The defaults are the modern block, equal to Qwen3's; PRESETS holds the older ones."""
+    """The decoder. The defaults are Qwen3's block; PRESETS holds older ones."""
 
     n_layer: int = option(6, at_least=1)
     """Number of blocks."""
     n_head: int = option(6, at_least=1)
     """Query heads."""
     n_kv_head: int | None = option(None, at_least=1)
-    """Key and value heads; fewer than n_head is grouped-query attention. None: n_head."""
+    """Key and value heads; fewer than n_head give grouped-query attention. None: n_head."""
     n_embd: int = option(384, at_least=1)
     """Width of the residual stream, C."""
     head_dim: int | None = option(None, at_least=1)
@@ -27,11 +27,11 @@ class ModelConfig:
     mlp_dim: int | None = option(None, at_least=1)
     """Hidden width of the MLP. None: 4 C, or for swiglu 8/3 C rounded up to a multiple of 64."""
     seq_len: int = option(256, at_least=1)
-    """Context: the most tokens a training row or a prompt may have."""
+    """Context: the most tokens in a training row, or in a prompt and its continuation."""
     vocab_size: int | None = option(None, at_least=1)
-    """Rows of the embedding table. None: what the tokenizer has. More (a multiple of 64, say) is padding."""
+    """Rows of the embedding table. None: the tokenizer's tokens. More, such as a multiple of 64, are padding."""
     position: Literal["rotary", "learned", "sinusoidal", "alibi", "none"] = "rotary"
-    """How positions enter: half-split rotary, a learned or sinusoidal table, ALiBi's linear bias, or not at all."""
+    """Position encoding: half-split rotary, a learned or sinusoidal table, ALiBi's linear bias, or none."""
     rope_theta: float = option(10000.0, above=1, acts_with=("position", ("rotary",)))
     """Base of the rotary wavelengths."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
@@ -47,19 +47,19 @@ class ModelConfig:
     qk_norm: bool = True
     """RMSNorm with a weight on each head's queries and keys."""
     window: int | None = option(None, at_least=1)
-    """Keys visible to a query, itself included. None: all before it."""
+    """Keys visible to a query, its own included. None: all up to its own."""
     window_pattern: str | None = None
-    """Which blocks have the window: letters, repeated over the blocks; S has it and L sees all, as in SSSL.
-    None: all of them."""
+    """Which blocks have the window, as letters repeated over the blocks, such as SSSL: S has it, L sees all.
+    None: every block has it."""
     value_embeds: int = 0
-    """Tables of value embeddings: each adds a vector of the token to the values of one of the first blocks and of one
-    of the last. 0: none."""
+    """Tables of value embeddings. Each adds a vector for the token to the values of two blocks: one of the first and
+    one of the last. 0: none."""
     tied_embeddings: bool = False
     """The output head shares the embedding table's weights."""
     logit_softcap: float | None = option(None, above=0)
-    """Bound on the logits: c * tanh(logits / c), as in Gemma 2, which has c = 30. None: none."""
+    """Bound on the logits: c * tanh(logits / c), as in Gemma 2 with c = 30. None: no bound."""
     dropout: float = option(0.0, at_least=0, below=1, in_recipe=True)
-    """Dropout on embeddings, attention weights and both sublayers' outputs."""
+    """Dropout probability for embeddings, attention weights and both sublayers' outputs."""
     init: Literal["gpt2", "xavier", "scaled"] = "scaled"
     """Initial weights: GPT-2's N(0, 0.02); Xavier's uniform; or N(0, 1/sqrt(fan_in)) with zeroed output projections."""
 
@@ -80,7 +80,7 @@ class ModelConfig:
         pattern = self.window_pattern
         require(
             pattern is None or (pattern and set(pattern) <= {"S", "L"}),
-            f"window_pattern is letters S and L, as in SSSL, not {shown(pattern)}",
+            f"window_pattern must be letters S and L, such as SSSL, not {shown(pattern)}",
         )
         require(pattern is None or self.window is not None, "window_pattern needs a window for its letters S")
         require(
@@ -97,12 +97,12 @@ class ModelConfig:
         return self.head_dim or self.n_embd // self.n_head
 
     def window_of(self, layer: int) -> int | None:
-        """The window of one block; None: it sees all."""
+        """Return a block's window, or None if it sees all keys."""
         pattern = self.window_pattern or "S"
         return self.window if pattern[layer % len(pattern)] == "S" else None
 
     def value_table_of(self, layer: int) -> int | None:
-        """The table of value embeddings that one block has: block i and block n_layer - value_embeds + i share one."""
+        """Return a block's value embedding table, or None. Blocks i and n_layer - value_embeds + i share table i."""
         tables, from_end = self.value_embeds, self.n_layer - layer
         return layer if layer < tables else tables - from_end if from_end <= tables else None
 

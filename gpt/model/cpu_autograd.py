@@ -1,8 +1,8 @@
-"""A few small functions whose gradient is written out, for eager training on a CPU.
+"""Functions with hand-written gradients, for eager training on a CPU.
 
-There a norm or a rotation is a dozen small operations, and most of a small model's step goes into them. Each function
-here is the plain formula with fewer passes over memory: about half the time. A GPU has fused kernels, and torch.compile
-fuses for itself, so both keep the plain formulas (see by_hand).
+There a norm or a rotation takes a dozen small operations, and they take most of a small model's step. These functions
+make fewer passes over memory and take about half the time. GPUs have fused kernels and torch.compile fuses by itself,
+so both use the plain formulas (see by_hand).
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 
 def by_hand(x: Tensor) -> bool:
-    """Whether these functions serve x better than the plain formulas: in eager training on a CPU."""
+    """Whether to use these functions for x instead of the plain formulas: in eager training on a CPU."""
     return torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -40,9 +40,9 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 class RotateFunction(torch.autograd.Function):
-    """x * cos + swap(x) * sin, swap exchanging the halves of the last axis; x (B, T, H, D) (Su et al. 2021).
+    """x * cos + swap(x) * sin for x (B, T, H, D); swap exchanges the halves of the last axis (Su et al. 2021).
 
-    cos and sin broadcast to x and need no gradient. sin holds the rotation's signs: see positions.rotary_table.
+    cos and sin broadcast to x and get no gradient. sin includes the signs of positions.rotary_table.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The decoder: one GPT that a ModelConfig turns into GPT-2, the original Transformer's decoder, or Qwen3's block.
+"""The decoder: a GPT that ModelConfig makes into GPT-2, the original Transformer's decoder, or Qwen3.
 
 Shapes: B batch, T tokens, C = n_embd, H query heads, H_kv key and value heads, D head width, V vocabulary.
 """
@@ -24,7 +24,7 @@ from kernels.linear_cross_entropy import workspace_bytes
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with a residual; a norm comes before each of them, as in GPT-2."""
+    """Attention and MLP, each with a norm before it and a residual connection around it, as in GPT-2."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -37,9 +37,9 @@ class Block(nn.Module):
         self.checkpointing = False
 
     def forward(self, x: Tensor, *context: Any) -> Tensor:
-        """x (..., C) after the block; context: values, rotary and segment_ids of CausalSelfAttention.forward."""
+        """Apply the block to x (..., C). context: values, rotary and segment_ids of CausalSelfAttention.forward."""
         if self.checkpointing and torch.is_grad_enabled():
-            # Chen et al. 2016: keep the input, compute the rest again in the backward.
+            # Keep the input only, and recompute the rest in the backward pass (Chen et al. 2016).
             return checkpoint(self.body, x, *context, use_reentrant=False, preserve_rng_state=self.redraws)
         return self.body(x, *context)
 
@@ -49,7 +49,7 @@ class Block(nn.Module):
 
 
 class PostNormBlock(Block):
-    """The original Transformer's block: a norm comes after each sum."""
+    """The original Transformer's block: a norm after each residual sum."""
 
     def body(self, x: Tensor, *context: Any) -> Tensor:
         x = self.attn_norm(self.attn(x, x, *context))
@@ -60,7 +60,7 @@ BLOCKS = {"pre": Block, "post": PostNormBlock}  # by ModelConfig.norm_order
 
 
 class Table(nn.Embedding):
-    """A table of vectors with a role."""
+    """An embedding table with a role."""
 
     def __init__(self, role: str, rows: int, width: int):
         super().__init__(rows, width)
@@ -68,7 +68,7 @@ class Table(nn.Embedding):
 
 
 class Head(nn.Linear):
-    """Logits from the last hidden state."""
+    """The projection of the last hidden state to logits."""
 
     role = HEAD
 
@@ -76,8 +76,8 @@ class Head(nn.Linear):
 class GPT(nn.Module):
     """Tokens in, next-token logits out.
 
-    Raises ValueError where the config has no vocab_size, or a call has more tokens than seq_len or one outside the
-    vocabulary (on a CPU; elsewhere nothing waits to see it), TypeError for arguments of another kind.
+    Raises ValueError if the config has no vocab_size, or for a call with more tokens than seq_len or, on a CPU, with a
+    token outside the vocabulary (other devices do not check). Raises TypeError for arguments of another type.
     """
 
     @checked
@@ -87,7 +87,7 @@ class GPT(nn.Module):
             raise ValueError("ModelConfig.vocab_size must be set to build a model")
         self.config = config
         self.embed = Table(EMBEDDING, config.vocab_size, config.n_embd)
-        # Vaswani et al. scale the embeddings up to the size of sines and cosines of amplitude 1.
+        # Vaswani et al. scale embeddings up to the size of their sines and cosines.
         self.embed_scale = math.sqrt(config.n_embd) if config.position == "sinusoidal" else 1.0
         if config.position == "learned":
             self.position_embed = Table(EMBEDDING, config.seq_len, config.n_embd)
@@ -111,13 +111,13 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw every weight anew, as config.init says.
+        """Draw every weight, by the rule that config.init names.
 
-        gpt2: N(0, 0.02), the projections into the residual stream by a further 1 / sqrt(2 n_layer) (Radford et al.
-        2019). xavier: uniform (Glorot & Bengio 2010), embeddings N(0, 1/C). scaled: N(0, 1 / fan_in), so that
-        activations keep their size at any width (as in muP, Yang et al. 2022), and zeros for the head and for
-        the projections into the residual stream, so that each block starts as the identity and the loss as ln V.
-        Value embeddings and their gates start as zeros in all of them.
+        gpt2: N(0, 0.02), with projections into the residual stream scaled by 1 / sqrt(2 n_layer) (Radford et al.
+        2019). xavier: uniform (Glorot & Bengio 2010), embeddings N(0, 1/C). scaled: N(0, 1 / fan_in), which keeps
+        activations the same size at any width (as in muP, Yang et al. 2022), and zeros for the head and the
+        projections into the residual stream, so that each block starts as the identity and the loss as ln V.
+        Under every rule, value embeddings and their gates start as zeros.
         """
         C, init = self.config.n_embd, self.config.init
         table = {"gpt2": 0.02, "xavier": C**-0.5, "scaled": C**-0.5 if self.config.tied_embeddings else 1.0}[init]
@@ -137,14 +137,8 @@ class GPT(nn.Module):
             else:
                 weight.normal_(std=weight.shape[1] ** -0.5)
 
-    def hidden(
-        self,
-        idx: Tensor,
-        *,
-        positions: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-    ) -> Tensor:
-        """The last block's normalised output (B, T, C): what `logits` reads. Arguments as for forward."""
+    def hidden(self, idx: Tensor, *, positions: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
+        """Compute the last block's normalised output (B, T, C), the input of `logits`. Arguments as for forward."""
         if not torch.compiler.is_compiling():
             check_call(self.config, self.embed.weight, idx, positions, segment_ids)
         _, T = idx.shape
@@ -173,7 +167,7 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def _embedded(self, idx: Tensor) -> Tensor:
-        """Rows of the embedding table, scaled (..., C)."""
+        """Look up scaled embeddings (..., C)."""
         try:
             x = self.embed(idx)
         except IndexError:
@@ -181,29 +175,23 @@ class GPT(nn.Module):
             raise ValueError(f"idx holds a token id outside the vocabulary, 0 to {last}") from None
         return x * self.embed_scale if self.embed_scale != 1.0 else x
 
-    def forward(
-        self,
-        idx: Tensor,
-        *,
-        positions: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-    ) -> Tensor:
-        """Logits (B, T, V) for idx (B, T), int64.
+    def forward(self, idx: Tensor, *, positions: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
+        """Compute logits (B, T, V) for idx (B, T), int64.
 
-        positions (B, T) or (T,): where each token is in its document; by default they count from 0.
-        They choose rows of the position table; ALiBi knows only distances within the row.
-        segment_ids (B, T) int32: tokens attend within their own segment alone.
+        positions (B, T) or (T,): each token's position in its document, by default counted from 0. They choose rows of
+        the position table; ALiBi uses distances within the row instead.
+        segment_ids (B, T) int32: a token attends to tokens of its own segment only.
         """
         return self.logits(self.hidden(idx, positions=positions, segment_ids=segment_ids))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The head: logits (..., V) of hidden (..., C), after the softcap where there is one."""
+        """Apply the head and the softcap, if any: logits (..., V) of hidden (..., C)."""
         if not torch.compiler.is_compiling():
             check_hidden(self.head.weight, hidden)
         return self.read(hidden)
 
     def read(self, hidden: Tensor) -> Tensor:
-        """logits, without its checks."""
+        """Compute `logits` without its checks."""
         logits, cap = self.head(hidden), self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits.float() / cap)
 
@@ -218,10 +206,10 @@ class GPT(nn.Module):
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """Cross entropy in nats per token of targets (B, T), those equal to -100 left out; in fp32.
+        """Compute the cross entropy of targets (B, T) in nats per token, in fp32; targets of -100 do not count.
 
-        It is that of forward's logits, but they are never all in memory: see kernels.linear_cross_entropy, which also
-        explains z_loss and label_smoothing.
+        It equals that of forward's logits, which are never all in memory. kernels.linear_cross_entropy explains z_loss
+        and label_smoothing.
         """
         hidden = self.hidden(idx, positions=positions, segment_ids=segment_ids)  # (B, T, C)
         check_targets(targets, hidden)
@@ -240,20 +228,20 @@ class GPT(nn.Module):
             raise ValueError(f"targets: {error}") from None
 
     def loss_workspace_bytes(self, tokens: int, device: torch.device) -> int:
-        """Bytes that `loss` works in beside its arguments, for so many tokens under the autocast that is on."""
+        """Count the bytes of `loss`'s temporary tensors for this many tokens, under the current autocast."""
         is_cast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if is_cast else self.head.weight.dtype
         return workspace_bytes(tokens, *self.head.weight.shape, dtype, device.type)
 
     @checked
     def checkpoint_activations(self, on: bool = True) -> None:
-        """Whether each block keeps only its input for the backward and computes the rest again."""
+        """Choose whether each block keeps only its input for the backward pass and recomputes the rest."""
         for block in self.blocks:
             block.checkpointing = on
 
     @checked
     def num_parameters(self, *, embeddings: bool = True) -> int:
-        """Weights, shared ones once; embeddings=False leaves out all tables (but not an untied head)."""
+        """Count weights, shared ones once. embeddings=False leaves out all tables, but not an untied head."""
         count = sum(p.numel() for p in self.parameters())
         if not embeddings:
             count -= sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding))
@@ -261,11 +249,11 @@ class GPT(nn.Module):
 
     @checked
     def flops_per_token(self, seq_len: int | None = None, *, training: bool = True) -> float:
-        """Floating-point operations of the matrix products for one token, the mean over rows of seq_len tokens.
+        """Count floating-point operations of matrix products per token, the mean over rows of seq_len tokens.
 
-        Forward: 2 for each weight of a linear layer, and 4 H D for each key that a query sees: (T + 1) / 2 of them on
-        average when causal, fewer under a window. (Counts that take all T keys, as Chowdhery et al. 2022 do in
-        appendix B, are higher.) Training is three times forward. Norms, activations and look-ups are not counted.
+        Forward: 2 for each weight of a linear layer, and 4 H D for each key that a query sees: (T + 1) / 2 keys on
+        average, fewer under a window. (Chowdhery et al. 2022, appendix B, count all T keys.) Training costs three times
+        as many. Norms, activations and look-ups do not count.
         """
         T = self.config.seq_len if seq_len is None else seq_len
         require(1 <= T < 1 << 31, f"seq_len must be at least 1 and below {1 << 31}, not {shown(T)}")

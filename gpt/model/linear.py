@@ -1,6 +1,6 @@
-"""Linear layers with what follows them: an activation, or dropout and the residual sum.
+"""Linear layers fused with an activation, or with dropout and the residual sum.
 
-A decoder puts layers of its own in their place that take the same call (gpt/inference/linear.py).
+A decoder replaces them with layers that take the same arguments (gpt/inference/linear.py).
 """
 
 import torch
@@ -12,7 +12,7 @@ from gpt.model.roles import HIDDEN, RESIDUAL_OUT, VALUE_GATE
 
 
 def activate(h: Tensor, activation: str) -> Tensor:
-    """GELU, ReLU, ReLU^2 (So et al. 2021) or SwiGLU (Shazeer 2020), for which h is the gate and the other half."""
+    """Apply GELU, ReLU, ReLU^2 (So et al. 2021) or SwiGLU (Shazeer 2020), whose gate is the first half of h."""
     if activation == "swiglu":
         gate, up = h.chunk(2, dim=-1)
         return F.silu(gate) * up
@@ -24,7 +24,7 @@ def activate(h: Tensor, activation: str) -> Tensor:
 
 
 class HiddenLinear(nn.Linear):
-    """x W^T + b within a block. row_splits: see gpt.model.roles.Weight."""
+    """x W^T + b within a block. row_splits is explained in gpt.model.roles.Weight."""
 
     role = HIDDEN
 
@@ -41,9 +41,9 @@ class ActivatedLinear(HiddenLinear):
 
 
 class ResidualLinear(nn.Linear):
-    """residual + dropout(x W^T + b): the projections back into the residual stream.
+    """residual + dropout(x W^T + b): a projection into the residual stream.
 
-    Do not read `residual` after the call: a decoder's layers put the sum in its memory.
+    Do not read `residual` after the call: a decoder's layer may overwrite it with the sum.
     """
 
     role = RESIDUAL_OUT
@@ -57,6 +57,6 @@ class ResidualLinear(nn.Linear):
 
 
 class ValueGate(nn.Linear):
-    """How much of the value embeddings each head takes."""
+    """The share of the value embeddings in each head's values."""
 
     role = VALUE_GATE

@@ -7,7 +7,7 @@ from gpt.model.linear import ActivatedLinear, ResidualLinear
 
 
 class MLP(nn.Module):
-    """residual + W2 activation(W1 x), with dropout before the sum."""
+    """residual + dropout(W2 activation(W1 x))."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -8,7 +8,7 @@ from gpt.model.cpu_autograd import RMSNormFunction, by_hand
 
 
 class RMSNorm(nn.RMSNorm):
-    """Zhang & Sennrich 2019. The weight is taken in the input's dtype, for which a GPU has a fused kernel."""
+    """Zhang & Sennrich 2019. The weight is cast to the input's dtype, so that a GPU can use its fused kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
@@ -18,7 +18,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def make_norm(config: ModelConfig, width: int) -> nn.Module:
-    """RMSNorm or LayerNorm (Ba et al. 2016)."""
+    """Make the RMSNorm or LayerNorm (Ba et al. 2016) that a config asks for."""
     if config.norm == "rmsnorm":
         return RMSNorm(width, eps=config.norm_eps)
     return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)

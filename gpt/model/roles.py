@@ -1,7 +1,7 @@
-"""What a weight is for, said by the module that holds it: what initialisation and the optimizers need to know.
+"""Roles of weights, for initialisation and the optimizers.
 
-A module with a matrix has a `role`: EMBEDDING (a table of vectors), VALUE_EMBEDDING and VALUE_GATE, HIDDEN (a matrix
-within a block), RESIDUAL_OUT (one back into the residual stream) or HEAD. Biases and the weights of norms are vectors.
+A module with a matrix has a `role`: EMBEDDING (a table of vectors), VALUE_EMBEDDING, VALUE_GATE, HIDDEN (a matrix
+within a block), RESIDUAL_OUT (a projection into the residual stream) or HEAD. Biases and norm weights are VECTORs.
 """
 
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ TABLES = (EMBEDDING, VALUE_EMBEDDING)
 
 
 class Weight(NamedTuple):
-    """A parameter, its name in its module, and what the module says of it.
+    """A parameter, its name in its module, its role, and how it splits.
 
-    row_splits: rows of the blocks that it is made of, as a fused projection's queries, keys and values; None: one.
+    row_splits: the rows of each of its blocks, such as queries, keys and values; None: it is one block.
     """
 
     parameter: nn.Parameter
@@ -27,7 +27,7 @@ class Weight(NamedTuple):
 
 
 def weights_of(model: nn.Module) -> Iterator[Weight]:
-    """Every parameter once, in the order of named_parameters. A tied head is its embedding table."""
+    """Yield every parameter once, in the order of named_parameters. A tied head counts as its embedding table."""
     seen = set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
