@@ -1,7 +1,7 @@
-"""Rows of tokens that grow: a model with the keys and values of what each row holds so far.
+"""A model that extends rows of tokens, with a cache of their keys and values.
 
-A step runs the model's own modules (GPT.run) on a few tokens, with linear layers prepared for them and with attention
-to the cache in the place of the model's own.
+A step runs the model's own modules (GPT.run) on new tokens, with linear layers prepared for few rows and with attention
+to the cache.
 """
 
 import functools
@@ -29,11 +29,11 @@ from gpt.inference.quantize import Int8Linear
 from gpt.inference.step_graph import StepGraphs, can_record
 from gpt.model import GPT
 
-TILES = (8, 4, 2)  # rows computed together when batch-invariant, the first that serves
+TILES = (8, 4, 2)  # rows computed together when batch-invariant: the first size that gives all rows equal bits
 
 
 def _plainly(method: Callable) -> Callable:
-    """No gradients, and no autocast: the decoder's weights have their dtype already."""
+    """Run a method without gradients and autocast: the decoder's weights have their dtype already."""
 
     @functools.wraps(method)
     def wrapped(self, *args, **kwargs):
@@ -54,25 +54,25 @@ class Snapshot(NamedTuple):
 
 
 class Decoder:
-    """B rows, each with tokens of its own length, at most `capacity` of them and no more than the model's context.
+    """B independent rows of up to `capacity` tokens each, and no more than the model's context.
 
-    lengths: how many tokens each row holds. Rows do not see one another. Token i of a row is at position i.
-    Logits are float32. Weights (on a CPU mostly copied, in a faster layout) and masks are taken when the decoder is
-    made: later changes of the model are not seen. Dropout is never applied.
+    lengths: how many tokens each row has. Token i of a row is at position i. Logits are float32. The decoder takes
+    weights (on a CPU mostly copied, in a faster layout) and masks when it is created, and does not see later changes of
+    the model. Dropout is never applied.
 
-    dtype: of matrices and cache; by default autocast's where that is on, else the model's. The residual stream and the
-    norms stay in the model's own dtype, as under autocast.
-    quantize: "int8" for 8-bit weights (gpt/inference/quantize.py), with bfloat16 as the default dtype.
-    batch_invariant: a row's logits are the same bits whatever other rows there are, for equal calls on that row;
-    for that, rows go through the matrices in tiles of one size, and through attention one by one.
-    cuda_graphs: on a GPU a step of few tokens is recorded as a CUDA graph the third time that it has the same shape,
-    and from then on replayed, unless batch-invariant.
-    overrun: a row may be fed so many tokens past capacity and context, along with others that have room. Their logits
-    mean nothing, and the row must be truncated before it goes on.
+    dtype: of matrices and cache; by default autocast's if it is on, else the model's. The residual stream and the norms
+    keep the model's own dtype, as under autocast.
+    quantize: "int8" for 8-bit weights (gpt/inference/quantize.py); the default dtype is then bfloat16.
+    batch_invariant: a row's logits have the same bits whatever the other rows are, if the calls on that row are equal:
+    rows go through the matrices in tiles of one size, and through attention one by one.
+    cuda_graphs: on a GPU, record a step of few tokens as a CUDA graph the third time it has the same shape, then replay
+    it; never when batch-invariant.
+    overrun: how many tokens a row may be fed past capacity and context, along with rows that have room. Their logits
+    are meaningless, and the row must be truncated before it is used again.
 
-    Of a block whose mask is a sliding window the cache holds some 2 * window + 320 tokens of a row, however long it
-    grows; under any other mask it holds them all. Raises ValueError where a row would pass the capacity or the context,
-    and for masks that check_masks refuses.
+    For a block whose mask is a sliding window the cache holds about 2 * window + 320 tokens of a row, however long it
+    grows; under any other mask it holds the whole row. Raises ValueError if a row would pass the capacity or the
+    context, and UserError for masks that check_masks refuses.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Decoder:
         overrun: int = 0,
     ):
         if quantize not in (None, "int8"):
-            raise ValueError(f"quantize is int8 or None, not {quantize!r}")
+            raise ValueError(f"quantize must be int8 or None, not {quantize!r}")
         config, self.device = model.config, model.embed.weight.device
         if dtype is None and torch.is_autocast_enabled(self.device.type):
             dtype = torch.get_autocast_dtype(self.device.type)
@@ -130,34 +130,34 @@ class Decoder:
 
     @_plainly
     def prefill(self, row: int, tokens: Sequence[int]) -> Tensor:
-        """Append tokens, one at least, to one row; logits (V,) after the last of them."""
+        """Append one token or more to a row; returns logits (V,) after the last."""
         new = torch.tensor([list(tokens)], dtype=torch.int64, device=self.device)
         if new.shape[1] == 0:
-            raise ValueError("prefill takes one token or more")
+            raise ValueError("prefill needs one token or more")
         for chunk in new.split(CHUNK, dim=1):
             hidden = self._hidden(chunk, self._next(range(row, row + 1), chunk.shape[1]))
         return self._read(hidden[-1:])[0]
 
     @_plainly
     def step(self, tokens: Tensor) -> Tensor:
-        """Append tokens (B, T) int64, T to each row; logits (B, T, V) after each of them."""
+        """Append T tokens to each row, (B, T) int64; returns logits (B, T, V) after each."""
         B, T = tokens.shape
         if B != len(self._lengths):
-            raise ValueError(f"step takes tokens of {len(self._lengths)} rows, not {B}")
+            raise ValueError(f"step needs tokens for {len(self._lengths)} rows, not {B}")
         if T > CHUNK:
             return torch.cat([self.step(chunk) for chunk in tokens.split(CHUNK, dim=1)], dim=1)
         if self._graphs is not None and T <= FEW:
             return self._graphs.step(tokens, self._advance(range(B), T))
         if not self._batch_invariant:
             return self._logits(tokens, range(B), B)
-        # Several tokens of one row are as many rows of a matrix, whatever other rows there are.
+        # T > 1 tokens of one row already make T matrix rows, so the tile is 1.
         tile = self._tile if T == 1 else 1
         return torch.cat(
             [self._logits(tokens[i : i + tile], range(i, min(i + tile, B)), tile) for i in range(0, B, tile)]
         )
 
     def _logits(self, tokens: Tensor, rows: range, tile: int) -> Tensor:
-        """Logits of these rows' tokens (R, T), computed as `tile` rows."""
+        """Compute logits of these rows' tokens (R, T), padded to `tile` rows."""
         R, T = tokens.shape
         hidden = self._hidden(F.pad(tokens, (0, 0, 0, tile - R)) if R < tile else tokens, self._next(rows, T, tile - R))
         return self._read(hidden).view(tile, T, -1)[:R]
@@ -188,7 +188,7 @@ class Decoder:
         return [lengths, *([n - start for n, start in zip(lengths, each)] for each in starts)]
 
     def _read(self, hidden: Tensor) -> Tensor:
-        """The head: logits (M, V), float32, of hidden (M, C)."""
+        """Apply the head: logits (M, V), float32, of hidden (M, C)."""
         return self._model.read(hidden).float()
 
     @_plainly
@@ -196,7 +196,7 @@ class Decoder:
         """Cut a row to `length` tokens. Raises ValueError if its window has moved past them: see SLACK."""
         old = self._lengths[row]
         if not 0 <= length <= old:
-            raise ValueError(f"row {row} has {old} tokens and cannot be cut to {length}")
+            raise ValueError(f"row {row} has {old} tokens, so it cannot be cut to {length}")
         for cache in self._caches:
             cache.check_holds(row, length)
         for cache in self._caches:

@@ -1,8 +1,9 @@
-"""From prompts to text: samples decoded together in a batch that they join and leave as they begin and end."""
+"""From prompts to text: a batch of samples, which join it and leave it at any step."""
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import isnan
 
 import torch
@@ -23,10 +24,10 @@ from gpt.model import GPT
 class Piece:
     """One generated token of sample number `sample` of prompt number `prompt`.
 
-    text: what the token completes; never half a character nor a part of a stop string, so it may be empty. logprob: the
-    natural log of the token's probability under the model itself, before penalty, bias, temperature and filters.
-    The last piece of a sample has token None, whatever text was held back, and the finish_reason: "length", "stop" (a
-    stop string or token), "end" (the document token), or "interrupted".
+    text: the text that the token completes. It may be empty, because part of a character or of a stop string is held
+    back. logprob: the natural log of the token's probability under the model, before penalty, bias, temperature and
+    filters. A sample's last piece has no token, any text held back, and a finish_reason: "length", "stop" (a stop
+    string or token), "end" (the document token) or "interrupted".
     """
 
     prompt: int
@@ -38,9 +39,9 @@ class Piece:
 
 
 class Generation(Iterator[Piece]):
-    """The pieces of all samples as they come.
+    """An iterator over the pieces of all samples, as they are generated.
 
-    proposed, accepted: tokens that speculation proposed so far, and how many of them the model took.
+    proposed, accepted: how many tokens speculative decoding has proposed, and how many the model accepted.
     """
 
     def __init__(self, pieces: Iterator[Piece], state: "_State") -> None:
@@ -50,7 +51,7 @@ class Generation(Iterator[Piece]):
         return next(self._pieces)
 
     def stop(self) -> None:
-        """End every sample that has begun, with finish_reason "interrupted", and begin no other."""
+        """End the samples that have begun, with finish_reason "interrupted", and begin no others."""
         self._state.stopped = True
 
     @property
@@ -64,7 +65,7 @@ class Generation(Iterator[Piece]):
 
 @dataclass
 class _State:
-    """What a Generation and its generator share; a reference back would keep the generator alive."""
+    """State shared by a Generation and its generator, which must not refer back: that would keep both alive."""
 
     stopped: bool = False
     proposed: int = 0
@@ -81,18 +82,18 @@ def generate(
     draft: GPT | None = None,
     done: Collection[tuple[int, int]] = (),
 ) -> Generation:
-    """Continue each prompt num_samples times, yielding pieces as they come; the prompts themselves are not repeated.
+    """Continue each prompt num_samples times; yields pieces as they are generated, without the prompts.
 
     The text of sample j of prompt i is "".join(p.text for p in generate(...) if (p.prompt, p.sample) == (i, j)). An
-    empty prompt starts from the tokenizer's start token. draft: a smaller model with the same tokenizer that proposes
-    tokens. done: samples (i, j) to leave out. The models are put into eval mode while it runs, and put back. Raises
-    UserError, at once, for a prompt with a character that the tokenizer lacks or without room in the context, a token
-    that does not exist, options that contradict each other, and a model whose masks look ahead.
+    empty prompt starts from the tokenizer's start token. draft: a smaller model with the same tokenizer, which proposes
+    tokens. done: samples (i, j) to skip. Dropout is never applied. Raises UserError at once for a prompt that the
+    tokenizer cannot encode or that leaves no room in the context, an unknown token, options that contradict each other,
+    and a model whose masks look ahead.
     """
     config = config or SamplingConfig()
     for kind, each in (("model", model), ("draft", draft or model)):
         tokenizer.check_table(each.config.vocab_size, f"this {kind}")
-    # Special tokens that text does not begin with may be without rows.
+    # The models may have no rows for special tokens that never begin a text.
     vocab_size = min(tokenizer.vocab_size, model.config.vocab_size, (draft or model).config.vocab_size)
     require(draft is None or config.speculate is None, "a draft model and speculate contradict each other: give one")
     speculative = draft is not None or config.speculate is not None
@@ -116,11 +117,12 @@ def generate(
     for each in (model, draft or model):
         check_masks(each, min(each.config.seq_len, _longest(jobs)))
     state = _State()
-    return Generation(_generate(state, model, draft, jobs, config, ends, bias, vocab_size), state)
+    make_drawer = partial(_Drawer, model, draft, jobs, config, bias, vocab_size)
+    return Generation(_generate(state, make_drawer, jobs, ends), state)
 
 
 def room_for(prompt: Sequence[int], config: SamplingConfig, context: int) -> int:
-    """How many tokens to generate. UserError where prompt and tokens pass the context and config.rolling is off."""
+    """Return how many tokens to generate. Raises UserError if they do not fit the context, unless config.rolling."""
     wanted = config.max_new_tokens or (500 if config.rolling else max(1, context - len(prompt)))
     if len(prompt) + wanted > context and not config.rolling:
         raise UserError(
@@ -131,13 +133,13 @@ def room_for(prompt: Sequence[int], config: SamplingConfig, context: int) -> int
 
 
 def _longest(jobs: Collection["_Sample"]) -> int:
-    """Tokens of the longest text that will be made."""
+    """Return the length of the longest text, in tokens."""
     return max((len(job.prompt_tokens) + job.left for job in jobs), default=0)
 
 
 @dataclass
 class _Sample:
-    """A sample on its way. text: all its tokens; the first `prompt_tokens` are the prompt's, `left` are to come."""
+    """A sample being generated. text: its tokens so far, the prompt's first; left: how many are to come."""
 
     prompt: int
     sample: int
@@ -150,10 +152,10 @@ class _Sample:
 
     def __post_init__(self) -> None:
         self.text = list(self.prompt_tokens)
-        self._seen, self._known = None, 0  # (V,) bool, which of the text's first tokens it knows
+        self._seen, self._known = None, 0  # (V,) bool, and how many of the text's tokens it includes
 
     def seen_of(self, vocab_size: int) -> Tensor:
-        """(V,) bool: the tokens that the text holds; what it has grown by is added."""
+        """Return which tokens the text contains, (V,) bool."""
         if self._seen is None:
             self._seen = torch.zeros(vocab_size, dtype=torch.bool)
         self._seen[self.text[self._known :]] = True
@@ -165,19 +167,19 @@ class _Sample:
 
 
 class _Reader:
-    """A decoder whose rows follow samples' texts, each from an offset on where the text is longer than the context.
+    """A decoder whose rows hold the samples' texts, or the end of a text that is longer than the context.
 
-    behind: how many of a text's last tokens the rows do not hold yet when a step begins. The prompt that was read last
-    is kept for as long as other samples of it are to come: they need not read it again.
+    behind: how many of a text's last tokens its row does not hold yet when a step begins. The last prompt's keys and
+    values are kept while more samples of it are to come.
     """
 
     def __init__(self, decoder: Decoder, rows: int, vocab_size: int, behind: int, device: torch.device) -> None:
         self.decoder, self.vocab_size, self.behind, self.device = decoder, vocab_size, behind, device
         self._starts = [0] * rows
-        self._kept: Snapshot | None = None  # of a row that has read the prompt of the sample that begins next
+        self._kept: Snapshot | None = None  # a row with the prompt of the next sample
 
     def begin(self, row: int, prompt: list[int], is_last: bool) -> None:
-        """Let a row follow a new sample. is_last: the sample that begins next has another prompt."""
+        """Assign a new sample to a row. is_last: the next sample has another prompt."""
         self._starts[row] = max(0, len(prompt) - self.decoder.capacity)
         if self._kept is not None:
             self.decoder.restore(row, self._kept)
@@ -192,9 +194,9 @@ class _Reader:
             self._kept = self.decoder.snapshot(row)
 
     def follow(self, texts: Sequence[list[int]], ahead: Sequence[int] | None = None) -> list[int]:
-        """Make each row hold its text but the last `behind` tokens; for each, how many more than the text still fit.
+        """Bring each row up to its text less `behind` tokens; returns how many tokens still fit after each text.
 
-        A text that, with `ahead` more tokens, has outgrown the row is read again from its newer half on.
+        If a text and `ahead` more tokens outgrow a row, the row starts again from the text's newer half.
         """
         capacity, lengths, room = self.decoder.capacity, self.decoder.lengths, []
         for row, text in enumerate(texts):
@@ -211,7 +213,7 @@ class _Reader:
         return room
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Logits (B, T, V) after each of tokens (B, T)."""
+        """Append tokens (B, T); returns logits (B, T, V) after each."""
         return self.decoder.step(tokens.to(self.device))[..., : self.vocab_size].to(tokens.device)
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -220,7 +222,7 @@ class _Reader:
 
 
 class _Drawer:
-    """One step of all rows: proposals if there are any, the model's logits, and the tokens drawn."""
+    """Draws the next tokens of all rows: proposals if any, the model's logits, and draws from them."""
 
     def __init__(
         self, model: GPT, draft: GPT | None, jobs: Sequence[_Sample], config: SamplingConfig, bias, vocab_size
@@ -229,7 +231,7 @@ class _Drawer:
         self.device = _sampling_device(model)
         longest = _longest(jobs)
         self.count = (config.draft_tokens or 4) if draft is not None or config.speculate is not None else 0
-        # How many tokens a step has, and with that its bits, would depend on what is proposed to other rows.
+        # Other rows' proposals decide how many tokens a step has, and so its bits.
         alone = config.batch_invariant and self.count > 0
         self.rows = 1 if alone else min(config.batch_size, len(jobs))
         self.reader = self._reader(model, longest, behind=1)
@@ -243,7 +245,7 @@ class _Drawer:
         return _Reader(decoder, self.rows, self.vocab_size, behind, model.embed.weight.device)
 
     def begin(self, row: int, jobs: deque[_Sample]) -> _Sample:
-        """Let a row follow the next sample, which is taken from the jobs."""
+        """Take the next sample from the jobs and assign it to a row."""
         sample = jobs.popleft()
         is_last = not jobs or jobs[0].prompt_tokens != sample.prompt_tokens
         for reader in filter(None, (self.reader, self.draft)):
@@ -255,12 +257,12 @@ class _Drawer:
             reader.keep(rows)
 
     def next_tokens(self, samples: Sequence[_Sample], state: _State) -> list[list[tuple[int, float]]]:
-        """The tokens that come next in each sample, at least one, with their log-probabilities."""
+        """Draw each sample's next tokens, at least one, with their log-probabilities."""
         texts = [sample.text for sample in samples]
         seeds = torch.tensor([[sample.seed] for sample in samples])  # (B, 1)
         seen = self._seen(samples)
         room = self.reader.follow(texts)
-        # What this row has room for, not its neighbours, or they would change it: rows without room are fed as many.
+        # Limit proposals by this row's own room, so that neighbours cannot change its text; Decoder.overrun allows it.
         counts = [min(n, sample.left - 1, self.count) for n, sample in zip(room, samples)]
         proposals = self._propose(samples, texts, seeds, seen, counts)
         fed = torch.tensor([text[-1:] for text in texts], device=self.device)
@@ -282,11 +284,11 @@ class _Drawer:
             state.accepted += sum(counts) - len(counts)
         logprobs = logits.float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1).tolist()
         if any(isnan(value) for row in logprobs for value in row):
-            raise UserError("the model's logits are not finite: its weights are of no use, train it again")
+            raise UserError("the model's logits are not finite: its weights are unusable, train it again")
         return [list(zip(row[:n], values[:n])) for row, values, n in zip(tokens.tolist(), logprobs, counts)]
 
     def _propose(self, samples, texts, seeds: Tensor, seen: Tensor | None, lengths: list[int]) -> Proposals | None:
-        """At most lengths[b] tokens for each sample; None if there is nothing to propose."""
+        """Propose at most lengths[b] tokens for each sample; None if no sample gets any."""
         if self.draft is None:
             proposals = propose_by_lookup([sample.lookup for sample in samples], texts, lengths, self.device)
             return proposals if proposals.tokens.shape[1] else None
@@ -298,13 +300,13 @@ class _Drawer:
         return propose_by_model(self.draft.step, self.config, texts, lengths, seeds, self.bias, seen, self.device)
 
     def _seen(self, samples: Sequence[_Sample]) -> Tensor | None:
-        """(B, 1, V) bool: the tokens that each text holds; None without a repetition penalty."""
+        """Return which tokens each text contains, (B, 1, V) bool; None without a repetition penalty."""
         if self.config.repetition_penalty == 1:
             return None
         return torch.stack([sample.seen_of(self.vocab_size) for sample in samples]).unsqueeze(1).to(self.device)
 
     def _seen_along(self, seen: Tensor, proposed: Tensor) -> Tensor:
-        """(B, K + 1, V): what the texts hold, with 0 to K of their proposed tokens (B, K)."""
+        """Return which tokens the texts contain with 0 to K of their proposals (B, K): (B, K + 1, V)."""
         seen = seen.repeat(1, proposed.shape[1] + 1, 1)
         for t, tokens in enumerate(proposed.unbind(1), start=1):
             seen[:, t:].scatter_(2, tokens.view(-1, 1, 1).expand(-1, seen.shape[1] - t, 1), True)
@@ -313,18 +315,12 @@ class _Drawer:
 
 @torch.inference_mode()
 def _generate(
-    state: _State,
-    model: GPT,
-    draft: GPT | None,
-    jobs: deque[_Sample],
-    config: SamplingConfig,
-    ends: dict[int, str],
-    bias: Tensor | None,
-    vocab_size: int,
+    state: _State, make_drawer: Callable[[], _Drawer], jobs: deque[_Sample], ends: dict[int, str]
 ) -> Iterator[Piece]:
+    """Yield the pieces of all jobs."""
     if not jobs:
         return
-    drawer = _Drawer(model, draft, jobs, config, bias, vocab_size)
+    drawer = make_drawer()
     live = [drawer.begin(row, jobs) for row in range(drawer.rows)]
     while live and not state.stopped:
         done = []
@@ -344,7 +340,7 @@ def _generate(
 
 
 def _pieces(sample: _Sample, tokens: Sequence[tuple[int, float]], ends: dict[int, str]) -> Iterator[Piece]:
-    """A sample's pieces for the tokens that a step gave it; those behind its end are dropped."""
+    """Yield a sample's pieces for a step's tokens, and drop the tokens after its end."""
     for token, logprob in tokens:
         if token in ends:
             yield sample.finished(ends[token])
@@ -358,6 +354,6 @@ def _pieces(sample: _Sample, tokens: Sequence[tuple[int, float]], ends: dict[int
 
 
 def _sampling_device(model: GPT) -> torch.device:
-    """Where tokens are drawn: on the model's device, except that mps has no float64."""
+    """Return the device on which tokens are drawn: the model's, except that mps has no float64."""
     device = model.embed.weight.device
     return torch.device("cpu") if device.type == "mps" else device

@@ -1,6 +1,6 @@
-"""A linear layer's weights, prepared once for products with a few rows at a time: what generating text needs.
+"""Linear layers for generating text: their weights are laid out once for products with few rows.
 
-With one row a product reads each weight once and does little with it, so the weights' layout decides its speed.
+A product with one row reads each weight once and does little with it, so the layout decides its speed.
 """
 
 import torch
@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from gpt.model.linear import activate
 
-SMALL = 600_000  # weights of a matrix
-# oneDNN's names for our activations: (name, algorithm). swiglu and relu2 are not among them.
+SMALL = 600_000  # most weights of a small matrix
+# oneDNN's (name, algorithm) for our activations. It has neither swiglu nor relu2.
 _FUSED = {"relu": ("relu", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 
 
 class PlainLinear:
     """activation(x W^T + b) + residual, for x (M, K), W (N, K), residual (M, N) of any dtype, in W's dtype.
 
-    The weights are the layer's own where they have the dtype already. The result may take residual's memory.
+    Shares the weights of a layer in this dtype. The result may overwrite residual.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
@@ -33,14 +33,14 @@ class PlainLinear:
 
 
 class TransposedLinear(PlainLinear):
-    """W^T stored row by row, a copy."""
+    """A copy of the weights, with W^T contiguous."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__(weight.t().contiguous().t(), bias)
 
 
 class PackedLinear(PlainLinear):
-    """Weights in the blocks that oneDNN reads, a copy; activation and sum are done while a block is at hand."""
+    """A copy of the weights in oneDNN's blocks; the product includes the activation or the sum."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int):
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
@@ -61,7 +61,7 @@ class PackedLinear(PlainLinear):
 
 
 class MklLinear(PlainLinear):
-    """Weights in the blocks that MKL reads for products of exactly `rows` rows, a copy; others take the layer's own."""
+    """A copy of the weights in MKL's blocks for products of exactly `rows` rows; others use the layer's own."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int):
         self.weight, self.bias, self.dtype, self.rows = weight.contiguous(), bias, weight.dtype, rows
@@ -76,7 +76,7 @@ class MklLinear(PlainLinear):
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether this torch and processor have oneDNN's packed product for the weight's dtype."""
+    """Whether this build of torch and this processor have oneDNN's packed product for the weight's dtype."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
@@ -87,13 +87,12 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def prepare_linear(layer: nn.Linear, dtype: torch.dtype, rows: int) -> PlainLinear:
-    """The layer for products with about `rows` rows.
+    """Choose a layout for products with about `rows` rows.
 
-    Which layout is taken depends on shape, dtype and rows alone, never on a timing, so that bits repeat. Measured on
-    two cores of a Xeon with AVX-512: bfloat16 packed by oneDNN, always. In float32 one row takes a wide layer
-    transposed (a fifth less time for GPT-2's head) and others as they are; from two rows on, small matrices are packed
-    by MKL (at 384 wide and 8 rows a fifth less time than transposed, a third less than as they are) and from four on
-    large ones by oneDNN (half, at 768).
+    It depends on shape, dtype and rows alone, never on a timing, so that bits repeat. The rules were measured on two
+    cores of a Xeon with AVX-512. bfloat16: oneDNN always. float32, one row: a wide layer is transposed (a fifth less
+    time for GPT-2's head). float32, two rows or more: small matrices are packed by MKL (at 384 wide and 8 rows a fifth
+    less time than transposed, a third less than plain); from four rows on, large ones by oneDNN (half, at 768).
     """
     weight = layer.weight.detach().to(dtype)
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)

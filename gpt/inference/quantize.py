@@ -1,8 +1,8 @@
-"""Weights as 8-bit integers with one scale for each output channel; activations stay as they are (W8A16).
+"""8-bit integer weights with one scale for each output channel; activations are not quantised (W8A16).
 
-A row of W is rounded to multiples of its largest magnitude / 127, symmetric about zero: the vector-wise scheme of
-LLM.int8() (Dettmers et al. 2022, https://arxiv.org/abs/2208.07339) for the weights alone. A step of decoding reads each
-weight once, so a quarter of the bytes of fp32 is where the speed comes from.
+Each row of W is rounded to multiples of its largest magnitude / 127, symmetric about zero: the vector-wise scheme of
+LLM.int8() (Dettmers et al. 2022, https://arxiv.org/abs/2208.07339), for weights only. A decoding step reads each weight
+once, so it is faster because weights have a quarter of fp32's bytes.
 """
 
 import torch
@@ -13,17 +13,17 @@ from gpt.inference.linear import PlainLinear
 from gpt.model.linear import activate
 
 LEVELS = 127
-# torch's product with int8 weights reads whole vectors: with other widths it reads past the end, and may crash.
+# torch's int8 product reads whole vectors: for other widths it reads past the end, and may crash.
 VECTOR = 32
-# Up to this many rows torch's own product is taken; with more of them, unpacking the weights first costs less.
+# Most rows for torch's int8 product; with more, it costs less to unpack the weights first.
 FEW_ROWS = 16
 BLOCK = 2048  # output channels unpacked at a time
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 (N, K) and scale (N,) of the weight's device with weight ~ int8 * scale; an error of half a scale at most.
+    """Split a weight into int8 (N, K) and scale (N,) with weight ~ int8 * scale, to within half a scale.
 
-    Scales are float32 with bfloat16's digits, so that a bfloat16 product takes them without another rounding.
+    Scales are float32 values that bfloat16 can represent, so that a bfloat16 product does not round them again.
     """
     largest = weight.detach().float().abs().amax(dim=1)
     scale = (
@@ -33,7 +33,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Int8Linear(PlainLinear):
-    """As PlainLinear, with int8 weights; x and the result in `dtype`."""
+    """PlainLinear with int8 weights; x and the result are in `dtype`."""
 
     def __init__(self, layer: nn.Linear, dtype: torch.dtype):
         weight, scale = quantize_weight(layer.weight.detach())
@@ -57,7 +57,7 @@ class Int8Linear(PlainLinear):
         return y if residual is None else residual.add_(y)
 
     def _unpacked(self, x: Tensor) -> Tensor:
-        """x W^T, a block of channels at a time, so that no more than a block is ever held in full width."""
+        """Compute x W^T block by block of channels, so that only one block is unpacked at a time."""
         weight = self.weight[:, : self.in_features]
         y = x.new_empty(x.shape[0], weight.shape[0])
         for start in range(0, weight.shape[0], BLOCK):

@@ -1,7 +1,7 @@
-"""Speculative decoding: cheap proposals for the next tokens, judged by the model in one step.
+"""Speculative decoding: cheap proposals for the next tokens, which the model judges in one step.
 
-Whatever proposes, the text has the distribution that the model alone would give it, filters included (Leviathan et
-al. 2023; Chen et al. 2023); with temperature 0 it is the same text.
+The text has exactly the distribution of the model alone, filters included, whatever proposes (Leviathan et al. 2023;
+Chen et al. 2023). At temperature 0 it is the same text.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +15,10 @@ from gpt.inference.sampling import ACCEPT, PROPOSE, TOKEN, SamplingConfig, distr
 
 @dataclass(frozen=True)
 class Proposals:
-    """K proposed tokens for each of B rows. lengths (B,): how many of a row's are meant, the rest is padding.
+    """Up to K proposed tokens for each of B rows.
 
-    tokens (B, K) int64. probs (B, K, V): the distributions that they were drawn from; None where they were not drawn.
+    tokens (B, K) int64, padded; lengths (B,): how many of each row are proposals. probs (B, K, V): the distributions
+    that they were drawn from; None if they were not drawn.
     """
 
     tokens: Tensor
@@ -26,16 +27,16 @@ class Proposals:
 
 
 def judge(target: Tensor, proposals: Proposals, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens that drawn proposals and the model's distributions give: (B, K + 1), and how many of each row's count.
+    """Accept or refuse drawn proposals: returns tokens (B, K + 1), and how many of each row count (B,).
 
-    target (B, K + 1, V): the model's distribution after each of 0 to K proposals. seeds (B, 1) and positions (B, K + 1)
-    of the tokens to be found, on the CPU.
+    target (B, K + 1, V): the model's distributions after 0 to K proposals. seeds (B, 1) and positions (B, K + 1), on
+    the CPU, are those of the returned tokens.
     """
     K = proposals.tokens.shape[1]
     own, accepting = (uniforms(seeds, positions, stream).to(target.device) for stream in (TOKEN, ACCEPT))
     p, q = (x.gather(-1, proposals.tokens.unsqueeze(-1)).squeeze(-1) for x in (target[:, :K], proposals.probs))
     accepted = _leading((accepting[:, :K] * q < p), proposals.lengths)  # (B,)
-    # Where one was refused, the rest of the model's distribution that the proposal did not cover; else all of it.
+    # After a refusal, draw from what the proposal did not cover of the model's distribution; else from all of it.
     row = torch.arange(len(target), device=target.device)
     p = target[row, accepted]  # (B, V)
     covered = torch.where(
@@ -49,31 +50,31 @@ def judge(target: Tensor, proposals: Proposals, seeds: Tensor, positions: Tensor
 
 
 def agreeing(tokens: Tensor, proposals: Proposals) -> Tensor:
-    """How many of the model's own tokens (B, K + 1) count (B,), where proposals were not drawn.
+    """Count the model's own tokens (B, K + 1) that agree with proposals that were not drawn, and the one after: (B,).
 
-    A proposal x is accepted with probability p(x), as by the general rule with q(x) = 1, and the tokens are those that
-    would have been drawn without any proposal.
+    A proposal x is accepted with probability p(x), the general rule for q(x) = 1, and the tokens are those drawn
+    without speculation.
     """
     return _leading(tokens[:, :-1] == proposals.tokens, proposals.lengths) + 1
 
 
 def _leading(accepted: Tensor, lengths: Tensor) -> Tensor:
-    """How many of each row's first `lengths` flags (B, K) are set before one is not."""
+    """Count the flags (B, K) that are set before the first that is not, of each row's first `lengths`."""
     inside = torch.arange(accepted.shape[1], device=accepted.device) < lengths.unsqueeze(1)
     return (accepted & inside).long().cumprod(1).sum(1)
 
 
 class Ngrams:
-    """What followed the last few tokens of a text where they stood before (prompt lookup decoding, Saxena 2023)."""
+    """Looks up what followed a text's last tokens earlier in it (prompt lookup decoding, Saxena 2023)."""
 
-    LENGTHS = (4, 3, 2)  # the longest that is found is taken
+    LENGTHS = (4, 3, 2)  # the longest match counts
 
     def __init__(self) -> None:
-        self._after: dict[tuple[int, ...], int] = {}  # where the text goes on after the latest of these n-grams
+        self._after: dict[tuple[int, ...], int] = {}  # the position after an n-gram's latest occurrence
         self._known = 0
 
     def propose(self, text: Sequence[int], count: int) -> list[int]:
-        """At most count tokens that may follow text, which must be the text of the call before and something more."""
+        """Propose at most count tokens to follow a text, which must begin with the previous call's."""
         for end in range(max(self._known, 1), len(text)):
             for n in self.LENGTHS:
                 if n <= end:
@@ -89,7 +90,7 @@ class Ngrams:
 def propose_by_lookup(
     lookups: Sequence[Ngrams], texts: Sequence[Sequence[int]], lengths: Sequence[int], device
 ) -> Proposals:
-    """Proposals of at most lengths[b] tokens for each text; K is the longest row's."""
+    """Propose at most lengths[b] tokens for each text by lookup. K is the longest proposal's."""
     found = [lookup.propose(text, n) for lookup, text, n in zip(lookups, texts, lengths)]
     width = max(map(len, found))
     padded = [row + [0] * (width - len(row)) for row in found]
@@ -107,11 +108,11 @@ def propose_by_model(
     seen: Tensor | None,
     device: torch.device,
 ) -> Proposals:
-    """At most lengths[b] tokens for each text, drawn one by one from a draft model; at temperature 0 the likeliest.
+    """Propose at most lengths[b] tokens for each text, drawn one by one from a draft model, or at temperature 0 taken.
 
-    step: appends tokens (B, T) to the draft's rows, which hold each text but its last two tokens; gives logits
-    (B, T, V). seeds (B, 1) on the CPU; bias (V,) and seen (B, 1, V) as for `distribution`. A text of one token must
-    have length 0: what its row is fed means nothing.
+    step: appends tokens (B, T) to the draft's rows, which hold each text less its last two tokens, and returns logits
+    (B, T, V). seeds (B, 1), on the CPU; bias (V,) and seen (B, 1, V) as for `distribution`. For a text of one token,
+    lengths must be 0, since its row is fed a placeholder.
     """
     positions = torch.tensor([[len(text)] for text in texts])
     feed, tokens, probs = torch.tensor([[text[0], *text][-2:] for text in texts], device=device), [], []

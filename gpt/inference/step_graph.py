@@ -1,4 +1,4 @@
-"""A decoder's step as a CUDA graph: recorded once, then replayed as one launch instead of some hundred."""
+"""A decoder's step as a CUDA graph: recorded once, then replayed in one launch instead of a hundred."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -7,20 +7,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-WARM_UP = 2  # steps that run as they are, in which kernels are compiled and libraries set up
+WARM_UP = 2  # first steps that are not recorded: they compile kernels and set up libraries
 
 
 class _Recorded(NamedTuple):
     replay: Callable[[], None]
-    tokens: Tensor  # (B, T), where the graph reads them
-    where: Tensor  # (N, B), likewise
-    logits: Tensor  # (B, T, V), where it leaves them
+    tokens: Tensor  # (B, T), read by the graph
+    counts: Tensor  # (N, B), read by the graph
+    logits: Tensor  # (B, T, V), written by the graph
 
 
 class StepGraphs:
-    """run(tokens (B, T), where (N, B)) -> logits (B, T, V), replayed from the third call with one shape on.
+    """Replays run(tokens (B, T), counts (N, B)) -> logits (B, T, V) from the third call with the same shape on.
 
-    run must launch the same kernels on the same addresses at every call, except for its arguments and its result.
+    Each call of run must launch the same kernels on the same addresses, except for its arguments and its result.
     """
 
     def __init__(self, run: Callable[[Tensor, Tensor], Tensor]):
@@ -28,13 +28,13 @@ class StepGraphs:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all graphs: what they read or write is about to move."""
+        """Drop all graphs. Call it before the tensors that they use move."""
         self._recorded: dict[torch.Size, _Recorded] = {}
         self._times: Counter[torch.Size] = Counter()
 
-    def step(self, tokens: Tensor, where: list[list[int]]) -> Tensor:
-        """Logits of tokens (B, T); where: N times a number for each row, on the host."""
-        shape, at = tokens.shape, torch.tensor(where)
+    def step(self, tokens: Tensor, counts: list[list[int]]) -> Tensor:
+        """Compute logits (B, T, V) of tokens (B, T). counts: N lists of a number for each row."""
+        shape, at = tokens.shape, torch.tensor(counts)
         self._times[shape] += 1
         if self._times[shape] <= WARM_UP:
             return self._run(tokens, at.to(tokens.device))
@@ -42,13 +42,13 @@ class StepGraphs:
             self._recorded[shape] = self._record(tokens.clone(), at.to(tokens.device))
         graph = self._recorded[shape]
         graph.tokens.copy_(tokens)
-        graph.where.copy_(at)
+        graph.counts.copy_(at)
         graph.replay()
         return graph.logits.clone()
 
-    def _record(self, tokens: Tensor, where: Tensor) -> _Recorded:
-        replay, logits = record(lambda: self._run(tokens, where))
-        return _Recorded(replay, tokens, where, logits)
+    def _record(self, tokens: Tensor, counts: Tensor) -> _Recorded:
+        replay, logits = record(lambda: self._run(tokens, counts))
+        return _Recorded(replay, tokens, counts, logits)
 
 
 def can_record(device: torch.device) -> bool:
@@ -56,7 +56,7 @@ def can_record(device: torch.device) -> bool:
 
 
 def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Record what run launches, without running it: how to replay it, and where its result will then be."""
+    """Record run's launches without executing them; returns a function that replays them, and their result's tensor."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = run()

@@ -1,4 +1,4 @@
-"""Text to show while tokens are still coming: whole characters only, and no part of a stop string."""
+"""Text to show while tokens are generated: whole characters, and no part of a stop string."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,9 @@ from gpt.data.tokenizers import StreamDecoder, Tokenizer
 
 
 class TextStream:
-    """Text from tokens as they come: whole characters, and nothing that is, or may yet become, a stop string.
+    """Decodes tokens to whole characters, and holds back what is, or may become, a stop string.
 
-    ended: whether a stop string came. Of several, the one that is complete first counts.
+    ended: whether a stop string has appeared. The first to be complete counts.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
@@ -16,11 +16,11 @@ class TextStream:
         self._held, self.ended = "", False
 
     def push(self, token: int) -> str:
-        """The text that may now be shown."""
+        """Add a token; returns the text that may now be shown."""
         return self._show(self._decoder.push(token))
 
     def flush(self) -> str:
-        """What is left at the end."""
+        """Return the text held back at the end."""
         return self._show(self._decoder.flush()) + ("" if self.ended else self._held)
 
     def _show(self, text: str) -> str:
