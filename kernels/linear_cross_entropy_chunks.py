@@ -54,10 +54,12 @@ def _chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     N, V = x.shape[0], weight.shape[0]
     rows = chunk_rows(N, V, x.element_size(), x.device.type)
     # Rows begin at multiples of 64 elements, whatever V is: products and kernels read 16 bytes at a time.
-    buffer = _empty(rows, -(-V // 64) * 64, like=x)[:, :V]
+    buffer = _empty(rows, -(-V // 64) * 64, like=x)
+    # oneDNN's bfloat16 product with AMX reads a row up to a multiple of 32: NaN there would reach dx.
+    buffer[:, V:] = 0
     for begin in range(0, N, rows):
         at = slice(begin, min(begin + rows, N))
-        logits = buffer[: at.stop - begin]
+        logits = buffer[: at.stop - begin, :V]
         yield at, torch.mm(x[at], weight.t(), out=logits)
 
 
