@@ -3,6 +3,7 @@
 import base64
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import tiktoken
@@ -15,7 +16,8 @@ import gpt
 from gpt.config import PRESETS, ModelConfig
 from gpt.data.tokenizers import DOCUMENT, BPETokenizer, CharTokenizer, load_tokenizer
 from gpt.errors import UserError, run_command
-from gpt.interop.export import CLASSES, Arguments, export, main
+from gpt.interop import export as export_module
+from gpt.interop.export import CLASSES, FITS, Arguments, export, family_of, main
 from gpt.interop.hf_tokenizer import (
     read_hf_tokenizer,
     read_tiktoken,
@@ -366,3 +368,13 @@ def test_overwrite_takes_a_link_to_a_checkpoint(tiny_run, tmp_path):
     (tmp_path / "real/config.json").write_text("{}")
     assert status_of(tiny_run, tmp_path / "link", "--overwrite") == 0
     assert (tmp_path / "real/model.safetensors").exists()
+
+
+def test_an_option_that_no_family_is_known_to_have_is_refused(monkeypatch):
+    """A new option is never dropped without a word: its default alone is exported until a family is said to have it."""
+    fits = {family: {k: v for k, v in rules.items() if k != "activation"} for family, rules in FITS.items()}
+    monkeypatch.setattr(export_module, "FITS", fits)
+    config = ModelConfig(n_layer=1, n_head=2, n_embd=32, seq_len=8, vocab_size=11)
+    assert family_of(GPT(config)) == "qwen3"
+    with pytest.raises(UserError, match=r"qwen3: activation relu2 \(not swiglu\)"):
+        family_of(GPT(replace(config, activation="relu2")))

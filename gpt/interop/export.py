@@ -5,7 +5,7 @@ not need transformers.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,7 +48,10 @@ _LLAMA = {
     "value_embeds": (0,),
     "logit_softcap": _NONE,
 }
-# The option values that each family supports. Families are tried in this order.
+# Options that every family has, or that a trained model no longer needs.
+_COMMON = {"n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_dim", "seq_len", "vocab_size", "rope_theta"}
+_COMMON |= {"norm_eps", "tied_embeddings", "dropout", "init"}
+# The option values that each family supports: without an entry, the default alone. Families are tried in this order.
 FITS: dict[str, dict[str, tuple | None]] = {
     "gpt2": _LLAMA
     | {"position": ("learned",), "norm": ("layernorm",), "activation": ("gelu_tanh", "gelu", "relu", "relu2")},
@@ -83,8 +86,9 @@ class Arguments:
 def misfits(family: str, model: GPT) -> list[str]:
     """List the options of a model that a family lacks."""
     config, found = model.config, []
-    for option, allowed in FITS[family].items():
-        value = getattr(config, option, None)
+    for f in fields(config):
+        option, value = f.name, getattr(config, f.name)
+        allowed = FITS[family].get(option, _ANY if option in _COMMON else (f.default,))
         if allowed is not None and value not in allowed:
             found.append(f"{option} {value} (not {' or '.join(map(str, allowed))})")
     if family == "gpt2" and config.kv_heads != config.n_head:
