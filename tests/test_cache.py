@@ -37,7 +37,7 @@ def stopped_by(block, error: BaseException, journal: bool = False) -> list[str]:
     return names(folder)
 
 
-def test_the_folder_is_the_one_given_or_one_of_the_users(tmp_path, monkeypatch):
+def test_the_cache_folder_is_given_or_in_the_users_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_folder(Path("~/kept")) == tmp_path / "home" / "kept"
@@ -49,14 +49,14 @@ def test_the_folder_is_the_one_given_or_one_of_the_users(tmp_path, monkeypatch):
     assert cache_folder(None) == tmp_path / "home" / ".cache" / "gpt-on-triton"
 
 
-def test_a_user_without_a_home_is_asked_for_a_folder(monkeypatch):
+def test_without_a_home_a_cache_folder_is_required(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     with pytest.raises(UserError, match=r"no home folder .*--cache-dir"):
         cache_folder(None)
 
 
-def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
+def test_a_published_folder_is_whole_or_absent(tmp_path):
     assert stopped_by(publish(tmp_path / "made"), ZeroDivisionError()) == []
     with publish(tmp_path / "made") as work:
         (work / "whole").touch()
@@ -75,7 +75,7 @@ def test_a_folder_that_another_process_published_first_stays(tmp_path):
     assert names(tmp_path / "made") == ["first"]
 
 
-def test_a_file_in_the_folders_place_is_an_error_that_names_the_cache(tmp_path):
+def test_a_file_with_the_folders_name_is_an_error_that_names_the_cache(tmp_path):
     with pytest.raises(UserError, match=f"cannot write to the cache folder {tmp_path} "), publish(tmp_path / "made"):
         (tmp_path / "made").touch()
 
@@ -98,7 +98,7 @@ def refused(cause: Exception) -> UserError:
     ],
     ids=["interrupted", "without-name", "without-journal", "full-disk", "bad-text", "fault"],
 )
-def test_what_can_be_resumed_stays(tmp_path, error, journal, name, stays):
+def test_resumable_work_is_kept(tmp_path, error, journal, name, stays):
     assert stopped_by(unfinished(tmp_path, name), error, journal) == ([".resume-corpus"] if stays else [])
     with unfinished(tmp_path, "corpus") as work:
         assert (work / JOURNAL).exists() == stays
@@ -122,7 +122,7 @@ def test_two_processes_never_share_a_folder(tmp_path):
         assert first.name == ".resume-corpus"
 
 
-def test_a_folder_that_its_holder_removed_meanwhile_is_not_resumed(tmp_path, monkeypatch):
+def test_a_folder_removed_meanwhile_is_not_resumed(tmp_path, monkeypatch):
     """The holder finishes between this process's open and its lock: the lock is then on a folder without a name."""
     real = cache.fcntl.flock
 
@@ -153,7 +153,7 @@ def test_locks_of_the_cache_are_freed(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "days"), [(".writing-x", 1), (".resume-x", 30)])
-def test_what_is_left_goes_after_a_day_or_a_month(tmp_path, monkeypatch, name, days):
+def test_leftovers_are_deleted_after_a_day_or_a_month(tmp_path, monkeypatch, name, days):
     left = tmp_path / name
     left.mkdir()
     for file in WRITTEN:
@@ -180,7 +180,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
     [["notes.txt"], ["content"], [MARK, "content", "notes.txt"], [MARK, "train.tokens/1.txt"]],
     ids=["a-note", "no-mark", "a-note-beside-the-mark", "a-folder"],
 )
-def test_an_old_folder_with_something_of_the_users_stays(tmp_path, monkeypatch, name, files):
+def test_an_old_folder_with_a_user_file_stays(tmp_path, monkeypatch, name, files):
     """Whoever names a folder of theirs as the cache must not lose what has a leftover's name."""
     for file in files:
         (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +193,7 @@ def test_an_old_folder_with_something_of_the_users_stays(tmp_path, monkeypatch, 
     assert contents(tmp_path) == before
 
 
-def test_a_link_with_a_leftovers_name_is_not_followed(tmp_path, monkeypatch):
+def test_a_link_named_like_a_leftover_is_not_followed(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     for file in WRITTEN:
         (tmp_path / "mine" / file).write_text("mine")
@@ -207,14 +207,14 @@ def test_a_link_with_a_leftovers_name_is_not_followed(tmp_path, monkeypatch):
     assert contents(tmp_path) == before
 
 
-def test_what_is_put_into_a_folder_while_it_is_written_stays(tmp_path):
+def test_a_user_file_added_during_writing_stays(tmp_path):
     with unfinished(tmp_path, "corpus") as work:
         for name in (*WRITTEN, "notes.txt"):
             (work / name).write_text("some")
     assert contents(tmp_path) == {".resume-corpus": None, ".resume-corpus/notes.txt": b"some"}
 
 
-def test_a_leftover_that_cannot_be_removed_is_no_error(tmp_path, monkeypatch):
+def test_a_leftover_that_cannot_be_deleted_is_ignored(tmp_path, monkeypatch):
     (tmp_path / ".writing-x").mkdir()
     monkeypatch.setattr(time, "time", lambda: (tmp_path / ".writing-x").stat().st_mtime + 100_000)
     monkeypatch.setattr(os, "rmdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
@@ -222,7 +222,7 @@ def test_a_leftover_that_cannot_be_removed_is_no_error(tmp_path, monkeypatch):
         pass
 
 
-def test_a_write_that_fails_names_the_cache(tmp_path):
+def test_a_failed_write_names_the_cache(tmp_path):
     (tmp_path / "file").touch()
     expected = rf"cannot write to the cache folder {tmp_path}/file \(File exists\): give another with --cache-dir"
     with pytest.raises(UserError, match=expected), writing(tmp_path / "file"):

@@ -38,7 +38,7 @@ def test_one_document_is_split_at_its_tail_without_loss(tmp_path, make, kind):
     assert corpus.sources == ((str(tmp_path / "poem.txt"), len(POEM.encode()), digest),)
 
 
-def test_ascii_is_split_where_everyone_splits_it(tmp_path, make):
+def test_ascii_text_is_split_at_nine_tenths(tmp_path, make):
     """Tiny Shakespeare's split: text[:int(0.9 * n)] and the rest; exactly its characters, no document token."""
     for n in (10, 11, 1115, 1_115_394 // 40):
         text = ("First Citizen:\nBefore we proceed any further, hear me speak.\n" * n)[:n]
@@ -72,7 +72,7 @@ def test_a_split_falls_between_characters_and_leaves_both_sides_some(tmp_path_fa
 
 
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
-def test_document_token_stands_before_the_text_and_not_before_its_tail(tmp_path, make, kind):
+def test_document_token_precedes_the_text_but_not_its_tail(tmp_path, make, kind):
     corpus = make(write(tmp_path / "poem.txt", POEM), kind)
     document = corpus.tokenizer.document_token
     train, val = read_tokens(corpus.train, corpus.tokenizer), read_tokens(corpus.val, corpus.tokenizer)
@@ -89,7 +89,7 @@ def test_bpe_learns_from_the_training_part_alone(tmp_path, make):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_bpe_learns_from_so_much_text_spread_over_all_of_it(tmp_path, make, monkeypatch, packed):
+def test_bpe_learns_from_a_limited_sample_spread_over_the_text(tmp_path, make, monkeypatch, packed):
     seen, build = [], corpus_module.build_tokenizer
 
     def noted(config, texts, **options):
@@ -183,7 +183,7 @@ def fakes(*names: object) -> list[Source]:
     return [Source(str(name), Path("x"), 1, sha256=hashlib.sha256(str(name).encode()).hexdigest()) for name in names]
 
 
-def test_split_is_stable_when_the_corpus_grows_and_seeded():
+def test_split_is_seeded_and_stable_when_the_corpus_grows():
     few, many = held_out(fakes(*range(500))), held_out(fakes(*range(2000)))
     assert few == many & {str(i) for i in range(500)}
     assert 150 < len(many) < 250
@@ -255,19 +255,19 @@ def test_latin1_in_a_folder_is_refused_and_not_left_out(tmp_path, make):
 # --- other bad input --------------------------------------------------------------------------------------------------
 
 
-def test_no_corpus(make):
+def test_a_missing_corpus_option_is_refused(make):
     with pytest.raises(UserError, match=r"no corpus is given.*--corpus"):
         make(())
 
 
 @pytest.mark.parametrize("entry", ["", " "], ids=repr)
-def test_entry_without_a_name(make, entry):
+def test_an_empty_entry_is_refused(make, entry):
     with pytest.raises(UserError, match="has an empty entry"):
         make(entry)
 
 
 @pytest.mark.parametrize("entry", ["missing.txt", "no/such/folder", "no*match", "ftp://host/file", "\0", "x" * 5000])
-def test_missing_path(make, entry):
+def test_a_missing_path_is_refused(make, entry):
     with pytest.raises(UserError, match=r"does not exist|leads to no text file|cannot read"):
         make(entry)
 
@@ -278,7 +278,7 @@ def test_empty_file_names_it(tmp_path, make):
 
 
 @pytest.mark.parametrize("content", [b" \n\t\r\n ", codecs.BOM_UTF8, "\u3000\u2028".encode()], ids=repr)
-def test_nothing_but_blanks_is_empty(tmp_path, make, content):
+def test_white_space_alone_is_refused(tmp_path, make, content):
     with pytest.raises(UserError, match="is empty: it holds nothing but white space"):
         make(write(tmp_path / "blank.txt", content))
     assert list((tmp_path / "cache" / "corpora").iterdir()) == []
@@ -290,7 +290,7 @@ def test_one_character_cannot_be_split(tmp_path, make, kind):
         make(write(tmp_path / "text", "日"), kind)
 
 
-def test_folder_without_text(tmp_path, make):
+def test_a_folder_without_text_is_refused(tmp_path, make):
     (tmp_path / "texts").mkdir()
     with pytest.raises(UserError, match="leads to no text file"):
         make(tmp_path / "texts")
@@ -309,7 +309,7 @@ def test_pipe_is_refused(tmp_path, make):
 
 
 @pytest.mark.parametrize("entry", ["file", "folder"])
-def test_unreadable_path(tmp_path, make, monkeypatch, entry):
+def test_an_unreadable_path_is_refused(tmp_path, make, monkeypatch, entry):
     """Tests may run as root, whom no mode stops: the refusal is put in by hand."""
     path = write(tmp_path / "texts" / "secret.txt", "text")
 
@@ -321,7 +321,7 @@ def test_unreadable_path(tmp_path, make, monkeypatch, entry):
         make(path if entry == "file" else path.parent)
 
 
-def test_unreadable_subfolder_is_not_passed_over(tmp_path, make, monkeypatch):
+def test_an_unreadable_subfolder_is_refused(tmp_path, make, monkeypatch):
     write(tmp_path / "texts" / "a.txt", "text")
     write(tmp_path / "texts" / "sub" / "b.txt", "text")
     scandir = os.scandir
@@ -350,7 +350,7 @@ def test_unknown_character_names_file_and_position(tmp_path, make, monkeypatch):
         make(tmp_path / "texts", fixed=fixed)
 
 
-def test_file_that_changes_while_it_is_read(tmp_path, make):
+def test_a_file_that_changes_while_being_read_is_refused(tmp_path, make):
     path = write(tmp_path / "text", POEM)
 
     def change(what, done, total):

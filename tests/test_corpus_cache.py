@@ -38,7 +38,7 @@ def test_second_run_opens_what_the_first_made(tmp_path, make, kind, monkeypatch)
     assert make(moved, kind).sources[0][0] == str(moved)
 
 
-def test_whatever_decides_the_tokens_is_in_the_key(tmp_path, make):
+def test_the_cache_key_depends_on_everything_that_decides_the_tokens(tmp_path, make):
     path = write(tmp_path / "poem.txt", POEM)
     folder = folder_of(tmp_path / "texts", 5)
     several = (folder, path)
@@ -90,7 +90,7 @@ prepare(DataConfig((sys.argv[1],), Path(sys.argv[2])), TokenizerConfig("char"), 
 """
 
 
-def test_killed_process_leaves_no_half_cache_and_is_cleared_away(tmp_path, make):
+def test_a_killed_process_leaves_no_partial_cache(tmp_path, make):
     path, cache = write(tmp_path / "poem.txt", POEM), tmp_path / "cache"
     done = subprocess.run([sys.executable, "-c", KILLED, path, cache])
     assert done.returncode == 9
@@ -101,7 +101,7 @@ def test_killed_process_leaves_no_half_cache_and_is_cleared_away(tmp_path, make)
 
 
 @pytest.mark.parametrize(("name", "days"), [(".writing-x", 1), (".resume-x", 30)])
-def test_what_killed_processes_left_is_cleared_away(tmp_path, make, name, days):
+def test_leftovers_of_killed_processes_are_deleted(tmp_path, make, name, days):
     left = tmp_path / "cache" / "corpora" / name
     for file in (MARK, "train.tokens"):
         write(left / file, "half of it")
@@ -194,7 +194,7 @@ def files_of(corpus) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
 @pytest.mark.parametrize("form", ["text", "folder", "jsonl"])
-def test_a_killed_process_is_gone_on_with(tmp_path, make, monkeypatch, killed, kind, form):
+def test_the_next_call_continues_a_killed_process(tmp_path, make, monkeypatch, killed, kind, form):
     text = POEM * 8
     if form == "text":
         path = write(tmp_path / "poem.txt", text)
@@ -219,7 +219,7 @@ def test_a_killed_process_is_gone_on_with(tmp_path, make, monkeypatch, killed, k
     assert files_of(make(path, kind)) == files
 
 
-def test_a_process_that_is_killed_itself(tmp_path, make, monkeypatch, small):
+def test_the_next_call_continues_after_a_real_kill(tmp_path, make, monkeypatch, small):
     rows = "".join(json.dumps({"text": f"{i} {POEM[i : i + 90]}"}) + "\n" for i in range(200))
     path = write(tmp_path / "x.jsonl", rows)
     fresh, all_characters = encoded_by(make, monkeypatch, path, "bpe")
@@ -233,7 +233,7 @@ def test_a_process_that_is_killed_itself(tmp_path, make, monkeypatch, small):
 
 
 @pytest.mark.parametrize("damage", ["journal", "tokens", "short", "missing", "group"])
-def test_a_damaged_unfinished_folder_is_begun_anew(tmp_path, make, monkeypatch, killed, damage):
+def test_a_damaged_unfinished_folder_starts_over(tmp_path, make, monkeypatch, killed, damage):
     path = write(tmp_path / "poem.txt", POEM * 8)
     left, journal = killed(path, "byte")
     tokens = left / "train.tokens"
@@ -271,7 +271,7 @@ def test_an_interrupt_after_a_part_keeps_it(tmp_path, make, monkeypatch, small):
     assert "".join(sides(corpus)) == POEM * 8
 
 
-def test_two_runs_at_once(tmp_path, make):
+def test_two_runs_at_once_do_not_disturb_each_other(tmp_path, make):
     """Another process finishes the same corpus while this one is writing: its folder stays, this one's goes."""
     path, inner, at_work = write(tmp_path / "poem.txt", POEM), [], []
 
@@ -301,7 +301,7 @@ def test_two_runs_at_once(tmp_path, make):
         if (name, damage) != ("corpus.json", "flipped")  # a changed count is a count
     ],
 )
-def test_damaged_cache_is_made_again(tmp_path, make, caplog, name, damage):
+def test_a_damaged_cache_is_rebuilt(tmp_path, make, caplog, name, damage):
     path = write(tmp_path / "poem.txt", POEM)
     file = make(path, "byte").directory / name
     content = file.read_bytes()
@@ -316,7 +316,7 @@ def test_damaged_cache_is_made_again(tmp_path, make, caplog, name, damage):
 
 
 @pytest.mark.parametrize("kind", ["text", "tokens"])
-def test_a_damaged_folder_with_a_file_of_the_users_is_refused(tmp_path, make, kind):
+def test_a_damaged_folder_with_a_user_file_is_refused(tmp_path, make, kind):
     path = write(tmp_path / "poem.txt", POEM) if kind == "text" else llm_c(tmp_path / "train.bin")
     folder = make(path, "byte").directory
     write(folder / "notes.txt", "mine")
@@ -331,7 +331,7 @@ def test_a_damaged_folder_with_a_file_of_the_users_is_refused(tmp_path, make, ki
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])
-def test_cache_that_cannot_be_written(tmp_path, place):
+def test_an_unwritable_cache_is_refused(tmp_path, place):
     """A file is where the folder should be, which stops root too."""
     write(tmp_path / "file", "in the way")
     text = write(tmp_path / "poem.txt", POEM)

@@ -102,7 +102,7 @@ def test_download_stops_at_the_size_limit(server, make, tmp_path, monkeypatch, p
     assert list((tmp_path / "cache" / "downloads").iterdir()) == []
 
 
-def test_no_server(server, make):
+def test_an_unreachable_server_is_reported(server, make):
     url = f"{server.url}/text"
     server.shutdown()
     server.server_close()
@@ -111,7 +111,7 @@ def test_no_server(server, make):
 
 
 @pytest.mark.parametrize("url", ["http://", "http://[", "https://exa mple/x", "http://127.0.0.1:99999/x"])
-def test_impossible_url(make, url, monkeypatch):
+def test_an_invalid_url_is_refused(make, url, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     with pytest.raises(UserError, match="cannot download"):
         make(url)
@@ -155,7 +155,7 @@ def piped(monkeypatch):
     return lambda content: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
 
 
-def test_stdin_is_a_text_kept_by_its_content(make, tmp_path, piped, monkeypatch):
+def test_stdin_is_cached_by_its_content(make, tmp_path, piped, monkeypatch):
     monkeypatch.setattr(downloads, "_CHUNK", 100)
     made = []
     for _ in range(2):
@@ -168,13 +168,13 @@ def test_stdin_is_a_text_kept_by_its_content(make, tmp_path, piped, monkeypatch)
     assert (kept / "content").read_text() == POEM
 
 
-def test_stdin_joins_other_text(make, piped, tmp_path):
+def test_stdin_can_be_combined_with_files(make, piped, tmp_path):
     piped(b"from the pipe")
     corpus = make(("-", write(tmp_path / "x.txt", "from a file")), "byte")
     assert [name for name, *_ in corpus.sources] == ["stdin", str(tmp_path / "x.txt")]
 
 
-def test_stdin_that_gives_no_text(make, piped, tmp_path, monkeypatch):
+def test_stdin_without_text_is_refused(make, piped, tmp_path, monkeypatch):
     piped(b"")
     with pytest.raises(UserError, match="the corpus -, stdin, is empty"):
         make("-")
@@ -256,7 +256,7 @@ def test_a_dataset_is_streamed_once(make, hub, spec, asked, tmp_path):
     assert [json.loads(line) for line in (kept / "content").open()] == [{"text": text} for text in TEXTS]
 
 
-def test_a_dataset_is_read_no_further_than_the_cap(make, hub):
+def test_reading_a_dataset_stops_at_the_cap(make, hub):
     found = hub([{"body": "x" * 10} for _ in range(10_000)])
     corpus = make("hf:name", "byte", text_field="body", max_corpus_bytes=105)
     assert corpus.train_bytes + corpus.val_bytes == 100
@@ -290,7 +290,7 @@ def test_a_misspelt_dataset_is_refused(make, spec):
         make(spec)
 
 
-def test_the_limit_is_the_configs_unless_another_is_given(tmp_path, monkeypatch):
+def test_the_default_limit_is_the_configs(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     for fetch, source in ((download, ["http://["]), (spool_stdin, [])):
         with pytest.raises(UserError):

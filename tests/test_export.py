@@ -64,7 +64,7 @@ def random_tokens() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_in_transformers_and_back(tmp_path, case):
+def test_logits_are_equal_in_transformers_and_after_reading_back(tmp_path, case):
     family, options = CASES[case]
     model = make_model(family, **options)
     assert export(model, BYTE, tmp_path) == family
@@ -132,7 +132,7 @@ def test_learned_norms_do_not_go_into_nanochat(tmp_path):
         export(make_model(activation="relu2", logit_softcap=2.0), BYTE, tmp_path / "out")
 
 
-def test_the_end_of_a_text_is_the_document_token_in_a_folder_that_is_made(tmp_path):
+def test_an_export_makes_its_folder_and_ends_text_with_the_document_token(tmp_path):
     export(make_model(), BYTE, tmp_path / "new/folder")
     ends = json.loads((tmp_path / "new/folder/generation_config.json").read_text())
     assert ends == {"bos_token_id": 256, "eos_token_id": 256}
@@ -209,7 +209,7 @@ def test_special_tokens(pairs):
         assert again.specials == ours.specials and (again.token_bytes == ours.token_bytes).all()
 
 
-def test_what_is_read_back_is_the_same_kind(pairs, tmp_path):
+def test_reading_back_gives_the_same_kind(pairs, tmp_path):
     for name, (ours, _, again) in pairs.items():
         assert type(again) is type(ours), name
         again.save(tmp_path / "tokenizer.json")
@@ -223,7 +223,7 @@ def test_nfc_survives_saving(tmp_path):
     assert loaded.fingerprint == COMPOSED.fingerprint != with_pattern(PATTERNS["cl100k"]).fingerprint
 
 
-def test_gpt2_as_others_write_it(tmp_path):
+def test_gpt2_as_other_programs_write_it(tmp_path):
     """ByteLevel with its own pattern, merges of strings, the document token among the tokens, another name for it."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -330,7 +330,7 @@ def test_command(tiny_run, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-def test_overwrite_spares_what_is_no_checkpoint(tiny_run, tmp_path, capsys):
+def test_overwrite_spares_other_files(tiny_run, tmp_path, capsys):
     runs = tmp_path / "runs"
     shutil.copytree(tiny_run, runs / "mine")
     assert status_of(runs / "mine", runs, "--overwrite") == 2

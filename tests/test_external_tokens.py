@@ -44,7 +44,7 @@ KINDS = {"nanogpt": nanogpt, "llm.c": llm_c, "llm.c-uint32": llama}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_are_mapped_where_they_are(tmp_path, make, kind):
+def test_files_are_mapped_in_place(tmp_path, make, kind):
     folder = tmp_path / "data"
     KINDS[kind](folder / "train.bin")
     KINDS[kind](folder / "val.bin", IDS[:500])
@@ -78,7 +78,7 @@ def test_files_of_a_glob_are_joined_in_order(tmp_path, make):
 
 
 @pytest.mark.parametrize("cuts", [1, 3])
-def test_without_validation_files_the_tail_validates(tmp_path, make, cuts):
+def test_without_validation_files_the_tail_is_for_validation(tmp_path, make, cuts):
     for i, part in enumerate(np.array_split(IDS, cuts)):
         nanogpt(tmp_path / f"{i}.bin", part)
     corpus = make(tmp_path / "*.bin", "byte", val_fraction=0.5)
@@ -87,7 +87,7 @@ def test_without_validation_files_the_tail_validates(tmp_path, make, cuts):
     assert len(train) == len(IDS) // 2
 
 
-def test_parts_are_an_array_to_the_loader(tmp_path):
+def test_parts_support_what_loaders_need(tmp_path):
     whole = np.arange(1000, dtype=np.uint16) % 250
     parts = TokenParts([whole[:1], whole[1:400], whole[400:410], whole[410:].astype(np.uint32)])
     assert (len(parts), parts.shape, parts.dtype) == (1000, (1000,), np.uint32)
@@ -183,7 +183,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_files_say_what_is_wrong(tmp_path, make, case):
+def test_bad_files_are_refused_with_the_reason(tmp_path, make, case):
     spoil, message = BAD[case]
     spoil(tmp_path / "x.bin")
     with pytest.raises(UserError, match=message) as caught:
@@ -213,7 +213,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_what_only_has_the_name_of_token_ids_is_refused(tmp_path, kind):
+def test_other_content_named_bin_is_refused(tmp_path, kind):
     """Two letters are an id of gpt2's, and so are the halves of a wider id."""
     content, message = OTHERS[kind]
     with pytest.raises(UserError, match=rf"x.bin is not a token file of uint16 ids: it holds {message}"):
@@ -221,7 +221,7 @@ def test_what_only_has_the_name_of_token_ids_is_refused(tmp_path, kind):
 
 
 @pytest.mark.parametrize("ids", [MANY, MANY % 65, MANY % 300, MANY % 7, [640, *MANY], [0x8B1F, *MANY]], ids=range(6))
-def test_ids_of_any_vocabulary_are_taken(tmp_path, ids):
+def test_ids_of_any_vocabulary_are_accepted(tmp_path, ids):
     assert external_tokens.look_at(nanogpt(tmp_path / "x.bin", ids)).tokens == len(ids)
 
 
@@ -237,7 +237,7 @@ def test_a_tokenizer_must_be_named(tmp_path, make, kind):
             make(corpus, kind)
 
 
-def test_what_goes_with_no_token_file(tmp_path, make):
+def test_options_and_sources_that_exclude_token_files_are_refused(tmp_path, make):
     path, text = nanogpt(tmp_path / "data_train.bin"), write(tmp_path / "x.txt", POEM)
     with pytest.raises(UserError, match=r"x\.txt is text, and others are token files"):
         make((path, text), "byte")
@@ -247,7 +247,7 @@ def test_what_goes_with_no_token_file(tmp_path, make):
         make(nanogpt(tmp_path / "v_val.bin"), "byte")
 
 
-def test_tokens_are_no_text_to_score(tmp_path):
+def test_token_files_cannot_be_scored(tmp_path):
     from gpt.evaluation.command import Arguments, main
 
     with pytest.raises(UserError, match="hold no text to score"):
@@ -312,7 +312,7 @@ def test_a_mixture_reads_several_files(packing):
     assert all(a.equal(b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_a_token_file_that_is_gone(tmp_path):
+def test_a_missing_token_file_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"cannot read the token file .*gone.bin: No such file"):
         external_tokens.look_at(tmp_path / "gone.bin")
 

@@ -52,7 +52,7 @@ CODE = {
 
 
 @pytest.mark.parametrize("case", CODE)
-def test_text_that_only_begins_as_json_does_is_text(tmp_path, case, caplog):
+def test_text_that_only_starts_like_json_is_text(tmp_path, case, caplog):
     assert documents_of(write(tmp_path / "x.txt", CODE[case])) == [CODE[case]]
     assert documents_of(write(tmp_path / "folder/x.txt", CODE[case]).parent) == [CODE[case]]
     assert caplog.text == ""
@@ -120,7 +120,7 @@ BINARY = {
 @pytest.mark.parametrize("errors", ["strict", "replace"])
 @pytest.mark.parametrize("name", ["x.txt", "x", "x.json"])
 @pytest.mark.parametrize("kind", BINARY)
-def test_binary_is_never_text(tmp_path, make, kind, name, errors):
+def test_binary_files_are_refused(tmp_path, make, kind, name, errors):
     content, message = BINARY[kind]
     with pytest.raises(UserError, match=message) as caught:
         make(write(tmp_path / name, content), "byte", encoding_errors=errors)
@@ -128,14 +128,14 @@ def test_binary_is_never_text(tmp_path, make, kind, name, errors):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in BINARY if kind not in ("twice", "parquet.gz")])
-def test_binary_is_left_out_of_a_folder(tmp_path, make, kind, caplog):
+def test_binary_files_in_a_folder_are_left_out(tmp_path, make, kind, caplog):
     write(tmp_path / "texts/a.txt", POEM)
     write(tmp_path / "texts/b", BINARY[kind][0])
     assert names(make(tmp_path / "texts"), tmp_path / "texts") == ["a.txt"]
     assert "left out 0 hidden and 1 binary files" in caplog.text
 
 
-def test_parquet_by_its_content(tmp_path):
+def test_parquet_is_recognized_by_its_content(tmp_path):
     assert documents_of(write(tmp_path / "x.txt", parquet_of())) == TEXTS
     assert documents_of(write(tmp_path / "folder/x", parquet_of()).parent) == TEXTS
 
@@ -143,7 +143,7 @@ def test_parquet_by_its_content(tmp_path):
 @pytest.mark.parametrize("errors", ["strict", "replace"])
 @pytest.mark.parametrize("packing", ["", ".gz"])
 @pytest.mark.parametrize("chunk", [7, 1 << 20])
-def test_nuls_that_come_late_are_not_text(tmp_path, monkeypatch, errors, packing, chunk):
+def test_late_nuls_are_refused(tmp_path, monkeypatch, errors, packing, chunk):
     """As in a file that was not written to its end."""
     monkeypatch.setattr(readers, "_CHUNK", chunk)
     text = "plain words\n" * 1000
@@ -160,7 +160,7 @@ def test_a_single_nul_is_text(tmp_path):
     assert documents_of(write(tmp_path / "x.txt", text)) == [text]
 
 
-def test_utf16_is_refused_even_where_bytes_are_replaced(tmp_path):
+def test_utf16_is_refused_even_with_replacement(tmp_path):
     path = write(tmp_path / "x.txt", POEM.encode("utf-16"))
     with pytest.raises(UserError, match="looks like UTF-16"):
         documents_of(path)
@@ -179,7 +179,7 @@ def test_latin1_is_refused_or_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("content", [LINES.encode(), gzip.compress(json.dumps(ROWS).encode())], ids=["lines", "gz"])
-def test_stdin_is_read_by_its_content(tmp_path, monkeypatch, content):
+def test_stdin_is_recognized_by_its_content(tmp_path, monkeypatch, content):
     class Stdin:
         buffer = io.BytesIO(content)
 

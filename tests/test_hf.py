@@ -12,7 +12,7 @@ from tests.hf_checks import CASES, checkpoint, checkpoints, edit, make_theirs, r
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_are_those_of_transformers(checkpoints, case):
+def test_logits_equal_those_of_transformers(checkpoints, case):
     theirs, folder = checkpoints(case)
     ours = gpt.from_hf(folder, device="cpu")
     assert not ours.training
@@ -31,7 +31,7 @@ def test_sharded_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("case", ["gpt2", "llama"])
-def test_names_without_the_prefix_and_old_tables(checkpoints, checkpoint, case):
+def test_names_without_prefix_and_old_tables_are_read(checkpoints, checkpoint, case):
     """As the released GPT-2 has them: the bare decoder's names, the causal masks among the weights."""
     folder = checkpoint(case)
     prefix = "transformer." if case == "gpt2" else "model."
@@ -42,14 +42,14 @@ def test_names_without_the_prefix_and_old_tables(checkpoints, checkpoint, case):
     torch.testing.assert_close(gpt.from_hf(folder, device="cpu")(random_tokens()), expected, atol=1e-4, rtol=1e-5)
 
 
-def test_rope_theta_as_it_used_to_be_spelt(checkpoints, checkpoint):
+def test_the_older_form_of_rope_theta_is_read(checkpoints, checkpoint):
     folder = checkpoint("llama")
     edit(folder, rope_parameters="delete", rope_theta=500.0, rope_scaling=None)
     expected = checkpoints("llama")[0](random_tokens()).logits
     torch.testing.assert_close(gpt.from_hf(folder, device="cpu")(random_tokens()), expected, atol=1e-4, rtol=1e-5)
 
 
-def test_layers_with_a_window_as_they_used_to_be_counted(checkpoint):
+def test_the_older_form_of_window_layers_is_read(checkpoint):
     folder = checkpoint("qwen3-window")
     edit(folder, layer_types="delete", max_window_layers=1)
     config = gpt.from_hf(folder, device="cpu").config
@@ -57,7 +57,7 @@ def test_layers_with_a_window_as_they_used_to_be_counted(checkpoint):
 
 
 @pytest.mark.parametrize("case", ["gpt2", "qwen3"])
-def test_a_shorter_context(checkpoints, case):
+def test_a_shorter_context_cuts_the_position_table(checkpoints, case):
     theirs, folder = checkpoints(case)
     ours = gpt.from_hf(folder, seq_len=10, device="cpu")
     assert ours.config.seq_len == 10
@@ -65,7 +65,7 @@ def test_a_shorter_context(checkpoints, case):
     torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=1e-4, rtol=1e-5)
 
 
-def test_a_learned_table_does_not_grow(checkpoints):
+def test_a_longer_context_than_the_learned_table_is_refused(checkpoints):
     with pytest.raises(UserError, match="has 24 learned positions: seq_len 25 is too long"):
         gpt.from_hf(checkpoints("gpt2")[1], seq_len=25)
 
@@ -102,14 +102,14 @@ def test_a_learned_table_does_not_grow(checkpoints):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_what_does_not_fit_is_refused(checkpoint, case, changes, message):
+def test_unsupported_checkpoints_are_refused(checkpoint, case, changes, message):
     folder = checkpoint(case)
     edit(folder, **changes)
     with pytest.raises(UserError, match=message):
         gpt.from_hf(folder, device="cpu")
 
 
-def test_all_that_does_not_fit_is_listed(checkpoint):
+def test_all_unsupported_options_are_listed(checkpoint):
     folder = checkpoint("gpt2")
     edit(folder, scale_attn_weights=False, add_cross_attention=True, activation_function="mish")
     with pytest.raises(UserError, match=r"scale_attn_weights False.*add_cross_attention True.*activation 'mish'"):
@@ -135,7 +135,7 @@ def test_damaged_files_are_refused(checkpoint):
         gpt.from_hf(folder)
 
 
-def test_by_name_only_json_and_safetensors_are_asked_for(checkpoints, monkeypatch):
+def test_a_name_downloads_only_json_and_safetensors(checkpoints, monkeypatch):
     import huggingface_hub
 
     asked = []
@@ -149,7 +149,7 @@ def test_by_name_only_json_and_safetensors_are_asked_for(checkpoints, monkeypatc
     assert asked == [("openai-community/gpt2", ["*.json", "*.safetensors"])]
 
 
-def test_a_name_that_cannot_be_had(monkeypatch):
+def test_a_name_that_cannot_be_downloaded_is_reported(monkeypatch):
     import huggingface_hub
 
     def refuse(*args, **kwargs):

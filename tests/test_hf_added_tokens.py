@@ -59,7 +59,7 @@ def test_added_tokens_that_are_not_special_are_found_in_any_text(tmp_path, norma
     ],
     ids=str,
 )
-def test_the_configs_own_changes_are_refused(tmp_path, settings, message):
+def test_changes_by_the_tokenizer_config_are_refused(tmp_path, settings, message):
     content = copy.deepcopy(TRAINED) | {"added_tokens": [added(DOCUMENT, 600, special=True)]}
     with pytest.raises(UserError, match=re.escape(message)):
         read(tmp_path, content, **settings)
@@ -67,14 +67,14 @@ def test_the_configs_own_changes_are_refused(tmp_path, settings, message):
     assert read(tmp_path, content, add_prefix_space=False, added_tokens_decoder=same).document_token == 600
 
 
-def test_a_token_that_the_configuration_calls_special_is_so(tmp_path):
+def test_the_configuration_makes_tokens_special(tmp_path):
     content = copy.deepcopy(TRAINED) | {"added_tokens": [added("<x>", 600)]}
     flags = {"content": "<x>", "special": True, "lstrip": False}
     ours = read(tmp_path, content, added_tokens_decoder={"600": flags})
     assert ours.specials == {"<x>": 600} and 600 not in ours.encode("a<x>")
 
 
-def test_the_older_file_of_added_tokens(tmp_path):
+def test_the_older_file_of_added_tokens_is_read(tmp_path):
     """transformers adds what it names, unless tokenizer_config.json names them."""
     content = copy.deepcopy(TRAINED) | {"added_tokens": [added("<x>", 600)]}
     (tmp_path / "added_tokens.json").write_text('{"<x>": 600, "<y>": 601}')

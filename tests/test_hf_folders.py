@@ -28,7 +28,7 @@ def theirs_of(folder):
 
 
 @pytest.mark.parametrize("family", DEFAULTS)
-def test_what_a_config_leaves_out_means_what_transformers_takes_it_for(family):
+def test_defaults_equal_those_of_transformers(family):
     theirs = transformers.CONFIG_MAPPING[family]()
     ours = {key: value for key, value in DEFAULTS[family].items() if value is not None and hasattr(theirs, key)}
     if "sliding_window" in ours and not getattr(theirs, "use_sliding_window", True):
@@ -40,7 +40,7 @@ TIED = ("gpt2", "llama-bias-tied", "qwen2")
 
 
 @pytest.mark.parametrize("case", TIED)
-def test_a_head_other_than_the_tied_table_is_kept(checkpoint, case, caplog):
+def test_a_head_that_differs_from_the_tied_table_is_kept(checkpoint, case, caplog):
     folder = checkpoint(case)
     with_weights(folder, **{"lm_head.weight": torch.randn(61, 32, generator=torch.Generator().manual_seed(2))})
     ours = gpt.from_hf(folder, device="cpu")
@@ -62,7 +62,7 @@ def test_a_head_equal_to_the_tied_table_stays_tied(checkpoint, case, dtype, capl
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_head_that_is_the_table_unrounded_is_kept(checkpoint, dtype):
+def test_a_head_that_differs_from_the_table_by_rounding_is_kept(checkpoint, dtype):
     folder = checkpoint("llama-bias-tied")
     rows = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     with_weights(folder, **{"model.embed_tokens.weight": rows.to(dtype), "lm_head.weight": rows.clone()})
@@ -101,7 +101,7 @@ def test_a_bias_that_the_options_do_not_have_is_refused(checkpoint, case, name, 
         ("llama", "model.layers.1.mlp.down_proj.weight"),
     ],
 )
-def test_a_weight_that_is_missing_is_refused_and_not_taken_for_zeros(checkpoint, case, name):
+def test_a_missing_weight_is_refused(checkpoint, case, name):
     folder = checkpoint(case)
     weights = load_file(folder / "model.safetensors")
     del weights[name]
@@ -219,7 +219,7 @@ def test_an_option_of_another_family_is_refused(checkpoint, case, changes):
     ],
     ids=str,
 )
-def test_an_option_that_changes_nothing_is_taken(checkpoint, case, changes):
+def test_a_neutral_option_is_accepted(checkpoint, case, changes):
     folder = checkpoint(case)
     edit(folder, **changes)
     torch.testing.assert_close(
@@ -256,7 +256,7 @@ def test_gpt2s_options_by_their_second_names(checkpoint):
     )
 
 
-def test_qwens_window_that_is_not_named(checkpoint):
+def test_qwens_default_window(checkpoint):
     """4,096 is what their config means then."""
     folder = checkpoint("qwen3-window")
     edit(folder, sliding_window="delete")
@@ -290,7 +290,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_another_directory_is_named_for_what_it_is(tmp_path, kind):
+def test_other_kinds_of_directories_are_named(tmp_path, kind):
     name, content, message = OTHERS[kind]
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text(content)

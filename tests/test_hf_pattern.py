@@ -85,7 +85,7 @@ def splits(pattern: str, text: str) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.parametrize("pattern", TAKEN)
-def test_what_is_taken_splits_alike(pattern):
+def test_accepted_patterns_split_alike(pattern):
     assert unlike(pattern) is None
     draw = random.Random(0)
     texts = ["".join(draw.choices(ALPHABET, k=draw.randint(1, 25))) for _ in range(60)]
@@ -95,19 +95,19 @@ def test_what_is_taken_splits_alike(pattern):
 
 
 @pytest.mark.parametrize("pattern", REFUSED)
-def test_what_the_two_may_read_in_different_ways_is_refused(pattern):
+def test_ambiguous_patterns_are_refused(pattern):
     assert unlike(pattern + REST)
     assert unlike(f"(?:{pattern}){REST}")
 
 
 @pytest.mark.parametrize("pattern", [r"(?i:assb)", r"(?i:afib)", r"(?i:\p{Lu})b", r"ca{2}?b", r"\>b", r"((?i)a|s)b|l"])
-def test_they_do_read_these_in_different_ways(pattern):
+def test_the_two_libraries_differ_on_some_refused_patterns(pattern):
     ours, theirs = splits(pattern + REST, REFUSED[pattern])
     assert ours != theirs
 
 
 @pytest.mark.parametrize("pattern", [GPT2, CL100K, O200K, PATTERN])
-def test_tiktokens_patterns_in_the_other_dialect(pattern):
+def test_tiktokens_patterns_are_rewritten(pattern):
     assert unlike(for_oniguruma(pattern)) is None
     draw = random.Random(0)
     for _ in range(60):
@@ -115,6 +115,6 @@ def test_tiktokens_patterns_in_the_other_dialect(pattern):
         assert splits(pattern, text)[0] == splits(for_oniguruma(pattern), text)[1], text
 
 
-def test_a_pattern_without_an_equal():
+def test_a_pattern_without_an_equivalent_is_refused():
     assert for_oniguruma(r"\p{N}{1,3}+x" + REST) is None
     assert for_oniguruma(r"\w+" + REST) is None

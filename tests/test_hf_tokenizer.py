@@ -52,7 +52,7 @@ def test_random_merges_are_encoded_as_the_library_does_or_refused(tmp_path, monk
     assert 60 < taken and 60 < spare
 
 
-def test_the_sample_alone_sees_merges_that_are_left_out(tmp_path, monkeypatch):
+def test_sample_texts_alone_find_missing_merges(tmp_path, monkeypatch):
     """And whatever the check of the merges might miss, the sample of text may see."""
     monkeypatch.setattr(hf_tokenizer, "unreached", lambda *_: set())
     content = to_tokenizer_json(BPE)
@@ -61,7 +61,7 @@ def test_the_sample_alone_sees_merges_that_are_left_out(tmp_path, monkeypatch):
         read(tmp_path, content)
 
 
-def test_a_token_without_a_merge_is_never_made_of_text(tmp_path):
+def test_no_text_becomes_a_token_without_a_merge(tmp_path):
     content = file_of({"the": 256, "th": 257}, ["t h"])
     ours = read(tmp_path, content)
     assert ours.encode("the") == [257, BYTES["e"]] and ours.decode([256]) == "the" and ours.token_bytes[256] == 3
@@ -74,7 +74,7 @@ def test_a_token_without_a_merge_is_never_made_of_text(tmp_path):
     assert again.encode(TEXT[:500]) == ours.encode(TEXT[:500]) and again.unreached == ours.unreached
 
 
-def test_a_whole_piece_is_a_token_only_if_the_file_says_so(tmp_path):
+def test_ignore_merges_makes_a_whole_piece_a_token(tmp_path):
     content = file_of({"the": 256}, ignore_merges=True)
     ours = read(tmp_path, content)
     assert ours.encode("the then") == [256, *(BYTES[c] for c in "Ġthen")]
@@ -162,7 +162,7 @@ REFUSED |= {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_would_give_other_ids_is_refused(tmp_path, case):
+def test_settings_that_change_ids_are_refused(tmp_path, case):
     change, message = REFUSED[case]
     content = copy.deepcopy(TRAINED)
     change(content)
@@ -220,7 +220,7 @@ TAKEN = {
 
 
 @pytest.mark.parametrize("case", TAKEN)
-def test_what_changes_no_id_or_is_known_is_read(tmp_path, case):
+def test_harmless_settings_are_accepted(tmp_path, case):
     content = copy.deepcopy(TRAINED)
     TAKEN[case](content)
     agree(read(tmp_path, content), content)

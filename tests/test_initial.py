@@ -110,7 +110,7 @@ WITH_WORD = BPETokenizer("x", r"\p{L}+|[\s\S]", [*BYTES, None, b"fo", b"ox"], {D
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("tokenizer", [WITH_PAD, WITH_WORD], ids=["pad", "words"])
-def test_a_table_grows_to_the_sources_own_tokenizer(tmp_path, tied, tokenizer, capsys):
+def test_a_table_grows_to_the_size_of_the_sources_tokenizer(tmp_path, tied, tokenizer, capsys):
     before = checkpoint_of(tmp_path / "hf", tokenizer, tied_embeddings=tied)
     still = ["--learning-rate", 1e-12, "--warmup-steps", 0, "--weight-decay", 0]
     assert start(tmp_path, "--init-from", tmp_path / "hf", *still) == 0
@@ -137,7 +137,7 @@ def test_a_table_may_grow_by_padding_and_never_shrinks(tmp_path):
     assert gpt.load(tmp_path / "third", "cpu")[0].config.vocab_size == 300
 
 
-def test_a_tokenizer_that_is_not_the_sources_adds_no_rows(tmp_path):
+def test_another_tokenizer_adds_no_rows(tmp_path):
     checkpoint_of(tmp_path / "hf", ByteTokenizer(), rows=257)
     (tmp_path / "hf/tokenizer.json").unlink()
     with pytest.raises(
@@ -187,7 +187,7 @@ def test_special_tokens_without_rows_change_no_text(tmp_path, tokenizer):
             assert written[0] == written[1]
 
 
-def test_a_vocabulary_size_that_is_asked_for_is_kept_or_refused(tmp_path):
+def test_a_given_vocabulary_size_is_kept_or_refused(tmp_path):
     checkpoint_of(tmp_path / "hf", WITH_WORD)
     with pytest.raises(UserError, match="vocab_size 258 is smaller than the tokenizer's 259: increase it, or leave"):
         start(tmp_path, "--init-from", tmp_path / "hf", "--vocab-size", 258)
@@ -201,7 +201,7 @@ def test_a_checkpoint_of_hugging_face_is_not_a_run(tmp_path):
         gpt.load(tmp_path / "hf", "cpu")
 
 
-def test_a_run_whose_tokenizer_was_exchanged_is_refused(tiny_run, tmp_path):
+def test_a_run_with_an_exchanged_tokenizer_is_refused(tiny_run, tmp_path):
     run = tmp_path / "copy"
     shutil.copytree(tiny_run, run)
     form = json.loads((run / "tokenizer.json").read_text())

@@ -45,7 +45,7 @@ def test_one_token_file_and_a_run(tmp_path, make, tiny_run, capsys):
 
 
 @pytest.mark.parametrize(("kind", "said"), [(nanogpt, "no header"), (llm_c, "llm.c"), (llama, "llm.c")])
-def test_another_programs_file(tmp_path, capsys, kind, said):
+def test_a_bin_of_another_program_is_described(tmp_path, capsys, kind, said):
     path = kind(tmp_path / "train.bin")
     lines = shown(path, "--sample-tokens", "3", capsys=capsys)
     assert f"{len(IDS):,} tokens of {4 if kind is llama else 2} bytes" in lines[0]
@@ -78,13 +78,13 @@ def test_token_files_of_a_corpus(tmp_path, make, capsys):
         (nanogpt, ("--sample-tokens", "-1"), "sample_tokens must be at least 0"),
     ],
 )
-def test_a_bin_that_cannot_be_shown(tmp_path, spoil, words, message):
+def test_an_unreadable_bin_is_refused(tmp_path, spoil, words, message):
     spoil(tmp_path / "x.bin")
     with pytest.raises(UserError, match=message):
         main(["inspect", str(tmp_path / "x.bin"), *words])
 
 
-def test_what_is_no_token_file(tmp_path, make):
+def test_other_paths_are_refused(tmp_path, make):
     text = write(tmp_path / "text.txt", POEM)
     for path in (text, tmp_path):
         with pytest.raises(UserError, match=r"is not a run, tokenized corpus, token file or \.bin"):
@@ -145,7 +145,7 @@ def test_the_command_itself(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_a_hundred_tokens_are_shown_unless_another_number_is_asked_for(tmp_path):
+def test_a_hundred_tokens_are_shown_by_default(tmp_path):
     path = tmp_path / "x.bin"
     path.write_bytes(b"".join(bytes([97 + i % 26, 0]) for i in range(500)))
     text = "".join(chr(97 + i % 26) for i in range(500))

@@ -42,7 +42,7 @@ def test_objects_in_any_blocks(tmp_path, monkeypatch, form, chunk):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_objects_longer_than_what_is_looked_at(tmp_path, form):
+def test_objects_longer_than_the_head(tmp_path, form):
     """Where the first object does not end in the head, what the head holds still is an object."""
     long = "é" * formats._LONG_HEAD
     text = FORMS[form].replace("one\\n", long, 1)
@@ -51,7 +51,7 @@ def test_objects_longer_than_what_is_looked_at(tmp_path, form):
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.txt", "x.json.gz"])
-def test_a_field_far_behind_others(tmp_path, name, monkeypatch):
+def test_a_field_far_after_others_is_found(tmp_path, name, monkeypatch):
     """The first object is read to its end, however long it is: in a folder too, where the field decides."""
     rows = [{"meta": "m" * 3 * formats._LONG_HEAD, "text": "one"}, {"text": "two"}]
     pack = gzip.compress if name.endswith("gz") else bytes
@@ -210,5 +210,5 @@ def test_a_folder_of_source_code_keeps_its_json(tmp_path, make):
     ],
     ids=str,
 )
-def test_what_a_head_says(head, whole, form):
+def test_json_form_of_a_head(head, whole, form):
     assert json_form(head, whole) == form

@@ -39,7 +39,7 @@ def epoch_of(loader: TrainLoader) -> list[np.ndarray]:
 
 @given(count=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
 @calm
-def test_permutation_is_one(count, key):
+def test_permutation_is_a_permutation(count, key):
     keys = KEYS ^ np.uint64(key)
     assert sorted(permuted(np.arange(count), count, keys).tolist()) == list(range(count))
 
@@ -136,7 +136,7 @@ def test_all_phases_occur_so_that_every_token_is_seen():
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
-def test_batches_are_int64_contiguous_and_ones_own(dtype):
+def test_batches_are_int64_contiguous_copies(dtype):
     tokens = np.full(1000, np.iinfo(dtype).max, dtype)
     x, y = TrainLoader(tokens, batch_size=4, seq_len=9, seed=0).next_batch()
     for batch in (x, y):
@@ -192,14 +192,14 @@ def test_resume_is_exact_across_epochs(at):
     assert after.state_dict()["epoch"] > 0
 
 
-def test_state_is_plain_and_names_the_place():
+def test_state_holds_the_position_and_the_order():
     loader = TrainLoader(numbered(1000), batch_size=4, seq_len=10, seed=7)
     for _ in range(3):
         loader.next_batch()
     assert loader.state_dict() == {"epoch": 0, "index": 12, "rollbacks": 0, "seed": 7, "seq_len": 10, "tokens": 1000}
 
 
-def test_resume_with_another_batch_goes_on_at_the_same_window():
+def test_resume_with_another_batch_size_continues_at_the_same_window():
     old = TrainLoader(numbered(1000), batch_size=4, seq_len=10, seed=7)
     old.next_batch()
     new = TrainLoader(numbered(1000), batch_size=2, seq_len=10, seed=7, world_size=2, rank=0)
@@ -224,7 +224,7 @@ def test_resume_in_another_order_is_refused(change, name):
 
 
 @pytest.mark.parametrize("place", [{"index": 100}, {"index": -1}, {"epoch": -1}, {"index": 10**9}], ids=str)
-def test_impossible_place_is_refused_and_changes_nothing(place):
+def test_an_invalid_position_is_refused_and_changes_nothing(place):
     loader, twin = (TrainLoader(numbered(1000), batch_size=4, seq_len=10, seed=7) for _ in range(2))
     with pytest.raises(UserError, match="data position is invalid"):
         loader.load_state_dict(loader.state_dict() | place)
@@ -235,7 +235,7 @@ def test_impossible_place_is_refused_and_changes_nothing(place):
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_ranks_share_out_what_one_process_would_see(world_size):
+def test_ranks_together_read_what_one_process_would(world_size):
     options = {"seq_len": 7, "seed": 1}
     one = TrainLoader(numbered(500), batch_size=12, **options)
     ranks = [
@@ -250,7 +250,7 @@ def test_ranks_share_out_what_one_process_would_see(world_size):
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(1, 1), (-1, 2), (0, 0)])
-def test_impossible_rank(rank, world_size):
+def test_an_invalid_rank_is_refused(rank, world_size):
     with pytest.raises(ValueError, match="is not below world_size"):
         TrainLoader(numbered(100), batch_size=1, seq_len=5, seed=0, rank=rank, world_size=world_size)
 
@@ -287,7 +287,7 @@ def test_validation_is_the_same_each_time():
     assert all(a.equal(b) for one, two in zip(*passes) for a, b in zip(one, two))
 
 
-def test_validation_of_too_little():
+def test_validation_of_too_few_tokens_is_refused():
     with pytest.raises(UserError, match="validation part has 1 tokens"):
         next(validation_batches(numbered(1), batch_size=1, seq_len=4))
 
@@ -323,7 +323,7 @@ def test_a_large_corpus_costs_no_memory_to_shuffle():
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_batches_are_the_loaders_and_know_where_the_training_is(ahead):
+def test_batches_track_the_position_of_training(ahead):
     """Reading ahead changes neither the batches nor what is saved."""
     plain = TrainLoader(np.arange(200) % 50, batch_size=3, seq_len=7, seed=1)
     batches = Batches(
@@ -350,7 +350,7 @@ def test_ranks_share_the_validation_batches(world_size):
     assert all((y == -100).all() and len(y) == 1 for _, y in dealt[len(whole) :])
 
 
-def test_after_a_rollback_other_windows_come_at_once():
+def test_a_rollback_changes_the_windows_at_once():
     """In the middle of an epoch too: the phase stays, so that the windows left are of the same cut."""
     loader = TrainLoader(numbered(1000), batch_size=4, seq_len=10, seed=7)
     for _ in range(3):

@@ -88,7 +88,7 @@ def test_ranks_and_resume(packing, world_size):
     assert all(loader.state_dict() == one.state_dict() for loader in ranks)
 
 
-def test_after_a_rollback_other_rows_come_in_the_same_shares():
+def test_a_rollback_changes_the_rows_but_not_the_shares():
     loader, other = mixture(), mixture()
     other.load_state_dict(other.state_dict() | {"rollbacks": 1})
     assert np.array_equal(loader.chosen(50), other.chosen(50))
@@ -152,7 +152,7 @@ def test_a_run_of_two_corpora(folder, capsys):
     assert (folder / "half/checkpoints/step_00000004/model.safetensors").read_bytes() != weights
 
 
-def test_a_run_of_two_corpora_goes_on_exactly(folder, capsys):
+def test_a_run_of_two_corpora_resumes_exactly(folder, capsys):
     words = [*FLAGS, *MIX, "--max-steps", "4", "--keep-checkpoints", "9"]
     assert main(load_config(words)) == 0
     last = folder / "run/checkpoints/step_00000004/model.safetensors"
@@ -163,20 +163,20 @@ def test_a_run_of_two_corpora_goes_on_exactly(folder, capsys):
     assert last.read_bytes() == weights
 
 
-def test_what_is_wrong_with_one_corpus_names_it(folder, capsys):
+def test_an_error_names_the_corpus(folder, capsys):
     (folder / "short.txt").write_text("jack")
     assert status_of("--corpus", "prose.txt", "short.txt", "--corpus-weights", "1", "1") == 2
     assert "error: short.txt: the corpus is too short: its training part has" in capsys.readouterr().err
 
 
-def test_dry_run_speaks_of_packing_and_counts_all_corpora(folder, capsys):
+def test_dry_run_reports_packing_and_counts_all_corpora(folder, capsys):
     assert main(load_config([*FLAGS, *MIX, "--max-steps", "2", "--dry-run"])) == 0
     assert "epochs of" in capsys.readouterr().out
     assert status_of("--corpus", "prose.txt", "--packing", "documents", "--dry-run") == 2
     assert "packing documents keeps documents apart, but the corpus is one document" in capsys.readouterr().err
 
 
-def test_order_and_digests_are_those_of_earlier_versions(tmp_path):
+def test_order_and_digests_equal_those_of_earlier_versions(tmp_path):
     """Or a run that goes on would see other text, and every corpus would be tokenized again."""
     assert mixture().chosen(20).tolist() == [2, 0, 0, 1, 0, 2, 1, 0, 1, 0, 0, 1, 0, 2, 1, 0, 1, 0, 2, 1]
     (tmp_path / "a.txt").write_text("one text\n" * 20)

@@ -217,7 +217,7 @@ def test_validation_has_the_streams_targets_once(lengths, seq_len, batch_size, w
 
 
 @pytest.mark.parametrize("packing", APART)
-def test_what_has_no_documents_is_refused(packing):
+def test_packing_without_documents_is_refused(packing):
     check_packing("stream", None, 1)
     check_packing(packing, 0, 2)
     with pytest.raises(UserError, match="the corpus is one document"):

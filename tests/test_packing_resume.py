@@ -37,7 +37,7 @@ def test_resume_is_exact_across_epochs(packing, at, small_pools):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("packing", APART)
-def test_ranks_share_out_what_one_process_would_see(packing, world_size, small_pools):
+def test_ranks_together_read_what_one_process_would(packing, world_size, small_pools):
     one = loader_of(packing)
     ranks = [loader_of(packing, batch_size=12 // world_size, rank=r, world_size=world_size) for r in range(world_size)]
     for _ in range(30):
@@ -48,7 +48,7 @@ def test_ranks_share_out_what_one_process_would_see(packing, world_size, small_p
 
 
 @pytest.mark.parametrize("row", [0, 2])
-def test_after_a_rollback_other_rows_come(row, small_pools):
+def test_a_rollback_changes_the_rows(row, small_pools):
     """At the next row already, even in mid-pool: what a batch has of the pool is less than what is left of it."""
     loader, other = (loader_of("best_fit", batch_size=2) for _ in range(2))
     state = loader.state_dict() | {"epoch": 1, "pool": 2, "row": row}
@@ -76,7 +76,7 @@ def test_a_pool_that_makes_fewer_rows_after_a_rollback_is_left_for_the_next(smal
 
 
 @pytest.mark.parametrize("change", [{"pool": 100}, {"row": -1}, {"epoch": -1}, {"row": 17}], ids=str)
-def test_impossible_place_is_refused(change, small_pools):
+def test_an_invalid_position_is_refused(change, small_pools):
     loader = loader_of("best_fit")
     with pytest.raises(UserError, match="data position is invalid"):
         loader.load_state_dict(loader.state_dict() | change)
@@ -97,7 +97,7 @@ def test_another_packing_has_another_order(saved, now):
         loader_of(now).load_state_dict(loader_of(saved).state_dict())
 
 
-def test_a_best_fit_state_is_plain_and_names_the_place(small_pools):
+def test_a_best_fit_state_holds_the_position_and_the_order(small_pools):
     loader = loader_of("best_fit", batch_size=3)
     for _ in range(2):
         loader.next_batch()
@@ -117,7 +117,7 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("packing", ORDERS)
-def test_the_order_is_that_of_earlier_versions(packing):
+def test_the_order_equals_that_of_earlier_versions(packing):
     """Or a run that goes on under this one would see other text: at the start, at a place, and after rollbacks."""
     place, expected = ORDERS[packing]
     loader = make_loader(corpus(lengths_of(9000)), packing, DOCUMENT, batch_size=4, seq_len=12, seed=5)

@@ -66,7 +66,7 @@ def test_packed_text_is_one_document_of_all_its_members(tmp_path, monkeypatch, p
     assert documents(path) == ["one zwei é"]
 
 
-def test_gzip_padding_is_no_member(tmp_path):
+def test_gzip_padding_is_ignored(tmp_path):
     assert documents(write(tmp_path / "x.txt.gz", gzip.compress(b"text") + bytes(600))) == ["text"]
 
 
@@ -84,7 +84,7 @@ def test_the_text_may_have_another_field(tmp_path):
     assert documents(parquet(tmp_path / "x.parquet", field="content"), text_field="content") == TEXTS
 
 
-def test_blank_lines_line_ends_and_marks_are_no_documents(tmp_path):
+def test_empty_lines_line_ends_and_marks_are_not_documents(tmp_path):
     content = b'\xef\xbb\xbf{"text": "a"}\r\n\n  \n{"text": ""}\n{"text": "b", "text": "c"}'
     assert documents(write(tmp_path / "x.jsonl", content)) == ["a", "c"]
     assert documents(parquet(tmp_path / "x.parquet", ["", "a", ""])) == ["a"]

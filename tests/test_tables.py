@@ -31,7 +31,7 @@ def test_rows_are_documents(tmp_path, monkeypatch, name, delimiter, form):
         assert documents_of(path) == documents_of(path.parent) == TEXTS
 
 
-def test_another_column_and_none(tmp_path, caplog):
+def test_another_column_or_a_missing_one(tmp_path, caplog):
     path = write(tmp_path / "in/x.csv", table(field="body"))
     assert documents_of(path, text_field="body") == TEXTS
     assert documents_of(path.parent) == [table(field="body").decode()]
@@ -44,7 +44,7 @@ def test_a_table_by_another_name_is_text(tmp_path):
     assert documents_of(write(tmp_path / "x.txt", table())) == [table().decode()]
 
 
-def test_what_a_row_may_hold(tmp_path):
+def test_quoted_fields(tmp_path):
     long = "x" * 300_000
     assert documents_of(write(tmp_path / "x.csv", table([long, "", "a"]))) == [long, "a"]
     assert documents_of(write(tmp_path / "x.csv", "text\n\nplain words\n\n")) == ["plain words"]

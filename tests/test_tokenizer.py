@@ -229,7 +229,7 @@ def test_a_table_has_a_row_for_each_id_that_text_becomes():
 
 
 @pytest.mark.parametrize("length", [0, 99_999, 100_000, 250_001])
-def test_bpe_training_hands_long_texts_over_in_parts(length):
+def test_bpe_training_gets_long_texts_in_parts(length):
     text = ("0123456789" * (length // 10 + 1))[:length]
     parts = list(bpe._short([text, "ab"]))
     assert "".join(parts[:-1]) == text and parts[-1] == "ab"
@@ -260,7 +260,7 @@ def test_bpe_merges_as_its_trainer_does():
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @settings(calm, max_examples=300)
 @given(text=nasty)
-def test_no_piece_runs_over_a_cut(pattern, text):
+def test_no_piece_crosses_a_cut(pattern, text):
     whole = regex.findall(pattern, text)
     for match in module.CUT.finditer(text):
         left, right = text[: match.start()], text[match.start() :]

@@ -100,7 +100,7 @@ def test_bad_file_is_refused_by_name_and_reason(tmp_path, content, reason):
 
 
 @pytest.mark.parametrize("place", ["missing.json", "."])
-def test_file_that_cannot_be_read(tmp_path, place):
+def test_an_unreadable_file_is_refused(tmp_path, place):
     with pytest.raises(UserError, match="cannot read the tokenizer"):
         load_tokenizer(tmp_path / place)
 

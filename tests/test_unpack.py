@@ -16,12 +16,12 @@ LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
 
 @pytest.mark.parametrize("packing", [p for p in PACK if p])
 @pytest.mark.parametrize("name", ["x", "x.txt", "x.txt.gz", "x.bz2"])
-def test_compression_is_known_by_content(tmp_path, packing, name):
+def test_compression_is_recognized_by_content(tmp_path, packing, name):
     assert documents_of(write(tmp_path / name, PACK[packing](POEM.encode()))) == [POEM]
     assert documents_of(write(tmp_path / "folder" / name, PACK[packing](POEM.encode())).parent) == [POEM]
 
 
-def test_zstandard_that_begins_with_a_frame_to_skip(tmp_path):
+def test_zstandard_with_a_skippable_first_frame(tmp_path):
     """As pzstd writes it."""
     frame = b"\x50\x2a\x4d\x18\x04\0\0\0abcd" + PACK[".zst"](POEM.encode())
     for name in ("x", "x.txt.zst", "folder/x"):
@@ -46,7 +46,7 @@ def test_all_members_are_read(tmp_path, monkeypatch, packing, chunk):
 @pytest.mark.parametrize("packing", [p for p in PACK if p])
 @pytest.mark.parametrize("chunk", [1, 5, 1 << 14])
 @pytest.mark.parametrize("rest", [b"garbage", b"\n", b"BZ", b"\0" * 3 + b"x"], ids=repr)
-def test_what_follows_the_last_member(tmp_path, monkeypatch, caplog, packing, chunk, rest):
+def test_data_after_the_last_member_is_ignored_or_refused(tmp_path, monkeypatch, caplog, packing, chunk, rest):
     """gzip and bzip2 leave it out with a warning, the others refuse it."""
     monkeypatch.setattr(readers, "_PACKED_CHUNK", chunk)
     path = write(tmp_path / f"x.txt{packing}", PACK[packing](POEM.encode()) + rest)
@@ -59,7 +59,7 @@ def test_what_follows_the_last_member(tmp_path, monkeypatch, caplog, packing, ch
 
 
 @pytest.mark.parametrize("packing", [p for p in PACK if p])
-def test_parts_are_handed_on_when_they_fill_a_chunk(packing):
+def test_parts_are_joined_into_chunks(packing):
     pack, kind = PACK[packing], packing[1:]
     packed = lambda *texts: list(unpacked([b"".join(map(pack, texts))], kind, "x", 5))
     assert packed(b"") == []
@@ -67,14 +67,14 @@ def test_parts_are_handed_on_when_they_fill_a_chunk(packing):
 
 
 @pytest.mark.parametrize("packing", [".gz", ".xz"])
-def test_padding_after_a_member_is_nothing(tmp_path, packing, caplog):
+def test_padding_after_a_member_is_ignored(tmp_path, packing, caplog):
     pack = PACK[packing]
     path = write(tmp_path / f"x.txt{packing}", pack(b"one ") + bytes(8) + pack(b"two") + bytes(600))
     assert documents_of(path) == ["one two"] and caplog.text == ""
 
 
 @pytest.mark.parametrize("packing", [p for p in PACK if p])
-def test_what_is_cut_short_is_refused(tmp_path, packing):
+def test_a_truncated_file_is_refused(tmp_path, packing):
     data = PACK[packing](POEM.encode())
     for cut in (data[:-1], data[: len(data) // 2], data + data[:-1], data[:7]):
         with pytest.raises(UserError, match=r"is cut short|is damaged"):
