@@ -150,16 +150,10 @@ def _open(folder: Path, sources: list[Source], digest: str, tokenizer: Tokenizer
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"the tokenized corpus in {folder} is damaged") from None
     train, val = (read_tokens(folder / f"{side}.tokens", tokenizer, verify=verify) for side in ("train", "val"))
+    sizes = {"train_tokens": len(train), "val_tokens": len(val), **counts}
+    files = tuple((source.name, source.size, source.sha256) for source in sources)
     return Corpus(
-        directory=folder,
-        tokenizer=tokenizer,
-        train=folder / "train.tokens",
-        val=folder / "val.tokens",
-        train_tokens=len(train),
-        val_tokens=len(val),
-        **counts,
-        sources=tuple((source.name, source.size, source.sha256) for source in sources),
-        digest=digest,
+        folder, tokenizer, folder / "train.tokens", folder / "val.tokens", **sizes, sources=files, digest=digest
     )
 
 

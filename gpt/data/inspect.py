@@ -1,6 +1,6 @@
 """Describes token files: python -m gpt.corpus inspect PATH ..."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,10 +75,7 @@ def _ours(path: Path, folder: Path, sample_tokens: int) -> Iterator[str]:
     made = load_tokenizer(folder / "tokenizer.json")
     yield f"{folder}: {_name(made)}"
     files = [path] if path.is_file() else [folder / "train.tokens", folder / "val.tokens"]
-    for file in files:
-        ids = read_tokens(file, made, verify=True)
-        yield from _lines(file.name, ids, made, sample_tokens)
-    yield bytes_per_token(made.decode(np.asarray(read_tokens(files[0], made)[:_COMPARED])), made)
+    yield from _lines(((file.name, read_tokens(file, made, verify=True)) for file in files), made, sample_tokens)
 
 
 def _tokenized(path: Path) -> list[Path]:
@@ -89,11 +86,8 @@ def _tokenized(path: Path) -> list[Path]:
         folders = tokenized_folders(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is a run whose corpus.json cannot be read: {error}") from None
-    for folder in folders:
-        if not folder.is_dir():
-            raise UserError(
-                f"the tokenized corpus of {path} is no longer in the cache, {folder}: training on it makes it again"
-            )
+    if lost := next((folder for folder in folders if not folder.is_dir()), None):
+        raise UserError(f"the tokenized corpus of {path} is no longer in the cache, {lost}: training makes it again")
     return folders
 
 
@@ -108,29 +102,33 @@ def _external(path: Path, name: str | None, sample_tokens: int) -> Iterator[str]
         return
     made = build_tokenizer(TokenizerConfig(name), list)
     yield f"{path}: {kind}, {file.width} bytes per token, read with {_name(made)}"
-    yield from _lines(path.name, file.open(), made, sample_tokens)
-    yield bytes_per_token(made.decode(np.asarray(file.open()[:_COMPARED])), made)
+    yield from _lines([(path.name, file.open())], made, sample_tokens)
 
 
 def _name(tokenizer: Tokenizer) -> str:
     return f"a {tokenizer.name} tokenizer of {tokenizer.vocab_size:,} tokens"
 
 
-def _lines(name: str, ids: Any, tokenizer: Tokenizer, sample_tokens: int) -> Iterator[str]:
-    uses = _uses(ids)
-    if len(uses) > tokenizer.vocab_size:
-        raise UserError(
-            f"{name} holds the id {len(uses) - 1}, but the tokenizer has {tokenizer.vocab_size} tokens: name another"
+def _lines(files: Iterable[tuple[str, Any]], tokenizer: Tokenizer, sample_tokens: int) -> Iterator[str]:
+    """Describe the ids of files by name, and compare tokenizers on the text of the first one."""
+    compared = None
+    for name, ids in files:
+        uses = _uses(ids)
+        if len(uses) > tokenizer.vocab_size:
+            raise UserError(
+                f"{name} holds the id {len(uses) - 1}, but the tokenizer has {tokenizer.vocab_size}: name another one"
+            )
+        size = int(uses @ tokenizer.token_bytes[: len(uses)])
+        document = tokenizer.document_token
+        documents = int(uses[document]) if document is not None and document < len(uses) else 0
+        yield (
+            f"{name}: {len(ids):,} tokens, {documents:,} document tokens, {size:,} bytes of text, "
+            f"{size / len(ids):.3f} bytes per token, {np.count_nonzero(uses):,} ids used"
         )
-    size = int(uses @ tokenizer.token_bytes[: len(uses)])
-    document = tokenizer.document_token
-    documents = int(uses[document]) if document is not None and document < len(uses) else 0
-    yield (
-        f"{name}: {len(ids):,} tokens, {documents:,} document tokens, {size:,} bytes of text, "
-        f"{size / len(ids):.3f} bytes per token, {np.count_nonzero(uses):,} ids used"
-    )
-    text = tokenizer.decode(np.asarray(ids[:sample_tokens]))
-    yield from (f"  | {line}" for line in text.splitlines())
+        text = tokenizer.decode(np.asarray(ids[:sample_tokens]))
+        yield from (f"  | {line}" for line in text.splitlines())
+        compared = ids if compared is None else compared
+    yield bytes_per_token(tokenizer.decode(np.asarray(compared[:_COMPARED])), tokenizer)
 
 
 def _uses(ids: Any) -> np.ndarray:

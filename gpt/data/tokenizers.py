@@ -34,18 +34,8 @@ from gpt.data.tokenizer_base import (
 from gpt.errors import UserError
 from gpt.stop import aside
 
-__all__ = [
-    "DOCUMENT",
-    "KINDS",
-    "BPETokenizer",
-    "ByteTokenizer",
-    "CharTokenizer",
-    "StreamDecoder",
-    "Tokenizer",
-    "UnknownCharacter",
-    "check_tokens",
-    "load_tokenizer",
-]
+__all__ = ["DOCUMENT", "KINDS", "BPETokenizer", "ByteTokenizer", "CharTokenizer", "StreamDecoder", "Tokenizer"]
+__all__ += ["UnknownCharacter", "check_tokens", "load_tokenizer"]
 
 log = logging.getLogger(__name__)
 

@@ -57,18 +57,13 @@ ALIASES |= {"num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
 # Options of other families that this model lacks, with the values that change nothing (the usual one first).
 NEUTRAL: dict[str, tuple] = {
     "is_causal": (True, None),
-    "is_encoder_decoder": (False, None),
-    "use_bidirectional_attention": (False, None),
-    "attention_chunk_size": (None,),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "query_pre_attn_scalar": (None,),
-    "clip_qkv": (None,),
+    **dict.fromkeys(("is_encoder_decoder", "use_bidirectional_attention", "alibi", "parallel_attn"), (False, None)),
+    **dict.fromkeys(("use_parallel_residual", "use_mrope", "use_qk_norm", "qk_layernorm"), (False, None)),
+    **dict.fromkeys(("attention_out_bias", "attn_output_gate"), (False, None)),
+    **dict.fromkeys(("attention_chunk_size", "attn_logit_softcapping", "final_logit_softcapping"), (None,)),
+    **dict.fromkeys(("query_pre_attn_scalar", "clip_qkv", "attention_multiplier", "lm_head_multiplier"), (None,)),
     **dict.fromkeys(("logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier"), (1, None)),
     **dict.fromkeys(("rotary_pct", "partial_rotary_factor"), (1, None)),
-    **dict.fromkeys(("attention_multiplier", "lm_head_multiplier"), (None,)),
-    **dict.fromkeys(("alibi", "parallel_attn", "use_parallel_residual", "use_mrope", "use_qk_norm"), (False, None)),
-    **dict.fromkeys(("qk_layernorm", "attention_out_bias", "attn_output_gate"), (False, None)),
     **dict.fromkeys(("num_experts", "num_local_experts"), (None, 0)),
     "no_rope_layers": (None, []),
     "pruned_heads": ({}, None),
@@ -82,14 +77,10 @@ FIXED: dict[str, dict[str, tuple | None]] = {
     "mistral": NEUTRAL | dict.fromkeys(("attention_bias", "mlp_bias"), (False,)),
     "qwen2": NEUTRAL | {"mlp_bias": (False,)},
     "qwen3": NEUTRAL | {"mlp_bias": (False,)},
+    # nanochat's norm after the table is folded into the table, which the head must not share.
     "nanochat": NEUTRAL
     | _NO_WINDOW
-    | {
-        "mlp_bias": (False,),
-        "final_logit_softcapping": ANY,
-        # Its norm after the table is folded into the table, which the head must not share.
-        "tie_word_embeddings": (False,),
-    },
+    | {"mlp_bias": (False,), "final_logit_softcapping": ANY, "tie_word_embeddings": (False,)},
 }
 GELUS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu"}
 UNGATED = GELUS | {"relu": "relu", "relu2": "relu2"}
