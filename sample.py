@@ -31,38 +31,38 @@ from gpt.streams import check_output, do_without_output
 
 @dataclass(frozen=True)
 class Sampling(SamplingConfig):
-    """SamplingConfig with the types that a command line has."""
+    """SamplingConfig with types for the command line."""
 
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = option((), may_be_empty=True)
-    """A string that ends the text, which is not shown; may be repeated."""
+    """A string that ends the text and is not part of it; repeatable."""
     stop_tokens: tyro.conf.UseAppendAction[tuple[int | str, ...]] = option((), may_be_empty=True)
-    """A token that ends the text: an id, or text that is one token; may be repeated."""
+    """A token that ends the text: an id, or text that is one token; repeatable."""
     logit_bias: tyro.conf.UseAppendAction[tuple[str, ...]] = option((), may_be_empty=True)
-    """TOKEN=NUMBER, added to the token's logit; TOKEN is an id, or text that is one token; may be repeated."""
+    """TOKEN=NUMBER, added to the token's logit; TOKEN is an id, or text that is one token; repeatable."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Continue prompts with a trained run, streaming to the terminal as tokens come."""
+    """Continue prompts with a trained run. Text streams to the terminal as it is generated."""
 
     run: tyro.conf.Positional[Path]
     """The run directory."""
     prompt: str | None = option(None, may_be_empty=True, contradicts=("prompt_file",))
-    """Text to continue; - reads it from standard input. Empty or none: start as a document does."""
+    """Text to continue; - reads it from standard input. None or empty: start a new document."""
     prompt_file: Path | None = None
-    """Prompts, one a line; in a .jsonl file one {"prompt": ...} a line, whose other fields are passed on."""
+    """A prompt on each line; in a .jsonl file, {"prompt": ...}, whose other fields are copied to the output."""
     output: Path | None = option(None, contradicts=("jsonl",))
-    """Write samples to this file as JSON, one a line, as they end."""
+    """Write each sample to this file as a line of JSON when it ends."""
     resume: bool = option(False, contradicts=("overwrite",))
-    """Go on with an interrupted command's --output after its last whole sample, with the same prompts and options."""
+    """Continue an interrupted command's --output after its last complete sample. Give the same prompts and options."""
     overwrite: bool = False
-    """Write --output anew where it exists."""
+    """Replace --output if it exists."""
     jsonl: bool = False
-    """Write samples to standard output as JSON, one a line, as they end."""
+    """Write each sample to standard output as a line of JSON when it ends."""
     interactive: bool = option(False, contradicts=("prompt", "prompt_file", "output", "jsonl"))
-    """Read prompts from the terminal, line by line."""
+    """Read prompts from the terminal, one on each line."""
     draft: Path | None = None
-    """Run directory of a smaller model with the same tokenizer, which proposes tokens for this one to check."""
+    """Run directory of a smaller model with the same tokenizer. It proposes tokens, which the run's model checks."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     sampling: Sampling = field(default_factory=Sampling)
@@ -80,7 +80,7 @@ class Arguments:
 
 
 def read_prompts(arguments: Arguments) -> list[dict[str, Any]]:
-    """The prompts, each with what its line in a JSONL file holds besides. Raises UserError."""
+    """Read the prompts, each as an object with the other fields of its JSONL line. Raises UserError."""
     path = arguments.prompt_file
     if path is None:
         return [{"prompt": read_all() if arguments.prompt == "-" else arguments.prompt or ""}]
@@ -93,24 +93,25 @@ def read_prompts(arguments: Arguments) -> list[dict[str, Any]]:
 
 
 def read_all() -> str:
-    """Standard input without a byte order mark and its last line end."""
+    """Read standard input, without a byte order mark and the last line end."""
     return decoded(sys.stdin.read()).removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
 
 
 def _prompt_object(line: str, where: str) -> dict[str, Any]:
+    """Parse a line of a JSONL file of prompts. Raises UserError."""
     try:
         entry = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where}: this is not JSON ({error})") from None
+        raise UserError(f"{where} is not JSON ({error})") from None
     good = isinstance(entry, dict) and isinstance(entry.get("prompt"), str)
-    require(good, f'{where}: a prompt is an object {{"prompt": "text"}}, with other fields if need be')
+    require(good, f'{where} must be an object {{"prompt": "text"}}, which may have other fields')
     taken = [name for name in entry if name in FIELDS[1:]]
-    require(not taken, f"{where}: the field {taken and taken[0]!r} is one that the output sets: give it another name")
+    require(not taken, f"{where}: the output sets the field {taken and taken[0]!r} itself: give it another name")
     return entry
 
 
 def follow(pieces: Generation, sink: Any) -> int | None:
-    """Hand the pieces to the sink; the signal that ended them before their time, or None."""
+    """Pass the pieces to the sink; returns the signal that interrupted them, or None."""
     stop = StopRequest()
     try:
         for piece in pieces:
@@ -123,17 +124,17 @@ def follow(pieces: Generation, sink: Any) -> int | None:
 
 
 def report(pieces: Generation) -> None:
-    """What speculation was worth, on stderr."""
+    """Print how many proposals were accepted, on stderr."""
     if pieces.proposed:
         share = pieces.accepted / pieces.proposed
         print(f"{pieces.accepted} of {pieces.proposed} proposed tokens accepted ({share:.0%})", file=sys.stderr)
 
 
 def read_line() -> str:
-    """A line from standard input, with a prompt on a terminal. Raises KeyboardInterrupt and EOFError.
+    """Read a line from standard input, with a prompt on a terminal. Raises KeyboardInterrupt and EOFError.
 
-    A Ctrl-C that comes just before a read begins would not end it, nor one that another thread is given: a pipe that
-    signals write to does.
+    A Ctrl-C just before a read begins, or one that another thread receives, does not end the read. Signals therefore
+    write to a pipe, which does.
     """
     if not sys.stdin.isatty() or os.name != "posix":
         return input("> " if sys.stdin.isatty() else "")
@@ -144,7 +145,7 @@ def read_line() -> str:
         print("> ", end="", flush=True)
         if woken in select.select([sys.stdin, woken], [], [])[0]:
             for number in os.read(woken, 64):
-                signal.raise_signal(number)  # in this thread, where Python handles it at once; if it has not already
+                signal.raise_signal(number)  # in this thread, where Python handles it at once
         return input()
     finally:
         signal.set_wakeup_fd(before)
@@ -153,7 +154,7 @@ def read_line() -> str:
 
 
 def interact(arguments: Arguments, model: gpt.GPT, tokenizer: Tokenizer, draft: gpt.GPT | None) -> int:
-    """A session: every line is a prompt. An empty line or the end of input ends it."""
+    """Answer each line of input as a prompt, until an empty line or the end of input."""
     print("Each line is a prompt. Ctrl-C stops an answer; an empty line or Ctrl-D ends.", file=sys.stderr)
     turn = 0
     while True:
@@ -183,9 +184,9 @@ def main(arguments: Arguments) -> int:
     """Print prompts and their continuations, or write them as JSON. Returns the exit status."""
     do_without_output() if arguments.output is not None else check_output()
     reads = arguments.interactive or arguments.prompt == "-"
-    require(sys.stdin is not None or not reads, "standard input is closed: there is nothing to read a prompt from")
+    require(sys.stdin is not None or not reads, "standard input is closed: no prompt can be read from it")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # text that is not UTF-8 is refused as any such prompt is
+        sys.stdin.reconfigure(errors="surrogateescape")  # text that is not UTF-8 is refused like other prompts
     prompts = [] if arguments.interactive else read_prompts(arguments)
     config, file = arguments.sampling, sample_file(arguments, prompts)
     model, tokenizer = load(arguments.run, arguments.device)
@@ -194,12 +195,12 @@ def main(arguments: Arguments) -> int:
         draft, other = load(arguments.draft, arguments.device)
         same = other.fingerprint == tokenizer.fingerprint
         require(same, f"the draft {arguments.draft} has another tokenizer than {arguments.run}: train it with the same")
-    # Options that tokens, prompts or drafts forbid are refused before anything is written.
+    # Check options, prompts and draft against each other before anything is written.
     texts, done = [entry["prompt"] for entry in prompts], set() if file is None else file.done
     pieces = generate(model, tokenizer, texts, config, draft=draft, done=done)
     if config.quantize is not None:
         print(loss_of_int8(arguments.run, model, tokenizer, config.dtype), file=sys.stderr)
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+    sys.stdout.reconfigure(errors="replace")  # a terminal without a character shows ? instead
     if arguments.interactive:
         return interact(arguments, model, tokenizer, draft)
     if file is not None:
@@ -216,7 +217,7 @@ def main(arguments: Arguments) -> int:
 
 
 def sample_file(arguments: Arguments, prompts: list[dict[str, Any]]) -> SampleFile | None:
-    """Where --output writes. UserError where it must not."""
+    """Check --output, and return its file if it is given. Raises UserError."""
     path, run, options = arguments.output, arguments.run, arguments.sampling
     if path is None:
         return None

@@ -43,7 +43,7 @@ def alone(tokenizer, model) -> dict[tuple[int, int], list[int]]:
 
 
 @pytest.mark.parametrize("batch_size", [2, 5, 64])
-def test_each_sample_is_what_it_is_alone(tokenizer, model, alone, batch_size):
+def test_each_sample_is_independent_of_its_batch(tokenizer, model, alone, batch_size):
     """Rows of other lengths, rows that end early by a stop, rows that join later: none changes a token."""
     config = SamplingConfig(num_samples=3, batch_size=batch_size, **ALONE)
     together = list(generate(model, tokenizer, PROMPTS, config))
@@ -92,7 +92,7 @@ def test_a_prompt_is_read_once_for_all_its_samples(tokenizer, monkeypatch, shape
         assert read == expected
 
 
-def test_a_prompt_is_kept_no_longer_than_it_is_needed(tokenizer, model):
+def test_a_prompt_is_kept_no_longer_than_needed(tokenizer, model):
     """Its copy of a row is gone when its last sample begins, and never made for a lone one."""
     kept = []
     config = SamplingConfig(num_samples=3, batch_size=1, max_new_tokens=2)
@@ -190,13 +190,13 @@ def test_a_stop_string_is_cut_out_wherever_tokens_end(tokenizer, model):
         assert len(pieces) - 1 == whole.index(stop) + len(stop)
 
 
-def test_what_looked_like_a_stop_string_is_shown_in_the_end(tokenizer, model):
+def test_text_held_back_for_a_stop_string_is_shown_at_the_end(tokenizer, model):
     config = SamplingConfig(logit_bias={"q": 1e4}, max_new_tokens=4, stop="qqqqq")
     pieces = list(generate(model, tokenizer, ["the"], config))
     assert [p.text for p in pieces] == ["", "", "", "", "qqqq"]
 
 
-def test_stop_ends_what_has_begun_and_begins_no_more(tokenizer, model):
+def test_stop_ends_running_samples_and_begins_no_others(tokenizer, model):
     config = SamplingConfig(batch_size=2, max_new_tokens=10, stop="!", logit_bias={"q": 1e4})
     pieces = generate(model, tokenizer, ["the", "dog", "fox"], config)
     first = [next(pieces) for _ in range(6)]
@@ -206,11 +206,11 @@ def test_stop_ends_what_has_begun_and_begins_no_more(tokenizer, model):
     assert text_of(first + rest, 0) == "qqq"
 
 
-def test_no_prompts_no_pieces(tokenizer, model):
+def test_without_prompts_there_are_no_pieces(tokenizer, model):
     assert list(generate(model, tokenizer, [], SamplingConfig())) == []
 
 
-def test_errors_come_at_once_and_name_the_prompt(tokenizer, model):
+def test_errors_are_raised_at_once_and_name_the_prompt(tokenizer, model):
     for prompts, options, message in (
         (["the", "Q"], {}, r"^prompt 1: .*'Q'"),
         (["the", "t" * 40], {}, r"^prompt 1: .*40 tokens and 1 new"),
@@ -234,7 +234,7 @@ def test_logits_that_are_not_finite_are_an_error(tokenizer):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_rolling_rows_move_on_their_own(tokenizer, batch_size):
+def test_rows_roll_independently(tokenizer, batch_size):
     """Rows outgrow a context of 8 at different times, one in the prompt; each goes on as it would alone."""
     model = model_of(tokenizer, seq_len=8).eval()
     prompts = ["the quick brown fox", "do", "", "the qui"]
@@ -251,7 +251,7 @@ def test_rolling_rows_move_on_their_own(tokenizer, batch_size):
 
 @pytest.mark.parametrize("count", [390, 420], ids=["within", "rolling"])
 @pytest.mark.parametrize("blocks", [{"n_layer": 1}, {"n_layer": 2, "window_pattern": "LS"}], ids=["all", "some"])
-def test_a_window_that_has_moved_on_lets_its_row_begin_anew(tokenizer, count, blocks):
+def test_a_row_whose_window_has_moved_can_be_reused(tokenizer, count, blocks):
     """Rows of 400 tokens, with a window of 4 that keeps the last 330 at most, are taken by other samples, and roll."""
     model = model_of(tokenizer, seq_len=400, window=4, **blocks)
     config = SamplingConfig(max_new_tokens=count, num_samples=2, batch_size=1, rolling=True, temperature=1.0)
@@ -273,7 +273,7 @@ def test_greedy_tokens_under_a_pattern_are_the_uncached_models(tokenizer):
     assert (logits.max(-1).values - logits.gather(1, text[0, 4:, None])[:, 0]).max() < 1e-5
 
 
-def test_a_dtype_and_int8_reach_the_decoder(tokenizer, model):
+def test_dtype_and_quantize_reach_the_decoder(tokenizer, model):
     """Log-probabilities move by a rounding error of each, and no more."""
     logprob = []
     for options in ({"dtype": "float32"}, {"dtype": "bfloat16"}, {"quantize": "int8", "dtype": "float32"}):

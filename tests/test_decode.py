@@ -61,19 +61,19 @@ def model(request) -> GPT:
 
 @pytest.mark.parametrize("lengths", [(4,), (4, 4, 4), (1, 9, 4, 17)], ids=str)
 @pytest.mark.parametrize("invariant", [False, True], ids=["default", "invariant"])
-def test_logits_are_the_uncached_models(model, lengths, invariant):
+def test_logits_equal_the_uncached_models(model, lengths, invariant):
     follow_the_model(model, lengths, invariant)
 
 
 @pytest.mark.parametrize("invariant", [False, True], ids=["default", "invariant"])
-def test_logits_by_attention_decode_are_the_uncached_models(model, invariant, monkeypatch):
+def test_logits_by_attention_decode_equal_the_uncached_models(model, invariant, monkeypatch):
     """Every option by the function that calls the kernel on a GPU."""
     monkeypatch.setattr(decode, "decode_impl", lambda device: "torch")
     follow_the_model(model, (1, 9, 17), invariant)
 
 
 @pytest.mark.parametrize("name", ["modern", "window-alibi-post"])
-def test_logits_by_the_kernel_are_the_uncached_models(name, monkeypatch):
+def test_logits_by_the_kernel_equal_the_uncached_models(name, monkeypatch):
     """What a GPU does, here in Triton's interpreter."""
     monkeypatch.setattr(decode, "decode_impl", lambda device: "triton")
     follow_the_model(model_of(n_layer=1, **OPTIONS[name]), (1, 9), False, steps=(1, 3))
@@ -240,18 +240,18 @@ def test_even_rows_go_through_attention_at_once(name, monkeypatch):
     assert calls == [(3, True)] * 2
 
 
-def test_rows_that_fill_up_a_tile_change_nothing(monkeypatch):
+def test_padding_rows_of_a_tile_change_nothing(monkeypatch):
     """Where a processor gives a tile's rows equal bits, which is not known of this one."""
     monkeypatch.setattr(Decoder, "_same_in_every_place", lambda self, tile: tile == 4)
     follow_the_model(model_of(window=7), (5, 1, 9, 5, 2), True)
 
 
-def test_which_attention_is_for_which_device():
+def test_attention_depends_on_the_device():
     assert attend.decode_impl(torch.device("cpu")) is None and attend.decode_impl(torch.device("mps")) is None
     assert attend.decode_impl(torch.device("cuda")) == "auto"
 
 
-def test_no_more_than_capacity_and_context():
+def test_capacity_context_and_arguments_are_checked():
     model = model_of()
     decoder = Decoder(model, 1, 10)
     decoder.prefill(0, text_of(10))
@@ -269,7 +269,7 @@ def test_no_more_than_capacity_and_context():
         Decoder(model, 1, 10, quantize="int4")
 
 
-def test_batch_invariant_rows_have_the_same_bits_in_any_company(model):
+def test_batch_invariant_rows_have_the_same_bits_in_any_batch(model):
     """Alone, among ragged others before and after it, and in the second tile."""
     text = text_of(20, 3)
 
@@ -294,7 +294,7 @@ def test_batch_invariant_rows_have_the_same_bits_in_any_company(model):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_bfloat16_is_what_autocast_gives(preset):
+def test_bfloat16_is_as_exact_as_autocast(preset):
     """No further from the fp32 logits than twice what the model under autocast is, by the mean square."""
     model, text = model_of(**PRESETS[preset]), text_of(30)
     exact = uncached(model, text)
@@ -314,7 +314,7 @@ def test_bfloat16_is_what_autocast_gives(preset):
         assert 0 < (logits[1] - exact[10:]).square().mean().sqrt() <= allowed
 
 
-def test_weights_of_bfloat16_models_need_no_dtype():
+def test_a_bfloat16_model_decodes_in_bfloat16():
     model = model_of().bfloat16()
     decoder = Decoder(model, 1, 40)
     assert decoder.dtype == torch.bfloat16

@@ -106,7 +106,7 @@ def assert_follows_the_model(tokenizer, model: GPT, prompts, config: SamplingCon
 
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one", "three"])
 @pytest.mark.parametrize("name", CASES)
-def test_log_probabilities_are_the_models(tokenizer, name, prompts):
+def test_log_probabilities_equal_the_models(tokenizer, name, prompts):
     """Alone, with its even rows, and beside rows of other lengths."""
     config = SamplingConfig(max_new_tokens=16, temperature=0.0)
     assert_follows_the_model(tokenizer, masked(tokenizer, name), prompts, config)
@@ -120,7 +120,7 @@ def test_log_probabilities_by_every_way_to_sample(tokenizer, name, options):
 
 
 @pytest.mark.parametrize("name", ["own", "different-masks-of-one-window"])
-def test_a_draft_model_is_under_its_own_masks_too(tokenizer, name):
+def test_a_draft_model_uses_its_own_masks(tokenizer, name):
     """The draft is the model itself: every greedy proposal is taken, so its masks are honoured."""
     model, config = masked(tokenizer, name), SamplingConfig(max_new_tokens=16, temperature=0.0, draft_tokens=3)
     assert_follows_the_model(tokenizer, model, PROMPTS, config, draft=model)
@@ -138,7 +138,7 @@ def test_log_probabilities_by_attention_decode(tokenizer, name, impl, monkeypatc
     assert_follows_the_model(tokenizer, masked(tokenizer, name), PROMPTS, config)
 
 
-def test_int8_weights_change_no_mask(tokenizer):
+def test_int8_weights_keep_masks(tokenizer):
     """Weights that are multiples of their scale already lose nothing."""
     model = masked(tokenizer, "own-alibi")
     for linear in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
@@ -149,7 +149,7 @@ def test_int8_weights_change_no_mask(tokenizer):
 
 
 @pytest.mark.parametrize("name", ["own", "own-under-a-window", "window-and-sinks"])
-def test_rolling_counts_positions_anew(tokenizer, name):
+def test_rolling_restarts_positions_at_0(tokenizer, name):
     """Past a context of 16, a text is read again from its newer half on, which then begins at position 0."""
     model = masked(tokenizer, name, seq_len=16)
     config = SamplingConfig(max_new_tokens=40, temperature=0.0, rolling=True)
@@ -172,7 +172,7 @@ def test_a_mask_may_change_between_two_generations(tokenizer):
         assert_follows_the_model(tokenizer, model, PROMPTS, config)
 
 
-def test_only_a_sliding_window_forgets(tokenizer):
+def test_only_a_sliding_window_drops_keys(tokenizer):
     """Rows far longer than a window's buffer, in logits; other masks keep all keys, whatever their bands promise."""
     own = masks.sliding_window(6) & Mask(no_multiple, 4)
     model = masked(tokenizer, "own", n_layer=4, seq_len=CHUNK + 300)
@@ -208,7 +208,7 @@ def test_only_a_sliding_window_forgets(tokenizer):
     ],
     ids=["full", "prefix", "sinks", "own", "layout", "row-tensor", "none", "text"],
 )
-def test_a_mask_that_no_cache_can_serve_is_refused(tokenizer, mask, message):
+def test_masks_that_a_cache_cannot_serve_are_refused(tokenizer, mask, message):
     """At once, by the model and by the draft; and by a decoder, as a ValueError."""
     model, plain = model_of(tokenizer).eval(), model_of(tokenizer).eval()
     model.blocks[1].attn.mask = mask
@@ -221,7 +221,7 @@ def test_a_mask_that_no_cache_can_serve_is_refused(tokenizer, mask, message):
 
 
 @pytest.mark.parametrize("piece", [10, 70])
-def test_masks_are_looked_at_as_far_as_the_text_goes(tokenizer, monkeypatch, piece):
+def test_masks_are_checked_up_to_the_texts_length(tokenizer, monkeypatch, piece):
     """A mask that looks ahead from position 20 on serves a text of 20 tokens; the look is taken in pieces."""
     monkeypatch.setattr(attend, "PIECE", piece)
     model = model_of(tokenizer, seq_len=64).eval()
@@ -232,7 +232,7 @@ def test_masks_are_looked_at_as_far_as_the_text_goes(tokenizer, monkeypatch, pie
             generate(model, tokenizer, ["the"], SamplingConfig(max_new_tokens=count))
 
 
-def test_a_mask_whose_bands_are_causal_is_not_looked_at(tokenizer):
+def test_a_mask_with_causal_bands_needs_no_check(tokenizer):
     """At a length that would take days."""
     model = model_of(tokenizer).eval()
     put_on(model, [CAUSAL, masks.sliding_window(5) | CAUSAL & masks.strided(3)])

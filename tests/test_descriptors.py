@@ -36,7 +36,7 @@ def expected(command: str, case: str) -> tuple[int, str]:
     if command == "sample, refused":
         return 2, "error: temperature must be at least 0, not -1.0\n"
     if command == "sample --prompt -" and CASES[case][0] is None:
-        return 2, "error: standard input is closed: there is nothing to read a prompt from\n"
+        return 2, "error: standard input is closed: no prompt can be read from it\n"
     prints = command in PRINTING or command == "sample --prompt -"
     if "stdout closed" in case or case in ("both closed", "all closed"):
         return (2, CLOSED) if prints else (0, "")

@@ -250,7 +250,7 @@ def test_options_and_sources_that_exclude_token_files_are_refused(tmp_path, make
 def test_token_files_cannot_be_scored(tmp_path):
     from gpt.evaluation.command import Arguments, main
 
-    with pytest.raises(UserError, match="hold no text to score"):
+    with pytest.raises(UserError, match="cannot be scored"):
         main(Arguments("a run", (str(nanogpt(tmp_path / "val.bin")),)))
 
 

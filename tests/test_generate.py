@@ -39,7 +39,7 @@ def tokens_of(pieces: list[Piece], prompt: int = 0, sample: int = 0) -> list[int
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_cached_greedy_tokens_are_the_uncached_ones(preset):
+def test_cached_greedy_tokens_equal_the_uncached_ones(preset):
     tokenizer = tokenizer_of()
     model = model_of(tokenizer, **PRESETS[preset]).eval()
     prompt = tokenizer.encode("the quick")
@@ -74,7 +74,7 @@ def test_same_seed_same_text_and_the_global_generator_is_left_alone():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_several_prompts_each_as_if_alone():
+def test_each_of_several_prompts_gets_the_text_it_gets_alone():
     tokenizer = tokenizer_of()
     model = model_of(tokenizer)
     together = list(generate(model, tokenizer, ["the ", "dog", ""], SamplingConfig(max_new_tokens=12)))
@@ -95,7 +95,7 @@ def test_a_lone_string_and_models_with_too_few_tokens_are_refused():
         generate(model, tokenizer, ["the"], draft=small)
 
 
-def test_past_the_context_is_an_error_unless_rolling():
+def test_passing_the_context_is_an_error_unless_rolling():
     tokenizer = tokenizer_of()
     model = model_of(tokenizer)
     with pytest.raises(UserError, match=r"3 tokens and 30 new ones are more than the model's context of 32.*--rolling"):
@@ -106,7 +106,7 @@ def test_past_the_context_is_an_error_unless_rolling():
     assert sum(piece.token is not None for piece in pieces) == 100
 
 
-def test_rolling_begins_again_with_the_newer_half():
+def test_rolling_continues_from_the_newer_half():
     """At the edge of a context of 8 the next token is the one that the last 4 alone call for."""
     tokenizer = tokenizer_of()
     model = model_of(tokenizer, seq_len=8).eval()
@@ -156,7 +156,7 @@ def test_generation_ends_at_the_document_token():
     ],
     ids=["byte-document", "char-document", "char-newline", "char-first"],
 )
-def test_an_empty_prompt_starts_as_a_document_does(tokenizer, start, tmp_path):
+def test_an_empty_prompt_starts_like_a_document(tokenizer, start, tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
     assert load_tokenizer(tmp_path / "tokenizer.json").start_token == start
     model, config = model_of(tokenizer).eval(), SamplingConfig(max_new_tokens=1, temperature=0.0)
@@ -170,7 +170,7 @@ def test_an_unknown_character_is_named():
         generate(model_of(tokenizer), tokenizer, ["Quick"], SamplingConfig())
 
 
-def test_training_mode_stays_and_drops_nothing():
+def test_training_mode_is_kept_but_dropout_is_not_applied():
     tokenizer = tokenizer_of()
     texts, sampling = [], SamplingConfig(max_new_tokens=8)
     for training in (False, True):

@@ -37,7 +37,7 @@ def make(layout: str, weight: torch.Tensor, bias: torch.Tensor | None) -> PlainL
 @pytest.mark.parametrize("rows", [1, 4, 7], ids="rows{}".format)
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_each_layout_is_the_layer(layout, with_bias, rows):
+def test_each_layout_equals_the_layer(layout, with_bias, rows):
     torch.manual_seed(rows)
     weight, x = torch.randn(48, 33), torch.randn(rows, 33)  # (N, K), (M, K)
     bias = torch.randn(48) if with_bias else None
@@ -85,7 +85,7 @@ def test_inputs_and_residuals_of_another_dtype(layout, activation):
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh"])
-def test_packed_weights_do_the_activation_at_hand(activation):
+def test_packed_products_include_the_activation(activation):
     linear, x = make("packed", torch.randn(48, 33), None), torch.randn(4, 33)
     expected = linear(x, activation)
     with mock.patch.object(module, "activate", side_effect=AssertionError("it was a step of its own")):
@@ -128,7 +128,7 @@ def test_layouts_by_shape_and_rows(out, width, rows, layout, with_bias, recorded
         assert bias is None if not with_bias else torch.equal(bias, layer.bias.bfloat16())
 
 
-def test_layouts_where_something_is_missing(recorded, monkeypatch):
+def test_layouts_without_mkl_or_onednn(recorded, monkeypatch):
     layer = torch.nn.Linear(8, 16)
     meta = torch.nn.Linear(8, 16, device="meta")
     name, weight, bias = prepare_linear(meta, torch.float32, 8)

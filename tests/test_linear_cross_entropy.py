@@ -71,7 +71,7 @@ def test_equals_torch_in_float64():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_gradients_are_those_of_finite_differences(reduction):
+def test_gradients_equal_finite_differences(reduction):
     inputs = make_inputs(5, 7, 4, torch.float64, "cpu")
     x, weight = (t.detach().requires_grad_() for t in (inputs.x, inputs.weight))
 

@@ -162,7 +162,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(model):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids="tied={}".format)
-def test_loss_without_all_the_logits(tied, monkeypatch):
+def test_loss_in_chunks_has_the_gradients_of_the_logits(tied, monkeypatch):
     """In chunks, with a softcap and a padded vocabulary: every gradient is that of forward's logits."""
     model = make_model(tied_embeddings=tied, logit_softcap=2.0, vocab_size=80)
     idx, targets = random_tokens(2, 24), random_tokens(2, 24, seed=2)
@@ -278,12 +278,12 @@ def test_a_pattern_says_which_blocks_have_the_window():
     ],
     ids=str,
 )
-def test_a_pattern_that_is_none_is_refused(options, message):
+def test_invalid_window_patterns_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         ModelConfig(**options)
 
 
-def test_value_embeddings_join_the_values_of_the_first_and_the_last_blocks():
+def test_value_embeddings_are_added_to_the_values_of_the_first_and_last_blocks():
     """Against a model without them, to whose projections' values they are added from outside."""
     options = {"n_layer": 5, "n_kv_head": 2, "activation": "relu2"}
     ours, plain = make_model(value_embeds=2, **options), make_model(**options)

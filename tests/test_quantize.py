@@ -39,7 +39,7 @@ def test_rounding_is_within_half_a_step_of_each_channel(magnitude):
 @pytest.mark.parametrize("shape", [(64, 32), (65, 36), (36, 36), (3, 40), (5000, 48)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [0, 1, 3, 16, 17], ids="M{}".format)
-def test_the_product_is_that_of_the_dequantized_weights(shape, dtype, rows):
+def test_the_product_equals_that_of_dequantized_weights(shape, dtype, rows):
     """Also for widths that torch's own product cannot read."""
     layer = torch.nn.Linear(shape[1], shape[0])
     ints, scale = quantize_weight(layer.weight)
@@ -72,7 +72,7 @@ def dequantized(model) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("preset", ["modern", "gpt2"])
-def test_the_loss_is_that_of_an_independent_computation(preset, monkeypatch):
+def test_the_loss_equals_an_independent_computation(preset, monkeypatch):
     """With 7 levels for 127, so that what is lost is large beside what it is computed from.
 
     Both losses are means in float32 of 270 tokens: a few rounding steps of each, where 1% of the difference is 2e-4.
@@ -91,7 +91,7 @@ def test_the_loss_is_that_of_an_independent_computation(preset, monkeypatch):
     assert quantization_loss(model, tokens) == pytest.approx(lost, abs=2.0**-9 * float(full))
 
 
-def test_a_decoder_with_int8_weights_speaks_as_the_dequantized_model():
+def test_an_int8_decoder_equals_the_dequantized_model():
     model = model_of()
     tokens = torch.randint(VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_a_decoder_with_int8_weights_speaks_as_the_dequantized_model():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 16, 17], ids="M{}".format)
-def test_torchs_product_takes_few_rows_of_bfloat16(rows, dtype):
+def test_torchs_int8_product_is_used_for_few_rows_of_bfloat16(rows, dtype):
     """The others are unpacked 2,048 channels at a time."""
     linear, x = Int8Linear(torch.nn.Linear(32, 5000), dtype), randn(rows, 32).to(dtype)
     with (
@@ -118,13 +118,13 @@ def test_torchs_product_takes_few_rows_of_bfloat16(rows, dtype):
     assert [call.args[1].shape[0] for call in unpacked.call_args_list] == ([] if is_few else [2048, 2048, 904])
 
 
-def test_off_a_cpu_weights_are_unpacked():
+def test_other_devices_unpack_weights():
     linear = Int8Linear(torch.nn.Linear(32, 40, device="meta"), torch.bfloat16)
     with mock.patch.object(torch, "_weight_int8pack_mm", side_effect=AssertionError):
         assert linear(torch.empty(2, 32, dtype=torch.bfloat16, device="meta")).shape == (2, 40)
 
 
-def test_the_loss_holds_64_tokens_of_a_row_at_once():
+def test_the_loss_computes_64_tokens_of_a_row_at_a_time():
     """In a cache of as many as are read."""
     model = model_of(seq_len=130)
     tokens = torch.randint(VOCAB, (2, 131), generator=torch.Generator().manual_seed(2))
@@ -137,7 +137,7 @@ def test_the_loss_holds_64_tokens_of_a_row_at_once():
     assert [call.args[1].shape for call in step.call_args_list] == [(2, 64), (2, 64), (2, 2)] * 2
 
 
-def test_a_model_that_writes_nothing_has_no_loss_to_show(tmp_path, monkeypatch):
+def test_the_loss_of_a_model_that_writes_nothing_is_not_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(int8, "generate", lambda *args: iter(()))
     model = model_of()
     line = int8.loss_of_int8(tmp_path, model, ByteTokenizer())

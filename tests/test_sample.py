@@ -69,7 +69,7 @@ def test_rolling_goes_past_the_context(run_dir, capsys):
     assert len(capsys.readouterr().out) == 104
 
 
-def test_an_empty_prompt_is_no_error(run_dir, capsys):
+def test_an_empty_prompt_is_allowed(run_dir, capsys):
     assert status_of(str(run_dir), "--max-new-tokens", "5") == 0
     assert len(capsys.readouterr().out) == 6
 
@@ -125,7 +125,7 @@ def test_bad_input_is_one_sentence_and_prints_nothing_else(run_dir, capsys, word
     ],
     ids=["missing", "empty", "no-checkpoint"],
 )
-def test_a_directory_that_holds_no_run_is_refused(tmp_path, capsys, prepare, message):
+def test_a_directory_without_a_run_is_refused(tmp_path, capsys, prepare, message):
     prepare(tmp_path / "run")
     assert status_of(str(tmp_path / "run")) == 2
     assert message in capsys.readouterr().err
@@ -172,15 +172,15 @@ def test_samples_as_json(run_dir, tmp_path, capsys, where):
     [
         ("a.txt", "\n \n", "holds no prompt"),
         ("a.jsonl", "", "holds no prompt"),
-        ("a.jsonl", '{"prompt": "a"}\n\nall\n', "a.jsonl, line 3: this is not JSON"),
-        ("a.jsonl", '{"text": "a"}', 'line 1: a prompt is an object {"prompt": "text"}'),
-        ("a.jsonl", '{"prompt": "a", "tokens": 1}', "line 1: the field 'tokens' is one that the output sets"),
+        ("a.jsonl", '{"prompt": "a"}\n\nall\n', "a.jsonl, line 3 is not JSON"),
+        ("a.jsonl", '{"text": "a"}', 'line 1 must be an object {"prompt": "text"}'),
+        ("a.jsonl", '{"prompt": "a", "tokens": 1}', "line 1: the output sets the field 'tokens' itself"),
         ("a.txt", "all\nÜ", "prompt 1: the tokenizer lacks the character 'Ü'"),
         ("a.txt", b"\xff", "is not UTF-8"),
     ],
     ids=lambda value: "" if isinstance(value, bytes) else value[:12],
 )
-def test_bad_prompt_files_are_one_sentence(run_dir, tmp_path, capsys, name, content, message):
+def test_bad_prompt_files_are_refused_in_one_sentence(run_dir, tmp_path, capsys, name, content, message):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert status_of(str(run_dir), "--prompt-file", str(tmp_path / name), "--jsonl") == 2
     output = capsys.readouterr()
@@ -198,7 +198,7 @@ def test_a_prompt_from_standard_input(run_dir, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("words", [("--prompt", "-"), ("--interactive",)], ids=["prompt", "interactive"])
-def test_standard_input_that_is_no_text_is_one_sentence(run_dir, words):
+def test_stdin_that_is_not_utf8_is_refused_in_one_sentence(run_dir, words):
     command = [sys.executable, "sample.py", str(run_dir), "--device", "cpu", "--max-new-tokens", "3", *words]
     done = subprocess.run(
         command, input=b"all\xff\nall", capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8"}, check=False
@@ -211,13 +211,13 @@ def test_standard_input_that_is_no_text_is_one_sentence(run_dir, words):
 
 
 @pytest.mark.parametrize("words", [["--prompt", "-"], ["--interactive"]], ids=str)
-def test_standard_input_that_is_closed_is_one_sentence(run_dir, words, capsys, monkeypatch):
+def test_closed_stdin_is_refused_in_one_sentence(run_dir, words, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", None)
     assert status_of(str(run_dir), *words) == 2
     assert capsys.readouterr().err.startswith("error: standard input is closed")
 
 
-def test_json_holds_what_its_file_cannot(run_dir, tmp_path, capsys, monkeypatch):
+def test_json_escapes_characters_that_the_output_cannot_encode(run_dir, tmp_path, capsys, monkeypatch):
     prompts, output = tmp_path / "p.JSONL", tmp_path / "o.jsonl"
     prompts.write_text('{"prompt": "all", "id": "\\ud800é"}\n', encoding="utf-8")
     words = [str(run_dir), "--prompt-file", str(prompts), "--max-new-tokens", "3"]
@@ -276,7 +276,7 @@ def test_a_draft_with_another_tokenizer_is_refused(run_dir, capsys):
     assert re.search(r"^error: the draft .*byte has another tokenizer than .*run", capsys.readouterr().err)
 
 
-def test_int8_says_what_it_costs_and_where_that_was_measured(run_dir, capsys):
+def test_int8_reports_its_loss_and_the_text_it_was_measured_on(run_dir, capsys):
     """On the validation text; on the model's own where the cache is gone."""
     words = [str(run_dir), "--prompt", "all", "--max-new-tokens", "3", "--quantize", "int8", "--dtype", "float32"]
     number = r"int8 weights: [+-]0\.\d{4} nats per token, on \d+ tokens of "
@@ -285,7 +285,7 @@ def test_int8_says_what_it_costs_and_where_that_was_measured(run_dir, capsys):
     (run_dir.parent / "cache").rename(run_dir.parent / "away")
     try:
         assert status_of(*words) == 0
-        assert re.fullmatch(number + "text that the model wrote\n", capsys.readouterr().err)
+        assert re.fullmatch(number + "text that the model generated\n", capsys.readouterr().err)
     finally:
         (run_dir.parent / "away").rename(run_dir.parent / "cache")
 
@@ -297,7 +297,7 @@ def command(run_dir, *words: str) -> list[str]:
     return [sys.executable, str(ROOT / "sample.py"), str(run_dir), *words]
 
 
-def test_ctrl_c_leaves_what_there_is(run_dir, tmp_path):
+def test_ctrl_c_keeps_finished_and_partial_samples(run_dir, tmp_path):
     """The finished sample, and the one that was under way, as far as it had come; status 4."""
     (tmp_path / "prompts.txt").write_text("all\nwork\n")
     words = ["--prompt-file", str(tmp_path / "prompts.txt"), "--jsonl", "--rolling", "--max-new-tokens", "1000000"]
@@ -315,7 +315,7 @@ def test_ctrl_c_leaves_what_there_is(run_dir, tmp_path):
     assert all(len(r["tokens"]) > 0 for r in records)
 
 
-def test_a_reader_that_goes_away_is_no_error(run_dir):
+def test_a_closed_pipe_is_not_an_error(run_dir):
     words = command(run_dir, "--rolling", "--max-new-tokens", "1000000")
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.read(5)

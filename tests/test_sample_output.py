@@ -58,7 +58,7 @@ def samples(path: str) -> dict[tuple[int, int], dict]:
 # What is refused.
 
 
-def test_an_existing_file_is_refused_and_overwrite_writes_it_anew(place, capsys):
+def test_an_existing_file_is_refused_unless_overwrite_is_given(place, capsys):
     whole = samples("whole.jsonl")
     assert "whole.jsonl exists: add --resume" in refused(capsys, "--output", "whole.jsonl")
     shutil.copy("whole.jsonl", "other.jsonl")
@@ -74,10 +74,10 @@ def test_an_existing_file_is_refused_and_overwrite_writes_it_anew(place, capsys)
         (["--output", "x", "--resume", "--overwrite"], "--resume and --overwrite contradict each other"),
         (["--resume"], "--resume goes with --output"),
         (["--overwrite"], "--overwrite goes with --output"),
-        (["--output", "prompts.jsonl", "--overwrite"], "prompts.jsonl is what this command reads"),
-        (["--output", "prompts.jsonl", "--resume"], "prompts.jsonl is what this command reads"),
-        (["--output", "run/config.toml", "--overwrite"], "run/config.toml is what this command reads"),
-        (["--output", "run/run.json", "--overwrite"], "run/run.json is what this command reads"),
+        (["--output", "prompts.jsonl", "--overwrite"], "prompts.jsonl is an input of this command"),
+        (["--output", "prompts.jsonl", "--resume"], "prompts.jsonl is an input of this command"),
+        (["--output", "run/config.toml", "--overwrite"], "run/config.toml is an input of this command"),
+        (["--output", "run/run.json", "--overwrite"], "run/run.json is an input of this command"),
         (["--output", ".", "--overwrite"], "cannot write .: Is a directory"),
         (["--output", "", "--overwrite"], "--output is empty"),
         (["--output", " "], "--output is empty"),
@@ -87,13 +87,13 @@ def test_an_existing_file_is_refused_and_overwrite_writes_it_anew(place, capsys)
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_must_not_be_written_is_refused(place, capsys, words, message):
+def test_outputs_that_must_not_be_written_are_refused(place, capsys, words, message):
     assert message in refused(capsys, *words)
 
 
 def test_a_link_to_the_prompts_is_refused(place, capsys):
     Path("link").symlink_to("prompts.jsonl")
-    assert "link is what this command reads" in refused(capsys, "--output", "link", "--overwrite")
+    assert "link is an input of this command" in refused(capsys, "--output", "link", "--overwrite")
     Path("link").unlink()
     Path("link").symlink_to("made")
     assert status_of("--output", "link") == 0
@@ -109,7 +109,7 @@ def test_a_device_is_written_to(place):
 
 @pytest.mark.parametrize("cut", [0, 1, 3, 6], ids="after {}".format)
 @pytest.mark.parametrize("torn", [b"", b'{"prompt": "all', b"\0" * 30], ids=["", "torn", "zeros"])
-def test_resume_goes_on_after_the_last_whole_line(place, capsys, cut, torn):
+def test_resume_continues_after_the_last_complete_line(place, capsys, cut, torn):
     lines = Path("whole.jsonl").read_bytes().splitlines(keepends=True)
     Path("cut.jsonl").write_bytes(b"".join(lines[:cut]) + torn)
     assert status_of("--output", "cut.jsonl", "--resume") == 0
@@ -119,7 +119,7 @@ def test_resume_goes_on_after_the_last_whole_line(place, capsys, cut, torn):
     assert samples("cut.jsonl") == samples("whole.jsonl")
 
 
-def test_rows_apart_give_the_same_bits_after_a_resume(place):
+def test_batch_invariant_samples_have_the_same_bits_after_a_resume(place):
     assert status_of("--output", "whole", "--batch-invariant") == 0
     lines = Path("whole").read_text().splitlines(keepends=True)
     Path("cut").write_text("".join(lines[:2]))
@@ -127,7 +127,7 @@ def test_rows_apart_give_the_same_bits_after_a_resume(place):
     assert sorted(Path("cut").read_text().splitlines(keepends=True)) == sorted(lines)
 
 
-def test_samples_that_are_there_are_not_made_again(place, monkeypatch):
+def test_finished_samples_are_not_generated_again(place, monkeypatch):
     made = []
     take = Records.take
     monkeypatch.setattr(
@@ -141,12 +141,12 @@ def test_samples_that_are_there_are_not_made_again(place, monkeypatch):
     }
 
 
-def test_resume_begins_where_there_is_no_file(place):
+def test_resume_without_a_file_starts_one(place):
     assert status_of("--output", "new.jsonl", "--resume") == 0
     assert samples("new.jsonl") == samples("whole.jsonl")
 
 
-def test_interrupted_samples_are_made_again(place):
+def test_interrupted_samples_are_generated_again(place):
     """They are at the end after a Ctrl-C; elsewhere too, if someone put files together."""
     records = [json.loads(line) for line in Path("whole.jsonl").read_text().splitlines()]
     for i in (1, 4, 5):
@@ -169,17 +169,17 @@ def test_prompts_may_be_added_at_the_end(place):
 @pytest.mark.parametrize(
     ("old", "new", "words", "message"),
     [
-        ('"all "', '"All "', [], "line 1 is of other prompts or options: its 'prompt' is another"),
-        ("1.5", "1.25", [], "its 'id' is another"),
-        (', "id": 1.5', "", [], "its 'id' is another"),
-        ('"prompt": "no"', '"prompt": "no", "more": 1', [], "its 'more' is another"),
-        ('{"prompt": "no"}\n', "", [], "there is no prompt 1 now"),
-        ("x", "x", ["--seed", "8"], "its 'seed' is another"),
-        ("x", "x", ["--num-samples", "2"], "there is no sample 2 of a prompt now"),
+        ('"all "', '"All "', [], "line 1 is from other prompts or options: its 'prompt' differs"),
+        ("1.5", "1.25", [], "its 'id' differs"),
+        (', "id": 1.5', "", [], "its 'id' differs"),
+        ('"prompt": "no"', '"prompt": "no", "more": 1', [], "its 'more' differs"),
+        ('{"prompt": "no"}\n', "", [], "this command has no prompt 1"),
+        ("x", "x", ["--seed", "8"], "its 'seed' differs"),
+        ("x", "x", ["--num-samples", "2"], "this command has no sample 2 of a prompt"),
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
 )
-def test_other_prompts_and_seeds_are_noticed(place, capsys, old, new, words, message):
+def test_resume_refuses_other_prompts_and_seeds(place, capsys, old, new, words, message):
     Path("prompts.jsonl").write_text(Path("prompts.jsonl").read_text().replace(old, new))
     line = refused(capsys, "--output", "whole.jsonl", "--resume", *words)
     assert message in line and "give another --output, or --overwrite" in line
@@ -195,10 +195,10 @@ def test_other_prompts_and_seeds_are_noticed(place, capsys, old, new, words, mes
         (lambda lines: [lines[0].replace(b'"seed"', b'"sed"')], "line 1 is not a sample"),
         (lambda lines: [lines[0].replace(b'"prompt_index": 0', b'"prompt_index": -1')], "line 1 is not a sample"),
         (lambda lines: [lines[0].replace(b'"sample_index": 0', b'"sample_index": "0"')], "line 1 is not a sample"),
-        (lambda lines: [*lines, lines[2]], "comes twice"),
+        (lambda lines: [*lines, lines[2]], "appears twice"),
     ],
 )
-def test_a_file_of_something_else_is_refused(place, capsys, change, message):
+def test_resume_refuses_a_file_that_is_not_samples(place, capsys, change, message):
     lines = Path("whole.jsonl").read_bytes().splitlines(keepends=True)
     Path("mine").write_bytes(b"".join(change(lines)))
     assert message in refused(capsys, "--output", "mine", "--resume")
@@ -207,7 +207,7 @@ def test_a_file_of_something_else_is_refused(place, capsys, change, message):
 # Kills and full disks.
 
 
-def test_finished_samples_outlive_a_kill(place):
+def test_finished_samples_survive_a_kill(place):
     """Each is in the file as soon as it ends; what the command makes after the kill are the others."""
     words = ["--output", "out.jsonl", "--num-samples", "40", "--batch-size", "1", "--batch-invariant"]
     command = [sys.executable, str(ROOT / "sample.py"), "run", "--prompt-file", "prompts.jsonl", *WORDS, *words]
@@ -234,7 +234,7 @@ def largest_file(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_disk_that_is_full_keeps_what_is_finished(place, capsys):
+def test_a_full_disk_keeps_finished_samples(place, capsys):
     with largest_file(900):
         assert status_of("--output", "out.jsonl") == 2
     assert capsys.readouterr().err == "error: cannot write out.jsonl: File too large\n"
@@ -257,7 +257,7 @@ def test_samples_are_synced_when_the_command_ends(place, monkeypatch):
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n"], ids=["none", "LF", "CRLF"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["", "BOM"])
-def test_a_line_end_and_a_byte_order_mark_are_not_the_prompts(place, capsys, monkeypatch, end, mark):
+def test_line_ends_and_byte_order_marks_are_not_part_of_a_prompt(place, capsys, monkeypatch, end, mark):
     import io
 
     def shown(text: str, *words: str) -> str:

@@ -72,7 +72,7 @@ OPTIONS = st.fixed_dictionaries(
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(LOGITS, OPTIONS, st.sampled_from([1, 3, 1024]), st.randoms(use_true_random=False))
-def test_distribution_is_the_slow_one(logits, options, likeliest, random):
+def test_distribution_equals_a_slow_reference(logits, options, likeliest, random):
     """Also where the nucleus is larger than the few tokens among which it is looked for first."""
     config = SamplingConfig(**options)
     bias = [random.choice([0.0, 0.0, 1.5, -2.0]) for _ in logits]
@@ -171,7 +171,7 @@ def test_the_low_bits_are_uniform_too():
 
 @pytest.mark.parametrize("stream", [TOKEN, ACCEPT, PROPOSE])
 @pytest.mark.parametrize(("seed", "position"), [(0, 0), (1, 5), (1337, 100), (2**63 - 1, 2**20)])
-def test_draws_are_the_documented_hash(seed, position, stream):
+def test_draws_equal_the_documented_hash(seed, position, stream):
     """SplitMix64's finaliser in Python's unbounded integers."""
     golden, mask = 0x9E3779B97F4A7C15, (1 << 64) - 1
 
@@ -197,7 +197,7 @@ def test_a_token_without_probability_is_never_drawn():
     assert draw(probs[:, None].expand(2, 2, 4), edge.expand(2, 2)).tolist() == [[2, 2], [1, 3]]
 
 
-def test_sample_seeds_are_apart_and_the_first_is_the_seed():
+def test_sample_seeds_are_distinct_and_the_first_is_the_seed():
     seeds = {sample_seed(s, i, j) for s in range(10) for i in range(30) for j in range(30)}
     assert len(seeds) == 9000
     assert all(0 <= seed < 2**53 for seed in seeds)
@@ -270,7 +270,7 @@ def test_logit_bias_takes_ids_and_texts_that_are_one_token():
         (-1, "-1 is"),
     ],
 )
-def test_what_is_no_token_is_refused(token, message):
+def test_anything_but_one_token_is_refused(token, message):
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer="byte"), list)
     with pytest.raises(UserError, match=f"stop_tokens: {message}"):
         token_id(tokenizer, token, "stop_tokens")

@@ -77,7 +77,7 @@ def test_lookup_gives_the_same_tokens_when_sampling_too(tokenizer, model):
 
 @pytest.mark.parametrize("kind", SPECULATIONS)
 @pytest.mark.parametrize("invariant", [False, True], ids=["", "invariant"])
-def test_a_sample_is_what_it_is_alone(tokenizer, model, kind, invariant):
+def test_a_sample_does_not_depend_on_its_batch(tokenizer, model, kind, invariant):
     """Rows accept different numbers of tokens, end at different times, and one begins with a single token."""
     options = {"temperature": 1.0, "max_new_tokens": 8, "batch_invariant": invariant, "draft_tokens": 2, "stop": "e"}
     together = list(speculative(kind, tokenizer, model, PROMPTS, batch_size=3, **options))
@@ -91,7 +91,7 @@ def test_a_sample_is_what_it_is_alone(tokenizer, model, kind, invariant):
 
 @pytest.mark.parametrize("position", ["rotary", "learned", "sinusoidal", "alibi"])
 @pytest.mark.parametrize("seq_len", [7, 20])
-def test_a_row_at_its_contexts_end_changes_no_other(tokenizer, position, seq_len):
+def test_a_row_at_the_end_of_its_context_does_not_change_others(tokenizer, position, seq_len):
     """Rows that have room, in model and draft, are proposed as many tokens as alone, whoever has none left."""
     model = model_of(tokenizer, seq_len=20, position=position, window=9).eval()
     draft = model_of(tokenizer, seq_len=seq_len, n_layer=1, position=position)
@@ -109,7 +109,7 @@ def test_a_row_at_its_contexts_end_changes_no_other(tokenizer, position, seq_len
 
 @pytest.mark.parametrize("kind", ["draft", "ngram"])
 @pytest.mark.parametrize("seq_len", [5, 8])
-def test_rolling_with_proposals_is_rolling(tokenizer, kind, seq_len):
+def test_rolling_with_proposals_gives_the_same_text(tokenizer, kind, seq_len):
     """Greedy, past the context many times over, and a draft with a context of another size."""
     model = model_of(tokenizer, seq_len=8).eval()
     options = {"temperature": 0.0, "max_new_tokens": 18, "rolling": True, "batch_size": 2}
@@ -128,7 +128,7 @@ def test_a_draft_that_is_the_model_is_always_accepted(tokenizer, model):
     assert pieces.accepted == pieces.proposed == 12
 
 
-def test_stop_strings_and_ends_inside_what_was_accepted(tokenizer, model):
+def test_texts_end_within_accepted_proposals(tokenizer, model):
     """With q forced every proposal of the draft is accepted; the text still ends where it must."""
     for options, text, reason in (
         ({"stop": "qqqqq"}, "", "stop"),
@@ -242,7 +242,7 @@ def test_ngrams_find_what_followed_the_longest_match():
     assert lookup.propose([5], 3) == []
 
 
-def test_a_refusal_that_rounding_leaves_nothing_beside_draws_from_the_model():
+def test_a_refusal_draws_from_the_model_if_proposals_cover_its_distribution():
     """q covers p everywhere, as it may by a rounding error; here by much, so that half of the proposals are refused."""
     n, p, q = 400, torch.tensor([0.5, 0.25]), torch.tensor([0.5, 0.5])
     proposals = Proposals(torch.ones(n, 1, dtype=torch.int64), torch.ones(n, dtype=torch.int64), q.expand(n, 1, 2))

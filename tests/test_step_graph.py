@@ -68,7 +68,7 @@ def tapes(monkeypatch) -> list[Tape]:
 
 
 @pytest.mark.parametrize("name", ["modern", "window-pattern", "gelu-odd"])
-def test_replayed_steps_are_the_uncached_model(name, tapes):
+def test_replayed_steps_equal_the_uncached_model(name, tapes):
     """Ragged rows, steps of two shapes in turn, a cut, a copy, and rows that leave."""
     model = model_of(**({"n_layer": 1} | OPTIONS[name]))
     decoder, texts = Decoder(model, 3, 48), [text_of(n, n) for n in (3, 1, 9)]
@@ -100,7 +100,7 @@ def test_replayed_steps_are_the_uncached_model(name, tapes):
     assert [tape.replays for tape in tapes] == [3, 1, 1]
 
 
-def test_a_window_that_slides_is_no_new_graph(tapes):
+def test_a_sliding_window_needs_no_new_graph(tapes):
     model = model_of(n_layer=1, seq_len=1000, window=4)
     decoder, text = Decoder(model, 1, 1000), text_of(400, 1)
     decoder.prefill(0, text[:326])
@@ -112,7 +112,7 @@ def test_a_window_that_slides_is_no_new_graph(tapes):
     assert len(starts) > 1 and len(tapes) == 1
 
 
-def test_what_a_step_returned_is_not_overwritten(tapes):
+def test_returned_logits_are_not_overwritten(tapes):
     decoder = Decoder(model_of(n_layer=1), 1, 48)
     decoder.prefill(0, [1, 2, 3])
     kept = [decoder.step(torch.tensor([[5]])) for _ in range(5)]
@@ -136,7 +136,7 @@ def test_graphs_can_be_switched_off_and_need_a_gpu(tapes, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["modern", "gpt2", "window-alibi-post"])
-def test_graphs_on_a_gpu_give_what_steps_give(name):
+def test_graphs_on_a_gpu_equal_plain_steps(name):
     model = model_of(n_layer=2, **OPTIONS[name]).cuda()
     decoders = [Decoder(model, 2, 48, cuda_graphs=graphs) for graphs in (True, False)]
     for decoder in decoders:
@@ -149,7 +149,7 @@ def test_graphs_on_a_gpu_give_what_steps_give(name):
     assert len(decoders[0]._graphs._recorded) == 1
 
 
-def test_what_a_recording_gives(monkeypatch):
+def test_record_returns_a_replay_and_its_result(monkeypatch):
     """How to replay it, and the tensor that run returned while the graph was open."""
     calls = []
 

@@ -1,4 +1,4 @@
-"""How good a model is on a text: losses, multiple-choice questions, lm-evaluation-harness, and what int8 weights cost.
+"""The quality of a model: losses on text, multiple-choice questions, lm-evaluation-harness, and the loss due to int8.
 
 Imports the ground, gpt.model, gpt.data, gpt.run, gpt.inference and gpt.interop.
 """

@@ -1,4 +1,4 @@
-"""A command that scores text and questions with a model.
+"""The command that scores text and questions with a model.
 
 python -m gpt.evaluate RUN --corpus TEXT ... [--stride N]
 python -m gpt.evaluate RUN --multiple-choice QUESTIONS.jsonl [--few-shot K]
@@ -34,36 +34,36 @@ class Arguments:
     run: tyro.conf.Positional[str]
     """The run directory; or a Hugging Face checkpoint, a directory or a name."""
     corpus: tuple[str, ...] = option((), is_path=True)
-    """Text to score: whatever train.py takes as a corpus, token files excepted."""
+    """Text to score: any corpus that train.py takes, except token files."""
     text_field: str | None = None
-    """The field of JSON lines, or the column of Parquet files and datasets, that holds the text. None: text."""
+    """The field of JSON lines, or the column of Parquet files and datasets, with the text. None: text."""
     encoding_errors: Literal["strict", "replace"] | None = None
-    """What to do with bytes that are not UTF-8: refuse, or replace them with U+FFFD. None: strict."""
+    """Refuse bytes that are not UTF-8 (strict), or replace them with U+FFFD. None: strict."""
     max_corpus_bytes: int | None = option(None, is_wide=True)
-    """Read at most about this many bytes of text, whole documents, in the corpus's order."""
+    """Read about this many bytes of text at most: whole documents, in the corpus's order."""
     max_download_bytes: int | None = option(None, is_wide=True)
-    """Refuse to download a file of more bytes than this. None: 16 GiB."""
+    """Refuse to download files of more bytes than this. None: 16 GiB."""
     cache_dir: Path | None = None
-    """Where downloads are kept. None: a folder under the user's cache folder."""
+    """Folder for downloads. None: a folder in the user's cache folder."""
     stride: int | None = option(None, at_least=1)
-    """Tokens between the windows that a text is scored in; each token has at least the context less this before it.
-    None: half the context."""
+    """Tokens between the starts of the windows in which a text is scored. Each token sees at least the context less
+    this. None: half the context."""
     multiple_choice: Path | None = None
-    """Questions to answer: JSON lines with ctx, endings and label, as HellaSwag has them."""
+    """Questions to answer: JSON lines with ctx, endings and label, as in HellaSwag."""
     few_shot: int = option(0, at_least=0)
-    """Answered questions to put before each one."""
+    """Number of answered questions to put before each question."""
     shots: Path | None = None
-    """Where those are drawn from. None: from the other questions."""
+    """File to draw them from. None: the other questions."""
     seed: int | None = option(None, is_wide=True)
-    """Seed of that draw. None: 1337."""
+    """Seed of the draw of answered questions. None: 1337."""
     batch_size: int = option(8, at_least=1)
-    """Rows at a time."""
+    """Rows to score at a time."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Precision of the forward pass under autocast."""
     json: bool = False
-    """Print one JSON object instead of lines for a reader."""
+    """Print one JSON object instead of text."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -84,7 +84,7 @@ class Arguments:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Questions of a file of JSON lines. Raises UserError, naming the line, for anything else."""
+    """Read a file of questions in JSON lines. Raises UserError, naming the line, for anything else."""
     questions = []
     for number, line in enumerate(read_lines(path, "file of questions"), 1):
         if not line.strip():
@@ -98,12 +98,12 @@ def read_questions(path: Path) -> list[Question]:
             what = f"line {number} is not a question with ctx, endings and label"
             raise UserError(f"{path}: {what} ({error!r})") from None
     if not questions:
-        raise UserError(f"{path} holds no question")
+        raise UserError(f"{path} has no questions")
     return questions
 
 
 def _label(value: Any) -> int:
-    """A number as JSON has it, or in a string; ValueError for another, such as 1.5."""
+    """Convert a label, an integer or its text. Raises ValueError for others, such as 1.5."""
     if type(value) not in (int, str):
         raise ValueError(f"label {value!r}")
     return int(value)
@@ -114,19 +114,19 @@ def _count(n: int, what: str) -> str:
 
 
 def main(arguments: Arguments) -> int:
-    """Score and print. Returns the exit status. SIGTERM ends it as Ctrl-C does, with a KeyboardInterrupt."""
+    """Score, print, and return the exit status. SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
     check_output()
     with StopRequest() as stop, stop.at_once():
         return _main(arguments)
 
 
 def _main(arguments: Arguments) -> int:
-    # Whatever is wrong with the text is said before a model is loaded.
+    # Check the text before loading a model.
     if arguments.corpus:
         given = {name: value for name, value in arguments.text_options.items() if value is not None}
         data = DataConfig(arguments.corpus, **given)
         tokens = find_token_files(replace(data, max_corpus_bytes=None))
-        require(not tokens, "token files (.bin) hold no text to score: give text as the corpus")
+        require(not tokens, "token files (.bin) cannot be scored: give text as the corpus")
         sources = find_sources(data, cache_folder(data.cache_dir) / "downloads")
     else:
         questions = read_questions(arguments.multiple_choice)

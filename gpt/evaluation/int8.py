@@ -1,4 +1,4 @@
-"""What int8 weights cost, in nats per token."""
+"""The loss due to int8 weights, in nats per token."""
 
 from pathlib import Path
 
@@ -15,12 +15,14 @@ from gpt.inference.generation import generate
 from gpt.inference.sampling import SamplingConfig
 from gpt.model import GPT
 
-PIECE = 64  # tokens of a row whose logits are held at once
+PIECE = 64  # tokens of a row whose logits are computed at a time
 
 
 def loss_of_int8(run_dir: Path, model: GPT, tokenizer: Tokenizer, dtype: str | None = None) -> str:
-    """A line that says what int8 weights cost this model, in nats per token, and on which tokens that was measured:
-    the run's validation text while the cache holds it, otherwise what the model itself writes."""
+    """Measure the loss due to int8 weights, and describe it in one line.
+
+    It is measured on the run's validation text if it is still in the cache, else on text that the model generates.
+    """
     T = model.config.seq_len
     tokens, what = _validation_tokens(run_dir, tokenizer), "the run's validation text"
     if tokens is None:
@@ -29,9 +31,9 @@ def loss_of_int8(run_dir: Path, model: GPT, tokenizer: Tokenizer, dtype: str | N
         rows = [[p.token for p in pieces if p.sample == j] for j in range(8)]
         rows = [row for row in rows if len(row) > 1]
         if not rows:
-            return "int8 weights: their loss was not measured, as the validation text is gone and the model wrote none"
+            return "int8 weights: loss not measured: the validation text is gone, and the model generated none"
         shortest = min(map(len, rows))
-        tokens, what = torch.tensor([row[:shortest] for row in rows]), "text that the model wrote"
+        tokens, what = torch.tensor([row[:shortest] for row in rows]), "text that the model generated"
     else:
         width = min(T, len(tokens))
         rows = min(len(tokens) // width, max(1, 2048 // width))
@@ -43,7 +45,7 @@ def loss_of_int8(run_dir: Path, model: GPT, tokenizer: Tokenizer, dtype: str | N
 
 
 def _validation_tokens(run_dir: Path, tokenizer: Tokenizer) -> np.ndarray | None:
-    """The run's validation tokens, at least two, if the cache still holds them."""
+    """Read the run's validation tokens, or return None if fewer than two are still in the cache."""
     try:
         tokens = read_tokens(tokenized_folders(run_dir)[0] / "val.tokens", tokenizer)
     except (OSError, ValueError, KeyError, TypeError):  # a UserError is a ValueError
@@ -53,8 +55,9 @@ def _validation_tokens(run_dir: Path, tokenizer: Tokenizer) -> np.ndarray | None
 
 @torch.inference_mode()
 def quantization_loss(model: nn.Module, tokens: Tensor, *, dtype: torch.dtype | None = None) -> float:
-    """What int8 weights cost: nats per token of tokens (B, T) beyond the full-precision model's, each token given all
-    before it in its row. dtype: of the int8 model's activations, see Decoder.
+    """Compute by how many nats per token int8 weights raise the loss on tokens (B, T).
+
+    dtype: of the int8 model's activations, see Decoder.
     """
     losses = []
     for options in ({"quantize": "int8", "dtype": dtype}, {}):

@@ -1,4 +1,4 @@
-"""Our models under EleutherAI's lm-evaluation-harness, which is imported when it is asked for and not before.
+"""Models for EleutherAI's lm-evaluation-harness, which is imported only on use.
 
 model = gpt.evaluation.lm_eval.harness_model(*gpt.load("runs/x"))
 lm_eval.simple_evaluate(model=model, tasks=["hellaswag", "lambada_openai"])
@@ -20,10 +20,10 @@ from gpt.model import GPT
 
 @checked
 def harness_model(model: GPT, tokenizer: Tokenizer, *, batch_size: int = 8) -> Any:
-    """An lm_eval.api.model.LM over the model (in eval mode). UserError where lm_eval is not installed.
+    """Wrap a model in eval mode as an lm_eval.api.model.LM. Raises UserError if lm_eval is not installed.
 
-    Long contexts lose their beginning; rolling likelihoods are over windows of the whole context, one after the other,
-    as the harness's own models have them.
+    Long contexts lose their start. As in the harness's own models, rolling likelihoods use consecutive windows of the
+    model's context.
     """
     require(batch_size >= 1, f"batch_size must be at least 1, not {shown(batch_size)}")
     try:
@@ -48,19 +48,20 @@ def harness_model(model: GPT, tokenizer: Tokenizer, *, batch_size: int = 8) -> A
 
 
 def _row(tokenizer: Tokenizer, context: str, text: str, seq_len: int) -> Row:
-    """Spaces at the context's end go to the text: tokens begin with a space, and do not end with one."""
+    """Make a row to score, moving spaces from the context's end to the text: tokens begin with spaces."""
     bare = context.rstrip()
     return continuation(tokenizer, bare, context[len(bare) :] + text, seq_len)[0]
 
 
 def _rolling(model: GPT, tokenizer: Tokenizer, text: str, batch_size: int) -> float:
+    """Compute the log-likelihood of a text."""
     tokens = [tokenizer.start_token, *tokenizer.encode(text)]
     rows = windows(tokens, model.config.seq_len, model.config.seq_len)
     return float(sum(found.sum() for found, _ in score(model, rows, batch_size)))
 
 
 def _generate(model: GPT, tokenizer: Tokenizer, context: str, options: dict[str, Any]) -> str:
-    """What follows a context; of one that is too long, what fits beside half a context of new tokens, or fewer."""
+    """Continue a context. A long one loses its start, to leave half the model's context to new tokens if need be."""
     until, T = options.get("until") or [], model.config.seq_len
     until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
     start = [] if tokenizer.document_token is None else [tokenizer.document_token]
@@ -68,7 +69,7 @@ def _generate(model: GPT, tokenizer: Tokenizer, context: str, options: dict[str,
     count = max(1, min(int(options.get("max_gen_toks") or 256), max(T - len(prompt), T // 2)))
     prompt = prompt[-max(1, T - count) :]
     names = ("temperature", "top_k", "top_p", "min_p") if options.get("do_sample") else ()
-    given = options | {"top_k": options.get("top_k") or None}  # 0 is none, as in transformers
+    given = options | {"top_k": options.get("top_k") or None}  # 0 means no top-k, as in transformers
     drawn = {"temperature": 0.0} | {name: given[name] for name in names if given.get(name) is not None}
     sampling = SamplingConfig(max_new_tokens=count, **drawn)
     device, stream, text = model.embed.weight.device, TextStream(tokenizer, until), ""

@@ -1,10 +1,11 @@
-"""How likely a model finds given text: rows of tokens, whole texts, the endings of a question."""
+"""Log-probabilities of rows of tokens, of texts, and of the endings of questions."""
 
 import math
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from gpt.model import GPT
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens, at most seq_len + 1 of them, and how many of the last to score; the first is never scored."""
+    """Up to seq_len + 1 tokens, and how many of the last ones to score; the first is never scored."""
 
     tokens: Sequence[int]
     scored: int
@@ -26,26 +27,22 @@ class Row:
 
 @torch.no_grad()
 def score(model: GPT, rows: Iterable[Row], batch_size: int = 8) -> Iterator[tuple[np.ndarray, bool]]:
-    """For each row, log-probabilities (scored,) float64 in nats, and whether each scored token was the likeliest.
+    """Yield each row's log-probabilities (scored,), float64 in nats, and whether every scored token was the likeliest.
 
-    The model must be in eval mode. Rows are taken batch_size at a time, padded at the end, which nothing before sees.
+    The model must be in eval mode. batch_size rows go through it at a time.
     """
-    device, batch = model.embed.weight.device, []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == batch_size:
-            yield from _score_batch(model, batch, device)
-            batch = []
-    if batch:
-        yield from _score_batch(model, batch, device)
+    rows = iter(rows)
+    while batch := list(islice(rows, batch_size)):
+        yield from _score_batch(model, batch)
 
 
-def _score_batch(model: GPT, batch: list[Row], device: torch.device) -> Iterator[tuple[np.ndarray, bool]]:
+def _score_batch(model: GPT, batch: list[Row]) -> Iterator[tuple[np.ndarray, bool]]:
+    # Rows are padded at the end, which no scored token sees.
     T = max(len(row.tokens) for row in batch) - 1
     idx = torch.zeros(len(batch), T + 1, dtype=torch.int64)
     for i, row in enumerate(batch):
         idx[i, : len(row.tokens)] = torch.as_tensor(np.asarray(row.tokens, np.int64))
-    idx = idx.to(device)
+    idx = idx.to(model.embed.weight.device)
     logits = model(idx[:, :-1])  # (B, T, V)
     for i, row in enumerate(batch):
         end = len(row.tokens) - 1
@@ -56,11 +53,11 @@ def _score_batch(model: GPT, batch: list[Row], device: torch.device) -> Iterator
 
 
 def windows(tokens: Sequence[int], context: int, stride: int) -> Iterator[Row]:
-    """Rows that score each token but the first once, in order: windows of `context` inputs, `stride` apart.
+    """Yield rows that score each token but the first once, in order: windows of `context` inputs, `stride` apart.
 
-    A token has at least context - stride tokens before it in its row, where there are that many.
+    A scored token has at least context - stride tokens before it in its row, or all of the text's.
     """
-    end = min(context, len(tokens) - 1)  # inputs up to here
+    end = min(context, len(tokens) - 1)  # of the inputs
     if end >= 1:
         yield Row(tokens[: end + 1], end)
     while end < len(tokens) - 1:
@@ -72,10 +69,11 @@ def windows(tokens: Sequence[int], context: int, stride: int) -> Iterator[Row]:
 def score_texts(
     model: GPT, tokenizer: Tokenizer, texts: Iterable[str], *, stride: int | None = None, batch_size: int = 8
 ) -> dict[str, Any]:
-    """Loss over texts, each apart, with the document token before it where the tokenizer has one.
+    """Compute the loss over texts, each on its own, after a document token if the tokenizer has one.
 
-    Without a document token a text's first token is not scored. Returns tokens, bytes (of the scored tokens' text),
-    loss (nats per token), perplexity, bits_per_byte. stride: seq_len / 2 if None. Raises UserError for no text.
+    Without a document token a text's first token is not scored. Returns documents, tokens, bytes (of the scored text),
+    loss (nats per token), perplexity, bits_per_byte and stride, by default seq_len / 2. Raises UserError if no token
+    can be scored.
     """
     context = model.config.seq_len
     stride = max(1, context // 2) if stride is None else stride
@@ -113,7 +111,7 @@ def score_texts(
 
 @dataclass(frozen=True)
 class Question:
-    """A context, its possible endings, and the number of the right one. UserError for anything else."""
+    """A context, its possible endings, and the number of the right one. Raises UserError for anything else."""
 
     context: str
     endings: tuple[str, ...]
@@ -131,21 +129,20 @@ class Question:
 
 @checked
 def with_shots(questions: Sequence[Question], shots: Sequence[Question], k: int, seed: int) -> list[str]:
-    """Each question's context, behind k of the shots with their right endings; a question is never its own shot.
+    """Put k shots with their right endings before each question's context.
 
-    Nor is a copy of it, as where the shots are read from the same file. The draw depends on seed and the question's
-    number alone.
+    Neither a question nor a copy of it is its own shot. The draw depends on seed and the question's number alone.
     """
     require(k >= 0, f"k must be at least 0, not {shown(k)}")
     require(abs(seed) < 1 << 63, f"seed must be a number of 64 bits, not {shown(seed)}")
-    contexts, places = [], defaultdict(set)
+    contexts, numbers_of = [], defaultdict(set)
     for i, shot in enumerate(shots):
-        places[shot].add(i)
+        numbers_of[shot].add(i)
     for number, question in enumerate(questions):
-        own = places.get(question, ())
+        own = numbers_of.get(question, ())
         others = len(shots) - len(own)
         if others < k:
-            raise UserError(f"k is {shown(k)} shots, and there are {others} others to draw from")
+            raise UserError(f"k is {shown(k)}, but there are only {others} other shots to draw from")
         drawn = random.Random(f"{seed} {number}").sample(range(len(shots)), k + len(own))
         answered = [shots[i].answered for i in drawn if i not in own][:k]
         contexts.append("\n\n".join([*answered, question.context]))
@@ -153,16 +150,18 @@ def with_shots(questions: Sequence[Question], shots: Sequence[Question], k: int,
 
 
 def continuation(tokenizer: Tokenizer, context: str, text: str, seq_len: int) -> tuple[Row, bool]:
-    """The row that scores text as it follows context, and whether the context was cut at its start to fit.
+    """Make the row that scores text after context; also returns whether the context lost its start to fit.
 
-    The document token comes before the context where the tokenizer has one. Raises UserError where the text has no
-    token, or alone is longer than the model's context.
+    The document token, if the tokenizer has one, comes before the context. Raises UserError if the text has no token,
+    or alone is longer than the model's context.
     """
     start = [] if tokenizer.document_token is None else [tokenizer.document_token]
     before, ids = start + tokenizer.encode(context), tokenizer.encode(text)
     before = before or [tokenizer.start_token]
     if not 1 <= len(ids) <= seq_len:
-        raise UserError(f"{text[:40]!r} has {len(ids)} tokens: 1 to {seq_len}, the model's context, can be scored")
+        raise UserError(
+            f"{text[:40]!r} has {len(ids)} tokens, not 1 to {seq_len}, the model's context: it cannot be scored"
+        )
     tokens = before + ids
     return Row(tokens[-(seq_len + 1) :], len(ids)), len(tokens) > seq_len + 1
 
@@ -171,14 +170,14 @@ def continuation(tokenizer: Tokenizer, context: str, text: str, seq_len: int) ->
 def multiple_choice(
     model: GPT, tokenizer: Tokenizer, questions: Sequence[Question], contexts: Sequence[str], batch_size: int = 8
 ) -> dict[str, Any]:
-    """Share of questions whose right ending the model finds likeliest: by its log-likelihood, and by that per byte.
+    """Compute accuracy: how often the right ending has the highest log-likelihood, in total and per byte.
 
-    contexts: what comes before each question's endings, with a space between. Of equals the first counts. `cut` counts
-    the questions whose context was too long and lost its beginning.
+    contexts: the text before each question's endings, without the space between. Of equal endings the first counts.
+    `cut` counts the questions whose context was too long and lost its start.
     """
     tokenizer.check_table(model.config.vocab_size, "this model")
     n = len(questions)
-    require(len(contexts) == n, f"contexts must be as many as the questions, {n}, not {len(contexts)}")
+    require(len(contexts) == n, f"there must be {n} contexts, one for each question, not {len(contexts)}")
     require(n > 0, "questions must be one or more")
     require(batch_size >= 1, f"batch_size must be at least 1, not {shown(batch_size)}")
     rows, cut = [], 0

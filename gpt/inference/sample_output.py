@@ -1,4 +1,4 @@
-"""Where samples go: JSON lines, in a file that an interrupted command can continue, or text on standard output."""
+"""Output of samples: JSON lines, in a file that an interrupted command can resume, or text on standard output."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ Key = tuple[int, int]  # number of a prompt, number of its sample
 
 
 class Records:
-    """Samples as JSON objects, one a line, each written when it ends."""
+    """Writes each sample as a line of JSON when it ends."""
 
     def __init__(self, file: IO[str], prompts: list[dict[str, Any]], config: SamplingConfig) -> None:
         self._file, self._prompts, self._config = file, prompts, config
@@ -46,14 +46,14 @@ class Records:
         line = json.dumps(record, ensure_ascii=False)
         try:
             line.encode(self._file.encoding or "utf-8")
-        except UnicodeEncodeError:  # half a surrogate pair that a prompt's field has, or a terminal of few characters
+        except UnicodeEncodeError:  # half a surrogate pair in a prompt's field, or a terminal that lacks a character
             line = json.dumps(record)
         self._file.write(line + "\n")
-        self._file.flush()  # what is finished outlives a kill
+        self._file.flush()  # finished samples survive a kill
 
 
 class Screen:
-    """Samples as text on standard output: the first that has not ended streams, the others wait for their turn."""
+    """Prints samples as text on standard output, in order: one streams while the others wait."""
 
     def __init__(self, prompts: list[dict[str, Any]], num_samples: int) -> None:
         self._prompts = prompts
@@ -83,11 +83,11 @@ class Screen:
 
 
 class SampleFile:
-    """The file that samples are written to.
+    """The file that samples are written to, from open() on.
 
-    done: the samples that it holds already; without `resume` none. Raises UserError where it exists and neither resume
-    nor overwrite is given, where it is what the command reads, and for a line that is not a sample of these prompts.
-    Nothing is written before open().
+    done: the samples that it already has; empty without `resume`. Raises UserError if the file exists and neither
+    resume nor overwrite is given, if it is one of the files that the command reads, and for a line that is not a sample
+    of these prompts.
     """
 
     def __init__(
@@ -102,8 +102,8 @@ class SampleFile:
     ) -> None:
         self.path, self.resume, self.overwrite = path, resume, overwrite
         self.done: set[Key] = set()
-        self._unfinished: set[int] = set()  # numbers of the lines that are made again
-        self._end = 0  # of the last whole line
+        self._unfinished: set[int] = set()  # numbers of the lines of interrupted samples
+        self._end = 0  # of the last complete line, in bytes
         self._check(read)
         if resume and path.exists():
             try:
@@ -112,24 +112,23 @@ class SampleFile:
                 raise UserError(f"cannot read {path}: {error.strerror}") from error
 
     def _check(self, read: Sequence[Path]) -> None:
-        """UserError where the file must not be written."""
+        """Raise UserError if the file must not be written."""
         if not self.path.exists():
             return
         require(not self.path.is_dir(), f"cannot write {self.path}: Is a directory")
-        for other in filter(Path.exists, read):
-            require(not os.path.samefile(other, self.path), f"{self.path} is what this command reads: give another")
+        own = any(os.path.samefile(other, self.path) for other in filter(Path.exists, read))
+        require(not own, f"{self.path} is an input of this command: give another --output")
         if not stat.S_ISREG(self.path.stat().st_mode):  # a pipe or a device
-            require(not self.resume, f"{self.path} is not a regular file: --resume has nothing to go on from")
-        elif not (self.resume or self.overwrite):
-            raise UserError(
-                f"{self.path} exists: add --resume to go on after its last sample, --overwrite to write it anew, "
-                "or give another --output"
-            )
+            require(not self.resume, f"{self.path} is not a regular file: --resume cannot read it")
+            return
+        choice = "add --resume to continue it, --overwrite to replace it, or give another --output"
+        require(self.resume or self.overwrite, f"{self.path} exists: {choice}")
 
     def _read(self, prompts: Sequence[dict[str, Any]], config: SamplingConfig) -> None:
+        """Find the finished samples of a file to resume."""
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):  # what a kill has cut
+                if not line.endswith(b"\n"):  # truncated by a kill
                     return
                 self._end += len(line)
                 record = self._sample(line, number, prompts, config)
@@ -137,15 +136,16 @@ class SampleFile:
                 if record.get("finish_reason") == "interrupted":
                     self._unfinished.add(number)
                 elif key in self.done:
-                    raise UserError(f"{self.path}, line {number}: the sample {key[1]} of prompt {key[0]} comes twice")
+                    twice = f"sample {key[1]} of prompt {key[0]} appears twice: delete one of its lines"
+                    raise UserError(f"{self.path}, line {number}: {twice}")
                 else:
                     self.done.add(key)
 
     def _sample(
         self, line: bytes, number: int, prompts: Sequence[dict[str, Any]], config: SamplingConfig
     ) -> dict[str, Any]:
-        """A line's object; UserError unless it is a sample of these prompts with this seed."""
-        advice = "give another --output, or --overwrite to write it anew"
+        """Parse a line. Raises UserError unless it is a sample of these prompts with this seed."""
+        advice = "give another --output, or --overwrite to replace the file"
         try:
             record = json.loads(line)
             i, j = record["prompt_index"], record["sample_index"]
@@ -153,18 +153,18 @@ class SampleFile:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             good = False
         require(good, f"{self.path}, line {number} is not a sample: {advice}")
-        where = f"{self.path}, line {number} is of other prompts or options"
-        require(i < len(prompts), f"{where}: there is no prompt {i} now; {advice}")
-        require(j < config.num_samples, f"{where}: there is no sample {j} of a prompt now; {advice}")
+        where = f"{self.path}, line {number} is from other prompts or options"
+        require(i < len(prompts), f"{where}: this command has no prompt {i}; {advice}")
+        require(j < config.num_samples, f"{where}: this command has no sample {j} of a prompt; {advice}")
         ours = prompts[i] | {"seed": sample_seed(config.seed, i, j)}
         for key in sorted(ours.keys() | record.keys() - set(FIELDS)):
             same = key in ours and key in record and json.dumps(ours[key]) == json.dumps(record[key])
-            require(same, f"{where}: its {key!r} is another; {advice}")
+            require(same, f"{where}: its {key!r} differs; {advice}")
         return record
 
     @contextlib.contextmanager
     def open(self) -> Iterator[IO[str]]:
-        """The file, behind its last whole sample. Raises UserError where it cannot be written."""
+        """Open the file at the end of its last complete sample. Raises UserError if it cannot be written."""
         try:
             if self.resume and self.path.exists():
                 self._cut()
@@ -178,7 +178,7 @@ class SampleFile:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
 
     def _cut(self) -> None:
-        """Take out the last line if it is torn, and the samples that were interrupted."""
+        """Remove a truncated last line and the interrupted samples."""
         if not self._unfinished:
             os.truncate(self.path, self._end)
             return

@@ -1,7 +1,7 @@
-"""How the next token is chosen: from logits to a filtered distribution, and from that to a draw.
+"""Choose the next token: filter the distribution that the logits give, then draw from it.
 
-A draw has no state: it is a function of the sample's seed and of the token's position in the text, so that no
-neighbour in a batch, and no order of work, changes it.
+A draw depends on the sample's seed and the token's position in the text alone, so that neither the batch nor the order
+of work changes it.
 """
 
 import math
@@ -19,65 +19,65 @@ from gpt.data.tokenizers import Tokenizer
 from gpt.errors import UserError, require
 from gpt.option import option
 
-# Independent draws at one position: the token itself; whether a proposed token is accepted; the draft's proposal.
+# Streams of independent draws at one position: the token, the acceptance of a proposal, the draft's proposal.
 TOKEN, ACCEPT, PROPOSE = 0, 1, 2
 
 _GOLDEN, _FIRST, _SECOND = map(np.uint64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-_LIKELIEST = 1024  # tokens among which a nucleus is looked for first
+_LIKELIEST = 1024  # the nucleus is searched for among this many tokens first
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How tokens are drawn and when to stop."""
+    """How to draw tokens, and when to stop."""
 
     max_new_tokens: int | None = option(None, at_least=1)
-    """Tokens to generate at most. None: as many as the context holds, or 500 when rolling."""
+    """Generate at most this many tokens. None: as many as fit the context, or 500 when rolling."""
     temperature: float = option(0.8, at_least=0)
-    """Divides the logits; 0 takes the likeliest token each time."""
+    """Divides the logits; 0 always takes the likeliest token."""
     top_k: int | None = option(None, at_least=1)
-    """Draw from the k likeliest tokens only, and from those as likely as the last of them."""
+    """Draw from the k likeliest tokens only, and those as likely as the k-th."""
     top_p: float = option(1.0, above=0, at_most=1)
-    """Draw from the fewest tokens whose probabilities add up to this (nucleus sampling, Holtzman et al. 2020)."""
+    """Draw from the fewest tokens whose probabilities reach this sum (nucleus sampling, Holtzman et al. 2020)."""
     min_p: float = option(0.0, at_least=0, at_most=1)
-    """Leave out tokens less likely than this share of the likeliest one's probability (Nguyen et al. 2024)."""
+    """Exclude tokens less likely than this share of the likeliest token's probability (Nguyen et al. 2024)."""
     repetition_penalty: float = option(1.0, above=0)
-    """Above 1: positive logits of tokens that the text holds already, prompt included, are divided by this and
-    negative ones multiplied (CTRL, Keskar et al. 2019)."""
+    """Divides the positive logits of tokens in the text, prompt included, and multiplies their negative ones
+    (CTRL, Keskar et al. 2019)."""
     logit_bias: Mapping[int | str, float] | Sequence[str] = ()
-    """Numbers added to tokens' logits: {token: number}, or "TOKEN=NUMBER" strings. A token is an id, or text that is
+    """Numbers to add to tokens' logits: {token: number}, or "TOKEN=NUMBER" strings. A token is an id, or text that is
     one token."""
     stop: Sequence[str] = ()
-    """Strings that end the text; they are not shown, nor what follows them."""
+    """Strings that end the text; they are not part of it."""
     stop_tokens: Sequence[int | str] = ()
     """Tokens that end the text: ids, spellings of special tokens, or text that is one token."""
     num_samples: int = option(1, at_least=1)
     """Samples of each prompt."""
     seed: int = option(1337, at_least=0, is_wide=True)
-    """Seed of the draws; the same seed and prompt give the same text."""
+    """Seed of the draws. The same seed and prompt give the same text."""
     rolling: bool = False
-    """Past the context, forget the older half of the text and go on; otherwise that is an error."""
+    """Continue past the context by dropping the older half of the text. Without it, that is an error."""
     batch_size: int = option(16, at_least=1)
-    """Samples that are worked on at a time, at most."""
+    """Generate at most this many samples at a time."""
     batch_invariant: bool = False
-    """Compute each row so that its bits do not depend on the others; slower, and with speculation one at a time."""
+    """Make each sample's bits independent of the others in its batch. Slower; speculation then takes one at a time."""
     cuda_graphs: bool = True
-    """On a GPU, record the model's step once and replay it, unless batch_invariant."""
+    """On a GPU, record the model's step once and replay it. batch_invariant turns this off."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Precision of weights and activations. None: that of the model, float32, or under autocast that of autocast; with
-    int8 weights bfloat16."""
+    """Precision of weights and activations. None: bfloat16 with int8 weights, else autocast's if it is on, else the
+    model's, float32."""
     quantize: Literal["int8"] | None = None
-    """int8: weights of one byte each, scaled by row."""
+    """int8: one byte for each weight, scaled by row."""
     speculate: Literal["ngram"] | None = None
-    """ngram: propose what followed the last tokens where they stood before, and check it in one step."""
+    """ngram: propose what followed the last tokens earlier in the text, and check it in one step."""
     draft_tokens: int | None = option(None, at_least=1, at_most=64)
-    """Tokens proposed at a time by a draft model or by ngram. None: 4."""
+    """Tokens that a draft model or ngram proposes at a time. None: 4."""
 
     def __post_init__(self) -> None:
-        # Strings are sequences of strings: a lone one would be taken letter by letter.
+        # A string is a sequence of strings, too: its letters.
         for name in ("stop", "stop_tokens", "logit_bias"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else value)
-        check_fields(self, SamplingConfig)  # the command line's own class knows no mapping
+        check_fields(self, SamplingConfig)  # the command line's subclass has no mapping
         require(all(self.stop), "stop must not be an empty string")
         for text in self.stop:
             require(not re.search("[\ud800-\udfff]", text), f"stop {text!a} is not text: no sample can hold it")
@@ -88,7 +88,7 @@ class SamplingConfig:
 
 
 def _parse_bias(word: str) -> tuple[int | str, float]:
-    """ "the=-5" as a token and a number; a token of digits is an id."""
+    """Split "the=-5" into a token and a number. A token of digits is an id."""
     token, equals, number = word.rpartition("=")
     try:
         value = float(number)
@@ -99,7 +99,7 @@ def _parse_bias(word: str) -> tuple[int | str, float]:
 
 
 def token_id(tokenizer: Tokenizer, token: int | str, what: str) -> int:
-    """The id that an option means. UserError, naming the option `what`, for none or for several."""
+    """Return the id of a token. Raises UserError, naming the option `what`, unless it is exactly one."""
     if isinstance(token, int):
         require(
             0 <= token < tokenizer.vocab_size,
@@ -117,7 +117,7 @@ def token_id(tokenizer: Tokenizer, token: int | str, what: str) -> int:
 def bias_vector(
     tokenizer: Tokenizer, config: SamplingConfig, device: torch.device, vocab_size: int | None = None
 ) -> Tensor | None:
-    """(V,) float64 that logit_bias adds to the logits of vocab_size tokens (None: all); None where it adds nothing."""
+    """Make the vector (V,), float64, that logit_bias adds to the logits, or None. vocab_size: V; None: all tokens."""
     if not config.logit_bias:
         return None
     bias = torch.zeros(tokenizer.vocab_size, dtype=torch.float64)
@@ -129,17 +129,17 @@ def bias_vector(
 def distribution(
     logits: Tensor, config: SamplingConfig, *, bias: Tensor | None = None, seen: Tensor | None = None
 ) -> Tensor:
-    """(..., V) float64 probabilities of the next token, as config asks.
+    """Compute the next token's probabilities (..., V), float64.
 
-    In this order, that of transformers: repetition penalty, logit bias, temperature, top-k, top-p, min-p. Each filter
-    takes the distribution that the one before left, normalised. bias (V,); seen (..., V) bool: tokens that the text
-    holds already, needed where there is a repetition penalty.
+    The order is that of transformers: repetition penalty, logit bias, temperature, top-k, top-p, min-p. Each filter
+    gets the normalised distribution of the one before. bias (V,). seen (..., V) bool: tokens in the text; required with
+    a repetition penalty.
     """
     logits = _adjusted(logits, config, bias, seen)
     if config.temperature == 0:
         likeliest = logits.argmax(-1, keepdim=True)
         return torch.zeros_like(logits).scatter_(-1, likeliest, 1.0)
-    # A tiny temperature must not overflow: relative to the likeliest all logits are at most 0.
+    # Subtract the largest first, so that a tiny temperature cannot overflow.
     logits.sub_(logits.amax(-1, keepdim=True)).div_(config.temperature)
     if config.top_k is not None and config.top_k < logits.shape[-1]:
         last = logits.topk(config.top_k).values[..., -1:]
@@ -153,7 +153,7 @@ def distribution(
 
 
 def _adjusted(logits: Tensor, config: SamplingConfig, bias: Tensor | None, seen: Tensor | None) -> Tensor:
-    """A float64 copy of the logits, with repetition penalty and bias."""
+    """Copy the logits to float64, and apply repetition penalty and bias."""
     logits = logits.to(torch.float64, copy=True)
     if config.repetition_penalty != 1:
         penalty = config.repetition_penalty
@@ -162,17 +162,17 @@ def _adjusted(logits: Tensor, config: SamplingConfig, bias: Tensor | None, seen:
 
 
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """A token stays while the likelier ones, and equally likely ones of smaller id, add up to less than top_p."""
+    """Keep tokens while the likelier ones, and equally likely ones of smaller id, add up to less than top_p."""
     V = probs.shape[-1]
-    # Few tokens are enough, mostly, and a CPU sorts 50,000 for longer than a small model takes for a step.
+    # Few tokens are usually enough, and on a CPU sorting 50,000 takes longer than a small model's step.
     for count in (min(_LIKELIEST, V) if probs.device.type == "cpu" else V, V):
         ordered = probs.topk(count).values
-        before = ordered.cumsum(-1) - ordered  # what the likelier ones add up to
+        before = ordered.cumsum(-1) - ordered  # the sum of the likelier ones
         if count == V or bool((before[..., -1] >= top_p).all()):
             break
     kept = (before < top_p).sum(-1, keepdim=True)
     last = ordered.gather(-1, kept - 1)
-    # Of tokens as likely as the last one, those of the smallest ids.
+    # Among tokens as likely as the last, keep the smallest ids.
     equal = probs == last
     room = kept - (ordered > last).sum(-1, keepdim=True)
     return probs * ((probs > last) | (equal & (equal.cumsum(-1) <= room)))
@@ -186,26 +186,24 @@ def pick(
     bias: Tensor | None = None,
     seen: Tensor | None = None,
 ) -> Tensor:
-    """The token that uniform (...) draws from the distribution of logits (..., V); at temperature 0 the likeliest,
-    for which no uniform is needed.
-    """
+    """Draw a token by uniform (...) from logits (..., V), or at temperature 0 take the likeliest without it."""
     if config.temperature == 0:
         return _adjusted(logits, config, bias, seen).argmax(-1)
     return draw(distribution(logits, config, bias=bias, seen=seen), uniform)
 
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
-    """The token at which the cumulative sum of probs (..., V), in the order of ids, first passes uniform (...)."""
+    """Return the first token at which the cumulative sum of probs (..., V), in id order, passes uniform (...)."""
     cumulative = probs.cumsum(-1)
-    # uniform has 52 bits, so that the product is below the last sum and a token without probability is never met.
+    # uniform has 52 bits, so the product is below the last sum, and no token of probability 0 is drawn.
     target = uniform.unsqueeze(-1) * cumulative[..., -1:]
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_(max=probs.shape[-1] - 1)
 
 
 def uniforms(seeds: Tensor, positions: Tensor, stream: int = TOKEN) -> Tensor:
-    """Numbers in [0, 1), float64 of 52 random bits, for seeds and positions (int64 on the CPU, broadcast).
+    """Hash seeds and positions (int64, on the CPU, broadcast) to numbers in [0, 1), float64 with 52 random bits.
 
-    Each is a hash of (seed, position, stream): two rounds of SplitMix64's finaliser (Steele et al. 2014).
+    The hash of (seed, position, stream) is two rounds of SplitMix64's finaliser (Steele et al. 2014).
     """
     seeds, positions = (x.numpy().astype(np.uint64) for x in (seeds, positions))
     key = _mix(seeds + _GOLDEN)
@@ -215,11 +213,10 @@ def uniforms(seeds: Tensor, positions: Tensor, stream: int = TOKEN) -> Tensor:
 
 @checked
 def sample_seed(seed: int, prompt: int, sample: int) -> int:
-    """The seed of sample number `sample` of prompt number `prompt`.
+    """Return the seed of sample number `sample` of prompt number `prompt`.
 
-    That is `seed` itself for the first of both, and else 53 bits of a hash of the three; so that any sample can be had
-    alone, as the only one of its prompt, with the seed that is reported for it. UserError for a negative number, or one
-    that has more than 63 bits.
+    It is `seed` itself for the first sample of the first prompt, else 53 bits of a hash of the three numbers. With it
+    the sample can be generated alone. Raises UserError for numbers that are negative or longer than 63 bits.
     """
     for name, number in (("seed", seed), ("prompt", prompt), ("sample", sample)):
         require(0 <= number < 1 << 63, f"{name} must be at least 0 and below {1 << 63}, not {shown(number)}")
@@ -232,7 +229,7 @@ def sample_seed(seed: int, prompt: int, sample: int) -> int:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser of uint64, whose products wrap."""
+    """Apply SplitMix64's finaliser to uint64, whose products wrap."""
     x = (x ^ (x >> np.uint64(30))) * _FIRST
     x = (x ^ (x >> np.uint64(27))) * _SECOND
     return x ^ (x >> np.uint64(31))

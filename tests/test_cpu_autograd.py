@@ -21,14 +21,14 @@ def tables(T: int, D: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(t.double().unsqueeze(-2) for t in rotary_table(T, D, 100.0))
 
 
-def test_gradients_are_those_of_finite_differences():
+def test_gradients_equal_finite_differences():
     assert torch.autograd.gradcheck(RMSNormFunction.apply, (random(2, 3, 5), random(5), 1e-3))
     assert torch.autograd.gradcheck(RotateFunction.apply, (random(2, 3, 2, 6), *tables(3, 6)))
     assert torch.autograd.gradcheck(ReLUSquaredFunction.apply, (random(4, 7),))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_values_are_those_of_the_plain_formulas(dtype):
+def test_values_equal_the_plain_formulas(dtype):
     """To the rounding of the dtype, for values and gradients alike."""
     eps = torch.finfo(dtype).eps
     x, w = random(3, 7, 24, dtype=dtype), random(24, dtype=dtype)
@@ -71,7 +71,7 @@ def test_eps_is_inside_the_root_of_the_norm(eps):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12 / eps**0.5)
 
 
-def test_the_rotation_is_that_of_the_plain_formula():
+def test_the_rotation_equals_the_plain_formula():
     x, table = random(2, 5, 3, 8), tables(5, 8)
     ours, rotated_x = rotate(x, *table), x.detach()
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_the_rotation_is_that_of_the_plain_formula():
     assert type(ours.grad_fn).__name__ == "RotateFunctionBackward"
 
 
-def test_modules_take_the_functions_written_by_hand():
+def test_modules_use_the_hand_written_functions():
     x, norm = random(2, 8), RMSNorm(8, eps=1e-6).double()
     assert type(norm(x).grad_fn).__name__ == "RMSNormFunctionBackward"
     assert type(activate(x, "relu2").grad_fn).__name__ == "ReLUSquaredFunctionBackward"
