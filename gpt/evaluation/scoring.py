@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ def score(model: GPT, rows: Iterable[Row], batch_size: int = 8) -> Iterator[tupl
     The model must be in eval mode. batch_size rows go through it at a time.
     """
     rows = iter(rows)
-    while batch := list(islice(rows, batch_size)):
+    while batch := list(islice(rows, min(batch_size, sys.maxsize))):
         yield from _score_batch(model, batch)
 
 
