@@ -178,7 +178,7 @@ def multiple_choice(
     """
     tokenizer.check_table(model.config.vocab_size, "this model")
     n = len(questions)
-    require(len(contexts) == n, f"there must be {n} contexts, one for each question, not {len(contexts)}")
+    require(len(contexts) == n, f"the number of contexts must be that of questions, {n}, not {len(contexts)}")
     require(n > 0, "questions must be one or more")
     require(batch_size >= 1, f"batch_size must be at least 1, not {shown(batch_size)}")
     rows, cut = [], 0
