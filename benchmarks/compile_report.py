@@ -31,9 +31,8 @@ from kernels import (
     cross_entropy_triton,
     masks,
 )
-from kernels.attention_arguments import Arguments
-from kernels.attention_decode_reference import DecodeCall
-from kernels.operators import call_of
+from kernels.attention_arguments import Arguments, DecodeArguments
+from kernels.operators import call_of, decode_call_of
 from kernels.problem import Launch, Problem
 
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 89, 90, 100, 120)}
@@ -168,17 +167,31 @@ def decode_launch_of(case: Case, mask: masks.Mask) -> Launch:
     H = H_kv * case.group
     tensor = functools.partial(torch.empty, dtype=DTYPES[case.dtype], device="meta")
     lens, new, cache = tensor(B, dtype=torch.int32), tensor(B, 1, H_kv, case.D), tensor(B, T, H_kv, case.D)
-    table = cos = slopes = None
-    softcap = 0.0
+    table = rotary = slopes = softcap = None
     if case.variant == "features":
         mask = mask | masks.Mask(in_prefix, lens)
-        cache, table, cos = tensor(T, 16, H_kv, case.D), tensor(B, T // 16, dtype=torch.int32), tensor(T, case.D)
+        cache, table, rotary = (
+            tensor(T, 16, H_kv, case.D),
+            tensor(B, T // 16, dtype=torch.int32),
+            (tensor(T, case.D),) * 2,
+        )
         softcap, slopes = 30.0, tensor(H, dtype=torch.float32)
-    call = DecodeCall(
-        tensor(B, 1, H, case.D), cache, cache, lens, new, new, cos, cos, table, mask.key, len(mask.bands), mask.indexed,
-        list(mask.operands), list(mask.tensors), case.D**-0.5, softcap, slopes, slopes,
-    )  # fmt: skip
-    problem = attention_decode_triton.DecodeProblem(call, case.target)
+    arguments = DecodeArguments(
+        tensor(B, 1, H, case.D),
+        cache,
+        cache,
+        lens,
+        new,
+        new,
+        rotary,
+        mask,
+        table,
+        case.D**-0.5,
+        softcap,
+        slopes,
+        slopes,
+    )
+    problem = attention_decode_triton.DecodeProblem(decode_call_of(arguments), case.target)
     if case.kernel == "decode":
         return attention_decode_triton.decode_launch(problem, problem.scratch())
     out, lse = tensor(B, 1, H, case.D), tensor(B, H, 1, dtype=torch.float32)

@@ -45,7 +45,7 @@ DOCUMENTS = ("segment_ids  # documents of 20, 7 and 37 tokens", torch.tensor([[0
 
 def picture(mask: Mask, segments: torch.Tensor | None = None) -> torch.Tensor:
     """Draw a mask as indices into the palette (rows, columns); queries go down, keys to the right."""
-    pattern = Pattern(mask.key, len(mask.bands), mask.indexed, mask.operands, mask.tensors, segments, segments)
+    pattern = Pattern(*mask.operands, segments, segments)
     needed, full = (
         tiles[0].repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)
         for tiles in tile_map(pattern, T, T, TILE, TILE, torch.device("cpu"))

@@ -132,9 +132,9 @@ def _run_forward(call: Call):
         return forward(Problem(call))
 
 
-def _run_backward(call: Call, *args):
+def _run_backward(call: Call, out: Tensor, lse: Tensor, shift: Tensor | None, *gradients):
     with on_device_of(call.q):
-        return backward(Problem(call), *args)
+        return backward(Problem(call, shift=shift), out, lse, *gradients)
 
 
 _attend_in_triton = define("triton_attention", _run_forward, _run_backward)

@@ -17,11 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention_dbias import bias_gradient
+from kernels.attention_scores import score_gradient, weights
 from kernels.configs import block_dim
 from kernels.problem import Launch, Problem, within_reach
 from kernels.tiles import (
     LOG2E,
-    biased_logits,
     count_full,
     count_partial,
     dot,
@@ -32,7 +32,6 @@ from kernels.tiles import (
     narrow,
     partial_tile,
     store_tile,
-    visible,
     visits,
 )
 
@@ -82,14 +81,8 @@ def _dkdv_tile(dk, dv, k, v, q_base, do_base, lse2_base, delta_base, m, b, h, k_
         delta = tl.load(delta_base + columns)
 
     s = dot(k, tl.trans(q), tl.zeros((k.shape[0], BLOCK_M), tl.float32))
-    if FOLD:
-        p = tl.exp2(s * scoring.scale - lse2[None, :])
-    else:
-        s, slope = biased_logits(s, scoring, b, h, q_position, k_index, q_index, k_index, sizes)
-        p = tl.exp2(s - lse2[None, :])
-    if MASKED:
-        seen = visible(masking, b, q_position, k_index, q_index, k_index, sizes, PREDICATE)
-        p = tl.where(seen, p, 0.0)
+    p, slope = weights(s, lse2[None, :], b, h, q_position, k_index, q_index, sizes, masking, scoring, PREDICATE,
+                       MASKED, FOLD)  # fmt: skip
     dp = dot(v, tl.trans(do), tl.zeros((k.shape[0], BLOCK_M), tl.float32))
     if dropout.seed is not None:
         keep = dropout_keep(dropout, b, h, q_index, k_index)
@@ -167,18 +160,8 @@ def _dq_tile(dq, q, do, lse2, delta, k_base, v_base, n, b, h, q_index, k_strides
     k = load_tile(k_base, k_strides, k_first, sizes.Tk, sizes.D, BLOCK_N, BLOCK_D, MASKED, CHECK_D)
     v = load_tile(v_base, v_strides, k_first, sizes.Tk, sizes.Dv, BLOCK_N, BLOCK_DV, MASKED, CHECK_DV)
     s = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
-    if FOLD:
-        p = tl.exp2(s * scoring.scale - lse2)
-    else:
-        s, slope = biased_logits(s, scoring, b, h, q_position, k_index, q_index, k_index, sizes)
-        p = tl.exp2(s - lse2)
-    if MASKED:
-        seen = visible(masking, b, q_position, k_index, q_index, k_index, sizes, PREDICATE)
-        p = tl.where(seen, p, 0.0)
-    dp = dot(do, tl.trans(v), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
-    if dropout.seed is not None:
-        dp = tl.where(dropout_keep(dropout, b, h, q_index, k_index), dp * dropout.scale, 0.0)
-    ds = p * (dp - delta)
+    p, slope = weights(s, lse2, b, h, q_position, k_index, q_index, sizes, masking, scoring, PREDICATE, MASKED, FOLD)
+    ds = score_gradient(p, do, v, delta, b, h, q_index, k_index, dropout)
     if not FOLD:
         ds = ds * slope
     return dot(narrow(ds, k.dtype), k, dq)
@@ -230,9 +213,8 @@ def dq_kernel(q, k, v, dout, lse2, delta, dq, visited, q_strides, k_strides, v_s
     store_tile(dq_base, dq_strides, acc * scale, q_first, sizes.Tq, sizes.D, BLOCK_M, BLOCK_D)
 
 
-def backward(problem: Problem, out: Tensor, lse: Tensor, shift: Tensor | None, dout, dlse, wants_dbias: bool):
-    """dq, dk, dv in q's dtype, dsinks and dbias in float32 or None, from the forward pass's out, lse and shift."""
-    problem.shift = shift
+def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, wants_dbias: bool):
+    """Return dq, dk, dv in q's dtype, dsinks and dbias in float32 or None, from the forward pass's out and lse."""
     B, (Tq, Tk, H, _, D, Dv) = problem.B, problem.sizes
     dout = within_reach(dout)
     lse2, delta = (problem.empty(B, H, Tq, dtype=torch.float32) for _ in range(2))
@@ -244,7 +226,7 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, shift: Tensor | None, d
     dsinks, sinks = None, problem.call.sinks
     if sinks is not None:
         # The sink is a key whose value is zero, so that its dp is 0: ds = p * (0 - delta).
-        sinks = sinks.float().view(1, H, 1) - (0.0 if shift is None else shift)
+        sinks = sinks.float().view(1, H, 1) - (0.0 if problem.shift is None else problem.shift)
         p_sink = torch.exp(sinks - lse.masked_fill(lse == -math.inf, math.inf))
         dsinks = -(p_sink * delta).sum(dim=(0, 2))
     return dq, dk, dv, dsinks, bias_gradient(problem, dout, lse2, delta) if wants_dbias else None

@@ -98,8 +98,8 @@ def _logits(
     q = torch.arange(chunk.begin + Tk - Tq, chunk.end + Tk - Tq, device=device, dtype=torch.int32)[:, None]
     if call.alibi_slopes is not None:
         s -= call.alibi_slopes.to(s.dtype)[:, None, None] * (q - k).abs()
-    one_row = [tensor[chunk.b : chunk.b + 1] for tensor in call.mask_rows]
-    seen = evaluate(call.mask, q, k, call.pattern().params, one_row).expand(1, 1, rows, k.shape[1])[0, 0]
+    one_row = [tensor[chunk.b : chunk.b + 1] for tensor in call.rows]
+    seen = evaluate(call.key, q, k, call.ints, one_row).expand(1, 1, rows, k.shape[1])[0, 0]
     if call.segments_q is not None:
         own = call.segments_q[chunk.b, chunk.begin : chunk.end]
         seen = seen & (own[:, None] == call.segments_k[chunk.b, chunk.keys])

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.attention_scores import score_gradient, weights
 from kernels.problem import Launch, Problem
 from kernels.tile_lists import tile_map
-from kernels.tiles import biased_logits, dot, dropout_keep, load_tile, visible
+from kernels.tiles import dot, load_tile
 
 
 @triton.jit
@@ -29,17 +30,13 @@ def _tile(acc, q_base, k_base, v_base, do_base, lse2_base, delta_base, m, n, b, 
     q = load_tile(q_base, q_strides, m * BLOCK_M, sizes.Tq, sizes.D, BLOCK_M, BLOCK_D, True, CHECK_D)
     k = load_tile(k_base, k_strides, n * BLOCK_N, sizes.Tk, sizes.D, BLOCK_N, BLOCK_D, True, CHECK_D)
     s = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-    s, _ = biased_logits(s, scoring, b, h, q_position, k_index, q_index, k_index, sizes)
     lse2 = tl.load(lse2_base + rows, mask=rows < sizes.Tq, other=float("inf"))
-    p = tl.exp2(s - lse2[:, None])
-    p = tl.where(visible(masking, b, q_position, k_index, q_index, k_index, sizes, PREDICATE), p, 0.0)
+    p, _ = weights(s, lse2[:, None], b, h, q_position, k_index, q_index, sizes, masking, scoring, PREDICATE, True,
+                   False)  # fmt: skip
     do = load_tile(do_base, do_strides, m * BLOCK_M, sizes.Tq, sizes.Dv, BLOCK_M, BLOCK_DV, True, CHECK_DV)
     v = load_tile(v_base, v_strides, n * BLOCK_N, sizes.Tk, sizes.Dv, BLOCK_N, BLOCK_DV, True, CHECK_DV)
-    dp = dot(do, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-    if dropout.seed is not None:
-        dp = tl.where(dropout_keep(dropout, b, h, q_index, k_index), dp * dropout.scale, 0.0)
     delta = tl.load(delta_base + rows, mask=rows < sizes.Tq, other=0.0)
-    return acc + p * (dp - delta[:, None])
+    return acc + score_gradient(p, do, v, delta[:, None], b, h, q_index, k_index, dropout)
 
 
 @triton.jit

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from kernels.arguments import as_floats, check_choice
 from kernels.attention import attention
-from kernels.attention_arguments import check_decode, check_lengths
-from kernels.attention_decode_reference import DecodeCall, attention_decode_reference, by_length, rebuilt
+from kernels.attention_arguments import DecodeArguments, check_decode, check_lengths
+from kernels.attention_decode_reference import attention_decode_reference, by_length
 from kernels.dispatch import on_device_of, require_able, triton, why_not_triton
 from kernels.mask import Mask
 from kernels.masks import CAUSAL
-from kernels.operators import guarded, is_transformed
+from kernels.operators import DecodeCall, decode_call_of, guarded, is_transformed
 
 if triton is not None:
     from kernels.attention_decode_triton import DecodeProblem, decode
@@ -79,10 +79,11 @@ def attention_decode(
     Raises ValueError or TypeError for arguments that do not fit, NotImplementedError for an `impl` that cannot do the
     call or cannot run here, and for tensors that want a derivative.
     """
-    check_decode(
+    call = DecodeArguments(
         q, k_cache, v_cache, cache_lens, k_new, v_new, rotary, mask, block_table, scale, softcap, alibi_slopes, sinks,
-        return_lse=return_lse,
+        return_lse,
     )  # fmt: skip
+    check_decode(call)
     check_choice("impl", impl, IMPLEMENTATIONS)
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         check_lengths(k_cache, cache_lens, 0 if k_new is None else q.shape[1], block_table, rotary)
@@ -91,38 +92,28 @@ def attention_decode(
         require_able(impl, why_not_triton(q, *head_dims))
     elif impl == "auto":
         impl = "triton" if q.is_cuda and why_not_triton(q, *head_dims) is None else "torch"
-    cos, sin = (None, None) if rotary is None else rotary
-    followed = [x for x in (q, k_cache, v_cache, k_new, v_new, cos, sin, alibi_slopes, sinks) if x is not None]
-    if is_transformed(*followed) or (torch.is_grad_enabled() and any(x.requires_grad for x in followed)):
+    tensors = (q, k_cache, v_cache, k_new, v_new, *(rotary or ()), alibi_slopes, sinks)
+    differentiated = [x for x in tensors if x is not None]
+    if is_transformed(*differentiated) or (torch.is_grad_enabled() and any(x.requires_grad for x in differentiated)):
         raise NotImplementedError(NO_DERIVATIVES)
     scale, softcap = as_floats(q.shape[3] ** -0.5 if scale is None else scale, softcap)
+    call = call._replace(scale=scale, softcap=softcap)
     if impl == "triton" or torch.compiler.is_compiling():
-        slopes, sinks = (None if x is None else x.contiguous() for x in (alibi_slopes, sinks))
-        call = DecodeCall(
-            q, k_cache, v_cache, cache_lens, k_new, v_new, cos, sin, block_table, mask.key, len(mask.bands),
-            mask.indexed, list(mask.operands), [row.contiguous() for row in mask.tensors], scale, softcap or 0.0,
-            slopes, sinks,
-        )  # fmt: skip
-        out, lse = _guarded_decode(*call, return_lse, impl)
+        out, lse = _guarded_decode(*decode_call_of(call), return_lse, impl)
         return (out, lse) if return_lse else out
-    return _in_torch(impl)(
-        q, k_cache, v_cache, cache_lens, k_new=k_new, v_new=v_new, rotary=rotary, mask=mask, block_table=block_table,
-        scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks, return_lse=return_lse,
-    )  # fmt: skip
+    return _in_torch(impl, call)
 
 
-def _in_torch(impl: str):
-    if impl == "reference":
-        return attention_decode_reference
-    return lambda *tensors, **arguments: by_length(attention, *tensors, **arguments)
+def _in_torch(impl: str, call: DecodeArguments):
+    return attention_decode_reference(call) if impl == "reference" else by_length(attention, call)
 
 
 @torch.library.custom_op(
     "triton_attention::decode",
     mutates_args=("k_cache", "v_cache"),
     schema="(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_lens, Tensor? k_new, Tensor? v_new, "
-    "Tensor? cos, Tensor? sin, Tensor? block_table, str mask, SymInt n_bands, bool indexed, SymInt[] mask_ints, "
-    "Tensor[] mask_rows, float scale, float softcap, Tensor? alibi_slopes, Tensor? sinks, bool wants_lse, str impl)"
+    "Tensor? cos, Tensor? sin, Tensor? block_table, str key, bool indexed, SymInt[] bands, SymInt[] ints, "
+    "Tensor[] rows, float scale, float softcap, Tensor? alibi_slopes, Tensor? sinks, bool wants_lse, str impl)"
     " -> (Tensor, Tensor)",
 )
 def _decode(*args):
@@ -131,12 +122,7 @@ def _decode(*args):
     if impl == "triton":
         with on_device_of(call.q):
             return decode(DecodeProblem(call))
-    mask = rebuilt(call.mask, call.n_bands, call.indexed, call.mask_ints, call.mask_rows)
-    arguments = call._asdict() | {"mask": mask, "softcap": call.softcap or None, "return_lse": wants_lse}
-    cos, sin = arguments.pop("cos"), arguments.pop("sin")
-    for name in ("n_bands", "indexed", "mask_ints", "mask_rows"):
-        del arguments[name]
-    found = _in_torch(impl)(*call[:4], **dict(list(arguments.items())[4:]), rotary=None if cos is None else (cos, sin))
+    found = _in_torch(impl, call.arguments(wants_lse))
     # An operator returns both, contiguous; lse is a placeholder if it was not asked for.
     out, lse = found if wants_lse else (found, _fake(*args)[1])
     return out.contiguous(), lse

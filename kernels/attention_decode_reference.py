@@ -1,62 +1,26 @@
 """Decoding in plain PyTorch: append in place, gather pages, then attention over each sequence's own keys."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kernels.attention_arguments import DecodeArguments
 from kernels.attention_reference import attention_reference
-from kernels.mask import STANDS_FOR, Band, Mask
 
 
-class DecodeCall(NamedTuple):
-    """One call as an operator gets it, which takes no objects: see `operators.Call` for the mask's fields.
-
-    The rest as in `kernels.attention_decode`; softcap 0 for none.
-    """
-
-    q: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-    cache_lens: Tensor
-    k_new: Tensor | None
-    v_new: Tensor | None
-    cos: Tensor | None
-    sin: Tensor | None
-    block_table: Tensor | None
-    mask: str
-    n_bands: int
-    indexed: bool
-    mask_ints: list[int]
-    mask_rows: list[Tensor]
-    scale: float
-    softcap: float
-    alibi_slopes: Tensor | None
-    sinks: Tensor | None
-
-    bias = None  # what prepares a launch of `attention` asks for it
-
-
-def attention_decode_reference(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lens: Tensor, *, return_lse: bool = False, upcast: bool = True,
-    **arguments,
-):  # fmt: skip
-    """The call of `kernels.attention_decode` by attention_reference.py, whose `upcast` it has. No gradients."""
-
-    def attend(*tensors, **features):
-        return attention_reference(*tensors, **features, upcast=upcast)
-
-    return by_length(attend, q, k_cache, v_cache, cache_lens, return_lse=return_lse, **arguments)
+def attention_decode_reference(call: DecodeArguments, upcast: bool = True):
+    """Decode by attention_reference.py, whose `upcast` it has. No gradients."""
+    return by_length(functools.partial(attention_reference, upcast=upcast), call)
 
 
 @torch.no_grad()
-def by_length(
-    attend: Callable, q, k_cache, v_cache, cache_lens, *, k_new, v_new, rotary, mask: Mask, block_table, return_lse,
-    **features,
-):  # fmt: skip
-    """Decode by `attend`, a function like `kernels.attention`: one call for each run of sequences of one length."""
+def by_length(attend: Callable, call: DecodeArguments):
+    """Decode by `attend`, a function like `kernels.attention`, called once for each run of sequences of one length."""
+    q, k_cache, v_cache, cache_lens, k_new, v_new, rotary, mask, block_table, *features, return_lse = call
+    features = dict(zip(("scale", "softcap", "alibi_slopes", "sinks"), features), return_lse=return_lse)
     Tq, n_new = q.shape[1], 0 if k_new is None else q.shape[1]
     runs = list(_runs([n + n_new for n in cache_lens.tolist()]))
     if rotary is not None:
@@ -69,8 +33,7 @@ def by_length(
     outs, lses = [], []
     for begin, end, total in runs:
         k, v = (gather(cache, block_table, begin, end, total) for cache in (k_cache, v_cache))
-        own = of_rows(mask, begin, end)
-        out = attend(q[begin:end], k, v, mask=own, return_lse=return_lse, **features)
+        out = attend(q[begin:end], k, v, mask=mask.of_rows(begin, end), **features)
         outs.append(out[0] if return_lse else out)
         lses.append(out[1] if return_lse else None)
     if len(outs) == 1:
@@ -117,23 +80,3 @@ def gather(cache: Tensor, block_table: Tensor | None, begin: int, end: int, tota
         return cache[begin:end, :total]
     n_pages = -(-total // cache.shape[1])
     return cache[block_table[begin:end, :n_pages].long()].flatten(1, 2)[:, :total]
-
-
-def of_rows(mask: Mask, begin: int, end: int) -> Mask:
-    """The mask of rows begin to end - 1 of the batch."""
-    if not mask.tensors:
-        return mask
-    return rebuilt(
-        mask.key, len(mask.bands), mask.indexed, list(mask.operands), [tensor[begin:end] for tensor in mask.tensors]
-    )
-
-
-def rebuilt(key: str, n_bands: int, indexed: bool, ints: list[int], rows: list[Tensor]) -> Mask:
-    """A mask from what an operator gets of it, enough for `kernels.attention` to go by."""
-    numbers = [rows[n - STANDS_FOR] if n >= STANDS_FOR else n for n in ints[: 7 * n_bands]]
-    mask = Mask.__new__(Mask)
-    mask.key, mask.indexed, mask.operands, mask.tensors = key, indexed, tuple(ints), tuple(rows)
-    mask.bands = tuple(Band(*numbers[7 * r : 7 * r + 7]) for r in range(n_bands))
-    mask.ints = tuple(ints[7 * n_bands :])
-    mask.shows_itself, mask.dense_cache = False, {}
-    return mask

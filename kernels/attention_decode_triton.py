@@ -15,14 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import configs, mask
-from kernels.attention_decode_reference import DecodeCall
 from kernels.attention_forward import softmax_step
 from kernels.decode_cache import Cache, New, Rotary, append, cache_rows, load_rotated, load_rows, new_keys, new_values
-from kernels.mask import STANDS_FOR
-from kernels.problem import Launch, Problem, within_reach
+from kernels.mask import bands_of
+from kernels.operators import DecodeCall
+from kernels.problem import Launch, Problem, folds, masking_of, scoring_of, within_reach
 from kernels.tiles import (
     FLOOR,
-    Masking,
     Sizes,
     count_full,
     count_partial,
@@ -269,31 +268,15 @@ class DecodeProblem(Problem):
     def _most_splits(self) -> int:
         """How many splits a tile of rows may need at any length: what the capacity and the mask's bands allow."""
         capacity, most_splits = self.sizes.Tk, 0
-        numbers = self.call.mask_ints[: 7 * self.call.n_bands]
-        if any(n >= STANDS_FOR for n in numbers):
-            return math.ceil(capacity / SPLIT)
-        for r in range(self.call.n_bands):
-            least, most, begin, end = numbers[7 * r : 7 * r + 4]
+        for band in bands_of(self.call.bands, self.call.rows):
+            if not band.is_fixed():
+                return math.ceil(capacity / SPLIT)
+            least, most, begin, end = band[:4]
             begin, end = max(begin, 0), min(end, capacity)
             along = math.ceil(end / SPLIT) - begin // SPLIT if begin < end else 0
             across = math.ceil((most - least + self.sizes.Tq - 1) / SPLIT) + 1 if least <= most else 0
             most_splits += min(along, across)
         return min(most_splits, math.ceil(capacity / SPLIT))
-
-    def masking(self) -> Masking:
-        """The bands, for every mask: lists of tiles would need the lengths, which only the device knows."""
-        call = self.call
-        numbers = call.mask_ints[: 7 * call.n_bands]
-        rows = tuple(call.mask_rows[n - STANDS_FOR] if n >= STANDS_FOR else None for n in numbers)
-        return Masking(
-            bands=tuple(0 if n >= STANDS_FOR else n for n in numbers),
-            band_rows=rows if any(row is not None for row in rows) else (),
-            lists=(),
-            ints=mask.with_tables(call.mask_ints[7 * call.n_bands :], call.q.device),
-            rows=tuple(call.mask_rows),
-            segments_q=None,
-            segments_k=None,
-        )
 
     def scratch(self) -> dict:
         """What the splits leave for the combining kernel, and what else both kernels take."""
@@ -315,7 +298,7 @@ def decode_launch(problem: DecodeProblem, scratch: dict) -> Launch:
     table, cos, sin = (None if x is None else x.contiguous() for x in (call.block_table, call.cos, call.sin))
     k_strides, v_strides = call.k_cache.stride(), call.v_cache.stride()
     cache = Cache(call.k_cache, call.v_cache, k_strides, v_strides, table, 0 if table is None else table.stride(0))
-    new = New(None, None, (), ())
+    new, scoring = New(None, None, (), ()), scoring_of(call)
     if problem.has_new:
         new = New(call.k_new, call.v_new, call.k_new.stride(), call.v_new.stride())
     args = {
@@ -325,11 +308,12 @@ def decode_launch(problem: DecodeProblem, scratch: dict) -> Launch:
         "rotary": Rotary(cos, sin, 0 if cos is None else cos.shape[0]),
         "cache_lens": call.cache_lens,
         "q_strides": call.q.stride(),
-        "masking": problem.masking(),
-        "scoring": problem.scoring(),
-        "PREDICATE": mask.predicate(call.mask).triton,
+        # Bands for every mask: lists of tiles would need the lengths, which only the device knows.
+        "masking": masking_of(call),
+        "scoring": scoring,
+        "PREDICATE": mask.predicate(call.key).triton,
         "HAS_NEW": problem.has_new,
-        "FOLD": problem.folds(),
+        "FOLD": folds(scoring),
         "CHECK_D": configs.block_dim(D) != D,
         "CHECK_DV": configs.block_dim(Dv) != Dv,
         "PAGE": problem.page,

@@ -79,7 +79,7 @@ def linear_cross_entropy(
         # The weight is cast in the operator, so that its gradient keeps the precision in which it was summed.
         x = x.to(torch.get_autocast_dtype(device_type))
     elif x.dtype != weight.dtype:
-        raise TypeError(f"x and weight have one dtype, not {x.dtype} and {weight.dtype}")
+        raise TypeError(f"x and weight must have one dtype, not {x.dtype} and {weight.dtype}")
     if impl == "auto":
         impl = _choose(x, weight, targets)
     elif impl == "triton":
@@ -125,7 +125,7 @@ def linear_cross_entropy_reference(
     _check(x, weight, targets, softcap, z_loss, label_smoothing, ignore_index, reduction)
     softcap, z_loss, label_smoothing = as_floats(softcap, z_loss, label_smoothing)
     if x.dtype != weight.dtype and not autocasts(x.device.type):
-        raise TypeError(f"x and weight have one dtype, not {x.dtype} and {weight.dtype}")
+        raise TypeError(f"x and weight must have one dtype, not {x.dtype} and {weight.dtype}")
     logits = F.linear(x, weight).view(-1, weight.shape[0])  # (N, V)
     if logits.dtype != torch.float64:
         logits = logits.float()
@@ -154,15 +154,18 @@ def _check(x, weight, targets, softcap, z_loss, label_smoothing, ignore_index, r
     if x.ndim < 1 or weight.ndim != 2 or x.shape[-1] != weight.shape[1] or 0 in weight.shape:
         raise ValueError(f"x (..., C) and weight (V, C) do not fit: {tuple(x.shape)} and {tuple(weight.shape)}")
     if targets.shape != x.shape[:-1]:
-        raise ValueError(f"targets have x's axes but the last, {tuple(x.shape[:-1])}, not {tuple(targets.shape)}")
+        raise ValueError(
+            f"targets must have the shape {tuple(x.shape[:-1])}, as x without its last axis, not {tuple(targets.shape)}"
+        )
     if targets.dtype != torch.int64:
-        raise TypeError(f"targets are int64, not {targets.dtype}")
+        raise TypeError(f"targets must be int64, not {targets.dtype}")
     check_real(x=x, weight=weight)
     if not (x.device == weight.device == targets.device):
-        raise ValueError(f"x, weight and targets are on one device, not {x.device}, {weight.device}, {targets.device}")
+        found = f"{x.device}, {weight.device} and {targets.device}"
+        raise ValueError(f"x, weight and targets must be on one device, not {found}")
     if softcap is not None:
-        check_number("softcap", softcap, SMALLEST, LARGEST, "a positive number of float32's range, or None")
-    check_number("z_loss", z_loss, 0, LARGEST, "a number of float32's range, at least 0")
+        check_number("softcap", softcap, SMALLEST, LARGEST, "a positive number in float32's range, or None")
+    check_number("z_loss", z_loss, 0, LARGEST, "a number in float32's range, at least 0")
     check_number("label_smoothing", label_smoothing, 0, 1, "a number between 0 and 1")
     check_integer("ignore_index", ignore_index)
     check_choice("reduction", reduction, ("mean", "sum", "none"))

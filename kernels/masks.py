@@ -1,22 +1,20 @@
-"""Every attention mask by name: a predicate in plain operators, and the tiles it needs. mask.py puts them together.
+"""The named masks: for each a predicate in plain operators, and the tiles it needs.
 
 A mask says which keys a query may attend to. It is written once, as a function of positions, and the same function
-runs inside the Triton kernels, in the PyTorch reference and in the picture of the mask::
+runs in the Triton kernels, in the PyTorch reference and in the picture of the mask::
 
     def dilated_window(q, k, window, step):        # q, k: positions; True = may attend
         return (q >= k) & (q - k < window) & ((q - k) % step == 0)
 
-    mask = Mask(dilated_window, 64, 2, bands=[Band(least=0, most=63, exact=False)])
+    mask = Mask(dilated_window, 64, 2, bands=[Band(least=0, most=63)])
 
-Query i of Tq is at position i + Tk - Tq, key j at position j: queries line up with the last keys. A position may
-therefore be negative, and a mask may leave a query without any key.
+Query i of Tq is at position i + Tk - Tq, key j at position j: queries line up with the last keys. So a position may be
+negative, and a mask may leave a query without any key.
 
-**Tiles.** A mask also tells which tiles of the (query, key) plane hold a True, as a short list of `Band`s whose union
-covers every True. A band is a strip along the diagonal cut by a range of keys and a range of queries, so it says the
-same thing of rows (for the forward pass and dQ) and of columns (for dK and dV). The `&` of two masks intersects their
-bands and `|` joins the lists; both are arithmetic on integers, done once when the mask is built. What bands cannot say
-(random blocks, layouts, strides) is found out by evaluating the predicate, once for each length and tile size, which
-gives lists of tiles: see tile_lists.py.
+**Tiles.** A mask also lists `Band`s whose union covers every True. A band is a strip along the diagonal, cut by a range
+of keys and a range of queries, so it serves rows of tiles (forward pass, dQ) and columns (dK, dV) alike. `&` of two
+masks intersects their bands, `|` joins the lists; both happen once, when the mask is built. Masks that bands cannot
+describe (random blocks, layouts, strides) get lists of tiles from their predicate: see tile_lists.py.
 """
 
 import functools
@@ -29,14 +27,12 @@ import torch
 from kernels.arguments import check_integer, check_tensors, kind
 from kernels.mask import FAR, MAX_BANDS, Band, Constant, Mask, Table, lookup
 
-# A table is kept as long as the process lives.
-MAX_TABLE = 1 << 24
-# A predicate holds each share's text.
-MAX_RANDOM = 100
+MAX_TABLE = 1 << 24  # a table is kept until the process ends
+MAX_RANDOM = 100  # the predicate's source grows with each share
 
 
 def _of_integers(**least: int | None) -> Callable:
-    """Check the integers of a function that builds a mask, from `least` (None: any) to FAR, and keep what it builds."""
+    """Decorate a builder of masks: check that its integers are from `least` (None: any) to FAR, and cache the masks."""
 
     def decorate(build: Callable[..., Mask]) -> Callable[..., Mask]:
         signature = inspect.signature(build)
@@ -50,7 +46,7 @@ def _of_integers(**least: int | None) -> Callable:
                 if least[name] is None:
                     check_integer(name, value)
                 else:
-                    check_integer(name, value, least[name], FAR, f"{least[name]} or more, and {FAR} at most")
+                    check_integer(name, value, least[name], FAR, f"from {least[name]} to {FAR}")
             return kept(*map(int, bound.args))
 
         return checked
@@ -83,13 +79,13 @@ CAUSAL = Mask(causal, bands=[Band(least=0, exact=True)])
 
 @_of_integers(window=1)
 def sliding_window(window: int) -> Mask:
-    """The last `window` keys, the query's own position included (Longformer, https://arxiv.org/abs/2004.05150)."""
+    """Show the last `window` keys, including the query's own position (Longformer, https://arxiv.org/abs/2004.05150)."""
     return Mask(within_window, window, bands=[Band(least=0, most=window - 1, exact=True)])
 
 
 @_of_integers(n=0)
 def sink_tokens(n: int) -> Mask:
-    """The first `n` keys, for every query, even one before them (StreamingLLM, https://arxiv.org/abs/2309.17453).
+    """Show the first `n` keys to every query, even an earlier one (StreamingLLM, https://arxiv.org/abs/2309.17453).
 
     Meant for composition: `CAUSAL & (sliding_window(256) | sink_tokens(4))`.
     """
@@ -101,13 +97,13 @@ def is_prefix(q, k, length):
 
 
 def prefix(lengths: torch.Tensor) -> Mask:
-    """The first keys of each row of the batch, for every query: lengths (B,) int32, on the device of the queries.
+    """Show the first keys of each row of the batch to every query: lengths (B,) int32, on the queries' device.
 
     `CAUSAL | prefix(lengths)` is the mask of a prefix language model (https://arxiv.org/abs/1910.10683).
     """
     check_tensors(lengths=lengths)
     if lengths.dtype != torch.int32 or lengths.ndim != 1:
-        raise TypeError(f"lengths is int32 of shape (B,), not {lengths.dtype} of {tuple(lengths.shape)}")
+        raise TypeError(f"lengths must be int32 of shape (B,), not {lengths.dtype} of {tuple(lengths.shape)}")
     return Mask(is_prefix, lengths, bands=[Band(k_end=lengths, exact=True)])
 
 
@@ -116,7 +112,7 @@ def is_global(q, k, table):
 
 
 def global_tokens(positions: Iterable[int]) -> Mask:
-    """Tokens that all others attend to and that attend to all others (Longformer, https://arxiv.org/abs/2004.05150).
+    """Let all tokens attend to those at `positions`, and those to all (Longformer, https://arxiv.org/abs/2004.05150).
 
     Meant for composition: `CAUSAL & (sliding_window(256) | global_tokens([0, 77]))`.
     """
@@ -133,9 +129,9 @@ def global_tokens(positions: Iterable[int]) -> Mask:
 
 
 def _positions(positions: Iterable[int]) -> list[int]:
-    """The positions in order, each once."""
+    """Return the distinct positions in order."""
     if isinstance(positions, str | bytes | dict) or not isinstance(positions, Iterable):
-        raise TypeError(f"positions are integers in a list, a set or a tensor, not {kind(positions)}")
+        raise TypeError(f"positions must be integers in a list, a set or a tensor, not {kind(positions)}")
     if isinstance(positions, torch.Tensor):
         positions = _values("positions", positions, 1)
     found = set()
@@ -146,12 +142,12 @@ def _positions(positions: Iterable[int]) -> list[int]:
 
 
 def _values(name: str, x: torch.Tensor, ndim: int) -> list:
-    """What a tensor of `ndim` axes holds; it may have to come from a GPU."""
+    """Return the values of a tensor of `ndim` axes as lists; waits for a GPU."""
     check_tensors(**{name: x})
     if x.ndim != ndim:
-        raise ValueError(f"{name} has {ndim} axes, not shape {tuple(x.shape)}")
+        raise ValueError(f"{name} must have {ndim} axes, not shape {tuple(x.shape)}")
     if x.is_meta:
-        raise ValueError(f"{name} is a tensor with values, not one on the device meta")
+        raise ValueError(f"{name} must have values, not be on the device meta")
     return x.tolist()
 
 
@@ -161,7 +157,7 @@ def is_strided(q, k, stride):
 
 @_of_integers(stride=1)
 def strided(stride: int) -> Mask:
-    """Keys a multiple of `stride` away, before and after (Sparse Transformers, https://arxiv.org/abs/1904.10509).
+    """Show the keys a multiple of `stride` away, before and after (Sparse Transformers, https://arxiv.org/abs/1904.10509).
 
     Meant for composition: `sliding_window(512) & strided(4)` is a dilated window, `CAUSAL & (sliding_window(128) |
     strided(128))` the strided pattern of that paper.
@@ -170,8 +166,8 @@ def strided(stride: int) -> Mask:
 
 
 def is_random_block(q, k, block, random, share, seed):
-    # The blocks up to the query's own, n of them, are dealt into `random` shares in turn: `size` of them fall to this
-    # one, and a hash of (seed, n) draws one of those. It depends on no length, and all but the last line on q alone.
+    # The n blocks up to the query's own are dealt in turn into `random` shares. This share gets `size` of them, and a
+    # hash of (seed, n) draws one. No length matters, and all lines but the last depend on q alone.
     n = q * (q >= 0) // block + 1
     size = (n - 1 - share + random) // random
     size = size - (size - 65535) * (size > 65535)
@@ -185,17 +181,17 @@ def is_random_block(q, k, block, random, share, seed):
 
 @_of_integers(random=0, seed=None, block=1)
 def random_blocks(random: int, seed: int, block: int = 64) -> Mask:
-    """For each block of queries `random` of the blocks of keys up to it, drawn by `seed`; all, while there are fewer.
+    """Show each block of queries `random` blocks of keys up to it, drawn by `seed`, or all if there are fewer.
 
-    Which ones depends on (seed, the block of queries) alone, so that a longer sequence does not change them.
+    The draw depends on (seed, the block of queries) alone, so a longer sequence does not change it.
     """
     if random > MAX_RANDOM:
-        raise ValueError(f"random is {MAX_RANDOM} blocks at most, not {random}: block_sparse takes a layout of any")
+        raise ValueError(f"random must be at most {MAX_RANDOM} blocks, not {random}: use block_sparse for more")
     bands = [Band(least=1 - block, q_begin=0)]
     mask = sink_tokens(0)
     for share in range(random):
         constants = (Constant(n) for n in (block, random, share))
-        # Each share draws by a seed of its own, below what a mask's integers may be.
+        # Each share draws with its own seed, within the range of a mask's integers.
         own_seed = (seed * 0x9E3779B1 + share * 0x5BD1E995) % FAR
         one = Mask(is_random_block, *constants, own_seed, bands=bands, indexed=True)
         mask = one if share == 0 else mask | one
@@ -204,9 +200,8 @@ def random_blocks(random: int, seed: int, block: int = 64) -> Mask:
 
 @_of_integers(window=1, global_=0, random=0, seed=None, block=1)
 def bigbird(window: int, global_: int, random: int, seed: int, block: int = 64) -> Mask:
-    """BigBird for a decoder: window, global tokens and random blocks, all causal (https://arxiv.org/abs/2007.14062).
-
-    The last `window` keys (the query's own included), the first `global_` ones, and `random_blocks` of `block` keys.
+    """Show what BigBird shows, causally (https://arxiv.org/abs/2007.14062): the last `window` keys, the first `global_`
+    keys, and `random` blocks of `block` keys (see `random_blocks`).
     """
     return CAUSAL & (sliding_window(window) | sink_tokens(global_) | random_blocks(random, seed, block))
 
@@ -219,34 +214,35 @@ def is_in_layout(q, k, block, n_rows, n_columns, layout):
 
 
 def block_sparse(layout: torch.Tensor, block: int) -> Mask:
-    """Blocks of `block` queries by `block` keys: layout (rows, columns), not 0 where the queries of a row of blocks, by
-    their positions, see the keys of a column. What lies outside the layout is not seen.
+    """Show blocks of `block` queries by `block` keys where layout (rows, columns) is not 0, and nothing outside it.
+
+    Row i of the layout holds the queries at positions i * block to (i + 1) * block - 1.
     """
     check_tensors(layout=layout)
     if layout.numel() > MAX_TABLE:
-        raise ValueError(f"layout is a matrix of {MAX_TABLE} blocks at most, not {tuple(layout.shape)}")
-    check_integer("block", block, 1, FAR, f"1 or more, and {FAR} at most")
+        raise ValueError(f"layout must have at most {MAX_TABLE} blocks, not shape {tuple(layout.shape)}")
+    check_integer("block", block, 1, FAR, f"from 1 to {FAR}")
     rows = _values("layout", layout != 0, 2)
     table = Table(int(shows) for row in rows for shows in row)
     return Mask(is_in_layout, int(block), *layout.shape, table)
 
 
 def segment_ids(cu_seqlens: torch.Tensor, T: int) -> torch.Tensor:
-    """Segment ids (1, T) int32 of documents packed end to end in one row.
+    """Return segment ids (1, T) int32 of documents packed end to end in one row.
 
-    cu_seqlens (n + 1,): where each document begins and the last one ends, as in [0, 30, 31, 70]. What lies behind the
-    last document, the padding, is a segment of its own.
+    cu_seqlens (n + 1,): where each document begins and the last one ends, as in [0, 30, 31, 70]. The padding behind the
+    last document is a segment of its own.
     """
     check_tensors(cu_seqlens=cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens is int32 or int64, not {cu_seqlens.dtype}")
+        raise TypeError(f"cu_seqlens must be int32 or int64, not {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
-        raise ValueError(f"cu_seqlens is of shape (n + 1,), not {tuple(cu_seqlens.shape)}")
-    check_integer("T", T, 0, FAR, f"0 or more, and {FAR} at most")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
+        raise ValueError(f"cu_seqlens must have the shape (n + 1,), not {tuple(cu_seqlens.shape)}")
+    check_integer("T", T, 0, FAR, f"from 0 to {FAR}")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():  # do not wait for a GPU
         starts = cu_seqlens.tolist()
         if starts[0] != 0 or starts != sorted(starts):
-            raise ValueError("cu_seqlens begins with 0 and does not fall")
+            raise ValueError("cu_seqlens must begin with 0 and not decrease")
     positions = torch.arange(T, device=cu_seqlens.device)
     ends = cu_seqlens[1:].to(torch.int64)
     return torch.searchsorted(ends, positions, right=True).to(torch.int32)[None]

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
-from kernels.attention_arguments import Arguments
+from kernels.attention_arguments import Arguments, DecodeArguments
+from kernels.mask import Mask
 from kernels.tile_lists import Pattern
 
 
@@ -21,10 +22,7 @@ class Call(NamedTuple):
 
     q (B, Tq, H, D), k (B, Tk, H_kv, D), v (B, Tk, H_kv, Dv), and the rest of `kernels.attention`'s arguments.
 
-    mask        the key of the predicate
-    n_bands     mask_ints begins with this many bands; then come the predicate's integers
-    indexed     whether the tiles to visit come from the predicate, as lists
-    mask_rows   the mask's tensors (B,)
+    key, indexed, bands, ints, rows   the mask: see Mask.from_operands
     softcap, dropout_p    0 for none
     seed        int64 (1,)
     """
@@ -32,11 +30,11 @@ class Call(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    mask: str
-    n_bands: int
+    key: str
     indexed: bool
-    mask_ints: list[int]
-    mask_rows: list[Tensor]
+    bands: list[int]
+    ints: list[int]
+    rows: list[Tensor]
     segments_q: Tensor | None
     segments_k: Tensor | None
     scale: float
@@ -49,13 +47,43 @@ class Call(NamedTuple):
 
     def pattern(self) -> Pattern:
         return Pattern(
-            self.mask, self.n_bands, self.indexed, tuple(self.mask_ints), tuple(self.mask_rows), self.segments_q,
+            self.key, self.indexed, tuple(self.bands), tuple(self.ints), tuple(self.rows), self.segments_q,
             self.segments_k,
         )  # fmt: skip
 
 
+class DecodeCall(NamedTuple):
+    """One call of `attention_decode` as an operator takes it: the mask as in `Call`; softcap 0 for none."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    cache_lens: Tensor
+    k_new: Tensor | None
+    v_new: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+    block_table: Tensor | None
+    key: str
+    indexed: bool
+    bands: list[int]
+    ints: list[int]
+    rows: list[Tensor]
+    scale: float
+    softcap: float
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
+
+    def arguments(self, return_lse: bool) -> DecodeArguments:
+        """Convert it back to the arguments that `decode_call_of` made it of."""
+        rotary = None if self.cos is None else (self.cos, self.sin)
+        mask = Mask.from_operands(*self[9:14])
+        options = self.scale, self.softcap or None, self.alibi_slopes, self.sinks
+        return DecodeArguments(*self[:6], rotary, mask, self.block_table, *options, return_lse)
+
+
 _CALL = (
-    "Tensor q, Tensor k, Tensor v, str mask, SymInt n_bands, bool indexed, SymInt[] mask_ints, Tensor[] mask_rows, "
+    "Tensor q, Tensor k, Tensor v, str key, bool indexed, SymInt[] bands, SymInt[] ints, Tensor[] rows, "
     "Tensor? segments_q, Tensor? segments_k, float scale, float softcap, Tensor? alibi_slopes, Tensor? bias, "
     "Tensor? sinks, float dropout_p, Tensor? seed"
 )
@@ -149,12 +177,14 @@ def define(name: str, forward: Callable, backward: Callable) -> Callable:
         out, lse, shift, *tensors = ctx.saved_tensors
         n_rows, constants = ctx.constants
         tensors, rows = tensors[: len(tensors) - n_rows], tensors[len(tensors) - n_rows :]
-        call = Call(**dict(zip(_TENSORS, tensors)), **constants, mask_rows=rows)
+        call = Call(**dict(zip(_TENSORS, tensors)), **constants, rows=rows)
         if dout is None:
             dout = torch.zeros_like(out)
         wants_dbias = ctx.needs_input_grad[Call._fields.index("bias")]
         dq, dk, dv, dsinks, dbias = guarded_backward(dout, dlse, out, lse, shift, wants_dbias, *call)
-        grads = {"q": dq, "k": dk, "v": dv, "mask_rows": [None] * n_rows}
+        grads = {"q": dq, "k": dk, "v": dv, "rows": [None] * n_rows}
+        if not call.ints:
+            grads["ints"] = []  # torch takes an empty list of integers for a list of tensors
         if call.sinks is not None:
             grads["sinks"] = dsinks.to(call.sinks.dtype)
         if wants_dbias:
@@ -182,7 +212,7 @@ _TENSORS = ("q", "k", "v", "segments_q", "segments_k", "alibi_slopes", "bias", "
 
 def _save(ctx, inputs, output) -> None:
     call = Call(*inputs)._asdict()
-    rows = call.pop("mask_rows")
+    rows = call.pop("rows")
     tensors = [call.pop(name) for name in _TENSORS]
     ctx.save_for_backward(*output, *tensors, *rows)
     ctx.mark_non_differentiable(output[2])
@@ -228,11 +258,7 @@ def call_of(arguments: Arguments) -> Call:
         q,
         k,
         v,
-        mask.key,
-        len(mask.bands),
-        mask.indexed,
-        list(mask.operands),
-        [_packed(row) for row in mask.tensors],
+        *_operands(mask),
         _packed(segments_q),
         _packed(segments_k),
         q.shape[3] ** -0.5 if scale is None else scale,
@@ -243,6 +269,20 @@ def call_of(arguments: Arguments) -> Call:
         dropout_p,
         seed,
     )
+
+
+def decode_call_of(arguments: DecodeArguments) -> DecodeCall:
+    """Convert the arguments of `attention_decode` to what an operator takes."""
+    *tensors, rotary, mask, block_table, scale, softcap, alibi_slopes, sinks, _ = arguments
+    cos, sin = (None, None) if rotary is None else rotary
+    features = scale, softcap or 0.0, _packed(alibi_slopes), _packed(sinks)
+    return DecodeCall(*tensors, cos, sin, block_table, *_operands(mask), *features)
+
+
+def _operands(mask: Mask) -> tuple:
+    """Return a mask's operands as lists, which operators that have a gradient require."""
+    key, indexed, bands, ints, rows = mask.operands
+    return key, indexed, list(bands), list(ints), [row.contiguous() for row in rows]
 
 
 def _packed(small: Tensor | None) -> Tensor | None:

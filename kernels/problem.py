@@ -11,8 +11,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels import configs, mask
 from kernels.arguments import in_float32
 from kernels.attention_reference import dropout_threshold
-from kernels.mask import STANDS_FOR
-from kernels.operators import Call
+from kernels.mask import REFERENCE
+from kernels.operators import Call, DecodeCall
 from kernels.tile_lists import tile_lists
 from kernels.tiles import Dropout, Masking, Scoring, Sizes
 
@@ -63,13 +63,40 @@ def descriptors(args: dict) -> dict:
     return {} if None in found.values() else found | {f"{name}_strides": () for name in found}
 
 
+def masking_of(call: Call | DecodeCall, lists: tuple = (), segments: tuple = (None, None)) -> Masking:
+    """Make a call's mask for the kernels: its bands, or instead of them lists of tiles."""
+    rows = tuple(call.rows[n - REFERENCE] if n >= REFERENCE else None for n in call.bands)
+    return Masking(
+        bands=() if lists else tuple(0 if n >= REFERENCE else n for n in call.bands),
+        band_rows=rows if not lists and any(row is not None for row in rows) else (),
+        lists=lists,
+        ints=mask.with_tables(call.ints, call.q.device),
+        rows=tuple(call.rows),
+        segments_q=segments[0],
+        segments_k=segments[1],
+    )
+
+
+def scoring_of(call: Call | DecodeCall, unit: float = LOG2E) -> Scoring:
+    """Make a call's scoring, without a bias; unit: LOG2E for logits in base 2, 1 for natural ones."""
+    scale, softcap = call.scale * unit, None
+    if call.softcap:
+        scale, softcap = in_float32(call.scale / call.softcap), call.softcap * unit
+    return Scoring(scale, softcap, call.alibi_slopes, None, None, ())
+
+
+def folds(scoring: Scoring) -> bool:
+    """Say whether the scale can wait for the exponent, as one fused multiply-add: it must commute with the maximum."""
+    return scoring.softcap is None and scoring.alibi_slopes is None and scoring.bias is None and scoring.scale > 0
+
+
 class Problem:
-    """A call, for one architecture: that of its tensors if None."""
+    """A call for one architecture: that of its tensors if None.
 
-    # With a bias (B, H, Tq), float32, which the forward pass writes and the backward pass reads.
-    shift: Tensor | None = None
+    shift: (B, H, Tq), float32, which the forward pass fills if there is a bias, and the backward pass reads.
+    """
 
-    def __init__(self, call: Call, arch: str | None = None):
+    def __init__(self, call: Call, arch: str | None = None, shift: Tensor | None = None):
         q, k, v = (within_reach(x) for x in call[:3])
         self.call = call._replace(q=q, k=k, v=v)
         B, Tq, H, D = q.shape
@@ -77,7 +104,7 @@ class Problem:
         self.B, self.H_kv = B, H_kv
         self.sizes = Sizes(Tq, Tk, H, H // H_kv, D, Dv)
         self.arch = arch or configs.architecture(q.device)
-        self.shift = None if call.bias is None else self.empty(B, H, Tq, dtype=torch.float32)
+        self.shift = self.empty(B, H, Tq, dtype=torch.float32) if shift is None and call.bias is not None else shift
 
     def launch(self, kernel: Callable, name: str, n_rows: int, heads: int, rows_are_queries: bool, **args) -> Launch:
         """`kernel` with one program for each tile of n_rows rows of each head, and what all kernels take."""
@@ -85,6 +112,7 @@ class Problem:
         config = configs.choose(self.arch, self.call.q.dtype, D, Dv, name)
         tiles = math.ceil(n_rows / (config.block_m if rows_are_queries else config.block_n))
         block_d, block_dv = configs.block_dim(D), configs.block_dim(Dv)
+        scoring = self.scoring()
         operands = {
             "q": self.call.q,
             "k": self.call.k,
@@ -94,12 +122,12 @@ class Problem:
             "v_strides": self.call.v.stride(),
             "sizes": self.sizes,
             "masking": self.masking(config.block_m, config.block_n, rows_are_queries),
-            "scoring": self.scoring(),
+            "scoring": scoring,
             "dropout": self.dropout(),
         }
         constants = {
-            "PREDICATE": mask.predicate(self.call.mask).triton,
-            "FOLD": self.folds(),
+            "PREDICATE": mask.predicate(self.call.key).triton,
+            "FOLD": folds(scoring),
             "CHECK_D": block_d != D,
             "CHECK_DV": block_dv != Dv,
             "BLOCK_M": config.block_m,
@@ -115,39 +143,18 @@ class Problem:
 
     def masking(self, block_m: int, block_n: int, over_keys: bool) -> Masking:
         call, pattern = self.call, self.call.pattern()
-        numbers = pattern.ints[: 7 * call.n_bands]
-        band_rows = tuple(call.mask_rows[n - STANDS_FOR] if n >= STANDS_FOR else None for n in numbers)
         lists: tuple = ()
         if pattern.has_lists:
             found = tile_lists(pattern, self.sizes.Tq, self.sizes.Tk, block_m, block_n, over_keys, call.q.device)
             lists = found, found.stride(0) if found.shape[0] > 1 else 0, found.stride(1)
-        return Masking(
-            bands=() if lists else tuple(0 if n >= STANDS_FOR else n for n in numbers),
-            band_rows=band_rows if not lists and any(row is not None for row in band_rows) else (),
-            lists=lists,
-            ints=mask.with_tables(pattern.params, call.q.device),
-            rows=tuple(call.mask_rows),
-            segments_q=call.segments_q,
-            segments_k=call.segments_k,
-        )
-
-    def folds(self) -> bool:
-        """Whether the scale can wait for the exponent, one fused multiply-add: the maximum must commute with it."""
-        return (
-            self.call.softcap == 0 and self.call.alibi_slopes is None and self.call.bias is None and self.call.scale > 0
-        )
+        return masking_of(call, lists, (call.segments_q, call.segments_k))
 
     def scoring(self) -> Scoring:
-        B, Tq, H, _ = self.call.q.shape
-        bias, strides = None, ()
-        if self.call.bias is not None:
-            bias = self.call.bias.expand(B, H, Tq, self.sizes.Tk)
-            strides = bias.stride()
-        unit = LOG2E if bias is None else 1.0
-        scale, softcap = self.call.scale * unit, None
-        if self.call.softcap:
-            scale, softcap = in_float32(self.call.scale / self.call.softcap), self.call.softcap * unit
-        return Scoring(scale, softcap, self.call.alibi_slopes, bias, self.shift, strides)
+        if self.call.bias is None:
+            return scoring_of(self.call)
+        Tq, Tk, H = self.sizes[:3]
+        bias = self.call.bias.expand(self.B, H, Tq, Tk)
+        return scoring_of(self.call, 1.0)._replace(bias=bias, shift=self.shift, bias_strides=bias.stride())
 
     def dropout(self) -> Dropout:
         if self.call.dropout_p == 0:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.mask import STANDS_FOR, Band, evaluate
+from kernels.mask import Band, bands_of, evaluate, larger, smaller
 
 # The predicate is evaluated on this many pairs of positions at a time.
 PAIRS = 1 << 22
@@ -19,31 +19,19 @@ CLASSES = 64
 
 
 class Pattern(NamedTuple):
-    """Who sees whom, as an operator gets it: of a mask its key, its numbers and its tensors; segment ids or None.
-
-    ints: seven for each band, then those of the predicate; tensors: int32 (B,) each.
-    """
+    """Which query sees which key: a mask's operands (see Mask.from_operands), and segment ids or None."""
 
     key: str
-    n_bands: int
     indexed: bool
+    bands: tuple[int, ...]
     ints: tuple[int, ...]
-    tensors: tuple[Tensor, ...]
+    rows: tuple[Tensor, ...]
     segments_q: Tensor | None
     segments_k: Tensor | None
 
     @property
     def has_lists(self) -> bool:
         return self.indexed or self.segments_q is not None
-
-    @property
-    def params(self) -> tuple[int, ...]:
-        return self.ints[7 * self.n_bands :]
-
-    def bands(self) -> list[Band]:
-        """With tensors (B,) where a number stands for one."""
-        numbers = [self.tensors[n - STANDS_FOR] if n >= STANDS_FOR else n for n in self.ints[: 7 * self.n_bands]]
-        return [Band(*numbers[7 * r : 7 * r + 7]) for r in range(self.n_bands)]
 
 
 class TileMap(NamedTuple):
@@ -59,7 +47,7 @@ def tile_lists(pattern: Pattern, Tq: int, Tk: int, block_m: int, block_n: int, o
     int32 (B or 1, tiles of rows, 2 + tiles of columns). `over_keys`: rows are queries, and columns keys; otherwise the
     other way round. A tile counts as full only if none of its columns lies beyond the end.
     """
-    if pattern.tensors or pattern.segments_q is not None:
+    if pattern.rows or pattern.segments_q is not None:
         return _lists(tile_map(pattern, Tq, Tk, block_m, block_n, device), Tq, Tk, block_m, block_n, over_keys)
     return _kept_lists(pattern, Tq, Tk, block_m, block_n, over_keys, device)
 
@@ -84,7 +72,7 @@ def _lists(tiles: TileMap, Tq: int, Tk: int, block_m: int, block_n: int, over_ke
 
 def tile_map(pattern: Pattern, Tq: int, Tk: int, block_m: int, block_n: int, device) -> TileMap:
     """Never short of a tile; exact for a mask, and with segments wherever no class of ids holds two of a row."""
-    needed, full = _by_bands(pattern.bands(), Tq, Tk, block_m, block_n, device)
+    needed, full = _by_bands(bands_of(pattern.bands, pattern.rows), Tq, Tk, block_m, block_n, device)
     if pattern.indexed:
         needed, full = _by_predicate(pattern, Tq, Tk, block_m, block_n, device)
     if pattern.segments_q is not None:
@@ -104,8 +92,8 @@ def _by_bands(bands: Iterable[Band], Tq: int, Tk: int, block_m: int, block_n: in
         least, most, k_begin, k_end, q_begin, q_end, exact = (
             n.view(-1, 1, 1).long() if isinstance(n, Tensor) else n for n in band
         )
-        q_low, q_high = _at_least(q_first, q_begin), _at_most(q_last, q_end - 1)
-        k_low, k_high = _at_least(k_first, k_begin), _at_most(k_last, k_end - 1)
+        q_low, q_high = larger(q_first, q_begin), smaller(q_last, q_end - 1)
+        k_low, k_high = larger(k_first, k_begin), smaller(k_last, k_end - 1)
         touched = (q_low <= q_high) & (k_low <= k_high) & (q_high - k_low >= least) & (q_low - k_high <= most)
         needed = needed | touched
         if exact:
@@ -114,24 +102,16 @@ def _by_bands(bands: Iterable[Band], Tq: int, Tk: int, block_m: int, block_n: in
     return TileMap(needed, full)
 
 
-def _at_least(x: Tensor, bound) -> Tensor:
-    return torch.maximum(x, bound) if isinstance(bound, Tensor) else x.clamp(min=bound)
-
-
-def _at_most(x: Tensor, bound) -> Tensor:
-    return torch.minimum(x, bound) if isinstance(bound, Tensor) else x.clamp(max=bound)
-
-
 def _by_predicate(pattern: Pattern, Tq: int, Tk: int, block_m: int, block_n: int, device) -> TileMap:
     """By evaluating the predicate on all pairs, some rows of tiles at a time."""
     n_tiles = -(-Tk // block_n)
     k = torch.arange(Tk, device=device, dtype=torch.int32)
-    batch = pattern.tensors[0].shape[0] if pattern.tensors else 1
+    batch = pattern.rows[0].shape[0] if pattern.rows else 1
     rows = max(1, PAIRS // max(1, batch * Tk * block_m)) * block_m
     found = []
     for start in range(0, Tq, rows):
         q = torch.arange(start, min(start + rows, Tq), device=device, dtype=torch.int32)[:, None] + (Tk - Tq)
-        seen = evaluate(pattern.key, q, k[None, :], pattern.params, pattern.tensors)
+        seen = evaluate(pattern.key, q, k[None, :], pattern.ints, pattern.rows)
         seen = seen.expand(seen.shape[0] if seen.ndim == 4 else 1, 1, q.shape[0], Tk)[:, 0]
         tiles = seen.shape[0], -(-q.shape[0] // block_m), block_m, n_tiles, block_n
         beyond = n_tiles * block_n - Tk, -q.shape[0] % block_m

@@ -9,7 +9,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from kernels import dispatch, mask
+
+INTERPRETED = tl.constexpr(dispatch.INTERPRETED)
+BAND = tl.constexpr(mask.BAND)
 LOG2E = tl.constexpr(1.4426950408889634)
 # The running maximum starts here, not at -inf, so that differences of maxima are never NaN.
 FLOOR = tl.constexpr(-3.0e38)
@@ -31,7 +34,7 @@ class Sizes(NamedTuple):
 class Masking(NamedTuple):
     """A mask's operands, beside its predicate, which is a constant of the kernel.
 
-    bands: seven integers for each `mask.Band`; band_rows: (), or as many tensors (B,) to read instead, or None each;
+    bands: the numbers of each `mask.Band`; band_rows: (), or as many tensors (B,) to read instead, or None each;
     lists: (), or what tile_lists.py gives, with how far apart its batches and rows lie, instead of bands; ints: the
     mask's integers and tables; rows: its tensors (B,); segments_q (B, Tq) and segments_k (B, Tk): contiguous, or both
     None.
@@ -149,17 +152,17 @@ def _span(bands, r: tl.constexpr, first, last, sizes, BLOCK: tl.constexpr, OVER_
     `first`, `last`: the positions of the rows of this program. OVER_KEYS: they are queries, and the tiles hold keys;
     otherwise they are keys, and the tiles hold queries.
     """
-    least = bands[7 * r]
-    most = bands[7 * r + 1]
-    is_exact = bands[7 * r + 6]
+    least = bands[BAND * r]
+    most = bands[BAND * r + 1]
+    is_exact = bands[BAND * r + 6]
     if OVER_KEYS:
         near, far, shift, total = -most, -least, 0, sizes.Tk
-        begin, end = bands[7 * r + 2], bands[7 * r + 3]
-        own_begin, own_end = bands[7 * r + 4], bands[7 * r + 5]
+        begin, end = bands[BAND * r + 2], bands[BAND * r + 3]
+        own_begin, own_end = bands[BAND * r + 4], bands[BAND * r + 5]
     else:
         near, far, shift, total = least, most, sizes.Tk - sizes.Tq, sizes.Tq
-        begin, end = bands[7 * r + 4], bands[7 * r + 5]
-        own_begin, own_end = bands[7 * r + 2], bands[7 * r + 3]
+        begin, end = bands[BAND * r + 4], bands[BAND * r + 5]
+        own_begin, own_end = bands[BAND * r + 2], bands[BAND * r + 3]
     is_within = (own_begin <= first) & (last < own_end) & (is_exact != 0)
     full_begin = tl.maximum(tl.maximum(begin, last + near) - shift, 0)
     full_end = tl.minimum(tl.minimum(end, first + far + 1) - shift, total)
@@ -194,17 +197,17 @@ def _bands_of_row(masking, b):
 def _visits_by_bands(bands, first, last, sizes, BLOCK: tl.constexpr, OVER_KEYS: tl.constexpr):
     """The spans of all bands, put in order and cut so that no two share a tile."""
     spans = ()
-    for r in tl.static_range(len(bands) // 7):
+    for r in tl.static_range(len(bands) // BAND):
         spans += _span(bands, r, first, last, sizes, BLOCK, OVER_KEYS)
-    if len(bands) == 7:
+    if len(bands) == BAND:
         return spans
     disjoint = ()
     done = 0  # all tiles before this one are taken care of
-    for _ in tl.static_range(len(bands) // 7):
+    for _ in tl.static_range(len(bands) // BAND):
         # Of the spans that reach further, the one that begins first; of those, the one with the longest full part.
         begin, full_begin, full_end, end = done, done, done, done
         found = False
-        for r in tl.static_range(len(bands) // 7):
+        for r in tl.static_range(len(bands) // BAND):
             begin_r = tl.maximum(spans[4 * r], done)
             end_r = spans[4 * r + 3]
             full_end_r = spans[4 * r + 2]
@@ -348,17 +351,6 @@ def add_bias(s, bias, shift):
     power = (shift.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # of two, at most |shift|
     rounder = tl.where(power < COARSE, 0.0, power * (1.5 / COARSE))
     return (s + rounder - rounder + (bias - shift)) * LOG2E
-
-
-@triton.jit
-def biased_logits(s, scoring, b, h, q, k, q_index, k_index, sizes):
-    """From dot products s to logits in base 2, less each row's shift, for the backward pass; softcap's derivative."""
-    s, slope = logits(s, scoring, h, q, k)
-    if scoring.bias is not None:
-        row = (tl.cast(b, tl.int64) * sizes.H + h) * sizes.Tq + q_index
-        shift = tl.load(scoring.shift + row, mask=q_index < sizes.Tq, other=0.0)
-        s = add_bias(s, load_bias(scoring, b, h, q_index, k_index, sizes), shift)
-    return s, slope
 
 
 @triton.jit

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from kernels import attention_decode, masks
+from kernels.attention_arguments import DecodeArguments
 from kernels.attention_decode_reference import attention_decode_reference, by_length
 from tests import attention_checks as checks
 from tests.rounding import attend_deviation
 
-EMPTY = dict.fromkeys(("k_new", "v_new", "rotary", "block_table", "scale", "softcap", "alibi_slopes", "sinks"))
 LENGTHS = (0, 1, 17, 127, 128, 129, 1000)
 
 
@@ -141,14 +141,14 @@ def run(fn, inputs: Inputs, dtype: torch.dtype | None = None, **options) -> dict
     return {"out": out, "lse": lse, "k_cache": caches[0], "v_cache": caches[1]}
 
 
-def reference(*args, **arguments):
-    """attention_decode_reference, with what attention_decode's signature fills in."""
-    return attention_decode_reference(*args, **(EMPTY | arguments))
+def reference(*args, upcast: bool = True, **arguments):
+    """attention_decode_reference, called as attention_decode is."""
+    return attention_decode_reference(DecodeArguments(*args, **arguments), upcast)
 
 
-def attention_deviation(*tensors, **arguments):
+def attention_deviation(*args, **arguments):
     """Of out and lse: see tests/rounding.py."""
-    return by_length(attend_deviation, *tensors, **(EMPTY | arguments))
+    return by_length(attend_deviation, DecodeArguments(*args, **arguments))
 
 
 def truth_plain_and_deviation(inputs: Inputs) -> tuple[dict[str, Tensor], ...]:

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from kernels import attention_decode, masks
+from kernels.attention_arguments import DecodeArguments
 from kernels.attention_decode import _decode
-from kernels.attention_decode_reference import DecodeCall, rotated
+from kernels.attention_decode_reference import rotated
 from kernels.attention_decode_triton import SPLIT, DecodeProblem
 from kernels.mask import Band
+from kernels.operators import decode_call_of
 from tests.decode_checks import (
     CASES,
     WINDOW,
@@ -125,11 +127,8 @@ def test_window_reads_its_window(device):
 
 def problem(capacity: int, mask: masks.Mask, Tq: int = 1) -> DecodeProblem:
     q, cache = (torch.empty(1, T, 1, 16, device="meta") for T in (Tq, capacity))
-    operands = mask.key, len(mask.bands), mask.indexed, list(mask.operands), list(mask.tensors)
     lens = torch.empty(1, dtype=torch.int32, device="meta")
-    return DecodeProblem(
-        DecodeCall(q, cache, cache, lens, None, None, None, None, None, *operands, 1.0, 0.0, None, None), "sm_90"
-    )
+    return DecodeProblem(decode_call_of(DecodeArguments(q, cache, cache, lens, mask=mask, scale=1.0)), "sm_90")
 
 
 def test_slots():
@@ -169,12 +168,9 @@ def test_lengths_beyond_the_cache(device):
 
 def op_arguments(case: Case, device: str) -> tuple:
     inputs = make_inputs(case, device)
-    a, mask = inputs.arguments, case.mask
-    operands = mask.key, len(mask.bands), mask.indexed, list(mask.operands), list(mask.tensors)
-    tensors = [a.get(name) for name in ("k_new", "v_new")]
     caches = inputs.k_cache.nan_to_num(), inputs.v_cache.nan_to_num()
-    call = (inputs.q, *caches, inputs.cache_lens, *tensors, None, None, a.get("block_table"), *operands)
-    return *call, 0.25, 0.0, None, None, True
+    arguments = DecodeArguments(inputs.q, *caches, inputs.cache_lens, **inputs.arguments, scale=0.25)
+    return *decode_call_of(arguments), True
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
@@ -247,21 +243,21 @@ def wrong(**changes):
         (ValueError, "do not fit", {"v_cache": torch.zeros(2, 63, 2, 16)}),
         (ValueError, "k_cache .* do not fit", {"k_cache": torch.zeros(2, 64, 2, 24)}),
         (ValueError, "multiple of H_kv", {"q": torch.zeros(2, 1, 3, 16)}),
-        (ValueError, "cache_lens is int32", {"cache_lens": torch.tensor([3, 64])}),
+        (ValueError, "cache_lens must be int32", {"cache_lens": torch.tensor([3, 64])}),
         (ValueError, "do not fit a capacity of 64", {"cache_lens": torch.tensor([3, 65], dtype=torch.int32)}),
         (ValueError, "do not fit a capacity", {"k_new": torch.zeros(2, 1, 2, 16), "v_new": torch.zeros(2, 1, 2, 16)}),
-        (ValueError, "come together", {"k_new": torch.zeros(2, 1, 2, 16)}),
-        (ValueError, "k_new is", {"k_new": torch.zeros(2, 2, 2, 16), "v_new": torch.zeros(2, 2, 2, 16)}),
+        (ValueError, "must be passed together", {"k_new": torch.zeros(2, 1, 2, 16)}),
+        (ValueError, "k_new must be", {"k_new": torch.zeros(2, 2, 2, 16), "v_new": torch.zeros(2, 2, 2, 16)}),
         (TypeError, "one dtype", {"k_cache": torch.zeros(2, 64, 2, 16).half()}),
         (ValueError, "softcap", {"softcap": 0.0}),
-        (ValueError, "sinks has", {"sinks": torch.zeros(3)}),
-        (ValueError, "rotary is two tables", {"rotary": (torch.zeros(64, 8), torch.zeros(64, 8))}),
+        (ValueError, "sinks must have", {"sinks": torch.zeros(3)}),
+        (ValueError, "rotary must be two tables", {"rotary": (torch.zeros(64, 8), torch.zeros(64, 8))}),
         (ValueError, "rotary has 63", {"rotary": (torch.zeros(63, 16), torch.zeros(63, 16))}),
         (ValueError, "each of 2 rows", {"mask": masks.prefix(torch.zeros(3, dtype=torch.int32))}),
-        (ValueError, "not one of", {"impl": "cuda"}),
+        (ValueError, "unknown impl 'cuda'", {"impl": "cuda"}),
         (ValueError, "multiple of 16", {"block_table": torch.zeros(2, 1, dtype=torch.int32),
                                         "k_cache": torch.zeros(2, 24, 2, 16), "v_cache": torch.zeros(2, 24, 2, 16)}),
-        (ValueError, "block_table is int32", {"block_table": torch.zeros(2, 1)}),
+        (ValueError, "block_table must be int32", {"block_table": torch.zeros(2, 1)}),
         (ValueError, "block_table names pages", {"block_table": torch.full((2, 1), 2, dtype=torch.int32)}),
     ],
 )  # fmt: skip

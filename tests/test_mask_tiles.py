@@ -9,6 +9,7 @@ import triton.language as tl
 
 from kernels import attention_backward, attention_forward, configs, tile_lists
 from kernels.dispatch import INTERPRETED
+from kernels.mask import BAND
 from kernels.masks import (
     CAUSAL,
     FULL,
@@ -224,13 +225,13 @@ def test_many_documents_one_after_another_need_no_tile_in_vain(length):
 def test_numbers_of_bands_that_differ_from_row_to_row_are_read_from_their_tensors():
     mask = prefix(first := lengths(3, 5)) | prefix(second := lengths(7, 2))
     masking = problem_of(mask, 32, 32, 2).masking(16, 16, True)
-    numbers = [(band, list(zip(Band._fields, range(7 * band, 7 * band + 7)))) for band in range(2)]
+    numbers = [(band, list(zip(Band._fields, range(BAND * band, BAND * (band + 1))))) for band in range(2)]
     rows = {(band, name): masking.band_rows[i] for band, fields in numbers for name, i in fields}
     ends = {band: row.tolist() for (band, name), row in rows.items() if name == "k_end"}
     assert [ends[0], ends[1]] == [band.k_end.tolist() for band in mask.bands]
     assert sorted(ends.values()) == sorted([first.tolist(), second.tolist()])
     assert all(row is None for (_, name), row in rows.items() if name != "k_end")
-    assert [masking.bands[7 * band + 3] for band in range(2)] == [0, 0]
+    assert [masking.bands[BAND * band + 3] for band in range(2)] == [0, 0]
 
 
 @in_the_interpreter

@@ -6,7 +6,7 @@ import torch
 from kernels.attention_arguments import Arguments
 from kernels.masks import FULL
 from kernels.operators import call_of
-from kernels.problem import Problem
+from kernels.problem import Problem, folds
 
 
 def problem_with(**features) -> Problem:
@@ -15,7 +15,7 @@ def problem_with(**features) -> Problem:
 
 
 @pytest.mark.parametrize(
-    ("features", "folds"),
+    ("features", "expected"),
     [
         ({}, True),
         ({"scale": 0.5, "sinks": torch.zeros(2)}, True),
@@ -27,5 +27,5 @@ def problem_with(**features) -> Problem:
     ],
     ids=lambda x: "-".join(x) or "plain" if isinstance(x, dict) else "",
 )
-def test_the_scale_waits_for_the_exponent_where_the_maximum_commutes_with_it(features, folds):
-    assert problem_with(**features).folds() is folds
+def test_the_scale_waits_for_the_exponent_where_the_maximum_commutes_with_it(features, expected):
+    assert folds(problem_with(**features).scoring()) is expected
