@@ -1,4 +1,4 @@
-"""Kernels in Triton for attention and for the loss, each beside a plain PyTorch reference.
+"""Triton kernels for attention and for the loss, each with a plain PyTorch reference.
 
 from kernels import attention, masks
 out = attention(q, k, v, mask=masks.sliding_window(256))  # (B, T, H, D) in, (B, T, H, D) out

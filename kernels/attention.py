@@ -1,9 +1,9 @@
-"""`attention`: the one public function. It checks its arguments and sends the call down one of four paths:
+"""`attention` checks its arguments and takes one of four paths.
 
 triton      our own kernels, forward and backward, on a GPU (attention_forward.py, attention_backward.py)
-sdpa        torch's scaled_dot_product_attention, where its arguments allow (attention_sdpa.py)
-chunked     plain PyTorch in little memory, which does everything too, a piece at a time (attention_chunked.py)
-reference   plain PyTorch, which does everything (attention_reference.py)
+sdpa        torch's scaled_dot_product_attention, if it supports the call (attention_sdpa.py)
+chunked     plain PyTorch in little memory, for any call (attention_chunked.py)
+reference   plain PyTorch, for any call: the specification (attention_reference.py)
 """
 
 import torch
@@ -25,7 +25,7 @@ if triton is not None:
     from kernels.problem import Problem
 
 IMPLEMENTATIONS = ("auto", "triton", "sdpa", "chunked", "reference")
-# More scores than this are not held at once: a matrix of 16 MiB in float32.
+# The most scores to hold at once: a matrix of 16 MiB in float32.
 MOST_SCORES = 1 << 22
 
 
@@ -46,26 +46,26 @@ def attention(
     return_lse: bool = False,
     impl: str = "auto",
 ):
-    """Scaled, masked softmax attention (https://arxiv.org/abs/1706.03762).
+    """Compute scaled, masked softmax attention (https://arxiv.org/abs/1706.03762).
 
     q (B, Tq, H, D); k (B, Tk, H_kv, D); v (B, Tk, H_kv, Dv), H a multiple of H_kv: head h attends to the keys of head
     h // (H / H_kv). All of one dtype and device, any strides. Returns (B, Tq, H, Dv) in q's dtype and, with
     `return_lse`, also lse (B, H, Tq) in float32.
 
     Query i is at position i + Tk - Tq: the last query at the last key. For each pair of positions
-    s = scale * q.k, then softcap * tanh(s / softcap), then - alibi_slopes[h] * |q - k|, then + bias; what the mask or
-    another segment hides is left out; then softmax, and dropout. A query that sees no key gives zeros.
+    s = scale * q.k, then softcap * tanh(s / softcap), then - alibi_slopes[h] * |q - k|, then + bias. Pairs that the
+    mask or the segments hide are dropped; then softmax and dropout. A query that sees no key gives zeros.
 
     mask          from `kernels.masks`, such as masks.CAUSAL & masks.sliding_window(256)
-    segment_ids   int32 (B, T), or a pair (B, Tq), (B, Tk): a query sees keys of its own segment only
+    segment_ids   int32 (B, T), or a pair (B, Tq), (B, Tk): a query sees only keys of its own segment
     scale         1 / sqrt(D) if None; at most 1e30 in size
     softcap       1e-30 to 1e30, a bound on |s| (https://arxiv.org/abs/2408.00118)
-    alibi_slopes  (H,), constants (https://arxiv.org/abs/2108.12409)
+    alibi_slopes  (H,), without gradients (https://arxiv.org/abs/2108.12409)
     bias          floats of any magnitude; broadcasts to (B, H, Tq, Tk); -inf hides a pair
-    sinks         (H,), one logit for each head that joins the denominator (https://arxiv.org/abs/2309.17453)
-    dropout_p     the share of weights dropped, 0 <= p < 1; which ones depends on (seed, b, h, i, j) alone
+    sinks         (H,), a logit for each head that is added to the denominator (https://arxiv.org/abs/2309.17453)
+    dropout_p     the share of weights dropped, 0 <= p < 1; the choice depends on (seed, b, h, i, j) alone
     seed          an int or a one-element int64 tensor; drawn from the device's generator if None
-    return_lse    also return log(sum(exp(s))), natural, sink included, before dropout; it carries gradients
+    return_lse    also return log(sum(exp(s))), natural, including the sink, before dropout; differentiable
     impl          "triton", "sdpa", "chunked", "reference", or "auto": Triton on a GPU from sm_80 up, else the fastest
 
     Raises ValueError or TypeError for invalid arguments, NotImplementedError for an `impl` that cannot do the call or
@@ -78,7 +78,7 @@ def attention(
     call = Arguments(q, k, v, mask, segment_ids, scale, softcap, alibi_slopes, bias, sinks, dropout_p, seed, return_lse)
     call = checked(call)
     if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
-        raise ValueError("alibi_slopes are constants without a gradient: detach them, or learn a bias")
+        raise ValueError("alibi_slopes have no gradient: detach them, or learn a bias")
     check_choice("impl", impl, IMPLEMENTATIONS)
     if impl == "auto":
         impl = _choose(call)

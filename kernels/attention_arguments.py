@@ -1,4 +1,4 @@
-"""Checks of the arguments of `attention`, `attention_reference` and `attention_decode`.
+"""The arguments of `attention`, `attention_reference` and `attention_decode`, and their checks.
 
 They run in every call, so they must take only microseconds. None reads the values of a tensor, which would wait for a
 GPU; only `check_lengths`, for a CPU, does.

@@ -1,12 +1,11 @@
-"""Attention backward (https://arxiv.org/abs/2307.08691, section 3.2): three kernels, none of which adds atomically.
+"""Attention backward (https://arxiv.org/abs/2307.08691, section 3.2): three kernels without atomic additions.
 
 prepare  for each query: delta = sum(out * dout) - dlse, and lse in base 2
-dkdv     one program for one tile of keys of one key head: it loops over the heads of the group and over the queries
-dq       one program for one tile of queries of one head
+dkdv     one program for each tile of keys of a key head: it loops over the heads of the group and over the queries
+dq       one program for each tile of queries of a head
 
-With p = softmax and dp = dout v^T: dv = p^T dout, ds = p * (dp - delta), dk = scale * ds^T q, dq = scale * ds k. What
-lse receives as a gradient, dlse, adds p * dlse to ds, which is why delta takes it in.
-The gradient of a bias is in attention_dbias.py.
+With p = softmax and dp = dout v^T: dv = p^T dout, ds = p * (dp - delta), dk = scale * ds^T q, dq = scale * ds k. The
+gradient of lse, dlse, adds p * dlse to ds, so delta includes it. attention_dbias.py has the gradient of a bias.
 """
 
 import math
@@ -39,7 +38,7 @@ from kernels.tiles import (
 @triton.jit
 def prepare_kernel(out, dout, lse, dlse, delta, lse2, out_strides, dout_strides, dlse_strides, sizes,
                    BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
-    """delta and lse2 (B, H, Tq) from out and dout (B, Tq, H, Dv), lse (B, H, Tq) and dlse, which may be None."""
+    """Compute delta and lse2 (B, H, Tq) from out and dout (B, Tq, H, Dv), lse (B, H, Tq) and dlse or None."""
     tiles_m = tl.cdiv(sizes.Tq, BLOCK_M)
     m = tl.program_id(0) % tiles_m
     h = tl.cast(tl.program_id(0) // tiles_m % sizes.H, tl.int64)
@@ -56,7 +55,7 @@ def prepare_kernel(out, dout, lse, dlse, delta, lse2, out_strides, dout_strides,
         d -= tl.load(dlse + b * dlse_strides[0] + h * dlse_strides[1] + rows * dlse_strides[2], mask=inside, other=0.0)
     row_of_all = (b * sizes.H + h) * sizes.Tq + rows
     natural = tl.load(lse + row_of_all, mask=inside, other=0.0)
-    # A query that saw nothing gives exp2(s - inf) = 0 everywhere.
+    # A query that sees no key gets p = exp2(s - inf) = 0.
     tl.store(lse2 + row_of_all, tl.where(natural == float("-inf"), float("inf"), natural * LOG2E), mask=inside)
     tl.store(delta + row_of_all, d, mask=inside)
 
@@ -66,7 +65,7 @@ def _dkdv_tile(dk, dv, k, v, q_base, do_base, lse2_base, delta_base, m, b, h, k_
                masking, scoring, dropout, PREDICATE: tl.constexpr, MASKED: tl.constexpr, FOLD: tl.constexpr,
                CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
                BLOCK_DV: tl.constexpr):  # fmt: skip
-    """Add one tile of queries to dk and dv. Everything is transposed: rows are keys, columns are queries."""
+    """Add one tile of queries to dk and dv. Tiles are transposed: rows are keys, columns are queries."""
     q_first = m * BLOCK_M
     columns = q_first + tl.arange(0, BLOCK_M)
     q_index = columns[None, :]
@@ -102,7 +101,7 @@ def dkdv_kernel(q, k, v, dout, lse2, delta, dk, dv, visited, q_strides, k_stride
                 dv_strides, scale, sizes, masking, scoring, dropout, PREDICATE: tl.constexpr, FOLD: tl.constexpr,
                 CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                 BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
-    """dk (B, Tk, H_kv, D) and dv (B, Tk, H_kv, Dv), summed over the query heads of each group in a fixed order."""
+    """Compute dk (B, Tk, H_kv, D) and dv (B, Tk, H_kv, Dv), summed over the heads of each group in a fixed order."""
     tiles_n = tl.cdiv(sizes.Tk, BLOCK_N)
     heads = sizes.H // sizes.GROUP
     n = tl.program_id(0) % tiles_n
@@ -122,7 +121,7 @@ def dkdv_kernel(q, k, v, dout, lse2, delta, dk, dv, visited, q_strides, k_stride
     acc_v = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
 
     spans = visits(masking, b, n, first, last, sizes, BLOCK_M, False)
-    # What is fixed for a head is worked out anew for each: hoisted, it would cost all heads registers.
+    # Without LICM: values hoisted out of the loop over heads would occupy registers throughout.
     for g in tl.range(sizes.GROUP, disable_licm=True):
         h = h_kv * sizes.GROUP + g
         h_long = kv_long * sizes.GROUP + g
@@ -172,7 +171,7 @@ def dq_kernel(q, k, v, dout, lse2, delta, dq, visited, q_strides, k_strides, v_s
               sizes, masking, scoring, dropout, PREDICATE: tl.constexpr, FOLD: tl.constexpr, CHECK_D: tl.constexpr,
               CHECK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
               BLOCK_DV: tl.constexpr):  # fmt: skip
-    """dq (B, Tq, H, D)."""
+    """Compute dq (B, Tq, H, D)."""
     tiles_m = tl.cdiv(sizes.Tq, BLOCK_M)
     m = tiles_m - 1 - tl.program_id(0) % tiles_m
     h = tl.program_id(0) // tiles_m % sizes.H
@@ -225,7 +224,7 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
     dq_launch(problem, dout, lse2, delta, dq).run()
     dsinks, sinks = None, problem.call.sinks
     if sinks is not None:
-        # The sink is a key whose value is zero, so that its dp is 0: ds = p * (0 - delta).
+        # The sink is a key with a value of zero, so its dp is 0: ds = p * (0 - delta).
         sinks = sinks.float().view(1, H, 1) - (0.0 if problem.shift is None else problem.shift)
         p_sink = torch.exp(sinks - lse.masked_fill(lse == -math.inf, math.inf))
         dsinks = -(p_sink * delta).sum(dim=(0, 2))
@@ -233,35 +232,25 @@ def backward(problem: Problem, out: Tensor, lse: Tensor, dout: Tensor, dlse: Ten
 
 
 def prepare_launch(problem: Problem, out, dout, lse, dlse, delta, lse2) -> Launch:
-    """The launch that fills delta and lse2 (B, H, Tq), float32."""
+    """Prepare the launch that fills delta and lse2 (B, H, Tq), float32."""
     block_m = 64
     grid = (math.ceil(problem.sizes.Tq / block_m) * problem.sizes.H * problem.B,)
-    args = {
-        "out": out,
-        "dout": dout,
-        "lse": lse,
-        "dlse": dlse,
-        "delta": delta,
-        "lse2": lse2,
-        "out_strides": out.stride(),
-        "dout_strides": dout.stride(),
-        "dlse_strides": () if dlse is None else dlse.stride(),
-        "sizes": problem.sizes,
-        "BLOCK_M": block_m,
-        "BLOCK_DV": block_dim(problem.sizes.Dv),
-    }
+    args = {"out": out, "dout": dout, "lse": lse, "dlse": dlse, "delta": delta, "lse2": lse2, "sizes": problem.sizes}
+    args |= {"out_strides": out.stride(), "dout_strides": dout.stride()}
+    args |= {"dlse_strides": () if dlse is None else dlse.stride()}
+    args |= {"BLOCK_M": block_m, "BLOCK_DV": block_dim(problem.sizes.Dv)}
     return Launch(prepare_kernel, grid, args, {"num_warps": 4})
 
 
 def dkdv_launch(problem: Problem, dout, lse2, delta, dk, dv, visited: Tensor | None = None) -> Launch:
-    """The launch that fills dk and dv."""
+    """Prepare the launch that fills dk and dv."""
     args = {"dk": dk, "dv": dv, "dk_strides": dk.stride(), "dv_strides": dv.stride(), "visited": visited}
     args |= {"dout": dout, "dout_strides": dout.stride(), "lse2": lse2, "delta": delta, "scale": problem.call.scale}
     return problem.launch(dkdv_kernel, "dkdv", problem.sizes.Tk, problem.H_kv, rows_are_queries=False, **args)
 
 
 def dq_launch(problem: Problem, dout, lse2, delta, dq, visited: Tensor | None = None) -> Launch:
-    """The launch that fills dq."""
+    """Prepare the launch that fills dq."""
     args = {"dq": dq, "dq_strides": dq.stride(), "visited": visited}
     args |= {"dout": dout, "dout_strides": dout.stride(), "lse2": lse2, "delta": delta, "scale": problem.call.scale}
     return problem.launch(dq_kernel, "dq", problem.sizes.Tq, problem.sizes.H, rows_are_queries=True, **args)

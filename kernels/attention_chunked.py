@@ -1,7 +1,7 @@
-"""Attention in plain PyTorch and little memory, forward and backward: what a CPU takes where torch's own cannot.
+"""Attention in plain PyTorch and little memory, forward and backward, for calls on a CPU that torch does not support.
 
-The same function as attention_reference.py, some queries of one row of the batch at a time and only the keys that they
-need, in float32 (float64 for float64 inputs). The backward pass computes the weights again, from lse.
+It computes the function of attention_reference.py for a few queries of one row of the batch at a time, with only the
+keys that they need, in float32 (float64 for float64 inputs). The backward pass computes the weights again from lse.
 """
 
 import math
@@ -17,15 +17,13 @@ from kernels.mask import evaluate
 from kernels.operators import Call, accumulated, define
 from kernels.tile_lists import tile_map
 
-# Scores of this many pairs, over all heads, are held at once.
-SCORES = 1 << 20
-# Which keys are needed is asked for tiles of this many queries and keys.
-TILE = 64
+SCORES = 1 << 20  # held at once, over all heads
+TILE = 64  # queries and keys of the tiles by which needed keys are found
 MOST_ROWS = 256
 
 
 class Chunk(NamedTuple):
-    """Queries begin to end - 1 of row b of the batch, and the keys that any of them sees: a range, or indices."""
+    """Queries begin to end - 1 of row b of the batch, and the keys that they see: a range, or indices."""
 
     b: int
     begin: int
@@ -33,7 +31,7 @@ class Chunk(NamedTuple):
     keys: slice | Tensor
 
     def indices(self, device) -> Tensor:
-        """The keys, int32."""
+        """Return the indices of the keys, int32."""
         if isinstance(self.keys, Tensor):
             return self.keys.int()
         return torch.arange(self.keys.start, self.keys.stop, device=device, dtype=torch.int32)
@@ -63,19 +61,19 @@ def _keys(tiles: list[int], Tk: int, device) -> slice | Tensor:
 
 
 def _by_group(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """(rows, H, D) to (heads, H / heads * rows, D): the queries of a group of heads are queries of one key head."""
+    """Reshape (rows, H, D) to (heads, H / heads * rows, D): the queries of a group become those of a key head."""
     rows, H, D = x.shape
     return x.to(dtype).view(rows, heads, H // heads, D).permute(1, 2, 0, 3).reshape(heads, H // heads * rows, D)
 
 
 def _grouped(s: Tensor, heads: int) -> Tensor:
-    """(H, rows, keys) as (heads, H / heads * rows, keys)."""
+    """View (H, rows, keys) as (heads, H / heads * rows, keys)."""
     H, rows, keys = s.shape
     return s.view(heads, H // heads * rows, keys)
 
 
 def _from_group(x: Tensor, rows: int) -> Tensor:
-    """The way back: (heads, H / heads * rows, D) to (rows, H, D)."""
+    """Undo `_by_group`: (heads, H / heads * rows, D) to (rows, H, D)."""
     heads, n, D = x.shape
     return x.view(heads * n // rows, rows, D).transpose(0, 1)
 
@@ -83,9 +81,9 @@ def _from_group(x: Tensor, rows: int) -> Tensor:
 def _logits(
     call: Call, chunk: Chunk, qg: Tensor, kg: Tensor, shift: Tensor | float | None
 ) -> tuple[Tensor, Tensor | float, Tensor | float]:
-    """(H, rows, keys), -inf where nothing is seen, the derivative of softcap, and each row's shift.
+    """Return logits (H, rows, keys), -inf for hidden pairs, the derivative of softcap, and each row's shift.
 
-    qg, kg (H_kv, ..., D). shift: what is taken off the bias, (H, rows, 1) or 0.0; None: find it (kernels/bias.py).
+    qg, kg (H_kv, ..., D). shift: subtracted from the bias, (H, rows, 1) or 0.0; None to compute it (kernels/bias.py).
     """
     (_, Tq, H, _), Tk = call.q.shape, call.k.shape[1]
     rows, device = chunk.end - chunk.begin, call.q.device
@@ -113,7 +111,7 @@ def _logits(
 
 
 def _bias_of(call: Call, chunk: Chunk) -> Tensor:
-    """A chunk's part of the bias, (H or 1, rows, keys)."""
+    """Return a chunk's part of the bias, (H or 1, rows, keys)."""
     (_, Tq, _, _), Tk = call.q.shape, call.k.shape[1]
     bias = call.bias.view((1,) * (4 - call.bias.ndim) + tuple(call.bias.shape))
     bias = bias[chunk.b if bias.shape[0] > 1 else 0]
@@ -121,7 +119,7 @@ def _bias_of(call: Call, chunk: Chunk) -> Tensor:
 
 
 def _survivors(call: Call, chunk: Chunk) -> Tensor:
-    """Which entries (H, rows, keys) survive dropout."""
+    """Return which entries (H, rows, keys) survive dropout."""
     device = call.q.device
     h = torch.arange(call.q.shape[2], device=device).view(-1, 1, 1)
     i = torch.arange(chunk.begin, chunk.end, device=device).view(1, -1, 1)
@@ -148,7 +146,7 @@ def chunked_forward(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
         total = p.sum(2, keepdim=True)
         if sinks is not None:
             total = total + torch.exp(sinks - pivot)
-        # A query that sees nothing: log(0) is the -inf of its lse, and its zeros are divided by 1.
+        # A query that sees no key gets lse = log(0) = -inf, and its zeros are divided by 1.
         lse[b, :, begin:end] = (pivot + torch.log(total))[..., 0]
         if shifts is not None:
             shifts[b, :, begin:end, None] = shift
@@ -162,14 +160,14 @@ def chunked_forward(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
 def chunked_backward(
     call: Call, out: Tensor, lse: Tensor, shift: Tensor | None, dout: Tensor, dlse: Tensor | None, wants_dbias: bool
 ):
-    """dq, dk, dv, and dsinks and dbias or None."""
+    """Return dq, dk, dv, and dsinks and dbias or None."""
     H, H_kv = call.q.shape[2], call.k.shape[2]
     real = accumulated(call.q.dtype)
     dq = torch.empty_like(call.q, memory_format=torch.contiguous_format)
     dk, dv = (torch.zeros(x.shape, dtype=real, device=x.device) for x in (call.k, call.v))
     dsinks = None if call.sinks is None else torch.zeros(H, dtype=real, device=dq.device)
     dbias = torch.zeros(call.bias.shape, dtype=real, device=dq.device) if wants_dbias else None
-    is_plain = shift is None or (shift.device.type == "cpu" and not shift.any())  # a GPU would have to be waited for
+    is_plain = shift is None or (shift.device.type == "cpu" and not shift.any())  # do not wait for a GPU
     for chunk in _chunks(call):
         b, begin, end, keys = chunk
         rows = end - begin
@@ -203,7 +201,7 @@ def chunked_backward(
 
 
 def _add(total: Tensor, keys: slice | Tensor, part: Tensor) -> None:
-    """total (Tk, H_kv, D) += part (H_kv, keys, D)."""
+    """Add part (H_kv, keys, D) to total (Tk, H_kv, D)."""
     if isinstance(keys, Tensor):
         total.index_add_(0, keys, part.transpose(0, 1))
     else:
@@ -211,7 +209,7 @@ def _add(total: Tensor, keys: slice | Tensor, part: Tensor) -> None:
 
 
 def _add_to_bias(dbias: Tensor, chunk: Chunk, ds: Tensor) -> None:
-    """Add ds (H, rows, keys), summed over what the bias is broadcast along."""
+    """Add ds (H, rows, keys) to dbias, summed over the axes along which the bias is broadcast."""
     dbias = dbias.view((1,) * (4 - dbias.ndim) + tuple(dbias.shape))
     dbias = dbias[chunk.b if dbias.shape[0] > 1 else 0]
     along = [axis for axis, n in enumerate(dbias.shape) if n == 1]

@@ -1,7 +1,7 @@
-"""The gradient of an additive bias, whatever it broadcasts over: one program for one tile of the bias.
+"""The gradient of an additive bias of any shape: one program for each tile of the bias.
 
-The program loops over what the bias is broadcast along (batch, heads, queries, keys) in a fixed order and adds up
-ds = p * (dp - delta) in registers: nothing is added atomically, and no (B, H, Tq, Tk) tensor is made.
+The program loops in a fixed order over the axes along which the bias is broadcast (batch, heads, queries, keys) and
+adds up ds = p * (dp - delta) in registers, without atomic additions and without a (B, H, Tq, Tk) tensor.
 """
 
 import math
@@ -22,7 +22,7 @@ def _tile(acc, q_base, k_base, v_base, do_base, lse2_base, delta_base, m, n, b, 
           do_strides, sizes, masking, scoring, dropout, PREDICATE: tl.constexpr, CHECK_D: tl.constexpr,
           CHECK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
           BLOCK_DV: tl.constexpr):  # fmt: skip
-    """acc + ds of one tile of one head."""
+    """Add ds of one tile of one head to acc."""
     rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
     q_index = rows[:, None]
     q_position = q_index + (sizes.Tk - sizes.Tq)
@@ -45,10 +45,10 @@ def dbias_kernel(q, k, v, dout, lse2, delta, dbias, needed, needed_strides, visi
                  LOOP_B: tl.constexpr, LOOP_H: tl.constexpr, LOOP_Q: tl.constexpr, LOOP_K: tl.constexpr,
                  FOLD: tl.constexpr, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
                  BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
-    """dbias, of the shape of bias, float32. LOOP_*: bias is broadcast along this axis. needed: tile_lists.tile_map."""
+    """Compute dbias, in bias's shape, float32. LOOP_*: bias is broadcast along this axis. needed: see `TileMap`."""
     tiles_m = tl.cdiv(sizes.Tq, BLOCK_M)
     tiles_n = tl.cdiv(sizes.Tk, BLOCK_N)
-    # What of each axis is this program's: all where it loops, else one piece.
+    # This program's part of each axis: all of it if the program loops, else one tile, head or row.
     left = tl.program_id(0)
     n_first, n_end, m_first, m_end, h_first, h_end, b_first, b_end = 0, tiles_n, 0, tiles_m, 0, sizes.H, 0, B
     if not LOOP_K:
@@ -100,7 +100,7 @@ def dbias_kernel(q, k, v, dout, lse2, delta, dbias, needed, needed_strides, visi
 
 
 def bias_gradient(problem: Problem, dout: Tensor, lse2: Tensor, delta: Tensor) -> Tensor:
-    """dbias in the shape of bias, float32."""
+    """Compute dbias in bias's shape, float32."""
     bias = problem.call.bias
     if 0 in (problem.B, *problem.sizes[:2]):
         return torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
@@ -110,7 +110,7 @@ def bias_gradient(problem: Problem, dout: Tensor, lse2: Tensor, delta: Tensor) -
 
 
 def dbias_launch(problem: Problem, dout, lse2, delta, dbias, visited: Tensor | None = None) -> Launch:
-    """The launch that fills dbias, whose shape broadcasts to (B, H, Tq, Tk)."""
+    """Prepare the launch that fills dbias, whose shape broadcasts to (B, H, Tq, Tk)."""
     Tq, Tk, H = problem.sizes[:3]
     dbias = dbias.view((1,) * (4 - dbias.ndim) + tuple(dbias.shape))
     loops = [n == 1 for n in dbias.shape]

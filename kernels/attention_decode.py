@@ -1,10 +1,10 @@
 """`attention_decode`: a few new queries of each sequence against a long cache, contiguous or in pages.
 
-It checks its arguments and sends the call down one of three paths:
+It checks its arguments and takes one of three paths:
 
 triton      two kernels of our own, on a GPU (attention_decode_triton.py)
-torch       append, gather pages, then `attention` for each run of sequences of one length
-reference   the same by attention_reference.py, which is the specification
+torch       append, gather pages, then call `attention` for each run of sequences of one length
+reference   the same with attention_reference, the specification
 """
 
 import torch
@@ -47,37 +47,35 @@ def attention_decode(
     return_lse: bool = False,
     impl: str = "auto",
 ):
-    """Attention of one or a few new queries to a cache of keys and values, by Flash-Decoding
+    """Attend from one or a few new queries to a cache of keys and values, by Flash-Decoding
     (https://pytorch.org/blog/flash-decoding/). For inference: no derivatives.
 
-    q (B, Tq, H, D), Tq from 1 to some 16 (more is right, but `attention` is faster). H a multiple of H_kv: head h
+    q (B, Tq, H, D), Tq from 1 to about 16 (`attention` is faster for more). H a multiple of H_kv: head h
     attends to the keys of head h // (H / H_kv). All of one dtype and device, any strides. Returns (B, Tq, H, Dv) in
     q's dtype and, with `return_lse`, also lse (B, H, Tq), natural, sinks included, in float32.
 
     A contiguous cache is k_cache (B, capacity, H_kv, D) and v_cache (B, capacity, H_kv, Dv). A paged one is k_cache
     (n_pages, page_size, H_kv, D), v_cache alike, page_size a multiple of 16, and block_table (B, max_pages) int32:
     token j of sequence b is token j % page_size of page block_table[b, j // page_size] (PagedAttention,
-    https://arxiv.org/abs/2309.06180). What lies behind a sequence's last token is never read, nor are its entries of
-    the table.
+    https://arxiv.org/abs/2309.06180). Neither the cache nor the table is read behind a sequence's last token.
 
-    cache_lens (B,) int32: tokens of each sequence in the cache before this call. With k_new (B, Tq, H_kv, D) and v_new
-    (B, Tq, H_kv, Dv) these tokens are first written behind them, in place, and a sequence is cache_lens + Tq tokens
-    long; without, it is cache_lens long. Either way query i is at position length - Tq + i, the last query at the
-    last key. cache_lens itself is not changed.
+    cache_lens (B,) int32: tokens of each sequence in the cache before this call. k_new (B, Tq, H_kv, D) and v_new
+    (B, Tq, H_kv, Dv), if given, are first appended in place, and a sequence's length is cache_lens + Tq; otherwise it
+    is cache_lens. Query i is at position length - Tq + i: the last query at the last key. cache_lens is not changed.
 
-    rotary        (cos, sin), each (positions, D), in the half-split pairing with the signs folded into sin: turns q
-                  and k_new, each row at its position, in float32; keys already in the cache are not turned again
-    mask          from `kernels.masks`; keys outside its bands are not read, so a sliding window costs its window
+    rotary        (cos, sin), each (positions, D), in the half-split pairing with the signs folded into sin: rotates q
+                  and k_new by their positions, in float32; keys in the cache are rotated already
+    mask          from `kernels.masks`; keys outside its bands are not read, so a sliding window costs only its window
     scale, softcap, alibi_slopes (H,), sinks (H,)    as in `kernels.attention`
     impl          "triton", "torch", "reference", or "auto": Triton on a GPU from sm_80 up, else torch
 
-    A sequence gets the same bits whatever the other sequences, the capacity and the place of its pages. On a GPU
-    nothing waits for the device, so neither lengths nor page numbers are checked there: a sequence has to fit its
-    cache (what does not is not written, and the result then means nothing), and pages that are written belong to one
-    sequence. On a CPU they are checked.
+    A sequence gets the same bits whatever the other sequences, the capacity and the location of its pages. Lengths and
+    page numbers are checked only on a CPU, since a GPU would have to be waited for. There each sequence must fit its
+    cache (excess tokens are not written, and make the result meaningless), and a page that is written must belong to
+    one sequence.
 
-    Raises ValueError or TypeError for arguments that do not fit, NotImplementedError for an `impl` that cannot do the
-    call or cannot run here, and for tensors that want a derivative.
+    Raises ValueError or TypeError for invalid arguments, NotImplementedError for an `impl` that cannot do the
+    call or cannot run here, and for tensors that require a derivative.
     """
     call = DecodeArguments(
         q, k_cache, v_cache, cache_lens, k_new, v_new, rotary, mask, block_table, scale, softcap, alibi_slopes, sinks,
@@ -123,7 +121,7 @@ def _decode(*args):
         with on_device_of(call.q):
             return decode(DecodeProblem(call))
     found = _in_torch(impl, call.arguments(wants_lse))
-    # An operator returns both, contiguous; lse is a placeholder if it was not asked for.
+    # An operator must return both, contiguous; lse is a placeholder if not requested.
     out, lse = found if wants_lse else (found, _fake(*args)[1])
     return out.contiguous(), lse
 

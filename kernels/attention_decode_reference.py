@@ -1,4 +1,4 @@
-"""Decoding in plain PyTorch: append in place, gather pages, then attention over each sequence's own keys."""
+"""Decoding in plain PyTorch: append in place, gather pages, then attend over each sequence's own keys."""
 
 import functools
 import itertools
@@ -45,7 +45,7 @@ def by_length(attend: Callable, call: DecodeArguments):
 
 
 def _runs(totals: list[int]) -> Iterator[tuple[int, int, int]]:
-    """(begin, end, total) for neighbours of one length, whose keys are a view of the cache."""
+    """Yield (begin, end, total) for each run of sequences of one length: their keys are a view of the cache."""
     begin = 0
     for total, run in itertools.groupby(totals):
         end = begin + len(list(run))
@@ -54,7 +54,7 @@ def _runs(totals: list[int]) -> Iterator[tuple[int, int, int]]:
 
 
 def rotated(x: Tensor, positions: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """x (B, T, H, D) turned by the tables' rows at positions (B, T), in float32; a position below 0 counts as 0."""
+    """Rotate x (B, T, H, D) by positions (B, T), in float32; a position below 0 counts as 0."""
     real = torch.float64 if x.dtype == torch.float64 else torch.float32
     cos, sin = (table[positions.clamp(min=0)].to(real).unsqueeze(2) for table in rotary)
     first, second = x.to(real).chunk(2, dim=-1)
@@ -62,7 +62,7 @@ def rotated(x: Tensor, positions: Tensor, rotary: tuple[Tensor, Tensor]) -> Tens
 
 
 def append(cache: Tensor, new: Tensor, cache_lens: Tensor, runs: list, block_table: Tensor | None) -> None:
-    """Write new (B, T, H_kv, D) behind the cache_lens (B,) tokens of each sequence; runs: see `_runs`, new included."""
+    """Write new (B, T, H_kv, D) behind the cache_lens (B,) tokens of each sequence; runs, see `_runs`, include them."""
     T = new.shape[1]
     if block_table is None:
         for begin, end, total in runs:
@@ -75,7 +75,7 @@ def append(cache: Tensor, new: Tensor, cache_lens: Tensor, runs: list, block_tab
 
 
 def gather(cache: Tensor, block_table: Tensor | None, begin: int, end: int, total: int) -> Tensor:
-    """The first `total` tokens of sequences begin to end - 1: (end - begin, total, H_kv, D), a view if it can be."""
+    """Return the first `total` tokens of sequences begin to end - 1: (sequences, total, H_kv, D); a view if it can."""
     if block_table is None:
         return cache[begin:end, :total]
     n_pages = -(-total // cache.shape[1])

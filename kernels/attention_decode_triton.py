@@ -1,10 +1,10 @@
 """Decoding in Triton: a few queries of each sequence against its long cache of keys and values.
 
-Two kernels. The first has one program for each split of SPLIT keys (Flash-Decoding,
-https://pytorch.org/blog/flash-decoding/): it attends to them with FlashAttention-2's online softmax
-(https://arxiv.org/abs/2307.08691) for all query heads of a key head at once, and leaves its sum, maximum and
-denominator in float32. The second adds up what the splits left, in their order. A split is SPLIT keys whatever the
-batch, the lengths and the device, so that a sequence gets the same bits in any company.
+The first kernel has one program for each split of SPLIT keys (Flash-Decoding,
+https://pytorch.org/blog/flash-decoding/). It attends to them with FlashAttention-2's online softmax
+(https://arxiv.org/abs/2307.08691) for all query heads of a key head, and stores its sum, maximum and denominator in
+float32. The second kernel combines the splits in order. Batch, lengths and device do not change the size of a split, so
+a sequence always gets the same bits.
 """
 
 import math
@@ -19,7 +19,7 @@ from kernels.attention_forward import softmax_step
 from kernels.decode_cache import Cache, New, Rotary, append, cache_rows, load_rotated, load_rows, new_keys, new_values
 from kernels.mask import bands_of
 from kernels.operators import DecodeCall
-from kernels.problem import Launch, Problem, folds, masking_of, scoring_of, within_reach
+from kernels.problem import Launch, Problem, folds, head_dim_constants, masking_of, scoring_of, within_reach
 from kernels.tiles import (
     FLOOR,
     Sizes,
@@ -36,7 +36,7 @@ from kernels.tiles import (
 
 # Keys of a split. Not tuned by timing: 64 KiB of keys and values in 16 bits at D = 64.
 SPLIT = 256
-# The combining kernel takes so many splits at a time.
+# Splits that the combining kernel takes at a time.
 BLOCK_S = 32
 
 
@@ -45,14 +45,14 @@ def _tile(acc, l_i, m_i, q, n, b, h_kv, h, q_position, cached, cache, new, rotar
           PREDICATE: tl.constexpr, MASKED: tl.constexpr, HAS_NEW: tl.constexpr, FOLD: tl.constexpr,
           CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
           BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
-    """One tile of keys: (acc, l_i, m_i) before it to the same after it. sizes.Tk: the sequence's length."""
+    """Update (acc, l_i, m_i) with one tile of keys. sizes.Tk: the sequence's length."""
     keys = n * BLOCK_N + tl.arange(0, BLOCK_N)
     in_cache = keys < cached
     is_new = (keys >= cached) & (keys < sizes.Tk)
     rows = cache_rows(cache.k, cache.k_strides, cache, b, h_kv, keys, in_cache, PAGE)
     k = load_rows(rows, cache.k_strides[3], in_cache, sizes.D, BLOCK_D, MASKED, CHECK_D)
     if MASKED and HAS_NEW:
-        # They may not have reached the cache yet.
+        # Another program writes them to the cache, perhaps later.
         fresh = new_keys(new, rotary, b, h_kv, keys - cached, is_new, keys, sizes.D, CHECK_D, BLOCK_D)
         k = tl.where(is_new[:, None], fresh, k)
     p, alpha, l_i, m_i, _ = softmax_step(q, k, l_i, m_i, 0.0, b, h, q_position, keys[None, :], q_position, sizes,
@@ -68,7 +68,7 @@ def _tile(acc, l_i, m_i, q, n, b, h_kv, h, q_position, cached, cache, new, rotar
 
 @triton.jit
 def _lengths(cache_lens, b, sizes, HAS_NEW: tl.constexpr):
-    """Tokens of sequence b that are in the cache, and all; a wrong length does not lead out of the cache."""
+    """Return sequence b's tokens in the cache and in all, limited to the cache even if the given length is wrong."""
     cached = tl.minimum(tl.maximum(tl.load(cache_lens + b), 0), sizes.Tk)
     if HAS_NEW:
         total = tl.minimum(cached + sizes.Tq, sizes.Tk)
@@ -79,7 +79,7 @@ def _lengths(cache_lens, b, sizes, HAS_NEW: tl.constexpr):
 
 @triton.jit
 def _spans(masking, b, m, sizes, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The tiles of keys that tile m of the rows needs: see `tiles.visits`. Row r is query r // GROUP."""
+    """Return the tiles of keys for tile m of the rows: see `tiles.visits`. Row r is query r // GROUP."""
     first = m * BLOCK_M // sizes.GROUP
     last = tl.minimum((m * BLOCK_M + BLOCK_M - 1) // sizes.GROUP, sizes.Tq - 1)
     shift = sizes.Tk - sizes.Tq
@@ -88,7 +88,7 @@ def _spans(masking, b, m, sizes, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _splits(spans, TILES: tl.constexpr):
-    """The splits of TILES tiles that spans touch: (begin, end) for each span, less those that one before it has."""
+    """Return the splits of TILES tiles that spans touch: (begin, end) for each span, without those of earlier spans."""
     found = ()
     done = 0
     for r in tl.static_range(len(spans) // 4):
@@ -119,7 +119,7 @@ def _nth_split(splits, i):
 
 @triton.jit
 def _within(spans, begin, end, cached_end):
-    """What of spans lies in tiles begin to end - 1, with no full tile from cached_end on."""
+    """Clip spans to tiles begin to end - 1, with no full tile from cached_end on."""
     clipped = ()
     for r in tl.static_range(len(spans) // 4):
         full_begin = tl.minimum(tl.maximum(spans[4 * r + 1], begin), end)
@@ -138,10 +138,10 @@ def decode_kernel(q, cache, new, rotary, cache_lens, counts, partial, maxima, su
                   scoring, PREDICATE: tl.constexpr, HAS_NEW: tl.constexpr, FOLD: tl.constexpr, CHECK_D: tl.constexpr,
                   CHECK_DV: tl.constexpr, PAGE: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr,
                   BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
-    """partial (B, H_kv, n_slots, Tq * GROUP, Dv), maxima and sums without Dv. sizes.Tk: the cache's capacity.
+    """Fill partial (B, H_kv, n_slots, Tq * GROUP, Dv), and maxima and sums without Dv. sizes.Tk: the cache's capacity.
 
-    Slot i is the i-th split that a tile of rows needs, as its mask and its length say: counts (B, tiles of rows) tells
-    how many it needs, and slots beyond are not written. One slot more appends the new tokens.
+    Slot i is the i-th split that a tile of rows needs under its mask and length. counts (B, tiles of rows) gets their
+    number; later slots are not written. One additional slot appends the new tokens.
     """
     H_kv = sizes.H // sizes.GROUP
     n_rows = sizes.Tq * sizes.GROUP
@@ -186,7 +186,7 @@ def decode_kernel(q, cache, new, rotary, cache_lens, counts, partial, maxima, su
             acc, l_i, m_i = _tile(acc, l_i, m_i, q_tile, full_tile(mine, i), b, h_kv, h, q_position, cached, cache,
                                   new, rotary, own, masking, scoring, PREDICATE, False, HAS_NEW, FOLD, CHECK_D,
                                   CHECK_DV, PAGE, BLOCK_N, BLOCK_D, BLOCK_DV)  # fmt: skip
-        # One or two tiles, of keys that may be new: not worth loads in flight for each kind.
+        # One or two tiles, perhaps of new keys: not worth pipelined loads.
         for i in tl.range(count_partial(mine), num_stages=1):
             acc, l_i, m_i = _tile(acc, l_i, m_i, q_tile, partial_tile(mine, i), b, h_kv, h, q_position, cached, cache,
                                   new, rotary, own, masking, scoring, PREDICATE, True, HAS_NEW, FOLD, CHECK_D,
@@ -202,7 +202,7 @@ def decode_kernel(q, cache, new, rotary, cache_lens, counts, partial, maxima, su
 @triton.jit
 def combine_kernel(counts, partial, maxima, sums, sinks, out, lse, sizes, n_slots, BLOCK_M: tl.constexpr,
                    BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
-    """out (B, Tq, H, Dv) and lse (B, H, Tq), contiguous: one program adds up the splits of one query and head."""
+    """Compute out (B, Tq, H, Dv) and lse (B, H, Tq), contiguous: one program combines a query's splits for one head."""
     n_rows = sizes.Tq * sizes.GROUP
     H_kv = sizes.H // sizes.GROUP
     row = tl.program_id(0) % n_rows
@@ -210,7 +210,7 @@ def combine_kernel(counts, partial, maxima, sums, sinks, out, lse, sizes, n_slot
     b = (tl.program_id(0) // n_rows // H_kv).to(tl.int64)
     t = row // sizes.GROUP
     h = h_kv * sizes.GROUP + row % sizes.GROUP
-    # With n_slots 0 no program has written the counts.
+    # With n_slots 0, counts are not written.
     n = tl.minimum(tl.load(counts + b * tl.cdiv(n_rows, BLOCK_M) + row // BLOCK_M), n_slots)
 
     cols = tl.arange(0, BLOCK_DV)
@@ -219,7 +219,7 @@ def combine_kernel(counts, partial, maxima, sums, sinks, out, lse, sizes, n_slot
     m_i = FLOOR
     sink = None
     if sinks is not None:
-        # The sink is a key that has been seen already, with a value of zero.
+        # Start as if a key with the sink's logit and a value of zero had been seen.
         sink = tl.load(sinks + h).to(tl.float32)
         m_i = tl.maximum(m_i, in_base_2(sink))
         l_i = tl.exp2(in_base_2(sink) - m_i)
@@ -238,7 +238,7 @@ def combine_kernel(counts, partial, maxima, sums, sinks, out, lse, sizes, n_slot
         acc = acc * alpha + tl.sum(partial_s * weight[:, None], 0)
         m_i = m_new
 
-    # A query that saw nothing has l_i = 0: its output is 0 and its lse -inf.
+    # A query that saw no key has l_i = 0: its output is 0 and its lse -inf.
     is_empty = l_i == 0
     l_i = tl.where(is_empty, 1.0, l_i)
     out_row = out + ((b * sizes.Tq + t) * sizes.H + h) * sizes.Dv
@@ -248,7 +248,7 @@ def combine_kernel(counts, partial, maxima, sums, sinks, out, lse, sizes, n_slot
 
 
 class DecodeProblem(Problem):
-    """A call as the two kernels see it, for one architecture: that of its tensors if None."""
+    """A call of attention_decode for one architecture: that of its tensors if None."""
 
     def __init__(self, call: DecodeCall, arch: str | None = None):
         self.call = call._replace(q=within_reach(call.q), cache_lens=call.cache_lens.contiguous())
@@ -266,7 +266,7 @@ class DecodeProblem(Problem):
         self.has_new = call.k_new is not None
 
     def _most_splits(self) -> int:
-        """How many splits a tile of rows may need at any length: what the capacity and the mask's bands allow."""
+        """Return how many splits a tile of rows may need at any length, by the capacity and the mask's bands."""
         capacity, most_splits = self.sizes.Tk, 0
         for band in bands_of(self.call.bands, self.call.rows):
             if not band.is_fixed():
@@ -279,7 +279,7 @@ class DecodeProblem(Problem):
         return min(most_splits, math.ceil(capacity / SPLIT))
 
     def scratch(self) -> dict:
-        """What the splits leave for the combining kernel, and what else both kernels take."""
+        """Allocate what the splits leave for the combining kernel, with the other arguments of both kernels."""
         shape = self.B, self.H_kv, self.n_slots, self.n_rows
         return {
             "counts": self.call.q.new_empty(self.B, self.tiles_m, dtype=torch.int32),
@@ -294,7 +294,8 @@ class DecodeProblem(Problem):
 
 
 def decode_launch(problem: DecodeProblem, scratch: dict) -> Launch:
-    call, config, D, Dv = problem.call, problem.config, problem.sizes.D, problem.sizes.Dv
+    """Prepare the launch that attends to the splits and appends the new tokens."""
+    call, config = problem.call, problem.config
     table, cos, sin = (None if x is None else x.contiguous() for x in (call.block_table, call.cos, call.sin))
     k_strides, v_strides = call.k_cache.stride(), call.v_cache.stride()
     cache = Cache(call.k_cache, call.v_cache, k_strides, v_strides, table, 0 if table is None else table.stride(0))
@@ -314,12 +315,10 @@ def decode_launch(problem: DecodeProblem, scratch: dict) -> Launch:
         "PREDICATE": mask.predicate(call.key).triton,
         "HAS_NEW": problem.has_new,
         "FOLD": folds(scoring),
-        "CHECK_D": configs.block_dim(D) != D,
-        "CHECK_DV": configs.block_dim(Dv) != Dv,
         "PAGE": problem.page,
         "TILES": SPLIT // config.block_n,
         "BLOCK_N": config.block_n,
-        "BLOCK_D": configs.block_dim(D),
+        **head_dim_constants(*problem.sizes[4:]),
     }
     grid = (problem.B * problem.H_kv * problem.tiles_m * (problem.n_slots + problem.has_new),)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -327,13 +326,14 @@ def decode_launch(problem: DecodeProblem, scratch: dict) -> Launch:
 
 
 def combine_launch(problem: DecodeProblem, scratch: dict, out: Tensor, lse: Tensor) -> Launch:
+    """Prepare the launch that combines the splits."""
     args = {"sinks": problem.call.sinks, "out": out, "lse": lse, "BLOCK_S": BLOCK_S}
     grid = (problem.B * problem.H_kv * problem.n_rows,)
     return Launch(combine_kernel, grid, {**args, **scratch}, {"num_warps": 4})
 
 
 def decode(problem: DecodeProblem) -> tuple[Tensor, Tensor]:
-    """out (B, Tq, H, Dv) in q's dtype and lse (B, H, Tq) in float32; new tokens are in the cache afterwards."""
+    """Return out (B, Tq, H, Dv) in q's dtype and lse (B, H, Tq) in float32; append the new tokens to the cache."""
     Tq, _, H, _, _, Dv = problem.sizes
     scratch = problem.scratch()
     out, lse = problem.empty(problem.B, Tq, H, Dv), problem.empty(problem.B, H, Tq, dtype=torch.float32)

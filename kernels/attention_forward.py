@@ -1,5 +1,5 @@
-"""Attention forward: FlashAttention-2's online softmax (https://arxiv.org/abs/2307.08691), one program for one tile of
-queries of one head. Logits and their running maximum are in base 2: exp2 is the hardware's exponential.
+"""Attention forward: FlashAttention-2's online softmax (https://arxiv.org/abs/2307.08691), one program for each tile of
+queries of a head. Logits and their running maximum are in base 2, for the hardware's exp2.
 """
 
 import torch
@@ -35,9 +35,9 @@ from kernels.tiles import (
 @triton.jit
 def softmax_step(q, k, l_i, m_i, shift, b, h, q_position, k_index, q_index, sizes, masking, scoring,
                  PREDICATE: tl.constexpr, MASKED: tl.constexpr, FOLD: tl.constexpr):  # fmt: skip
-    """One tile of keys of the online softmax: its weights p, the factor for what was summed before it, l_i, m_i, shift.
+    """Add one tile of keys to the online softmax. Returns its weights p, the factor for earlier sums, l_i, m_i, shift.
 
-    shift: the largest bias that each row has seen, which m_i lacks; unused without a bias.
+    shift: each row's largest bias so far, which is not in m_i; unused without a bias.
     """
     s = dot(q, tl.trans(k), tl.zeros((q.shape[0], k.shape[0]), tl.float32))
     if FOLD:
@@ -68,7 +68,7 @@ def softmax_step(q, k, l_i, m_i, shift, b, h, q_position, k_index, q_index, size
 def _tile(acc, l_i, m_i, shift, q, k_base, v_base, n, b, h, q_index, k_strides, v_strides, sizes, masking, scoring,
           dropout, PREDICATE: tl.constexpr, MASKED: tl.constexpr, FOLD: tl.constexpr, CHECK_D: tl.constexpr,
           CHECK_DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
-    """One tile of keys: (acc, l_i, m_i, shift) before it to the same after it."""
+    """Update (acc, l_i, m_i, shift) with one tile of keys."""
     k_first = n * BLOCK_N
     k_index = (k_first + tl.arange(0, BLOCK_N))[None, :]
     q_position = q_index + (sizes.Tk - sizes.Tq)
@@ -87,12 +87,12 @@ def forward_kernel(q, k, v, out, lse, sinks, visited, q_strides, k_strides, v_st
                    scoring, dropout, PREDICATE: tl.constexpr, FOLD: tl.constexpr, CHECK_D: tl.constexpr,
                    CHECK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                    BLOCK_DV: tl.constexpr):  # fmt: skip
-    """out (B, Tq, H, Dv), lse and with a bias scoring.shift (B, H, Tq), which lse then lacks.
+    """Compute out (B, Tq, H, Dv), lse (B, H, Tq) and, with a bias, scoring.shift (B, H, Tq), which is not in lse.
 
-    visited: int32, one count of tiles for each program, or None.
+    visited: int32, a count of tiles for each program, or None.
     """
     tiles_m = tl.cdiv(sizes.Tq, BLOCK_M)
-    # The last queries see the most keys under a causal mask: the long programs start first.
+    # Start the long programs first: under a causal mask the last queries see the most keys.
     m = tiles_m - 1 - tl.program_id(0) % tiles_m
     h = tl.program_id(0) // tiles_m % sizes.H
     b = tl.program_id(0) // tiles_m // sizes.H
@@ -115,7 +115,7 @@ def forward_kernel(q, k, v, out, lse, sinks, visited, q_strides, k_strides, v_st
     shift = tl.full((BLOCK_M,), LOWEST, tl.float32)
     sink = None
     if sinks is not None:
-        # The sink is a key that has been seen already, with a value of zero; with a bias it counts as a bias.
+        # Start as if a key with the sink's logit and a value of zero had been seen. With a bias, the sink is one.
         sink = tl.load(sinks + h).to(tl.float32)
         if scoring.bias is not None:
             shift = tl.maximum(shift, sink)
@@ -135,7 +135,7 @@ def forward_kernel(q, k, v, out, lse, sinks, visited, q_strides, k_strides, v_st
     if visited is not None:
         tl.store(visited + tl.program_id(0), count_full(spans) + count_partial(spans))
 
-    # A query that saw nothing has l_i = 0: its output is 0 and its lse -inf.
+    # A query that saw no key has l_i = 0: its output is 0 and its lse -inf.
     is_empty = l_i == 0
     l_i = tl.where(is_empty, 1.0, l_i)
     acc = acc / l_i[:, None]
@@ -150,7 +150,7 @@ def forward_kernel(q, k, v, out, lse, sinks, visited, q_strides, k_strides, v_st
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
-    """out (B, Tq, H, Dv) in q's dtype, lse (B, H, Tq) in float32, natural logarithm, and shift: see `operators`."""
+    """Return out (B, Tq, H, Dv) in q's dtype, natural lse (B, H, Tq) in float32, and shift: see `operators.define`."""
     Tq, _, H, _, _, Dv = problem.sizes
     out = problem.empty(problem.B, Tq, H, Dv)
     lse = problem.empty(problem.B, H, Tq, dtype=torch.float32)
@@ -159,7 +159,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def forward_launch(problem: Problem, out: Tensor, lse: Tensor, visited: Tensor | None = None) -> Launch:
-    """The launch that fills out and lse; `visited` (programs,) int32 gets the number of tiles each program visited."""
+    """Prepare the launch that fills out and lse, and `visited` (programs,) int32 with each program's count of tiles."""
     outputs = {"out": out, "lse": lse, "sinks": problem.call.sinks, "visited": visited, "out_strides": out.stride()}
     Tq, H = problem.sizes.Tq, problem.sizes.H
     return problem.launch(forward_kernel, "forward", Tq, H, rows_are_queries=True, **outputs)

@@ -1,6 +1,6 @@
-"""Attention in plain PyTorch: the specification that every kernel is held to.
+"""Attention in plain PyTorch: the specification that every kernel is tested against.
 
-Takes the same call as `kernels.attention` and does the same function exactly, at the price of a (B, H, Tq, Tk) matrix.
+It computes the function of `kernels.attention` exactly, with a (B, H, Tq, Tk) matrix.
 """
 
 import math
@@ -33,12 +33,11 @@ def attention_reference(
     return_lse: bool = False,
     upcast: bool = True,
 ):
-    """Scaled, masked softmax attention (https://arxiv.org/abs/1706.03762), differentiable by autograd.
+    """Compute scaled, masked softmax attention (https://arxiv.org/abs/1706.03762), differentiable by autograd.
 
-    q (B, Tq, H, D); k (B, Tk, H_kv, D); v (B, Tk, H_kv, Dv), H a multiple of H_kv. Returns (B, Tq, H, Dv) in q's
-    dtype and, if asked for, lse (B, H, Tq), natural logarithm, in float32 (float64 for float64 inputs). See
-    `kernels.attention` for the arguments. 16-bit inputs are computed in float32; `upcast=False` keeps the matrix
-    products in the inputs' own dtype, as plain PyTorch would: the yardstick that the kernels' errors are compared to.
+    See `kernels.attention` for arguments and results. 16-bit inputs are computed in float32, float64 ones in float64.
+    `upcast=False` keeps the matrix products in the inputs' dtype, as plain PyTorch would: the kernels' errors are
+    compared with those of this.
     """
     call = Arguments(q, k, v, mask, segment_ids, scale, softcap, alibi_slopes, bias, sinks, dropout_p, seed, return_lse)
     check_switch("upcast", upcast)
@@ -47,7 +46,7 @@ def attention_reference(
 
 
 def attend_in_full(call: Arguments, upcast: bool = True) -> tuple[Tensor, Tensor]:
-    """Compute out and lse of a checked call: see `attention_reference`."""
+    """Return out and lse of a checked call: see `attention_reference`."""
     q, k, v, mask, segment_ids, scale, softcap, alibi_slopes, bias, sinks, dropout_p, seed, _ = call
     B, Tq, H, D = q.shape
     Tk, H_kv = k.shape[1], k.shape[2]
@@ -80,17 +79,17 @@ def attend_in_full(call: Arguments, upcast: bool = True) -> tuple[Tensor, Tensor
 
 
 def _softmax(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Softmax over the last axis of s (B, H, Tq, Tk) and its log-sum-exp (B, H, Tq).
+    """Return softmax over the last axis of s (B, H, Tq, Tk) and its log-sum-exp (B, H, Tq).
 
-    `sinks` broadcasts to (B, H, Tq, 1): one more logit, which joins the denominator and nothing else. A row of -inf
-    gives zeros and -inf, with gradients of zero, where torch.softmax would give NaN.
+    `sinks` broadcasts to (B, H, Tq, 1): one more logit, in the denominator only. A row of -inf gives zeros and -inf,
+    with gradients of zero, where torch.softmax would give NaN.
     """
     B, H, Tq, Tk = s.shape
     if sinks is not None:
         s = torch.cat([s, sinks.expand(B, H, Tq, 1)], dim=-1)
     if s.shape[-1] == 0:
         return s, s.new_full((B, H, Tq), -math.inf)
-    # The pivot cancels, so it carries no gradient; it is kept finite so that -inf - -inf never arises.
+    # The pivot cancels, so it needs no gradient; it must be finite to avoid -inf - -inf.
     pivot = s.detach().amax(dim=-1, keepdim=True)
     pivot = pivot.masked_fill(pivot == -math.inf, 0.0)
     e = torch.exp(s - pivot)
@@ -102,19 +101,19 @@ def _softmax(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def query_positions(Tq: int, Tk: int, device) -> Tensor:
-    """Query i of Tq is at i + Tk - Tq: the last query at the last key. (Tq, 1), int32."""
+    """Return the positions of Tq queries, the last one at the last of Tk keys: (Tq, 1), int32."""
     return torch.arange(Tk - Tq, Tk, device=device, dtype=torch.int32)[:, None]
 
 
 def alibi_term(slopes: Tensor, Tq: int, Tk: int) -> Tensor:
-    """-slope * |q - k| for slopes (H,): (H, Tq, Tk) (https://arxiv.org/abs/2108.12409)."""
+    """Return -slope * |q - k| for slopes (H,): (H, Tq, Tk) (https://arxiv.org/abs/2108.12409)."""
     k = torch.arange(Tk, device=slopes.device, dtype=torch.int32)
     distance = (query_positions(Tq, Tk, slopes.device) - k).abs()
     return -slopes[:, None, None] * distance
 
 
 def visible_pairs(mask: Mask, segment_ids, Tq: int, Tk: int, device) -> Tensor:
-    """Which keys each query attends to, by the mask and by segments: bool, broadcasts to (B, H, Tq, Tk)."""
+    """Return which keys each query sees, by mask and segments: bool, broadcasts to (B, H, Tq, Tk)."""
     visible = mask.dense(Tq, Tk, device)
     if segment_ids is not None:
         ids_q, ids_k = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
@@ -123,9 +122,9 @@ def visible_pairs(mask: Mask, segment_ids, Tq: int, Tk: int, device) -> Tensor:
 
 
 def dropout_keep(p: float, seed: int | Tensor | None, shape: tuple[int, int, int, int], device) -> Tensor:
-    """Which entries of the (B, H, Tq, Tk) matrix survive dropout, as a function of (seed, b, h, i, j) alone.
+    """Return which entries of the (B, H, Tq, Tk) matrix survive dropout, as a function of (seed, b, h, i, j) alone.
 
-    `seed`: an int, a one-element int64 tensor, or None, which draws one from the device's generator.
+    `seed`: an int, a one-element int64 tensor, or None to draw one from the device's generator.
     """
     if seed is None:
         seed = torch.randint(2**63 - 1, (1,), device=device)
@@ -135,10 +134,10 @@ def dropout_keep(p: float, seed: int | Tensor | None, shape: tuple[int, int, int
 
 
 def dropout_survivors(p: float, seed: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """Which entries survive dropout, for indices (int64) that broadcast to their shape.
+    """Return which entries survive dropout, for indices (int64) that broadcast to their shape.
 
     Counter-based (the idea of https://doi.org/10.1145/2063384.2063405): two words that hash (seed, b, h, i) are the
-    key of row i, and entry j hashes j under that key. An entry is dropped where its 32 bits are below p * 2^32.
+    key of row i, and entry j hashes j with that key. An entry is dropped if its 32 bits are below p * 2^32.
     """
     seed = seed.view(())
     low = _mix(_mix(_mix(_mix(seed & _WORD) ^ b) ^ h) ^ i)
@@ -148,12 +147,12 @@ def dropout_survivors(p: float, seed: Tensor, b: Tensor, h: Tensor, i: Tensor, j
 
 
 def dropout_threshold(p: float) -> int:
-    """An entry is dropped where its 32 random bits are below this."""
+    """Return the bound below which the 32 random bits of an entry drop it."""
     return min(round(p * 2**32), _WORD)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit words in int64 that avalanches (lowbias32 of https://github.com/skeeto/hash-prospector)."""
+    """Mix the bits of 32-bit words in int64 by a bijection: lowbias32 of https://github.com/skeeto/hash-prospector."""
     x = x ^ (x >> 16)
     x = (x * 0x21F0AAAD) & _WORD
     x = x ^ (x >> 15)

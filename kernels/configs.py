@@ -1,9 +1,9 @@
 """Tile sizes: a pure function of (architecture, dtype, head dims, kernel), from the table below.
 
-The same inputs therefore give the same bits, run after run, unless KERNELS_TUNED_TABLE names a file of configs that
-were chosen by timing (`python -m benchmarks.tune_attention` writes one). Each entry of the table compiles for its
-architecture within its shared memory; for 16-bit inputs and head dims up to 128 without a register spilled, with
-Triton 3.6, 3.7 and 3.9 (tests/test_kernels_compile.py; make tritons).
+So the same inputs give the same bits in every run, unless KERNELS_TUNED_TABLE names a file of configs chosen by timing
+(`python -m benchmarks.tune_attention` writes one). Each config fits into its architecture's shared memory and, for
+16-bit inputs and head dims up to 128, spills no register with Triton 3.6, 3.7 and 3.9 (tests/test_kernels_compile.py;
+make tritons).
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import torch
 
 log = logging.getLogger("kernels")
 
-# What one program may use of it, in bytes (CUDA C++ Programming Guide, table "Technical Specifications"; CDNA3 ISA).
+# Bytes available to one program (CUDA C++ Programming Guide, table "Technical Specifications"; CDNA3 ISA).
 SHARED_MEMORY = {
     "sm_80": 163 << 10,
     "sm_89": 99 << 10,
@@ -28,19 +28,18 @@ SHARED_MEMORY = {
     "sm_120": 99 << 10,
     "gfx942": 64 << 10,
 }
-# Chips with a copy engine for tiles (tensor memory accelerator).
+# Chips with a copy engine for tiles (tensor memory accelerator, TMA).
 HAS_TMA = ("sm_90", "sm_100", "sm_120")
 HEAD_DIMS = (64, 128, 256)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TUNED_KERNELS = ("forward", "dkdv", "dq")
-# No tile has more rows or columns.
-MAX_TILE_EXTENT = 256
+MAX_TILE_EXTENT = 256  # rows or columns of a tile
 
 
 class Config(NamedTuple):
-    """BLOCK_M queries by BLOCK_N keys in a tile; num_stages loads in flight.
+    """A tile of BLOCK_M queries by BLOCK_N keys; num_stages loads in flight.
 
-    tma: tiles are fetched by the copy engine of sm_90 and later, where q, k, v and dout lie as it asks.
+    tma: the copy engine of sm_90 and later fetches tiles, if it can read q, k, v and dout: see problem.descriptor.
     """
 
     block_m: int
@@ -51,7 +50,7 @@ class Config(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What an entry is for: head dims up to head_dim, one of HEAD_DIMS."""
+    """What a config is for. head_dim, one of HEAD_DIMS, is the largest."""
 
     arch: str
     dtype: torch.dtype
@@ -63,7 +62,7 @@ INTERPRETER = Config(64, 64, 4, 1)
 
 
 def architecture(device: torch.device) -> str:
-    """The table's name for what a device is; "interpreter" for the CPU, on which kernels run in numpy."""
+    """Return the table's name of a device's architecture; "interpreter" for the CPU, on which kernels run in numpy."""
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip:
@@ -73,13 +72,13 @@ def architecture(device: torch.device) -> str:
         return "sm_80"
     if major == 8:
         return "sm_89"
-    # What is newer than the table has at least the shared memory of the small chips of its time.
+    # A chip newer than the table has at least the shared memory of the table's small chips.
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_120")
 
 
 def choose(arch: str, dtype: torch.dtype, D: int, Dv: int, kernel: str) -> Config:
-    """The tile of `kernel` ("forward", "dkdv", "dq", "dbias" or "decode") for head dims rounded up to powers of two."""
-    # A tile of dbias holds what a tile of dq does, and its sum besides: the same one, with fewer columns.
+    """Return the config of `kernel` ("forward", "dkdv", "dq", "dbias" or "decode") for these head dims."""
+    # dbias needs the registers of dq and those of its sum: take dq's tile with fewer columns.
     if kernel == "dbias":
         config = choose(arch, dtype, D, Dv, "dq")
         return config._replace(block_n=min(config.block_n, 32), num_stages=1, tma=False)
@@ -92,41 +91,41 @@ def choose(arch: str, dtype: torch.dtype, D: int, Dv: int, kernel: str) -> Confi
 
 
 def head_dim_class(D: int, Dv: int) -> int:
-    """The smallest of HEAD_DIMS that holds both."""
+    """Return the smallest of HEAD_DIMS that is not below D and Dv."""
     for limit in HEAD_DIMS:
         if max(D, Dv) <= limit:
             return limit
-    raise ValueError(f"head dims of {D} and {Dv} are not supported: 8 to 256 are")
+    raise ValueError(f"head dims must be from 8 to 256, not {D} and {Dv}")
 
 
 def block_dim(D: int) -> int:
-    """The power of two that a head dim is computed as; matrix instructions take 16 at least."""
+    """Return the power of two to which a head dim is padded: at least 16, for matrix instructions."""
     return max(16, 1 << (D - 1).bit_length())
 
 
 def _rows(forward: list, dkdv: list, dq: list) -> dict:
-    """Configs for each class of head dims, for each kernel."""
+    """Name each kernel's configs by head dim."""
     return {
         name: [(limit, Config(*config)) for limit, config in zip(HEAD_DIMS, configs)]
         for name, configs in (("forward", forward), ("dkdv", dkdv), ("dq", dq))
     }
 
 
-# float32 multiplies outside the matrix units of NVIDIA's chips: small tiles, the same everywhere.
+# NVIDIA's chips multiply float32 outside the matrix units: small tiles, the same everywhere.
 _FLOAT32 = _rows(
     forward=[(64, 32, 8, 2), (64, 16, 8, 1), (32, 16, 8, 1)],
     dkdv=[(32, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)],
     dq=[(32, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)],
 )
 
-# What decides is the compiler's report (benchmarks/compile_report.py): no spill first, with BigBird's predicate too,
-# then the fewest instructions for a pair of a query and a key, then loads in flight. Two programs of four warps hide
-# each other's softmax: preferred where registers allow. Triton 3.6, 3.7 and 3.9 agree that nothing spills with full,
-# causal, window, window+sinks and BigBird, though their compilers differ by some registers: the forward tiles of sm_80
-# and sm_120 at D = 128 and of sm_89 at D = 64 have none to spare. Nothing here has been tuned by timing yet.
-# TMA is off although the compiler likes it: on sm_90 and sm_100 up to D = 128 it saves 8 to 30 percent of the registers
-# of these tiles. It has not been measured yet. On sm_120, and wherever tiles are too small for wgmma, it can spill:
-# mma.sync wants its operands in registers, and the compiler keeps them there if they came by TMA.
+# Chosen by the compiler's report (benchmarks/compile_report.py), not by timing yet: first no spill, even with BigBird's
+# predicate, then the fewest instructions for each query-key pair, then loads in flight. Two programs of four warps
+# hide each other's softmax and are preferred if registers allow. With Triton 3.6, 3.7 and 3.9 nothing spills under
+# full, causal, window, window+sinks and BigBird, but their compilers differ by a few registers: the forward tiles of
+# sm_80 and sm_120 at D = 128 and of sm_89 at D = 64 have none to spare.
+# TMA is off until it is timed, although on sm_90 and sm_100 up to D = 128 it saves 8 to 30 percent of the registers. On
+# sm_120, and with tiles too small for wgmma, it can spill: mma.sync needs its operands in registers, and the compiler
+# keeps tiles there that came by TMA.
 _16_BIT = {
     "sm_80": _rows(
         forward=[(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 8, 2)],
@@ -159,9 +158,9 @@ _16_BIT = {
         dq=[(64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)],
     ),
 }
-# Decoding reads each key once and is bound by memory: block_m is the most rows (queries by heads of a group) that share
-# a tile of keys, and the rest is for as many loads in flight as registers and shared memory allow. block_n divides
-# attention_decode_triton.SPLIT.
+# Decoding reads each key once and is limited by memory bandwidth. block_m is the most rows (queries by heads of a
+# group) that share a tile of keys; the rest allows as many loads in flight as registers and shared memory do. block_n
+# divides attention_decode_triton.SPLIT.
 _DECODE = {
     16: [(64, Config(64, 64, 4, 3)), (128, Config(32, 32, 4, 4)), (256, Config(16, 32, 4, 2))],
     32: [(64, Config(16, 32, 4, 2)), (128, Config(16, 16, 8, 2)), (256, Config(16, 16, 4, 1))],
@@ -173,20 +172,20 @@ TABLE = {
     for bits, rows in ((16, _16_BIT[arch]), (32, _FLOAT32))
     for kernel, row in (*rows.items(), ("decode", _DECODE[bits]))
 }
-# Where 64 keys, or 32, would spill a few bytes with one mask or another, or with Triton 3.6.
+# Exceptions where 64 or 32 keys would spill a few bytes with some mask or with Triton 3.6.
 for _arch in ("sm_80", "sm_90", "sm_100"):
     TABLE[_arch, 16, "decode"] = [(64, Config(64, 32, 4, 4)), *_DECODE[16][1:]]
 for _arch in ("sm_89", "sm_120"):
     TABLE[_arch, 16, "decode"] = [(64, Config(64, 64, 8, 3)), *_DECODE[16][1:]]
 for _arch in ("sm_90", "sm_100", "sm_120"):
     TABLE[_arch, 16, "decode"][1] = (128, Config(32, 64, 4, 3))
-# Three stages would take all the shared memory that this one has, and leave one program where two could run.
+# Three stages would take all the shared memory, and one program would run instead of two.
 TABLE["gfx942", 16, "decode"] = [(limit, config._replace(num_stages=2)) for limit, config in _DECODE[16]]
 
 
 @functools.cache
 def tuned() -> dict[Key, Config]:
-    """What goes before the table: the entries of the file that KERNELS_TUNED_TABLE names, read once."""
+    """Return the configs of the file that KERNELS_TUNED_TABLE names, read once: they override the table."""
     name = os.environ.get("KERNELS_TUNED_TABLE")
     if not name:
         return {}
@@ -197,7 +196,7 @@ def tuned() -> dict[Key, Config]:
 
 @contextlib.contextmanager
 def trying(key: Key, config: Config) -> Iterator[None]:
-    """Within it, this config is the one chosen."""
+    """Override the config for `key` within a with block."""
     table = tuned()
     before = table.get(key)
     table[key] = config
@@ -210,7 +209,7 @@ def trying(key: Key, config: Config) -> Iterator[None]:
 
 
 def read_tuned(path: Path) -> dict[Key, Config]:
-    """The entries of a file that benchmarks.tune_attention wrote; ValueError, with the file's name, for any other."""
+    """Read a file that benchmarks.tune_attention wrote; raise ValueError, with the file's name, for any other."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
         found = dict(map(_entry, entries))
@@ -223,7 +222,7 @@ def read_tuned(path: Path) -> dict[Key, Config]:
 
 
 def _entry(entry: dict) -> tuple[Key, Config]:
-    """One entry, whatever else was written beside it."""
+    """Check and convert one entry of the file, ignoring additional fields."""
     allowed = {"arch": SHARED_MEMORY, "dtype": DTYPES, "head_dim": HEAD_DIMS, "kernel": TUNED_KERNELS}
     extents = (16, 32, 64, 128, MAX_TILE_EXTENT)
     allowed |= {"block_m": extents, "block_n": extents, "num_warps": (1, 2, 4, 8, 16), "num_stages": range(1, 9)}

@@ -1,7 +1,7 @@
-"""Rows of logits to losses and, in place, to their gradients: a program reads one row, or several short ones, in tiles.
+"""Kernels from rows of logits to losses and, in place, gradients: one program for a row, or for several short ones.
 
-The matrix products around it are torch's: see linear_cross_entropy_chunks.py. Nothing is added atomically and the tile
-is a function of the shape, so that the same inputs give the same bits.
+linear_cross_entropy_chunks.py has the matrix products around them. Nothing is added atomically and the tile depends on
+the shape alone, so the same inputs give the same bits.
 """
 
 from typing import NamedTuple
@@ -13,12 +13,12 @@ from torch import Tensor
 from kernels.problem import Launch
 from kernels.tiles import tanh
 
-# Logits of a tile: sixteen for each thread of eight warps. They are of one row, or of several short ones.
+# Logits of a tile, of one row or several short ones: sixteen for each thread of eight warps.
 TILE = MOST_COLUMNS = 4096
 
 
 class Terms(NamedTuple):
-    """The terms of a loss. What is None is compiled away."""
+    """The terms of a loss. A None is compiled away."""
 
     softcap: float | None
     z_loss: float
@@ -28,7 +28,7 @@ class Terms(NamedTuple):
 
 @triton.jit
 def _capped(x, softcap):
-    """A logit after the softcap, and the softcap's slope there."""
+    """Apply the softcap to a logit; also return the softcap's slope."""
     slope = 1.0
     if softcap is not None:
         t = tanh(x / softcap)
@@ -39,7 +39,7 @@ def _capped(x, softcap):
 
 @triton.jit
 def _load(row, inside, first, V, MASKED: tl.constexpr, BLOCK_V: tl.constexpr):
-    """A tile of logits (BLOCK_N, BLOCK_V), its columns, and which of it is inside; row and inside are (BLOCK_N, 1)."""
+    """Load a tile of logits (BLOCK_N, BLOCK_V); return it, its columns, and which logits exist."""
     columns = first + tl.arange(0, BLOCK_V)[None, :]
     if MASKED:
         inside = inside & (columns < V)
@@ -49,7 +49,7 @@ def _load(row, inside, first, V, MASKED: tl.constexpr, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def _add_tile(m_i, l_i, total, row, inside, first, V, terms, MASKED: tl.constexpr, BLOCK_V: tl.constexpr):
-    """The running maximum, and by column of the tile the sums of exp(s - m_i) and, for label smoothing, of s."""
+    """Update the running maximum and, by column, the sums of exp(s - m_i) and, for label smoothing, of s."""
     x, columns, _ = _load(row, inside, first, V, MASKED, BLOCK_V)
     s, _ = _capped(x, terms.softcap)
     if terms.smoothing is not None:
@@ -63,7 +63,7 @@ def _add_tile(m_i, l_i, total, row, inside, first, V, terms, MASKED: tl.constexp
 
 @triton.jit
 def _sums(row, inside, V, terms, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
-    """lse of each row and, for label smoothing, the sum of its logits."""
+    """Compute lse of each row and, for label smoothing, the sum of its logits."""
     m_i = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     l_i = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     total = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
@@ -77,7 +77,7 @@ def _sums(row, inside, V, terms, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def _write_tile(row, inside, first, target, lse, dloss, V, terms, MASKED: tl.constexpr, BLOCK_V: tl.constexpr):
-    """dloss * d loss / d logit in the place of each logit of a tile; target, lse and dloss are (BLOCK_N, 1)."""
+    """Overwrite each logit of a tile with dloss * d loss / d logit; target, lse and dloss are (BLOCK_N, 1)."""
     x, columns, inside = _load(row, inside, first, V, MASKED, BLOCK_V)
     s, slope = _capped(x, terms.softcap)
     gradient = tl.exp(s - lse) * (1.0 + 2.0 * terms.z_loss * lse)
@@ -85,14 +85,14 @@ def _write_tile(row, inside, first, target, lse, dloss, V, terms, MASKED: tl.con
         gradient -= terms.smoothing / V + tl.where(columns == target, 1.0 - terms.smoothing, 0.0)
     else:
         gradient -= tl.where(columns == target, 1.0, 0.0)
-    # A row that does not count gets zeros, whatever its logits are.
+    # An ignored row gets zeros, even if its logits are NaN.
     gradient = tl.where(target == terms.ignore_index, 0.0, gradient * slope * dloss)
     tl.store(row + columns, gradient, mask=inside)
 
 
 @triton.jit
 def _write_gradient(row, inside, target, lse, dloss, V, terms, BLOCK_V: tl.constexpr):
-    # A target outside the vocabulary is an error that a GPU cannot raise: it shows as NaN.
+    # A GPU cannot raise an error for a target outside the vocabulary: the gradient becomes NaN.
     dloss = tl.where((target >= 0) & (target < V), dloss, float("nan"))[:, None]
     target, lse = target[:, None], lse[:, None]
     full = V // BLOCK_V * BLOCK_V
@@ -104,7 +104,7 @@ def _write_gradient(row, inside, target, lse, dloss, V, terms, BLOCK_V: tl.const
 
 @triton.jit
 def _rows(logits, stride, targets, N, BLOCK_N: tl.constexpr):
-    """This program's rows, where each begins, their targets, and which of them are there."""
+    """Return this program's rows, a pointer to each, their targets, and which rows exist."""
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     target = tl.load(targets + offs_n, mask=offs_n < N, other=0)
     return offs_n, logits + offs_n[:, None] * stride, target, offs_n < N
@@ -113,10 +113,10 @@ def _rows(logits, stride, targets, N, BLOCK_N: tl.constexpr):
 @triton.jit
 def loss_kernel(logits, stride, targets, losses, lse, N, V, terms, GRADIENT: tl.constexpr, BLOCK_N: tl.constexpr,
                 BLOCK_V: tl.constexpr):  # fmt: skip
-    """losses and lse of N rows of logits, `stride` apart; GRADIENT: also their gradients in the logits' place."""
+    """Compute losses and lse of N rows of logits, `stride` apart; GRADIENT: also overwrite logits with gradients."""
     offs_n, row, target, inside = _rows(logits, stride, targets, N, BLOCK_N)
     is_known = (target >= 0) & (target < V)
-    # Read before anything is written over it.
+    # Read before the gradient overwrites it.
     x_target = tl.load(logits + offs_n * stride + tl.where(is_known, target, 0), mask=inside, other=0.0)
     s_target, _ = _capped(x_target.to(tl.float32), terms.softcap)
     row_lse, total = _sums(row, inside[:, None], V, terms, BLOCK_N, BLOCK_V)
@@ -134,7 +134,7 @@ def loss_kernel(logits, stride, targets, losses, lse, N, V, terms, GRADIENT: tl.
 
 @triton.jit
 def gradient_kernel(logits, stride, targets, lse, dlosses, N, V, terms, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
-    """dlosses * d losses / d logits in the logits' place, from lse."""
+    """Overwrite logits with dlosses * d losses / d logits, from lse."""
     offs_n, row, target, inside = _rows(logits, stride, targets, N, BLOCK_N)
     row_lse = tl.load(lse + offs_n, mask=inside, other=0.0)
     dloss = tl.load(dlosses + offs_n, mask=inside, other=0.0)
@@ -142,12 +142,12 @@ def gradient_kernel(logits, stride, targets, lse, dlosses, N, V, terms, BLOCK_N:
 
 
 def loss_launch(logits: Tensor, targets: Tensor, losses: Tensor, lse: Tensor, terms: Terms, gradient: bool) -> Launch:
-    """logits (n, V), rows contiguous; targets (n,) int64; losses and lse (n,) float32."""
+    """Prepare the loss kernel: logits (n, V), rows contiguous; targets (n,) int64; losses and lse (n,) float32."""
     return _launch(loss_kernel, logits, targets, terms, losses=losses, lse=lse, GRADIENT=gradient)
 
 
 def gradient_launch(logits: Tensor, targets: Tensor, lse: Tensor, dlosses: Tensor, terms: Terms) -> Launch:
-    """Shapes as for loss_launch."""
+    """Prepare the gradient kernel; shapes as for loss_launch."""
     return _launch(gradient_kernel, logits, targets, terms, lse=lse, dlosses=dlosses)
 
 

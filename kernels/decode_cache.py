@@ -1,18 +1,18 @@
-"""The cache of keys and values as device functions: where its tokens lie, loads, rotation, appending."""
+"""Device functions for the cache of keys and values: addresses, loads, rotation, appending."""
 
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from kernels.tiles import narrow
+from kernels.tiles import load_inside, narrow
 
-# New tokens are written to the cache so many at a time.
+# New tokens written to the cache at a time.
 APPENDED = tl.constexpr(16)
 
 
 class Cache(NamedTuple):
-    """Keys and values (B, capacity, H_kv, D), or pages (n_pages, PAGE, H_kv, D) with the table (B, max_pages)."""
+    """Keys and values (B, capacity, H_kv, D), or pages (n_pages, PAGE, H_kv, D) with a table (B, max_pages)."""
 
     k: object
     v: object
@@ -20,12 +20,12 @@ class Cache(NamedTuple):
     v_strides: tuple
     table: object
     table_stride: int
-    # Triton 3.6 loses constants, as strides of 1 are, of a tuple within one that does not end in a constant.
+    # Triton 3.6 loses the constants, such as strides of 1, of a nested tuple unless the outer one ends in a constant.
     end: None = None
 
 
 class New(NamedTuple):
-    """Keys and values (B, Tq, H_kv, D) to append, or None."""
+    """New keys and values (B, Tq, H_kv, D) to append, or None."""
 
     k: object
     v: object
@@ -35,7 +35,7 @@ class New(NamedTuple):
 
 
 class Rotary(NamedTuple):
-    """Tables (n_rows, D), contiguous, or None."""
+    """Rotary tables (n_rows, D), contiguous, or None."""
 
     cos: object
     sin: object
@@ -44,21 +44,15 @@ class Rotary(NamedTuple):
 
 @triton.jit
 def load_rows(rows, stride, inside, n_cols, COLS: tl.constexpr, CHECK_ROWS: tl.constexpr, CHECK_COLS: tl.constexpr):
-    """A tile whose rows begin at the pointers `rows`; what is not `inside`, or beyond n_cols, reads as 0."""
+    """Load a tile whose rows begin at the pointers `rows`; rows not `inside` and columns from n_cols on read as 0."""
     cols = tl.arange(0, COLS)
     pointers = rows[:, None] + cols[None, :].to(tl.int64) * stride
-    if CHECK_ROWS and CHECK_COLS:
-        return tl.load(pointers, mask=inside[:, None] & (cols < n_cols)[None, :], other=0.0)
-    elif CHECK_ROWS:
-        return tl.load(pointers, mask=inside[:, None], other=0.0)
-    elif CHECK_COLS:
-        return tl.load(pointers, mask=(cols < n_cols)[None, :], other=0.0)
-    return tl.load(pointers)
+    return load_inside(pointers, inside, cols < n_cols, CHECK_ROWS, CHECK_COLS)
 
 
 @triton.jit
 def load_rotated(rows, stride, inside, position, rotary, D, COLS: tl.constexpr):
-    """Like load_rows, turned by the tables' rows at `position`: x * cos + (x with its halves swapped) * sin."""
+    """Load rows like load_rows and rotate them by `position`: x * cos + (x with its halves swapped) * sin."""
     cols = tl.arange(0, COLS)[None, :]
     swapped = tl.where(cols < D // 2, cols + D // 2, cols - D // 2)
     seen = inside[:, None] & (cols < D)
@@ -72,7 +66,7 @@ def load_rotated(rows, stride, inside, position, rotary, D, COLS: tl.constexpr):
 
 @triton.jit
 def cache_rows(base, strides, cache, b, h_kv, keys, inside, PAGE: tl.constexpr):
-    """Where the keys of sequence b lie; a page is looked up for those `inside` alone."""
+    """Return pointers to the keys of sequence b; only those `inside` are looked up in the page table."""
     base += h_kv.to(tl.int64) * strides[2]
     if PAGE == 0:
         return base + b.to(tl.int64) * strides[0] + keys.to(tl.int64) * strides[1]
@@ -84,7 +78,7 @@ def cache_rows(base, strides, cache, b, h_kv, keys, inside, PAGE: tl.constexpr):
 
 @triton.jit
 def new_keys(new, rotary, b, h_kv, i, inside, position, D, CHECK_D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The new keys i, rotated if there are tables."""
+    """Load the new keys i, rotated if there are tables."""
     rows = new.k + b.to(tl.int64) * new.k_strides[0] + h_kv.to(tl.int64) * new.k_strides[2]
     rows += i.to(tl.int64) * new.k_strides[1]
     if rotary.cos is not None:
@@ -102,7 +96,7 @@ def new_values(new, b, h_kv, i, inside, Dv, CHECK_DV: tl.constexpr, BLOCK_DV: tl
 @triton.jit
 def append(cache, new, rotary, b, h_kv, cached, sizes, CHECK_D: tl.constexpr, CHECK_DV: tl.constexpr,
             PAGE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
-    """Write the new keys and values of one head to the cache, as far as it reaches. Nobody reads them there."""
+    """Write the new keys and values of one head to the cache, up to its capacity. This launch does not read them."""
     d = tl.arange(0, BLOCK_D)[None, :]
     dv = tl.arange(0, BLOCK_DV)[None, :]
     for start in range(0, sizes.Tq, APPENDED):

@@ -1,8 +1,8 @@
-"""`linear_cross_entropy`: the output head and its loss in one call, without all the logits at once.
+"""`linear_cross_entropy`: the output head and its loss in one call, without holding all logits.
 
 triton      chunks of rows; one kernel turns a chunk of logits into its gradients (cross_entropy_triton.py), on a GPU
 chunked     the same in plain PyTorch (linear_cross_entropy_chunks.py)
-reference   F.linear and F.cross_entropy, which hold all the logits
+reference   F.linear and F.cross_entropy, which hold all logits
 """
 
 import torch
@@ -25,7 +25,7 @@ from kernels.linear_cross_entropy_chunks import chunk_rows, guarded_losses, guar
 from kernels.operators import is_transformed
 
 IMPLEMENTATIONS = ("auto", "triton", "chunked", "reference")
-# Without a GPU, more logits than this are not held at once: 64 MiB in float32.
+# Without a GPU, the most logits to hold: 64 MiB in float32.
 MOST_LOGITS = 1 << 24
 
 
@@ -76,7 +76,7 @@ def linear_cross_entropy(
     softcap, z_loss, label_smoothing = as_floats(softcap, z_loss, label_smoothing)
     device_type = x.device.type
     if autocasts(device_type) and x.dtype != torch.float64:
-        # The weight is cast in the operator, so that its gradient keeps the precision in which it was summed.
+        # The operator casts the weight, so that dweight keeps the precision in which it was summed.
         x = x.to(torch.get_autocast_dtype(device_type))
     elif x.dtype != weight.dtype:
         raise TypeError(f"x and weight must have one dtype, not {x.dtype} and {weight.dtype}")
@@ -85,16 +85,8 @@ def linear_cross_entropy(
     elif impl == "triton":
         require_able(impl, why_not_triton(x))
     if impl == "reference":
-        return linear_cross_entropy_reference(
-            x,
-            weight.to(x.dtype),
-            targets,
-            softcap=softcap,
-            z_loss=z_loss,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            reduction=reduction,
-        )
+        weight = weight.to(x.dtype)
+        return _reference(x, weight, targets, softcap, z_loss, label_smoothing, ignore_index, reduction)
 
     rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)  # (N, C), (N,)
     options = softcap or 0.0, z_loss, label_smoothing, ignore_index, impl == "triton"
@@ -106,7 +98,7 @@ def linear_cross_entropy(
 
 
 def _mean(total: Tensor, counts: Tensor) -> Tensor:
-    """total over how many count; 0, as the total is, over none."""
+    """Divide the total by the number of targets that count; 0 / 1 if none does."""
     return total / counts.sum().clamp(min=1)
 
 
@@ -121,11 +113,15 @@ def linear_cross_entropy_reference(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """The same in plain PyTorch: the specification. It holds all the logits, in float32 (float64 for float64)."""
+    """Compute the same in plain PyTorch: the specification. Holds all logits, in float32 (float64 for float64)."""
     _check(x, weight, targets, softcap, z_loss, label_smoothing, ignore_index, reduction)
     softcap, z_loss, label_smoothing = as_floats(softcap, z_loss, label_smoothing)
     if x.dtype != weight.dtype and not autocasts(x.device.type):
         raise TypeError(f"x and weight must have one dtype, not {x.dtype} and {weight.dtype}")
+    return _reference(x, weight, targets, softcap, z_loss, label_smoothing, ignore_index, reduction)
+
+
+def _reference(x, weight, targets, softcap, z_loss, label_smoothing, ignore_index, reduction) -> Tensor:
     logits = F.linear(x, weight).view(-1, weight.shape[0])  # (N, V)
     if logits.dtype != torch.float64:
         logits = logits.float()
@@ -134,13 +130,8 @@ def linear_cross_entropy_reference(
     flat = targets.flatten()  # (N,)
     counts = flat != ignore_index
     in_one = reduction != "none" and z_loss == 0
-    losses = F.cross_entropy(
-        logits,
-        flat,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        reduction="sum" if in_one else "none",
-    )
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    losses = F.cross_entropy(logits, flat, **options, reduction="sum" if in_one else "none")
     if z_loss != 0:
         losses = losses + (z_loss * logits.logsumexp(-1).square()).masked_fill(~counts, 0.0)
     if reduction == "none":
@@ -186,10 +177,10 @@ def _choose(x: Tensor, weight: Tensor, targets: Tensor) -> str:
 
 
 def workspace_bytes(N: int, V: int, C: int, dtype: torch.dtype, device_type: str) -> int:
-    """Bytes held only while a training step's loss of x (N, C) and a float32 weight (V, C) runs, with impl="auto".
+    """Return the bytes that "auto" needs only while it computes the loss of x (N, C) and a float32 weight (V, C).
 
-    A chunk of logits, beside it the weight in 16 bits and, without the kernels, float32 copies of the chunk or a
-    product of the weight's size. Nothing where the logits are so few that all are kept for the backward.
+    These are a chunk of logits, the weight in 16 bits and, without the kernels, float32 copies of the chunk or a
+    product of the weight's size; none if there are few logits, which are all kept for the backward pass.
     """
     on_gpu, is_half = device_type == "cuda", dtype.itemsize < 4
     if not on_gpu and N * V <= MOST_LOGITS:

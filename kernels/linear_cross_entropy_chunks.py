@@ -1,9 +1,9 @@
-"""The fused loss, some rows at a time: torch's matrix products around one pass over a chunk of logits.
+"""The fused loss, one chunk of rows at a time: torch's matrix products around one pass over the chunk's logits.
 
-For each chunk of rows: logits = x @ weight.T into a buffer that every chunk shares; losses, and gradients in the place
-of the logits; dx = gradients @ weight; dweight += gradients.T @ x. A sum has one upstream gradient, a number, so that
-all this is done in the forward pass and scaled in the backward one: three products, as many as without fusion. Single
-losses (`losses_of`) have one upstream gradient each: their backward pass makes the logits again.
+For each chunk: logits = x @ weight.T into a buffer that all chunks share; losses, and gradients over the logits;
+dx = gradients @ weight; dweight += gradients.T @ x. A sum has one upstream gradient, a number, so the forward pass does
+all this and the backward pass scales it: three products, as many as without fusion. Single losses (`losses_of`) have
+one upstream gradient each, so their backward pass computes the logits again.
 """
 
 import contextlib
@@ -19,15 +19,14 @@ from kernels.operators import accumulated, guarded
 if triton is not None:
     from kernels import cross_entropy_triton
 
-# Bytes of logits that are held at once. On a GPU a chunk must fill the chip with tiles of dx (rows by C, the smallest
-# product), and reading and writing dweight once more must be little beside the product that it ends. On a CPU a chunk
-# repays reading the weight once more.
+# Bytes of logits in a chunk. On a GPU, dx (rows by C, the smallest product) must fill the chip with tiles, and reading
+# and writing dweight must cost little beside its product. On a CPU, a chunk must repay reading the weight once more.
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 ROW_MULTIPLE = 128
 
 
 class Options(NamedTuple):
-    """What a loss is made of, and by what: see kernels.linear_cross_entropy. softcap is 0 for none."""
+    """The options of kernels.linear_cross_entropy; softcap 0 for none. triton: use the kernels."""
 
     softcap: float
     z_loss: float
@@ -37,7 +36,7 @@ class Options(NamedTuple):
 
 
 def chunk_rows(N: int, V: int, itemsize: int, device_type: str) -> int:
-    """Rows of a chunk: as even as can be, in multiples of 128 where so many fit."""
+    """Return the rows of a chunk: chunks are nearly equal, in multiples of 128 rows if that many fit."""
     most = max(1, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cpu"]) // (V * itemsize))
     multiple = ROW_MULTIPLE if most >= ROW_MULTIPLE else 1
     most -= most % multiple
@@ -50,10 +49,10 @@ def _empty(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tenso
 
 
 def _chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of rows with their logits, in x's dtype, in memory that the next chunk overwrites."""
+    """Yield slices of rows with their logits, in x's dtype. The next chunk overwrites them."""
     N, V = x.shape[0], weight.shape[0]
     rows = chunk_rows(N, V, x.element_size(), x.device.type)
-    # Rows begin at multiples of 64 elements, whatever V is: products and kernels read 16 bytes at a time.
+    # Rows begin at multiples of 64 elements, since products and kernels read 16 bytes at a time.
     buffer = _empty(rows, -(-V // 64) * 64, like=x)
     # oneDNN's bfloat16 product with AMX reads a row up to a multiple of 32: NaN there would reach dx.
     buffer[:, V:] = 0
@@ -64,7 +63,7 @@ def _chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 class _Gradients:
-    """dx (N, C) in x's dtype and dweight (V, C) in float32 (float64 for float64), as gradients of logits come in."""
+    """Accumulates dx (N, C) in x's dtype and dweight (V, C) in float32 (float64 for float64), chunk by chunk."""
 
     def __init__(self, x: Tensor, weight: Tensor, wants_dx: bool, wants_dweight: bool):
         self.x, self.weight, self.is_first = x, weight, True
@@ -81,12 +80,12 @@ class _Gradients:
         self.is_first = False
 
     def results(self) -> tuple[Tensor, Tensor]:
-        """An operator returns tensors: empty ones where there is nothing to return."""
+        """Return dx and dweight, empty if not wanted: an operator must return tensors."""
         return tuple(self.x.new_empty(0) if grad is None else grad for grad in (self.dx, self.dweight))
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
-    """total = a @ b or total += a @ b, total in float32 where a and b may have 16 bits."""
+    """Set total = a @ b, or add it; total is float32 even if a and b have 16 bits."""
     beta = 0 if is_first else 1
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=beta, out=total)
@@ -98,11 +97,11 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
         total.add_(a @ b)
 
 
-# One chunk, in plain PyTorch: what cross_entropy_triton.py does in one kernel.
+# One chunk in plain PyTorch, as cross_entropy_triton.py does it in one kernel.
 
 
 def _capped(logits: Tensor, softcap: float) -> Tensor:
-    """Logits after the softcap, in the dtype that sums come in; the same memory where there is nothing to do."""
+    """Apply the softcap, in the dtype of sums. Without a softcap the result may share memory with logits."""
     s = logits.to(accumulated(logits.dtype))
     return softcap * torch.tanh(s / softcap) if softcap else s
 
@@ -122,7 +121,7 @@ def _losses(logits: Tensor, targets: Tensor, losses: Tensor, lse: Tensor, option
 
 
 def _to_gradient(logits: Tensor, targets: Tensor, lse: Tensor, dlosses: Tensor, options: Options) -> None:
-    """dlosses * d losses / d logits in the logits' place."""
+    """Overwrite logits with dlosses * d losses / d logits."""
     smoothing, counts = options.label_smoothing, targets != options.ignore_index
     index = targets.masked_fill(~counts, 0)[:, None]
     gradient = _capped(logits, options.softcap)
@@ -139,14 +138,14 @@ def _to_gradient(logits: Tensor, targets: Tensor, lse: Tensor, dlosses: Tensor, 
 
 
 def _run_losses(logits, targets, losses, lse, options: Options, gradient: bool) -> None:
-    """losses and lse of a chunk and, if wanted, gradients in the place of its logits."""
+    """Compute losses and lse of a chunk and, if wanted, overwrite its logits with gradients."""
     if options.triton:
         terms = cross_entropy_triton.Terms(*options[:4])
         cross_entropy_triton.loss_launch(logits, targets, losses, lse, terms, gradient).run()
-        return
-    _losses(logits, targets, losses, lse, options)
-    if gradient:
-        _to_gradient(logits, targets, lse, torch.ones_like(lse), options)
+    else:
+        _losses(logits, targets, losses, lse, options)
+        if gradient:
+            _to_gradient(logits, targets, lse, torch.ones_like(lse), options)
 
 
 def _run_gradient(logits, targets, lse, dlosses, options: Options) -> None:
@@ -162,7 +161,7 @@ def _run_gradient(logits, targets, lse, dlosses, options: Options) -> None:
 
 @contextlib.contextmanager
 def _prepared(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int):
-    """x, weight in x's dtype, and targets, packed; products keep their dtype, and kernels run on x's device."""
+    """Yield x, weight in x's dtype and targets, all contiguous, with autocast off and x's device current."""
     if x.device.type == "cpu":
         check_targets(targets, weight.shape[0], ignore_index)
     with torch.autocast(x.device.type, enabled=False), on_device_of(x):
@@ -170,14 +169,14 @@ def _prepared(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int):
 
 
 def check_targets(targets: Tensor, V: int, ignore_index: int) -> None:
-    """Raise IndexError, as torch does on a CPU, for a target that is not a row of the weight."""
+    """Raise IndexError, as torch does on a CPU, for a target outside the weight's rows."""
     wrong = targets[((targets < 0) | (targets >= V)) & (targets != ignore_index)]
     if wrong.numel():
         raise IndexError(f"target {wrong[0].item()} is out of bounds: the weight has {V} rows")
 
 
 def _forward(x, weight, targets, options: Options, wants_dx: bool, wants_dweight: bool):
-    """losses (N,), lse (N,), dx and dweight of the sum of the losses."""
+    """Return losses (N,), lse (N,), and dx and dweight of the sum of the losses."""
     N = x.shape[0]
     losses, lse = (_empty(N, like=x, dtype=accumulated(x.dtype)) for _ in range(2))
     with _prepared(x, weight, targets, options.ignore_index) as (x, weight, targets):
@@ -189,7 +188,7 @@ def _forward(x, weight, targets, options: Options, wants_dx: bool, wants_dweight
     return losses, lse, *gradients.results()
 
 
-# The operators. Each is differentiable once. x (N, C), weight (V, C), targets (N,) and Options, one by one.
+# The operators, each differentiable once. They take x (N, C), weight (V, C), targets (N,) and the fields of Options.
 _CALL = (
     "Tensor x, Tensor weight, Tensor targets, float softcap, float z_loss, float label_smoothing, SymInt ignore_index, "
     "bool triton"
@@ -201,7 +200,7 @@ _LOSSES_BACKWARD = f"(Tensor dlosses, Tensor lse, {_CALL}, bool wants_dx, bool w
 
 @torch.library.custom_op("linear_cross_entropy::total", mutates_args=(), schema=_TOTAL)
 def total_of(x, weight, targets, *options):
-    """The sum of the losses, with dx and dweight where wanted."""
+    """Return the sum of the losses, and dx and dweight if wanted."""
     *options, wants_dx, wants_dweight = options
     losses, _, dx, dweight = _forward(x, weight, targets, Options(*options), wants_dx, wants_dweight)
     return losses.sum(), dx, dweight
@@ -222,8 +221,8 @@ def _fake_gradients(x, weight, wants_dx, wants_dweight):
 
 @torch.library.custom_op("linear_cross_entropy::scaled", mutates_args=())
 def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad (n, C) times the number `scale` in a dtype; the product is in scale's, float32 or more."""
-    # A tensor without axes would take grad's dtype, and a scale of 1 / N would be rounded to 16 bits.
+    """Return grad (n, C) times the number `scale` in a dtype; the product is computed in scale's, float32 or more."""
+    # A tensor without axes would take grad's dtype, which would round a scale of 1 / N to 16 bits.
     return torch.mul(grad, scale.reshape(1, 1), out=torch.empty_like(grad, dtype=dtype))
 
 
@@ -235,7 +234,7 @@ def _(grad, scale, dtype):
 def _save_total(ctx, inputs, output) -> None:
     ctx.wants, ctx.dtype = inputs[-2:], inputs[1].dtype
     ctx.save_for_backward(*output[1:])
-    # dx and dweight, which are not differentiated, bring None, not tensors of zeros.
+    # Pass None, not zeros, for the gradients of dx and dweight, which are not differentiated.
     ctx.set_materialize_grads(False)
 
 
@@ -249,7 +248,7 @@ def _total_gradients(ctx, dtotal, *_) -> tuple:
 
 @torch.library.custom_op("linear_cross_entropy::losses", mutates_args=(), schema=_LOSSES)
 def losses_of(x, weight, targets, *options):
-    """losses (N,) and lse (N,)."""
+    """Return losses (N,) and lse (N,)."""
     return _forward(x, weight, targets, Options(*options), False, False)[:2]
 
 
@@ -289,7 +288,7 @@ def _losses_gradients(ctx, dlosses, dlse) -> tuple:
 
 
 def _no_second_gradient(ctx, *grads):
-    raise NotImplementedError('linear_cross_entropy has no second derivative here: impl="reference" has one')
+    raise NotImplementedError('linear_cross_entropy has a second derivative only with impl="reference"')
 
 
 total_of.register_autograd(_total_gradients, setup_context=_save_total)
@@ -298,8 +297,8 @@ _scaled.register_autograd(_no_second_gradient)
 _losses_backward.register_autograd(_no_second_gradient)
 
 NO_TRANSFORMS = (
-    "linear_cross_entropy has no forward-mode derivatives and no torch.func transforms in the kernels and in the "
-    'chunked path: impl="reference" has both'
+    "the kernels and the chunked path of linear_cross_entropy have no forward-mode derivatives and no torch.func "
+    'transforms: impl="reference" has both'
 )
 guarded_total, guarded_losses = guarded(total_of, NO_TRANSFORMS), guarded(losses_of, NO_TRANSFORMS)
 _guarded_scaled, _guarded_losses_backward = guarded(_scaled, NO_TRANSFORMS), guarded(_losses_backward, NO_TRANSFORMS)

@@ -1,7 +1,7 @@
-"""Attention as PyTorch operators: what eager mode, autograd, torch.compile and activation checkpointing build on.
+"""Attention as PyTorch operators, for eager mode, autograd, torch.compile and activation checkpointing.
 
-`define` makes a pair of operators, forward and backward, of two functions. The kernels have one such pair, and the
-chunked path another; both take the same arguments. `guarded` keeps any operator from dropping derivatives in silence.
+`define` makes a forward and a backward operator from two functions: one pair for the kernels, one for the chunked path,
+with the same arguments. `guarded` keeps an operator from dropping derivatives silently.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from kernels.tile_lists import Pattern
 
 
 class Call(NamedTuple):
-    """One call as an operator gets it, which takes no objects: a mask comes as its key, its numbers and its tensors.
+    """One call of `attention` as an operator takes it: without objects, so the mask comes as its operands.
 
     q (B, Tq, H, D), k (B, Tk, H_kv, D), v (B, Tk, H_kv, Dv), and the rest of `kernels.attention`'s arguments.
 
@@ -95,12 +95,12 @@ _BACKWARD = (
 
 
 def accumulated(dtype: torch.dtype) -> torch.dtype:
-    """What lse and the gradients of bias and sinks come in."""
+    """Return the dtype of sums: of lse and the gradients of bias and sinks."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def has_tangent(*tensors: Tensor | None) -> bool:
-    """Say whether forward-mode differentiation follows one of the tensors."""
+    """Say whether forward-mode differentiation tracks one of the tensors."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return False
     return any(
@@ -110,17 +110,17 @@ def has_tangent(*tensors: Tensor | None) -> bool:
 
 
 def is_transformed(*tensors: Tensor | None) -> bool:
-    """Say whether torch.func (grad, vjp, jvp, vmap) or forward-mode differentiation follows one of the tensors."""
+    """Say whether torch.func (grad, vjp, jvp, vmap) or forward-mode differentiation tracks one of the tensors."""
     if torch.compiler.is_compiling():
         return False
     return has_tangent(*tensors) or any(x is not None and is_functorch_wrapped_tensor(x) for x in tensors)
 
 
 def guarded(operator: torch.library.CustomOpDef, message: str) -> Callable:
-    """Define an operator to call in the place of `operator`, for the same result: `<its name>_guarded`.
+    """Define `<its name>_guarded`, which calls `operator` and gives the same result.
 
     It raises NotImplementedError(message), also in a compiled graph, for tensors that forward-mode differentiation or
-    torch.func follows, whose tangents `operator` would drop in silence.
+    torch.func tracks: `operator` would silently drop their tangents.
     """
     schema = operator._opoverload._schema
     namespace, name = schema.name.split("::")
@@ -135,7 +135,7 @@ def guarded(operator: torch.library.CustomOpDef, message: str) -> Callable:
     def refuse_vmap(info, in_dims, *args):
         raise NotImplementedError(message)
 
-    # Composite: this runs on the tensors as the caller has them, before autograd or torch.func unwraps them.
+    # Composite, so that it gets the caller's tensors, before autograd or torch.func unwraps them.
     library = torch.library.Library(namespace, "FRAGMENT")
     library.define(str(schema).replace(f"{namespace}::{name}(", f"{name}_guarded(", 1))
     library.impl(f"{name}_guarded", call, "CompositeImplicitAutograd")
@@ -145,20 +145,20 @@ def guarded(operator: torch.library.CustomOpDef, message: str) -> Callable:
 
 
 NO_TRANSFORMS = (
-    "attention has no forward-mode derivatives and no torch.func transforms in the kernels and in the chunked path: "
+    "the kernels and the chunked path of attention have no forward-mode derivatives and no torch.func transforms: "
     'impl="reference" has both'
 )
-_libraries: list[torch.library.Library] = []  # an operator lives as long as the library that defined it
+_libraries: list[torch.library.Library] = []  # keeps the operators that they define alive
 
 
 def define(name: str, forward: Callable, backward: Callable) -> Callable:
-    """The operators `name`::forward and ::backward, differentiable once; returns a function (*call) -> out, lse.
+    """Define the operators `name`::forward and ::backward, differentiable once; return a function (*call) -> out, lse.
 
     forward(call) -> out (B, Tq, H, Dv), lse (B, H, Tq), shift
-    backward(call, out, lse, shift, dout, dlse, wants_dbias) -> dq, dk, dv, dsinks, dbias; dlse may be None, as may the
-    last two of its results.
+    backward(call, out, lse, shift, dout, dlse, wants_dbias) -> dq, dk, dv, dsinks, dbias; dlse, dsinks and dbias may be
+    None.
 
-    With a bias, shift (B, H, Tq) is what is taken off each row of it (kernels/bias.py) and lse lacks; None without.
+    shift (B, H, Tq), which is not in lse, was subtracted from each row of the bias (kernels/bias.py); None without one.
     """
 
     def forward_op(*args):
@@ -169,7 +169,7 @@ def define(name: str, forward: Callable, backward: Callable) -> Callable:
         call = Call(*args)
         shift = None if call.bias is None else shift
         *grads, dsinks, dbias = backward(call, out, lse, shift, dout, dlse, wants_dbias)
-        # An operator returns tensors: empty ones where there is nothing to return.
+        # An operator must return tensors: empty ones for None.
         nothing = out.new_empty(0)
         return *grads, nothing if dsinks is None else dsinks, out.new_empty(0) if dbias is None else dbias
 
@@ -217,12 +217,12 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*output, *tensors, *rows)
     ctx.mark_non_differentiable(output[2])
     ctx.constants = len(rows), call
-    # An output that is not differentiated brings None, not a tensor of zeros.
+    # Pass None, not zeros, for the gradient of an unused output.
     ctx.set_materialize_grads(False)
 
 
 def _no_second_gradient(ctx, *grads):
-    raise NotImplementedError('attention has no second derivative in the kernels: impl="reference" has one')
+    raise NotImplementedError('attention has a second derivative only with impl="reference"')
 
 
 def _fake_forward(*args):
@@ -286,5 +286,5 @@ def _operands(mask: Mask) -> tuple:
 
 
 def _packed(small: Tensor | None) -> Tensor | None:
-    """One or two numbers for a head or a position: not worth strides of their own in the kernels."""
+    """Make a small tensor contiguous, so that the kernels need no strides for it."""
     return None if small is None else small.contiguous()

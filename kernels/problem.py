@@ -1,4 +1,4 @@
-"""One attention call as the kernels see it: operands, constants and tile sizes, ready to launch."""
+"""One attention call, ready to launch: operands, constants and tile sizes of a kernel."""
 
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ LOG2E = math.log2(math.e)
 
 
 class Launch(NamedTuple):
-    """A kernel with its grid, its arguments and its compile-time options."""
+    """A kernel with its grid, arguments and compile-time options."""
 
     kernel: Callable
     grid: tuple[int]
@@ -33,18 +33,18 @@ class Launch(NamedTuple):
 
 
 def within_reach(x: Tensor) -> Tensor:
-    """x (B, T, H, D), copied if positions or elements lie so far apart that a tile of them would span 2^31 elements."""
+    """Return x (B, T, H, D), copied if its strides are so large that a tile would span 2^31 elements."""
     return x if max(x.stride(1), x.stride(3)) < 2**31 // configs.MAX_TILE_EXTENT else x.contiguous()
 
 
 def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
-    """x (B, T, H, D) for the copy engine, as (B, H, T, D) in boxes of `rows` by `columns`; None if it cannot read x.
+    """Describe x (B, T, H, D) to the copy engine as (B, H, T, D), in boxes of `rows` by `columns`; None if it cannot.
 
-    It takes a base and strides that are multiples of 16 bytes, elements side by side, and nothing empty or repeated
-    (CUDA Driver API, cuTensorMapEncodeTiled). The axes of length 1 come first: only those are dropped for free.
+    The engine needs a base and strides that are multiples of 16 bytes, contiguous elements, and no empty or repeated
+    axis (CUDA Driver API, cuTensorMapEncodeTiled). The axes of length 1 come first: dropping those costs nothing.
     """
     itemsize = x.element_size()
-    # What a stride of an axis of length 1 is says nothing: any that is allowed will do.
+    # The stride of an axis of length 1 is never taken: any legal one will do.
     strides = [s if n > 1 else 16 for n, s in zip(x.shape, x.stride())]
     if x.stride(3) != 1 or x.data_ptr() % 16 or 0 in x.shape:
         return None
@@ -55,12 +55,18 @@ def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
 
 
 def descriptors(args: dict) -> dict:
-    """Descriptors in place of q, k, v and dout, and no strides; nothing at all if one of them cannot be read so."""
+    """Make descriptors for q, k, v and dout, without strides; none if the copy engine cannot read one of them."""
     boxes = {"q": ("BLOCK_M", "BLOCK_D"), "k": ("BLOCK_N", "BLOCK_D"), "v": ("BLOCK_N", "BLOCK_DV")}
     if "dout" in args:
         boxes["dout"] = "BLOCK_M", "BLOCK_DV"
     found = {name: descriptor(args[name], args[rows], args[columns]) for name, (rows, columns) in boxes.items()}
     return {} if None in found.values() else found | {f"{name}_strides": () for name in found}
+
+
+def head_dim_constants(D: int, Dv: int) -> dict:
+    """Return the sizes of tiles along the head dims, and whether these are smaller."""
+    block_d, block_dv = configs.block_dim(D), configs.block_dim(Dv)
+    return {"BLOCK_D": block_d, "BLOCK_DV": block_dv, "CHECK_D": block_d != D, "CHECK_DV": block_dv != Dv}
 
 
 def masking_of(call: Call | DecodeCall, lists: tuple = (), segments: tuple = (None, None)) -> Masking:
@@ -107,19 +113,14 @@ class Problem:
         self.shift = self.empty(B, H, Tq, dtype=torch.float32) if shift is None and call.bias is not None else shift
 
     def launch(self, kernel: Callable, name: str, n_rows: int, heads: int, rows_are_queries: bool, **args) -> Launch:
-        """`kernel` with one program for each tile of n_rows rows of each head, and what all kernels take."""
+        """Prepare `kernel`, with one program for each tile of n_rows rows of each head and the common arguments."""
         D, Dv = self.sizes.D, self.sizes.Dv
         config = configs.choose(self.arch, self.call.q.dtype, D, Dv, name)
         tiles = math.ceil(n_rows / (config.block_m if rows_are_queries else config.block_n))
-        block_d, block_dv = configs.block_dim(D), configs.block_dim(Dv)
         scoring = self.scoring()
-        operands = {
-            "q": self.call.q,
-            "k": self.call.k,
-            "v": self.call.v,
-            "q_strides": self.call.q.stride(),
-            "k_strides": self.call.k.stride(),
-            "v_strides": self.call.v.stride(),
+        operands = dict(zip(("q", "k", "v"), self.call[:3]))
+        operands |= {f"{name}_strides": x.stride() for name, x in operands.items()}
+        operands |= {
             "sizes": self.sizes,
             "masking": self.masking(config.block_m, config.block_n, rows_are_queries),
             "scoring": scoring,
@@ -128,12 +129,9 @@ class Problem:
         constants = {
             "PREDICATE": mask.predicate(self.call.key).triton,
             "FOLD": folds(scoring),
-            "CHECK_D": block_d != D,
-            "CHECK_DV": block_dv != Dv,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
-            "BLOCK_D": block_d,
-            "BLOCK_DV": block_dv,
+            **head_dim_constants(D, Dv),
         }
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         args = {**operands, **args, **constants}

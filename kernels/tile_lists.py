@@ -1,4 +1,4 @@
-"""Which tiles of the (query, key) plane hold a True, as lists: for what bands cannot say, and for packed documents.
+"""Lists of the (query, key) tiles that hold a True, for masks that bands cannot describe and for packed documents.
 
 Tile m of queries holds the queries m * block_m to (m + 1) * block_m - 1, tile n of keys likewise.
 """
@@ -12,10 +12,8 @@ from torch import Tensor
 
 from kernels.mask import Band, bands_of, evaluate, larger, smaller
 
-# The predicate is evaluated on this many pairs of positions at a time.
-PAIRS = 1 << 22
-# Segment ids fall into this many classes. Tiles without a class in common share no document.
-CLASSES = 64
+PAIRS = 1 << 22  # of positions, on which the predicate is evaluated at a time
+CLASSES = 64  # of segment ids: tiles without a common class share no document
 
 
 class Pattern(NamedTuple):
@@ -35,30 +33,26 @@ class Pattern(NamedTuple):
 
 
 class TileMap(NamedTuple):
-    """(B or 1, tiles of queries, tiles of keys), bool: which tiles hold a True, and which of them hold nothing else."""
+    """Which tiles hold a True, and which hold nothing else: bool, (B or 1, tiles of queries, tiles of keys)."""
 
     needed: Tensor
     full: Tensor
 
 
 def tile_lists(pattern: Pattern, Tq: int, Tk: int, block_m: int, block_n: int, over_keys: bool, device) -> Tensor:
-    """For each tile of rows how many tiles are full, how many are partial, then those tiles, each kind in order.
+    """Return for each tile of rows the number of full tiles, of partial tiles, then those tiles, each kind in order.
 
-    int32 (B or 1, tiles of rows, 2 + tiles of columns). `over_keys`: rows are queries, and columns keys; otherwise the
-    other way round. A tile counts as full only if none of its columns lies beyond the end.
+    int32 (B or 1, tiles of rows, 2 + tiles of columns). `over_keys`: rows are queries and columns keys; otherwise the
+    other way round. A tile is full only if all of its columns exist. Lists that depend on integers alone are cached.
     """
-    if pattern.rows or pattern.segments_q is not None:
-        return _lists(tile_map(pattern, Tq, Tk, block_m, block_n, device), Tq, Tk, block_m, block_n, over_keys)
-    return _kept_lists(pattern, Tq, Tk, block_m, block_n, over_keys, device)
+    has_tensors = pattern.rows or pattern.segments_q is not None
+    make = _kept_lists.__wrapped__ if has_tensors else _kept_lists
+    return make(pattern, Tq, Tk, block_m, block_n, over_keys, device)
 
 
 @functools.lru_cache(maxsize=128)
 def _kept_lists(pattern: Pattern, Tq: int, Tk: int, block_m: int, block_n: int, over_keys: bool, device) -> Tensor:
-    return _lists(tile_map(pattern, Tq, Tk, block_m, block_n, device), Tq, Tk, block_m, block_n, over_keys)
-
-
-def _lists(tiles: TileMap, Tq: int, Tk: int, block_m: int, block_n: int, over_keys: bool) -> Tensor:
-    needed, full = tiles
+    needed, full = tile_map(pattern, Tq, Tk, block_m, block_n, device)
     if not over_keys:
         needed, full = needed.mT, full.mT
     length, block = (Tk, block_n) if over_keys else (Tq, block_m)
@@ -71,7 +65,7 @@ def _lists(tiles: TileMap, Tq: int, Tk: int, block_m: int, block_n: int, over_ke
 
 
 def tile_map(pattern: Pattern, Tq: int, Tk: int, block_m: int, block_n: int, device) -> TileMap:
-    """Never short of a tile; exact for a mask, and with segments wherever no class of ids holds two of a row."""
+    """Find the tiles: all that are needed, and no others unless two ids of one row fall into one class."""
     needed, full = _by_bands(bands_of(pattern.bands, pattern.rows), Tq, Tk, block_m, block_n, device)
     if pattern.indexed:
         needed, full = _by_predicate(pattern, Tq, Tk, block_m, block_n, device)
@@ -82,7 +76,7 @@ def tile_map(pattern: Pattern, Tq: int, Tk: int, block_m: int, block_n: int, dev
 
 
 def _by_bands(bands: Iterable[Band], Tq: int, Tk: int, block_m: int, block_n: int, device) -> TileMap:
-    """From the corners of tiles alone: the differences q - k within a rectangle of positions have no gaps."""
+    """Find tiles by their corners: the differences q - k within a tile have no gaps."""
     q_first = (torch.arange(0, Tq, block_m, device=device) + Tk - Tq)[:, None]
     k_first = torch.arange(0, Tk, block_n, device=device)[None, :]
     q_last, k_last = (q_first + block_m - 1).clamp(max=Tk - 1), (k_first + block_n - 1).clamp(max=Tk - 1)
@@ -103,7 +97,7 @@ def _by_bands(bands: Iterable[Band], Tq: int, Tk: int, block_m: int, block_n: in
 
 
 def _by_predicate(pattern: Pattern, Tq: int, Tk: int, block_m: int, block_n: int, device) -> TileMap:
-    """By evaluating the predicate on all pairs, some rows of tiles at a time."""
+    """Find tiles by evaluating the predicate on all pairs, some rows of tiles at a time."""
     n_tiles = -(-Tk // block_n)
     k = torch.arange(Tk, device=device, dtype=torch.int32)
     batch = pattern.rows[0].shape[0] if pattern.rows else 1
@@ -127,7 +121,7 @@ def _padded(seen: Tensor, columns: int, rows: int, fill: bool) -> Tensor:
 
 
 def _by_segments(segments_q: Tensor, segments_k: Tensor, block_m: int, block_n: int) -> tuple[Tensor, Tensor]:
-    """Which tiles share a document, and which hold but one."""
+    """Return which tiles share a document, and which hold only one."""
     low_q, high_q, classes_q = _segments_of_tiles(segments_q, block_m)
     low_k, high_k, classes_k = _segments_of_tiles(segments_k, block_n)
     q, k = (slice(None), slice(None), None), (slice(None), None, slice(None))
@@ -138,7 +132,7 @@ def _by_segments(segments_q: Tensor, segments_k: Tensor, block_m: int, block_n: 
 
 
 def _segments_of_tiles(ids: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each tile of ids (B, T): the smallest, the largest, and which classes (B, tiles, CLASSES) are in it."""
+    """Return each tile's smallest and largest of the ids (B, T), and the classes in it (B, tiles, CLASSES)."""
     B, T = ids.shape
     tiles = -(-T // block)
     last = max(T - 1, 0)

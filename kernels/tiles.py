@@ -1,7 +1,7 @@
-"""What the attention kernels share, as device functions: which tiles to visit, loads, scores, dropout bits.
+"""Device functions that the attention kernels share: which tiles to visit, loads, scores, dropout bits.
 
-Positions and indices: query i is at position i + Tk - Tq, key j at position j. A tile is a number: tile n of keys
-holds the keys n * BLOCK_N to (n + 1) * BLOCK_N - 1.
+Query i is at position i + Tk - Tq, key j at position j. Tile n of keys holds the keys n * BLOCK_N to
+(n + 1) * BLOCK_N - 1.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from kernels import dispatch, mask
 INTERPRETED = tl.constexpr(dispatch.INTERPRETED)
 BAND = tl.constexpr(mask.BAND)
 LOG2E = tl.constexpr(1.4426950408889634)
-# The running maximum starts here, not at -inf, so that differences of maxima are never NaN.
+# The running maximum starts here, so that differences of maxima are never -inf - -inf = NaN.
 FLOOR = tl.constexpr(-3.0e38)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the least finite bias
 COARSE = tl.constexpr(2.0**29)  # as in kernels/bias.py
@@ -32,12 +32,13 @@ class Sizes(NamedTuple):
 
 
 class Masking(NamedTuple):
-    """A mask's operands, beside its predicate, which is a constant of the kernel.
+    """A mask's operands; its predicate is a constant of the kernel.
 
-    bands: the numbers of each `mask.Band`; band_rows: (), or as many tensors (B,) to read instead, or None each;
-    lists: (), or what tile_lists.py gives, with how far apart its batches and rows lie, instead of bands; ints: the
-    mask's integers and tables; rows: its tensors (B,); segments_q (B, Tq) and segments_k (B, Tk): contiguous, or both
-    None.
+    bands       the numbers of each `mask.Band`
+    band_rows   (), or for each number of bands a tensor (B,) to read instead, or None
+    lists       (), or instead of bands the result of tile_lists.tile_lists with its strides along batch and rows
+    ints, rows  the predicate's integers and tables, and its tensors (B,)
+    segments_q, segments_k  (B, Tq) and (B, Tk), contiguous, or None
     """
 
     bands: tuple
@@ -50,11 +51,11 @@ class Masking(NamedTuple):
 
 
 class Scoring(NamedTuple):
-    """How dot products become logits. What is None is compiled away.
+    """How dot products become logits. A None is compiled away.
 
     logit = dot * scale, or softcap * tanh(dot * scale), then alibi_slopes (H,), in base 2: the factor log2(e) is in
-    scale, or in softcap where there is one. With a bias, which lies bias_strides (b, h, q, k) elements apart, that
-    factor comes last. shift (B, H, Tq): what the forward pass takes off each row of the bias.
+    scale, or in softcap if there is one. With a bias (strides b, h, q, k), the factor comes last. The forward pass
+    subtracts shift (B, H, Tq) from each row of the bias.
     """
 
     scale: float
@@ -66,7 +67,7 @@ class Scoring(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """seed: int64 (1,), or None for no dropout; below threshold of 32 bits an entry is dropped; scale: 1 / (1 - p)."""
+    """seed: int64 (1,), None for no dropout; an entry below threshold, of 32 bits, is dropped; scale: 1 / (1 - p)."""
 
     seed: object
     threshold: int
@@ -75,7 +76,7 @@ class Dropout(NamedTuple):
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a @ b in float32. The interpreter would multiply bfloat16 as raw integers, so there it is widened."""
+    """Return acc + a @ b in float32. The interpreter would multiply bfloat16 as raw integers, so widen it there."""
     if INTERPRETED and a.dtype == tl.bfloat16:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -84,7 +85,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """x (float32) in the dtype of an input, rounded to nearest. The interpreter would cut bfloat16 off instead."""
+    """Round x (float32) to the dtype of an input, to nearest. The interpreter would truncate to bfloat16."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -94,9 +95,9 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def head(x, strides, b, h):
-    """The (T, D) matrix of head h of row b of x (B, T, H, D), as load_tile takes it.
+    """Return the (T, D) matrix of head h of row b of x (B, T, H, D), for load_tile.
 
-    x is a pointer, or, where strides is (), a descriptor as problem.descriptor makes them.
+    x is a pointer or, if strides is (), a descriptor of problem.descriptor.
     """
     if len(strides) == 0:
         return x, tl.cast(b, tl.int32), tl.cast(h, tl.int32)
@@ -107,10 +108,10 @@ def head(x, strides, b, h):
 @triton.jit
 def load_tile(base, strides, first, n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr,
               CHECK_ROWS: tl.constexpr, CHECK_COLS: tl.constexpr):  # fmt: skip
-    """Rows first to first + ROWS - 1 of a (T, D) matrix whose axes lie strides[1] and strides[3] elements apart.
+    """Load rows first to first + ROWS - 1 of a (T, D) matrix from head(), with strides strides[1] and strides[3].
 
-    What lies outside (n_rows, n_cols) is never touched and reads as 0. The one long step is taken in 64 bits.
-    base is head()'s; with a descriptor the copy engine itself (TMA, sm_90 and later) finds addresses and edges.
+    Elements outside (n_rows, n_cols) are not touched and read as 0. Only the step to the first row needs 64 bits. With
+    a descriptor, the copy engine (TMA, sm_90 and later) finds addresses and edges.
     """
     if len(strides) == 0:
         return base[0].load([base[1], base[2], first, 0]).reshape(ROWS, COLS)
@@ -125,18 +126,24 @@ def _load_by_pointers(base, strides, first, n_rows, n_cols, ROWS: tl.constexpr, 
     cols = tl.arange(0, COLS)
     start = base + tl.cast(first, tl.int64) * strides[1]
     pointers = start + rows[:, None] * strides[1] + cols[None, :] * strides[3]
+    return load_inside(pointers, first + rows < n_rows, cols < n_cols, CHECK_ROWS, CHECK_COLS)
+
+
+@triton.jit
+def load_inside(pointers, rows_inside, cols_inside, CHECK_ROWS: tl.constexpr, CHECK_COLS: tl.constexpr):
+    """Load a tile; rows and columns that are checked and not inside read as 0."""
     if CHECK_ROWS and CHECK_COLS:
-        return tl.load(pointers, mask=(first + rows < n_rows)[:, None] & (cols < n_cols)[None, :], other=0.0)
+        return tl.load(pointers, mask=rows_inside[:, None] & cols_inside[None, :], other=0.0)
     elif CHECK_ROWS:
-        return tl.load(pointers, mask=(first + rows < n_rows)[:, None], other=0.0)
+        return tl.load(pointers, mask=rows_inside[:, None], other=0.0)
     elif CHECK_COLS:
-        return tl.load(pointers, mask=(cols < n_cols)[None, :], other=0.0)
+        return tl.load(pointers, mask=cols_inside[None, :], other=0.0)
     return tl.load(pointers)
 
 
 @triton.jit
 def store_tile(base, strides, tile, first, n_rows, n_cols, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Write a tile where it lies within (n_rows, n_cols), in the output's dtype."""
+    """Store the part of a tile inside (n_rows, n_cols), in the output's dtype."""
     rows = tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
     start = base + tl.cast(first, tl.int64) * strides[1]
@@ -147,10 +154,10 @@ def store_tile(base, strides, tile, first, n_rows, n_cols, ROWS: tl.constexpr, C
 
 @triton.jit
 def _span(bands, r: tl.constexpr, first, last, sizes, BLOCK: tl.constexpr, OVER_KEYS: tl.constexpr):
-    """The tiles that band r asks for: begin, full_begin, full_end, end; those from full_begin on are wholly in it.
+    """Return the tiles of band r: begin, full_begin, full_end, end; tiles full_begin to full_end - 1 lie inside it.
 
-    `first`, `last`: the positions of the rows of this program. OVER_KEYS: they are queries, and the tiles hold keys;
-    otherwise they are keys, and the tiles hold queries.
+    `first`, `last`: the positions of this program's rows. OVER_KEYS: rows are queries, and the tiles hold keys;
+    otherwise rows are keys, and the tiles hold queries.
     """
     least = bands[BAND * r]
     most = bands[BAND * r + 1]
@@ -170,7 +177,7 @@ def _span(bands, r: tl.constexpr, first, last, sizes, BLOCK: tl.constexpr, OVER_
     last = tl.minimum(last, own_end - 1)
     begin = tl.maximum(tl.maximum(begin, first + near) - shift, 0)
     end = tl.minimum(tl.minimum(end, last + far + 1) - shift, total)
-    # From indices to tiles; what is empty ends where it begins.
+    # From indices to tiles; an empty range ends where it begins.
     end = tl.where((first <= last) & (begin < end), (end + BLOCK - 1) // BLOCK, 0)
     begin = tl.minimum(begin // BLOCK, end)
     full_begin = tl.minimum((full_begin + BLOCK - 1) // BLOCK, end)
@@ -180,7 +187,7 @@ def _span(bands, r: tl.constexpr, first, last, sizes, BLOCK: tl.constexpr, OVER_
 
 @triton.jit
 def _bands_of_row(masking, b):
-    """The bands' numbers, those of row b of the batch where they differ from row to row."""
+    """Return the numbers of the bands for row b of the batch."""
     if len(masking.band_rows) == 0:
         return masking.bands
     else:
@@ -195,16 +202,16 @@ def _bands_of_row(masking, b):
 
 @triton.jit
 def _visits_by_bands(bands, first, last, sizes, BLOCK: tl.constexpr, OVER_KEYS: tl.constexpr):
-    """The spans of all bands, put in order and cut so that no two share a tile."""
+    """Return the spans of all bands, in order and without overlap."""
     spans = ()
     for r in tl.static_range(len(bands) // BAND):
         spans += _span(bands, r, first, last, sizes, BLOCK, OVER_KEYS)
     if len(bands) == BAND:
         return spans
     disjoint = ()
-    done = 0  # all tiles before this one are taken care of
+    done = 0  # tiles before this one are in a span
     for _ in tl.static_range(len(bands) // BAND):
-        # Of the spans that reach further, the one that begins first; of those, the one with the longest full part.
+        # Of the spans that reach further, take the first to begin, and of these the one with the longest full part.
         begin, full_begin, full_end, end = done, done, done, done
         found = False
         for r in tl.static_range(len(bands) // BAND):
@@ -227,22 +234,22 @@ def _visits_by_bands(bands, first, last, sizes, BLOCK: tl.constexpr, OVER_KEYS: 
 
 @triton.jit
 def visits(masking, b, row, first, last, sizes, BLOCK: tl.constexpr, OVER_KEYS: tl.constexpr):
-    """The tiles to visit for tile `row` of the rows, at positions first to last, each once.
+    """Return the tiles to visit for tile `row` of the rows, at positions first to last, each once.
 
-    Returns a flat tuple for the four functions below: (full tiles, partial tiles, the list) where there are lists, else
-    four tiles (begin, full_begin, full_end, end) for each band, in ascending order and disjoint: tiles from full_begin
-    to full_end - 1 need no predicate.
+    The result is a flat tuple for the four functions below: with lists (number of full tiles, of partial tiles, the
+    list), else (begin, full_begin, full_end, end) for each band, ascending and disjoint; tiles from full_begin to
+    full_end - 1 need no predicate.
     """
     if len(masking.lists) > 0:
         tiles = masking.lists[0] + tl.cast(b, tl.int64) * masking.lists[1] + tl.cast(row, tl.int64) * masking.lists[2]
         return tl.load(tiles), tl.load(tiles + 1), tiles + 2
-    else:  # Triton compiles the code after an if, return or not
+    else:  # needed: Triton compiles the code after an if even if that returned
         return _visits_by_bands(_bands_of_row(masking, b), first, last, sizes, BLOCK, OVER_KEYS)
 
 
 @triton.jit
 def count_full(spans):
-    """How many tiles need no predicate."""
+    """Count the tiles that need no predicate."""
     if len(spans) == 3:
         n = spans[0]
     else:
@@ -254,7 +261,7 @@ def count_full(spans):
 
 @triton.jit
 def count_partial(spans):
-    """How many tiles need the predicate."""
+    """Count the tiles that need the predicate."""
     if len(spans) == 3:
         n = spans[1]
     else:
@@ -266,7 +273,7 @@ def count_partial(spans):
 
 @triton.jit
 def full_tile(spans, i):
-    """The i-th tile that needs no predicate."""
+    """Return the i-th tile that needs no predicate."""
     if len(spans) == 3:
         tile = tl.load(spans[2] + i)
     else:
@@ -279,7 +286,7 @@ def full_tile(spans, i):
 
 @triton.jit
 def partial_tile(spans, i):
-    """The i-th tile that needs the predicate: left of the first full part, right of it, left of the second, ..."""
+    """Return the i-th tile that needs the predicate: left of the first full part, right of it, left of the second..."""
     if len(spans) == 3:
         tile = tl.load(spans[2] + spans[0] + i)
     else:
@@ -295,7 +302,7 @@ def partial_tile(spans, i):
 
 @triton.jit
 def visible(masking, b, q, k, q_index, k_index, sizes, PREDICATE: tl.constexpr):
-    """Which pairs of a tile take part. q, k: positions that broadcast to the tile; q_index, k_index: indices alike."""
+    """Return which pairs of a tile the mask shows. q, k (positions), q_index and k_index broadcast to the tile."""
     params = masking.ints
     for r in tl.static_range(len(masking.rows)):
         params += (tl.load(masking.rows[r] + b),)
@@ -310,7 +317,7 @@ def visible(masking, b, q, k, q_index, k_index, sizes, PREDICATE: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """Hyperbolic tangent in float32, to about one rounding step of x near 0 as well (a series there)."""
+    """Compute the hyperbolic tangent in float32, near 0 too to about one rounding step of x, by a series."""
     x2 = x * x
     series = -0.05396825396825397 + x2 * (0.021869488536155203 - x2 * 0.008863235529902197)
     series = x + x * x2 * (-0.3333333333333333 + x2 * (0.13333333333333333 + x2 * series))
@@ -321,7 +328,7 @@ def tanh(x):
 
 @triton.jit
 def logits(s, scoring, h, q, k):
-    """From dot products s to logits in base 2, or natural ones that wait for a bias; the derivative of softcap."""
+    """Turn dot products s into logits in base 2, natural ones if a bias follows; also return softcap's derivative."""
     slope = 1.0
     s = s * scoring.scale
     if scoring.softcap is not None:
@@ -338,7 +345,7 @@ def logits(s, scoring, h, q, k):
 
 @triton.jit
 def load_bias(scoring, b, h, q_index, k_index, sizes):
-    """A tile of the bias in float32."""
+    """Load a tile of the bias in float32."""
     stride_b, stride_h, stride_q, stride_k = scoring.bias_strides
     base = scoring.bias + tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h
     pointers = base + tl.cast(q_index, tl.int64) * stride_q + tl.cast(k_index, tl.int64) * stride_k
@@ -347,7 +354,7 @@ def load_bias(scoring, b, h, q_index, k_index, sizes):
 
 @triton.jit
 def add_bias(s, bias, shift):
-    """s + bias - shift in base 2, s rounded to what float64 would keep of s + bias: see kernels/bias.py."""
+    """Return s + bias - shift in base 2, with s rounded as s + bias in float64 would round it: see kernels/bias.py."""
     power = (shift.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # of two, at most |shift|
     rounder = tl.where(power < COARSE, 0.0, power * (1.5 / COARSE))
     return (s + rounder - rounder + (bias - shift)) * LOG2E
@@ -355,13 +362,13 @@ def add_bias(s, bias, shift):
 
 @triton.jit
 def in_base_2(sink):
-    """A sink's logit in base 2, finite unless it is -inf."""
+    """Return a sink's logit in base 2, finite unless the sink is -inf."""
     return tl.where(sink == float("-inf"), sink, tl.minimum(tl.maximum(sink * LOG2E, FLOOR), -FLOOR))
 
 
 @triton.jit
 def natural_lse(m_i, l_i, sink):
-    """lse from the maximum and the sum in base 2. A sink (None without) that is the maximum itself is not rounded."""
+    """Return natural lse from maximum and sum in base 2. If the sink (or None) is the maximum, it is not rounded."""
     lse = (m_i + tl.log2(l_i)) / LOG2E
     if sink is not None:
         lse = tl.where(m_i == in_base_2(sink), sink + tl.log2(l_i) / LOG2E, lse)
@@ -370,7 +377,7 @@ def natural_lse(m_i, l_i, sink):
 
 @triton.jit
 def _mix(x):
-    """A bijection of 32-bit words that avalanches; the same as attention_reference._mix."""
+    """Mix the bits of 32-bit words by a bijection, as attention_reference._mix does."""
     x = x ^ (x >> 16)
     x = x * 0x21F0AAAD
     x = x ^ (x >> 15)
@@ -380,7 +387,7 @@ def _mix(x):
 
 @triton.jit
 def dropout_keep(dropout, b, h, q_index, k_index):
-    """Which entries of a tile survive dropout; the same function as attention_reference.dropout_keep."""
+    """Return which entries of a tile survive dropout, as attention_reference.dropout_keep does."""
     seed = tl.load(dropout.seed)
     b = tl.cast(b, tl.uint32)
     h = tl.cast(h, tl.uint32)

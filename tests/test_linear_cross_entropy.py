@@ -329,7 +329,7 @@ def test_the_reference_refuses_two_dtypes():
     """Unless autocast makes them one."""
     inputs = make_inputs(4, 65, 16, torch.float32, "cpu")
     args = inputs.x.bfloat16(), inputs.weight, inputs.targets
-    with pytest.raises(TypeError, match="x and weight have one dtype"):
+    with pytest.raises(TypeError, match="x and weight must have one dtype"):
         linear_cross_entropy_reference(*args)
     with torch.autocast("cpu", torch.bfloat16):
         linear_cross_entropy_reference(*args)

@@ -82,6 +82,20 @@ def test_lists_of_nothing(B, Tq, Tk, impl, device):
             assert out.shape == q.shape and all(torch.isfinite(grad).all() for grad in grads)
 
 
+@pytest.mark.parametrize("name", [*BUILT_IN, *COMPOSED])
+def test_from_operands_rebuilds_the_mask(name):
+    mask = BUILT_IN.get(name) or COMPOSED[name]
+    again = Mask.from_operands(*mask.operands)
+    assert again.operands == mask.operands and again.bands == mask.bands
+    assert torch.equal(again.dense(33, 90), mask.dense(33, 90))
+
+
+def test_of_rows_takes_a_part_of_the_batch():
+    mask = CAUSAL & COMPOSED["prefix LM"]
+    assert torch.equal(mask.of_rows(1, 3).dense(33, 90), mask.dense(33, 90)[1:3])
+    assert CAUSAL.of_rows(1, 3) is CAUSAL
+
+
 def on_device(mask: Mask, device: str) -> Mask:
     """The same mask with its tensors on the device."""
     moved = copy.copy(mask)
@@ -183,7 +197,7 @@ def test_what_a_mask_refuses():
         prefix(lengths[0]) & prefix(lengths[1])
     with pytest.raises(TypeError, match="'Mask' and 'int'"):
         CAUSAL | 3
-    with pytest.raises(ValueError, match="does not fall"):
+    with pytest.raises(ValueError, match="not decrease"):
         masks.segment_ids(torch.tensor([0, 3, 2]), 5)
 
 
