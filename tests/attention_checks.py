@@ -1,4 +1,4 @@
-"""How right is right: the rule by which the kernels are compared to the reference, in one place."""
+"""The rule by which the kernels are compared with the reference."""
 
 import math
 from contextlib import contextmanager
@@ -12,16 +12,16 @@ from kernels import attention, attention_reference, masks
 from kernels.problem import Problem
 from tests.rounding import attention_deviation
 
-# What the root mean square of an error may be, relative to that of the truth: a few rounding steps.
+# The largest root mean square of an error, relative to that of the truth: a few rounding steps.
 RMS_LIMIT = {torch.float64: 6e-15, torch.float32: 3e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
-# How far from 1 the factor between a result and its truth may be. Many 16-bit roundings average out; one of bfloat16,
-# where a single number outweighs all others, is 2^-9, and a product of three such numbers 3 * 2^-9.
+# The largest deviation from 1 of the factor between a result and its truth. 16-bit roundings average out, unless a
+# single number outweighs all others: then it is 2^-9 in bfloat16, and for a product of three such numbers 3 * 2^-9.
 GAIN_LIMIT = 6e-3
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call. `features` names optional arguments to fill in; `layout` says how q, k and v lie in memory."""
+    """One call. `features` names optional arguments to fill in, `layout` the memory layout of q, k and v."""
 
     Tq: int
     Tk: int
@@ -40,7 +40,7 @@ class Case:
     bias_axes: str = "hk"
 
     def bias_shape(self) -> tuple[int, ...]:
-        """Along the axes b, h, q and k that are named, or 1."""
+        """Return the bias's shape: full along the named axes of b, h, q and k, else 1."""
         return tuple(n if axis in self.bias_axes else 1 for axis, n in zip("bhqk", (self.B, self.H, self.Tq, self.Tk)))
 
     def __str__(self) -> str:
@@ -55,7 +55,7 @@ class Case:
 
 @dataclass
 class Inputs:
-    """The tensors of a case, in its dtype, and what flows back into out and lse."""
+    """The tensors of a case, in its dtype, and the upstream gradients of out and lse."""
 
     differentiable: dict[str, Tensor]
     arguments: dict
@@ -64,7 +64,7 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: str) -> Inputs:
-    """Random inputs. q, k and v are views of larger memory that is NaN wherever they are not."""
+    """Make random inputs. q, k and v are views of larger memory that is NaN elsewhere."""
     generator = torch.Generator().manual_seed(case.seed)
 
     def randn(*shape: int) -> Tensor:
@@ -77,7 +77,7 @@ def make_inputs(case: Case, device: str) -> Inputs:
     }
     arguments: dict = {"mask": case.mask, "scale": case.scale}
     if "segments" in case.features:
-        # Documents of the same number in queries and keys, aligned at the end, as in one packed row.
+        # Queries and keys have the same documents, aligned at the end, as in one packed row.
         document = torch.sort(torch.randint(0, 3, (B, max(Tq, Tk)), generator=generator)).values.int().to(device)
         arguments["segment_ids"] = document[:, -Tq:], document[:, -Tk:]
     if "alibi" in case.features:
@@ -95,7 +95,7 @@ def make_inputs(case: Case, device: str) -> Inputs:
 
 
 def lay_out(values: Tensor, dtype: torch.dtype, layout: str, device: str) -> Tensor:
-    """The same values in memory of another shape: NaN around them, heads before positions, or contiguous."""
+    """Copy values to another memory layout: NaN around them, heads before positions, or contiguous."""
     values = values.to(device, dtype)
     B, T, H, D = values.shape
     if layout == "contiguous":
@@ -113,7 +113,7 @@ def lay_out(values: Tensor, dtype: torch.dtype, layout: str, device: str) -> Ten
 
 
 def run(fn, inputs: Inputs, dtype: torch.dtype | None = None, **options) -> dict[str, Tensor]:
-    """out, lse and the gradients of everything differentiable, with all floating inputs in `dtype` if given."""
+    """Return out, lse and the gradients of all differentiable inputs, with floating inputs in `dtype` if given."""
 
     def cast(x):
         return x.to(dtype) if dtype is not None and isinstance(x, Tensor) and x.is_floating_point() else x
@@ -121,7 +121,7 @@ def run(fn, inputs: Inputs, dtype: torch.dtype | None = None, **options) -> dict
     leaves = {name: cast(x).detach().requires_grad_() for name, x in inputs.differentiable.items()}
     arguments = {name: cast(x) for name, x in inputs.arguments.items()}
     out, lse = fn(**leaves, **arguments, return_lse=True, **options)
-    # A query that sees nothing has lse -inf, through which nothing flows.
+    # A query that sees no key has lse -inf, which has no gradient.
     flows = torch.isfinite(lse)
     loss = (out * cast(inputs.dout)).sum() + (lse.masked_fill(~flows, 0.0) * inputs.dlse).sum()
     grads = torch.autograd.grad(loss, list(leaves.values()))
@@ -129,11 +129,11 @@ def run(fn, inputs: Inputs, dtype: torch.dtype | None = None, **options) -> dict
 
 
 def check(case: Case, device: str, slack: float = 1.0, impl: str = "triton") -> None:
-    """Hold a path to the reference in float64. Outputs are NaN before the kernels write them.
+    """Compare a path with the reference in float64. Outputs are NaN before the kernels write them.
 
-    slack: how many times the allowed error is allowed, where many cases are tried: the rule compares the largest errors
-    of two small samples, and by chance one is more than twice the other. Such cases also allow dq, dk and dv what a
-    rounded delta costs exactly: where a query sees two keys it can be more than all that plain PyTorch loses.
+    slack: a factor on the allowed error for runs of many cases, since by chance the largest error of one small sample
+    can be more than twice that of the other. Such runs also allow dq, dk and dv the exact loss by a rounded delta, which
+    can exceed plain PyTorch's whole loss if a query sees two keys.
     """
     inputs = make_inputs(case, device)
     with poisoned_outputs():
@@ -148,19 +148,19 @@ def check(case: Case, device: str, slack: float = 1.0, impl: str = "triton") -> 
 
 
 def truth_and_plain(inputs: Inputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What `run` gives of the reference in float64, and of plain PyTorch at the inputs' own precision."""
+    """`run` the reference in float64, and plain PyTorch at the inputs' precision."""
     truth = run(attention_reference, inputs, torch.float64)
     plain = run(attention_reference, inputs, upcast=False)
-    # lse leaves the kernels in float32, whatever the inputs: no 16-bit rounding excuses it.
+    # The kernels return lse in float32 for all inputs, so 16-bit rounding is no excuse.
     plain["lse"] = run(attention_reference, inputs)["lse"]
     return truth, plain
 
 
 def rounded_delta_loss(inputs: Inputs, error: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """What the gradients of `names` lose as delta = sum(out * dout) is taken from a 16-bit out, FlashAttention's way.
+    """Return what the gradients of `names` lose because delta = sum(out * dout) uses a 16-bit out, as FlashAttention's.
 
-    dbias and dsinks are sums over many rows, where the truth cancels and this does not. An error of delta is as good as
-    a gradient that flows into lse with the other sign. out itself is held to the rule.
+    dbias and dsinks are sums over many rows in which the truth cancels, but this does not. An error of delta acts like a
+    gradient of lse with the other sign. The rule limits the error of out itself.
     """
     leaves = {name: x.detach().double().requires_grad_() for name, x in inputs.differentiable.items()}
     arguments = {
@@ -192,22 +192,22 @@ def assert_close(
     excused: Tensor | None = None,
     slack: float = 1.0,
 ) -> None:
-    """|ours - truth| may be twice what plain PyTorch loses at the same precision, and a rounding step of the output.
+    """Allow |ours - truth| twice what plain PyTorch loses at the same precision, and a rounding step of the output.
 
-    FlashAttention's rule. The root mean square of the error is bounded as well, relative to that of the truth, and so
-    is the part of it that is a multiple of the truth: rounding has either sign and leaves none, a wrong factor does.
+    This is FlashAttention's rule. The root mean square of the error is also bounded, relative to that of the truth, and
+    so is the part of the error that is a multiple of the truth: a wrong factor leaves one, rounding of either sign none.
 
-    deviation: of the rounding in float32 (tests/rounding.py), a floor under each bound that does not depend on how
-    lucky plain PyTorch is. excused: a known error, allowed as plain PyTorch's is.
+    deviation: expected rounding in float32 (tests/rounding.py), a floor under each bound in case plain PyTorch is
+    lucky. excused: a known error, allowed in addition to plain PyTorch's.
     """
     is_infinite = torch.isinf(truth)
-    assert torch.equal(is_infinite, torch.isinf(ours)), f"{name} is infinite elsewhere than the truth"
+    assert torch.equal(is_infinite, torch.isinf(ours)), f"{name} and the truth are not infinite at the same elements"
     ours, plain, truth = (x.double().masked_fill(is_infinite, 0.0) for x in (ours, plain, truth))
     deviation = (deviation + torch.zeros_like(truth)).masked_fill(is_infinite, 0.0)
     if truth.numel() == 0:
         return
     known = torch.zeros_like(truth) if excused is None else excused
-    # The two errors are independent: that they cancel here allows no less.
+    # The two errors are independent: the bound must not shrink if they cancel.
     plain = plain + torch.copysign(known, plain - truth)
     stored = torch.float32 if name in ("lse", "loss") and dtype != torch.float64 else dtype
     rounding = ((truth.to(stored) + 0.3) - 0.3 - truth.to(stored)).abs().max().double()
@@ -225,7 +225,7 @@ def assert_close(
 
 
 def padded_tiles(dense: Tensor, launch) -> Tensor:
-    """Which tiles of a launch hold a True of the mask `dense` (Tq, Tk): (tiles of queries, tiles of keys)."""
+    """Return which tiles of a launch hold a True of the mask `dense` (Tq, Tk): (tiles of queries, tiles of keys)."""
     m, n = launch.args["BLOCK_M"], launch.args["BLOCK_N"]
     Tq, Tk = dense.shape
     padded = torch.zeros(-(-Tq // m) * m, -(-Tk // n) * n, dtype=torch.bool)
@@ -235,7 +235,7 @@ def padded_tiles(dense: Tensor, launch) -> Tensor:
 
 @contextmanager
 def poisoned_outputs():
-    """Fill what the kernels are to write with NaN, so that what they leave out is seen."""
+    """Fill outputs with NaN before the kernels write them, so that missing writes are found."""
     empty = Problem.empty
 
     def poisoned(self, *shape, dtype=None):

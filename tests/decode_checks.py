@@ -17,7 +17,7 @@ LENGTHS = (0, 1, 17, 127, 128, 129, 1000)
 
 @dataclass(frozen=True)
 class Case:
-    """One call: `lens` tokens in the cache, Tq more if `new`. page: 0 for a contiguous cache."""
+    """One call: `lens` tokens in the cache, and Tq more if `new`. page: 0 for a contiguous cache."""
 
     name: str = ""
     lens: tuple[int, ...] = LENGTHS
@@ -66,7 +66,7 @@ CASES = [
 
 @dataclass
 class Inputs:
-    """Tensors in the case's dtype. Caches are NaN behind the tokens they hold, in unused pages as well."""
+    """Tensors in the case's dtype. Caches are NaN behind their tokens and in unused pages."""
 
     q: Tensor
     k_cache: Tensor
@@ -89,7 +89,7 @@ def make_inputs(case: Case, device: str) -> Inputs:
         pages = -(-case.capacity // case.page)
         table = torch.randperm(B * pages, generator=generator).view(B, pages).int()
         for b, n in enumerate(case.lens):
-            # Behind its tokens a sequence has no pages: the entries there are not page numbers.
+            # Entries behind a sequence's tokens are not page numbers.
             table[b, -(-(n + Tq * case.new) // case.page) :] = 1 << 30
         arguments["block_table"] = table.to(device)
     caches = [fill(randn(B, case.capacity, H_kv, width), case, table) for width in (D, Dv)]
@@ -112,7 +112,7 @@ def make_inputs(case: Case, device: str) -> Inputs:
 
 
 def fill(tokens: Tensor, case: Case, table: Tensor | None) -> Tensor:
-    """A cache that holds the first lens of tokens (B, capacity, H_kv, D), and NaN otherwise."""
+    """Make a cache with the first lens of tokens (B, capacity, H_kv, D), and NaN elsewhere."""
     B, _, H_kv, D = tokens.shape
     shape = tokens.shape if table is None else (B * table.shape[1], case.page, H_kv, D)
     cache = torch.full(shape, math.nan)
@@ -126,7 +126,7 @@ def fill(tokens: Tensor, case: Case, table: Tensor | None) -> Tensor:
 
 
 def run(fn, inputs: Inputs, dtype: torch.dtype | None = None, **options) -> dict[str, Tensor]:
-    """out, lse and the caches afterwards, with all floating inputs in `dtype` if given."""
+    """Return out, lse and the caches afterwards, with floating inputs in `dtype` if given."""
 
     def cast(x):
         if isinstance(x, tuple):
@@ -142,24 +142,24 @@ def run(fn, inputs: Inputs, dtype: torch.dtype | None = None, **options) -> dict
 
 
 def reference(*args, upcast: bool = True, **arguments):
-    """attention_decode_reference, called as attention_decode is."""
+    """Call attention_decode_reference with the arguments of attention_decode."""
     return attention_decode_reference(DecodeArguments(*args, **arguments), upcast)
 
 
 def attention_deviation(*args, **arguments):
-    """Of out and lse: see tests/rounding.py."""
+    """Return the expected rounding error of out and lse: see tests/rounding.py."""
     return by_length(attend_deviation, DecodeArguments(*args, **arguments))
 
 
 def truth_plain_and_deviation(inputs: Inputs) -> tuple[dict[str, Tensor], ...]:
-    """The reference in float64, plain PyTorch at the inputs' precision, and how far float32's rounding may lead."""
+    """Return the reference in float64, plain PyTorch at the inputs' precision, and float32's expected rounding."""
     plain = run(reference, inputs, upcast=False)
     plain["lse"] = run(reference, inputs)["lse"]
     return run(reference, inputs, torch.float64), plain, run(attention_deviation, inputs, torch.float64)
 
 
 def check(case: Case, device: str, impl: str = "triton") -> None:
-    """Hold a path to the reference in float64; what the kernels are to write is NaN before."""
+    """Compare a path with the reference in float64. Outputs are NaN before the kernels write them."""
     inputs = make_inputs(case, device)
     with checks.poisoned_outputs():
         ours = run(attention_decode, inputs, impl=impl)
@@ -167,7 +167,7 @@ def check(case: Case, device: str, impl: str = "triton") -> None:
     for name in ("out", "lse"):
         assert ours[name].shape == truth[name].shape
         checks.assert_close(name, ours[name], plain[name], truth[name], case.dtype, deviation[name])
-    # Where keys are rotated, sums of two products round in either order; all else is written as it came.
+    # Rotation rounds a sum of two products in either order; everything else is copied exactly.
     step = {torch.float32: 2e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}[case.dtype] * ("rotary" in case.features)
     torch.testing.assert_close(ours["k_cache"], plain["k_cache"], rtol=step, atol=step, equal_nan=True)
     torch.testing.assert_close(ours["v_cache"], plain["v_cache"], rtol=0, atol=0, equal_nan=True)

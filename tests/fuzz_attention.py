@@ -72,7 +72,7 @@ def random_case(rng: random.Random, device: str) -> Case:
 
 
 def run_case(seed: int, number: int, device: str) -> str | None:
-    """Run one case, which depends on (seed, number) alone; return its fault or None."""
+    """Run one case, which depends on (seed, number) alone; return its failure or None."""
     rng = random.Random(f"{seed} {number}")
     case = random_case(rng, device)
     tile = configs.Config(rng.choice([16, 32, 64]), rng.choice([16, 32, 64]), 4, 1)

@@ -18,7 +18,7 @@ TERMS = [{}, *({name: value} for name, value in ALL_TERMS.items()), ALL_TERMS]
 
 @dataclass
 class Inputs:
-    """x (N, C), weight (V, C), targets (N,), and what flows back into each loss and into their mean."""
+    """x (N, C), weight (V, C), targets (N,), and the upstream gradients of each loss and of the mean."""
 
     x: Tensor
     weight: Tensor
@@ -28,7 +28,7 @@ class Inputs:
 
 
 def make_inputs(N: int, V: int, C: int, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
-    """x, weight and targets are views of larger memory that is NaN, or no target, wherever they are not."""
+    """Make inputs that are views of larger memory, which is NaN, or an invalid target, elsewhere."""
     generator = torch.Generator().manual_seed(seed)
 
     def lay_out(values: Tensor, dtype: torch.dtype, around: float) -> Tensor:
@@ -44,7 +44,7 @@ def make_inputs(N: int, V: int, C: int, dtype: torch.dtype, device: str, seed: i
 
 
 def run(fn, inputs: Inputs, dtype: torch.dtype | None = None, **options) -> dict[str, Tensor]:
-    """Single losses, and the gradients of their weighted sum and of their mean, with all inputs in `dtype` if given."""
+    """Return single losses and the gradients of their weighted sum and mean, with inputs in `dtype` if given."""
     x, weight = (t.to(dtype or t.dtype).detach().requires_grad_() for t in (inputs.x, inputs.weight))
     losses = fn(x, weight, inputs.targets, reduction="none", **options)
     results = {"loss": losses.detach()}
@@ -56,7 +56,7 @@ def run(fn, inputs: Inputs, dtype: torch.dtype | None = None, **options) -> dict
 
 
 def check(inputs: Inputs, impl: str, **terms) -> None:
-    """Hold `impl` to the reference in float64, in chunks of 7 rows and tiles of 256 columns."""
+    """Compare `impl` with the reference in float64, in chunks of 7 rows and tiles of 256 columns."""
     dtype, V = inputs.x.dtype, inputs.weight.shape[0]
     with small_pieces(7 * V * inputs.x.element_size()):
         ours = run(linear_cross_entropy, inputs, impl=impl, **terms)
@@ -70,7 +70,7 @@ def check(inputs: Inputs, impl: str, **terms) -> None:
 
 
 def deviations(inputs: Inputs, **terms) -> dict[str, Tensor]:
-    """Of the rounding of all that `run` gives: see tests/rounding.py."""
+    """Return the expected rounding error of all results of `run`: see tests/rounding.py."""
     args = inputs.x, inputs.weight, inputs.targets
     found = loss_deviation(*args, inputs.dlosses, torch.float32, **terms)
     even = torch.full_like(inputs.dlosses, inputs.dmean / max(1, (inputs.targets >= 0).sum().item()))
@@ -79,7 +79,7 @@ def deviations(inputs: Inputs, **terms) -> dict[str, Tensor]:
 
 
 def small_pieces(chunk_bytes: int):
-    """Chunks of so many bytes, tiles of 256 columns, and NaN in whatever is to be written."""
+    """Patch in chunks of so many bytes, and NaN in new memory."""
     empty = chunks._empty
     return mock.patch.multiple(
         chunks,

@@ -1,4 +1,4 @@
-"""Masks to try things on: every built-in one, and compositions."""
+"""Masks for tests: every built-in mask, and compositions."""
 
 import functools
 
@@ -47,7 +47,7 @@ def some_layout() -> torch.Tensor:
     return torch.rand(6, 9, generator=torch.Generator().manual_seed(2)) < 0.4
 
 
-# Built-in masks, which visit exactly the tiles that hold a True, and compositions, which visit at most 1.15 x as many.
+# Built-in masks visit exactly the tiles that hold a True, compositions at most 1.15 x as many.
 BUILT_IN = {
     "full": FULL,
     "causal": CAUSAL,

@@ -1,4 +1,4 @@
-"""kernels/arguments.py: the bounds, and the sentences."""
+"""kernels/arguments.py: bounds and messages."""
 
 from fractions import Fraction
 
@@ -39,8 +39,8 @@ def test_numbers():
 @pytest.mark.parametrize(
     ("bits", "shown"), [(127, str(1 << 127)), (128, "a longer integer"), (40000, "a longer integer")]
 )
-def test_long_integers_are_not_written_out(bits, shown):
-    """Python itself refuses to write one of more than 4,300 digits."""
+def test_huge_integers_are_not_written_out(bits, shown):
+    """Python refuses to format integers of more than 4,300 digits."""
     assert refused(ValueError, check_number, "a", 1 << bits, 0, 1, "small") == f"a must be small, not {shown}"
     assert refused(ValueError, check_integer, "a", 1 << bits) == f"a must be an int of 64 bits, not {shown}"
 

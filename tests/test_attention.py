@@ -20,8 +20,8 @@ def test_square_causal(T, device):
     ("Tq", "Tk"), [(1, 129), (1, 1), (63, 200), (200, 63), (129, 1), (5, 64), (64, 5)], ids=lambda n: str(n)
 )
 @pytest.mark.parametrize("mask", [masks.CAUSAL, masks.FULL], ids=["causal", "full"])
-def test_not_square(Tq, Tk, mask, device):
-    """Queries line up with the last keys; with more queries than keys the first ones see nothing under CAUSAL."""
+def test_different_numbers_of_queries_and_keys(Tq, Tk, mask, device):
+    """Queries line up with the last keys, so with more queries than keys the first see no key under CAUSAL."""
     check(Case(Tq, Tk, H=1, mask=mask), device)
 
 
@@ -66,7 +66,7 @@ def test_layouts(layout, device):
 
 
 def test_one_projection_and_broadcast_batch(device):
-    """q, k and v as slices of one tensor, as a fused projection gives them, and a k, v shared by the whole batch."""
+    """q, k and v are slices of a fused projection; then the whole batch shares k and v."""
     qkv = torch.randn(2, 66, 6, 16, device=device, requires_grad=True)
     shared = torch.randn(1, 66, 4, 16, device=device, requires_grad=True)
     for fn in (lambda x, y: (*x.split(2, dim=2),), lambda x, y: (x[:, :, :2], *y.expand(2, -1, -1, -1).split(2, 2))):
@@ -91,8 +91,8 @@ def test_scale(scale, device):
 
 @pytest.mark.parametrize(("B", "Tq", "Tk"), [(0, 5, 5), (2, 0, 5), (2, 5, 0)])
 @pytest.mark.parametrize("impl", ["triton", "reference", "auto"])
-def test_nothing(B, Tq, Tk, impl, device):
-    """No rows, no queries or no keys: empty tensors or zeros, and gradients of zero."""
+def test_empty_batches_and_lengths(B, Tq, Tk, impl, device):
+    """The results are empty or zeros, and gradients are zeros."""
     q = torch.randn(B, Tq, 2, 16, device=device, requires_grad=True)
     k = torch.randn(B, Tk, 1, 16, device=device, requires_grad=True)
     out, lse = attention(q, k, k, return_lse=True, impl=impl)
@@ -102,8 +102,8 @@ def test_nothing(B, Tq, Tk, impl, device):
     assert (q.grad == 0).all() and (k.grad == 0).all()
 
 
-def test_rows_that_see_nothing(device):
-    """Zeros and lse -inf, with gradients of zero, wherever such rows lie in a tile."""
+def test_queries_that_see_no_key_give_zeros(device):
+    """Their lse is -inf and their gradients are zero, at any row of a tile."""
     nobody_sees_odd = masks.Mask(even_queries)
     inputs = make_inputs(Case(70, 70, mask=nobody_sees_odd), device)
     ours = run(attention, inputs, impl="triton")
@@ -122,7 +122,7 @@ TILES = sorted({config[:2] for row in configs.TABLE.values() for _, config in ro
 
 @pytest.mark.parametrize("tile", TILES, ids="{0[0]}x{0[1]}".format)
 def test_every_tile_of_the_table(tile, device, monkeypatch):
-    """Every tile size that any GPU uses gives the right numbers."""
+    """Every tile size of every GPU gives correct results."""
     if device == "cuda":
         monkeypatch.setattr(configs, "choose", lambda *_: configs.Config(*tile, 4, 1))
     else:
@@ -131,7 +131,7 @@ def test_every_tile_of_the_table(tile, device, monkeypatch):
     check(Case(T, T, H=1, mask=masks.sliding_window(max(tile)), dtype=FP16), device)
 
 
-def test_the_choice_of_tile_is_pure():
+def test_the_tile_depends_on_its_arguments_alone():
     for arch in configs.SHARED_MEMORY:
         for dtype in (FP32, FP16, BF16):
             for D in (8, 24, 64, 65, 128, 256):
@@ -150,8 +150,8 @@ def test_long_on_a_gpu(T, D, device):
 
 
 @pytest.mark.gpu
-def test_same_bits_again_on_a_gpu(device):
-    """Nothing is added atomically: the same inputs give the same bits."""
+def test_repeated_calls_give_the_same_bits_on_a_gpu(device):
+    """There are no atomic additions."""
     inputs = make_inputs(Case(1000, 1000, B=2, H=8, H_kv=2, D=64, dtype=BF16), device)
     first = run(attention, inputs, impl="triton")
     for _ in range(200):
@@ -167,14 +167,14 @@ def test_rows_more_than_two_to_the_31_apart(device):
 
 
 def test_positions_far_apart_are_copied():
-    """A tile of positions that spans more than 2^31 elements is not addressed in 32 bits."""
+    """32 bits cannot address a tile that spans more than 2^31 elements."""
     near, far = (torch.empty(1, device="meta").as_strided((2, 3, 1, 8), (8, step, 8, 1)) for step in (2**22, 2**24))
     assert within_reach(near) is near
     assert within_reach(far).stride() == (24, 8, 8, 1)
 
 
 def test_reference_against_torch():
-    """The specification itself, against torch's attention in float64 where the two mean the same."""
+    """In float64, for calls that torch's attention supports."""
     q, k, v = (torch.randn(2, 9, 4, 8, dtype=torch.float64) for _ in range(3))
     expected = torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True
@@ -186,8 +186,8 @@ def test_reference_against_torch():
     torch.testing.assert_close(lse, torch.logsumexp(scores, dim=-1))
 
 
-def test_the_rule_itself():
-    """It accepts what plain PyTorch would do and refuses a small systematic error."""
+def test_the_rule_refuses_small_errors():
+    """It accepts plain PyTorch's results."""
     truth = torch.randn(1000, dtype=torch.float64)
     plain = truth.to(BF16)
     assert_close("out", plain, plain, truth, BF16)
@@ -195,7 +195,7 @@ def test_the_rule_itself():
         assert_close("out", (truth + 0.05).to(BF16), plain, truth, BF16)
     with pytest.raises(AssertionError, match="out: error nan"):
         assert_close("out", torch.full_like(plain, torch.nan), plain, truth, BF16)
-    # One large error of plain PyTorch does not excuse a small one everywhere.
+    # A single large error of plain PyTorch does not permit a small error everywhere.
     plain[0] += 1
     with pytest.raises(AssertionError, match="out: RMS error"):
         assert_close("out", (truth + 0.06).to(BF16), plain, truth, BF16)

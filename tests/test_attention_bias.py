@@ -1,4 +1,4 @@
-"""A bias of any finite size on every path, as people write padding: -1e9 or a dtype's least number over a whole row."""
+"""A bias of any finite size on every path, such as padding of -1e9 or of a dtype's least number over a whole row."""
 
 import logging
 import math
@@ -37,7 +37,7 @@ def with_bias(case: Case, bias: torch.Tensor, device: str) -> Inputs:
 
 
 def check(case: Case, bias: torch.Tensor, device: str, impl: str) -> None:
-    """The rule of attention_checks.py, and lse and finiteness in every element."""
+    """Apply the rule of attention_checks.py, and check lse and finiteness of every element."""
     inputs = with_bias(case, bias, device)
     with poisoned_outputs():
         ours = run(attention, inputs, impl=impl)
@@ -53,7 +53,7 @@ def check(case: Case, bias: torch.Tensor, device: str, impl: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("level", LEVELS)
-def test_whole_rows(level, impl, device):
+def test_a_large_bias_on_whole_rows(level, impl, device):
     bias = torch.full(WHOLE.bias_shape(), level)
     bias[:, :, ::3] = torch.randn(11, 1, generator=torch.Generator().manual_seed(1))
     check(WHOLE, bias, device, impl)
@@ -62,7 +62,7 @@ def test_whole_rows(level, impl, device):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", LEAST, ids=lambda dtype: str(dtype)[6:])
 def test_left_padding(dtype, impl, device):
-    """The first queries see padding alone, by each dtype's least number; rows of 16 bits all the same."""
+    """The first queries see only padding, which is each dtype's least number."""
     for level in (-1e4, LEAST[dtype]):
         bias = torch.zeros(2, 1, 1, 40, dtype=dtype)
         bias[0, ..., :13], bias[1, ..., :31] = level, level
@@ -70,7 +70,7 @@ def test_left_padding(dtype, impl, device):
 
 
 def mixed(shape: tuple[int, ...], level: float) -> torch.Tensor:
-    """Rows of every kind: all at a level, small, about a level, half of them at it, -inf beside it, and -inf."""
+    """Make rows that are all at a level, small, about a level, half at it, partly -inf, and all -inf."""
     generator = torch.Generator().manual_seed(2)
     bias = torch.randn(shape, generator=generator)
     rows, keys = shape[2:]
@@ -85,7 +85,7 @@ def mixed(shape: tuple[int, ...], level: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("level", [-1e9, LEAST[torch.float32], 1e9])
-def test_rows_of_every_kind(level, impl, device):
+def test_rows_with_different_biases(level, impl, device):
     axes = "bhqk" if level == -1e9 else "qk"
     case = Case(37, 70, B=2, D=24, Dv=40, features=("bias",), bias_axes=axes, mask=masks.sliding_window(30), scale=0.4)
     check(case, mixed(case.bias_shape(), level), device, impl)
@@ -102,7 +102,7 @@ def test_with_every_feature(dtype, impl, device):
 @pytest.mark.parametrize("sink", [-1e9, 1e9, LEAST[torch.float32], -LEAST[torch.float32], -math.inf])
 @pytest.mark.parametrize("level", [None, -1e9, 0.5])
 def test_sinks_of_any_size(level, sink, impl, device):
-    """A sink far below a row vanishes; one far above it takes all, with lse's gradient. Two rows see no key."""
+    """A sink far below a row vanishes; one far above takes all weight and lse's gradient. Two rows see no key."""
     case = Case(22, 20, features=("sinks",) if level is None else ("sinks", "bias"), bias_axes="q")
     inputs = make_inputs(case, device)
     inputs.differentiable["sinks"] = torch.tensor([sink, 0.3], device=device)
@@ -115,7 +115,7 @@ def test_sinks_of_any_size(level, sink, impl, device):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_scores_of_minus_infinity(impl, device):
-    """They are keys that are not seen, whatever their bias."""
+    """They hide their keys, for any bias."""
     q, k, v = (torch.ones(1, 20, 1, 16, device=device) for _ in range(3))
     k[:, :7] = -math.inf
     bias = torch.tensor([[-1e9], [0.0]], device=device).repeat(10, 1)
@@ -127,7 +127,7 @@ def test_scores_of_minus_infinity(impl, device):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("level", [0.0, -1e9])
 @pytest.mark.parametrize("where", ["score", "bias"])
-def test_nan_spoils_its_row_and_no_other(where, level, impl, device):
+def test_a_nan_reaches_only_its_own_row(where, level, impl, device):
     q, k, v = (torch.ones(1, 40, 1, 16, device=device) for _ in range(3))
     bias = torch.full((40, 40), level, device=device)
     if where == "score":
@@ -141,7 +141,7 @@ def test_nan_spoils_its_row_and_no_other(where, level, impl, device):
 
 
 def naive(q, k, v, bias, mask):
-    """softmax(s + bias) in float64, and lse."""
+    """Compute softmax(s + bias) in float64, and lse."""
     s = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)) * q.shape[3] ** -0.5
     s = (s + bias).masked_fill(~mask.dense(q.shape[1], k.shape[1]), -math.inf)
     p = torch.softmax(s, dim=-1)
@@ -151,8 +151,8 @@ def naive(q, k, v, bias, mask):
 @on_cpu
 @pytest.mark.parametrize("impl", ["reference", "chunked", "triton", "auto"])
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_truth_is_softmax_in_float64(level, impl):
-    """Softmax written down plainly, without attention_reference: float32 is within float32's rounding of it."""
+def test_paths_agree_with_softmax_in_float64(level, impl):
+    """Plain softmax, without attention_reference: float32 results are within float32's rounding of it."""
     inputs = with_bias(replace(WHOLE, mask=masks.CAUSAL, Tk=33), torch.full((33, 33), level), "cpu")
     tensors = {name: x.double().requires_grad_() for name, x in inputs.differentiable.items()}
     out, lse = naive(**tensors, mask=masks.CAUSAL)
@@ -173,7 +173,7 @@ def test_the_truth_is_softmax_in_float64(level, impl):
 @pytest.mark.parametrize("dtype", LEAST, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("level", [-1e4, -3e7, -1e9, -1e30, LEAST[torch.float32]])
 def test_auto_on_a_cpu(level, dtype, monkeypatch, caplog):
-    """torch's own attention gets rows that begin at 0, and none that round scores as float64 would."""
+    """torch's attention gets biases relative to their row's largest, and none that would round scores in float64."""
     monkeypatch.setattr(dispatch, "_announced", set())
     case = Case(24, 24, B=2, H=4, H_kv=2, dtype=dtype, features=("bias",), bias_axes="hqk")
     inputs = with_bias(case, mixed(case.bias_shape(), level), "cpu")
@@ -205,8 +205,8 @@ def test_sdpa_refuses_what_it_would_lose():
 
 
 @pytest.mark.parametrize("impl", ["triton", "chunked", "reference", "auto"])
-def test_compiled(impl, device):
-    """In one graph, where no value can be looked at."""
+def test_a_large_bias_under_compile(impl, device):
+    """A graph cannot read the values of the bias."""
     torch._dynamo.reset()
     inputs = with_bias(replace(WHOLE, Tk=33), mixed((1, 2, 33, 33), -1e9), device)
     leaves = [x.detach().requires_grad_() for x in inputs.differentiable.values()]
@@ -224,7 +224,7 @@ def test_compiled(impl, device):
 
 @on_cpu
 def test_under_vmap():
-    """No value can be looked at there either."""
+    """vmap cannot read the values of the bias either."""
     q, biases = torch.randn(1, 9, 2, 8), mixed((3, 1, 9, 9), -1e9)
     expected = torch.stack([attention_reference(q, q, q, bias=bias) for bias in biases])
     found = torch.func.vmap(lambda bias: attention(q, q, q, bias=bias))(biases)
@@ -248,7 +248,7 @@ def test_decoding_with_sinks_of_any_size(sink, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scores_are_rounded_as_float64_rounds_them(dtype):
-    """To multiples of its step, 2^-52 of the power of two, once that is coarser than float32's own."""
+    """To multiples of 2^-52 times the power of two, if that is coarser than float32's step."""
     s = torch.linspace(-9, 9, 31, dtype=dtype)
     for power in range(0, 128, 3):
         for size in (1.0, 1.5, 2 - 2**-20):
@@ -259,7 +259,7 @@ def test_scores_are_rounded_as_float64_rounds_them(dtype):
                 torch.testing.assert_close(add_bias(s, shift, shift), kept, rtol=3e-7, atol=1e-15)
 
 
-def test_shifts():
+def test_row_shift_is_the_largest_visible_bias():
     bias = torch.tensor([[1.0, 5.0, 3.0], [-math.inf, -math.inf, 2.0], [math.nan, 0.0, 0.0]])
     visible = torch.tensor([[True, False, True], [True, True, False], [True, True, True]])
     assert row_shift(bias, visible)[:2].tolist() == [[3.0], [0.0]] and row_shift(bias, visible)[2].isnan()

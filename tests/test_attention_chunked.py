@@ -19,7 +19,7 @@ CASE = Case(150, 190, B=2, H=4, H_kv=2, D=12, Dv=20)
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """So that tensors of a test's size come in several pieces, some of them with gaps between their keys."""
+    """Make chunks so small that a test has several, some with gaps between their keys."""
     monkeypatch.setattr(attention_chunked, "SCORES", 4096)
     monkeypatch.setattr(attention_chunked, "TILE", 16)
 
@@ -37,20 +37,20 @@ def test_each_feature(feature):
 
 @pytest.mark.parametrize("axes", ["bhqk", "hqk", "qk", "bk", "q", ""])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_all_together(axes, dtype):
+def test_all_features_together(axes, dtype):
     mask = masks.CAUSAL & (masks.sliding_window(30) | masks.strided(41))
     case = replace(CASE, features=FEATURES, bias_axes=axes, dtype=dtype, mask=mask, seed=3)
     check(case, "cpu", impl="chunked")
 
 
 @pytest.mark.parametrize(("Tq", "Tk"), [(1, 1), (1, 200), (200, 1), (129, 60)])
-def test_not_square(Tq, Tk):
+def test_different_numbers_of_queries_and_keys(Tq, Tk):
     check(Case(Tq, Tk, features=("sinks",)), "cpu", impl="chunked")
     check(Case(Tq, Tk), "cpu", impl="chunked")
 
 
 @pytest.mark.parametrize(("B", "Tq", "Tk"), [(0, 5, 5), (2, 0, 5), (2, 5, 0)])
-def test_nothing(B, Tq, Tk):
+def test_empty_batches_and_lengths(B, Tq, Tk):
     q, k = (torch.randn(B, T, 2, 8, requires_grad=True) for T in (Tq, Tk))
     out, lse = attention(q, k, k, return_lse=True, impl="chunked")
     assert out.shape == q.shape and (out == 0).all() and (lse == -torch.inf).all()
@@ -58,15 +58,14 @@ def test_nothing(B, Tq, Tk):
     assert (q.grad == 0).all() and (k.grad == 0).all()
 
 
-def test_it_can_fail(monkeypatch):
-    """One key short of what is needed, and the check sees it."""
+def test_the_check_finds_a_missing_key(monkeypatch):
     real = attention_chunked._keys
     monkeypatch.setattr(attention_chunked, "_keys", lambda tiles, Tk, device: real(tiles[:-1], Tk, device))
     with pytest.raises(AssertionError):
         check(CASE, "cpu", impl="chunked")
 
 
-def test_auto_takes_it_where_a_matrix_would_be_too_large(monkeypatch):
+def test_auto_uses_the_chunked_path_for_large_matrices(monkeypatch):
     monkeypatch.setattr(sys.modules["kernels.attention"], "MOST_SCORES", 60 * 60)
     calls = []
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Decoding against a cache: held to the reference by the rule for attention, and to the same bits in any company."""
+"""Decoding with a cache: agrees with the reference, and gives the same bits in any batch."""
 
 import itertools
 import math
@@ -33,19 +33,19 @@ def test_kernels(case, device):
     check(case, device)
 
 
-def test_mask_of_each_row(device):
+def test_mask_with_a_value_for_each_row(device):
     mask = WINDOW | (masks.CAUSAL & masks.prefix(torch.tensor([0, 3, 200], dtype=torch.int32, device=device)))
     check(Case(lens=(500, 600, 700), mask=mask, page=16), device)
 
 
 def test_new_keys_under_a_mask_that_hides_them(device):
-    """No split with the new tokens is attended to, and they are appended all the same."""
+    """No split with the new tokens is computed, but they are appended."""
     check(Case(lens=(300, 600), Tq=2, mask=masks.sink_tokens(7)), device)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_torch_path(case):
-    """What "auto" takes on a CPU."""
+    """The path of "auto" on a CPU."""
     check(case, "cpu", impl="torch")
 
 
@@ -56,7 +56,7 @@ def test_torch_path_without_lse():
 
 
 def test_reference_by_hand():
-    """One query, two keys in the cache and one new, whose weights are 1/4, 1/4 and 1/2; NaN behind them."""
+    """One query, two cached keys and a new one, with weights 1/4, 1/4 and 1/2; NaN behind them."""
     k, v = torch.full((1, 4, 1, 8), math.nan), torch.full((1, 4, 1, 8), math.nan)
     k[:, :2], v[0, 0], v[0, 1] = 0.0, 4.0, 8.0
     q = torch.ones(1, 1, 1, 8)
@@ -66,13 +66,13 @@ def test_reference_by_hand():
         out = attention_decode(q, k, v, lens, k_new=k_new, v_new=v_new, scale=1.0, impl=impl)
         torch.testing.assert_close(out, torch.full_like(out, 4.0))
         assert torch.equal(v[0, 2], v_new[0, 0]) and torch.equal(k[0, 2], k_new[0, 0]) and v[0, 3].isnan().all()
-    # The same three tokens, all in the cache already.
+    # The same three tokens, all in the cache.
     lens += 1
     torch.testing.assert_close(attention_decode(q, k, v, lens, scale=1.0), torch.full_like(out, 4.0))
 
 
 def test_rotation_by_hand():
-    """A quarter turn at position 1: the pair (x, y) becomes (-y, x)."""
+    """A quarter turn at position 1 turns the pair (x, y) into (-y, x)."""
     cos = torch.tensor([[1.0] * 4, [0.0] * 4])
     sin = torch.tensor([[0.0] * 4, [-1.0, -1.0, 1.0, 1.0]])
     x = torch.tensor([1.0, 2.0, 3.0, 4.0]).expand(1, 2, 1, 4)
@@ -86,7 +86,7 @@ def test_rotation_by_hand():
     ids=["fp32-causal", "bf16-window-and-sinks"],
 )
 def test_batch_invariance(dtype, mask, device):
-    """A sequence gets the same bits alone and among others, in a short and in a long cache, contiguous or in pages."""
+    """A sequence gets the same bits alone and in a batch, in a short and a long cache, contiguous or in pages."""
     base = Case(dtype=dtype, mask=mask, features=("sinks",))
     placed = {5: make_inputs(replace(base, lens=(100,), capacity=101), device)}
     placed[2] = make_inputs(replace(base, lens=(700,), capacity=720), device)
@@ -104,7 +104,7 @@ def test_batch_invariance(dtype, mask, device):
 
 
 def put_in(inputs: Inputs, b: int, alone: Inputs, n: int) -> None:
-    """Replace sequence b by the only one of `alone`, n tokens long."""
+    """Replace sequence b by the single sequence of `alone`, n tokens long."""
     inputs.q[b] = alone.q[0]
     for name in ("k_new", "v_new"):
         inputs.arguments[name][b] = alone.arguments[name][0]
@@ -117,8 +117,8 @@ def put_in(inputs: Inputs, b: int, alone: Inputs, n: int) -> None:
             to[table[b].long()[j // 16], j % 16] = source[0, :n]
 
 
-def test_window_reads_its_window(device):
-    """Tiles outside the bands are not visited: they hold NaN, which does not reach the output."""
+def test_keys_outside_a_window_are_not_read(device):
+    """They hold NaN, which does not reach the output."""
     for mask, unseen in ((WINDOW, slice(0, 832)), (WINDOW_AND_SINKS, slice(64, 832))):
         inputs = make_inputs(Case(lens=(1000,), mask=mask), device)
         inputs.k_cache[0, unseen] = inputs.v_cache[0, unseen] = math.nan
@@ -131,8 +131,8 @@ def problem(capacity: int, mask: masks.Mask, Tq: int = 1) -> DecodeProblem:
     return DecodeProblem(decode_call_of(DecodeArguments(q, cache, cache, lens, mask=mask, scale=1.0)), "sm_90")
 
 
-def test_slots():
-    """There are as many programs as a mask and a capacity can need: a window has few, however long the cache."""
+def test_the_mask_and_the_capacity_limit_the_splits():
+    """A window has few splits, however long the cache."""
     assert problem(1 << 16, masks.CAUSAL).n_slots == (1 << 16) // SPLIT
     assert problem(SPLIT + 1, masks.FULL).n_slots == 2
     assert problem(1 << 16, masks.sliding_window(1)).n_slots == 1
@@ -154,7 +154,7 @@ def test_empty_batch_and_cache(device):
 
 
 def test_lengths_beyond_the_cache(device):
-    """Where lengths cannot be checked, a wrong one does not lead out of the cache: memory around it stays NaN."""
+    """An unchecked wrong length does not write outside the cache: memory around it stays NaN."""
     memory = torch.full((3, 64, 1, 16), math.nan, device=device)
     cache = memory[1:2]
     cache[:] = 1.0
@@ -180,8 +180,8 @@ def test_operator(impl, device):
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
-def test_compiles_whole(impl, device):
-    """torch.compile holds it in one graph, caches changed in place and all, while lengths grow."""
+def test_compiles_as_one_graph(impl, device):
+    """The graph changes caches in place while lengths grow."""
     inputs = make_inputs(Case(lens=(20, 70), capacity=128, features=("rotary",), mask=WINDOW), device)
     k, v = inputs.k_cache.clone(), inputs.v_cache.clone()
 
@@ -199,7 +199,7 @@ def test_compiles_whole(impl, device):
 
 @pytest.mark.gpu
 def test_cuda_graph():
-    """A captured step follows the lengths on the device: nothing in it waits for them."""
+    """A captured step reads the lengths on the device and waits for nothing."""
     inputs = make_inputs(Case(lens=(20, 300), D=64, dtype=torch.bfloat16, page=16, capacity=512), "cuda")
     args = inputs.q, inputs.k_cache, inputs.v_cache, inputs.cache_lens
     inputs.arguments["block_table"].copy_(torch.randperm(64, device="cuda").int().view(2, 32))
@@ -225,7 +225,7 @@ def test_has_no_gradients():
 
 
 def wrong(**changes):
-    """A call that fits, with some of its arguments replaced."""
+    """Make a valid call with some arguments replaced."""
     call = {
         "q": torch.zeros(2, 1, 4, 16),
         "k_cache": torch.zeros(2, 64, 2, 16),
@@ -261,13 +261,13 @@ def wrong(**changes):
         (ValueError, "block_table names pages", {"block_table": torch.full((2, 1), 2, dtype=torch.int32)}),
     ],
 )  # fmt: skip
-def test_refuses(error, message, changes):
+def test_invalid_arguments_are_refused(error, message, changes):
     wrong()
     with pytest.raises(error, match=message):
         wrong(**changes)
 
 
-def test_triton_refuses_what_it_cannot(device):
+def test_triton_refuses_an_unsupported_head_dim(device):
     tensors = {name: torch.zeros(2, T, 2, 300, device=device) for name, T in (("q", 1), ("k_cache", 8), ("v_cache", 8))}
     with pytest.raises(NotImplementedError, match="head_dim 300"):
         attention_decode(**tensors, cache_lens=torch.zeros(2, dtype=torch.int32, device=device), impl="triton")

@@ -1,4 +1,4 @@
-"""Which path a call takes, that each path is right, and what it says where it cannot go."""
+"""Which path a call takes, that each path is correct, and the reason if one is impossible."""
 
 import logging
 import subprocess
@@ -22,7 +22,7 @@ def qkv(Tq=7, Tk=7, H=4, H_kv=2, D=8, Dv=8, **options):
 
 
 def chosen(monkeypatch, caplog, **call) -> str:
-    """The path that auto takes, by its own log."""
+    """Return the path that auto logs."""
     monkeypatch.setattr(dispatch, "_announced", set())
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="kernels"):
@@ -34,7 +34,7 @@ def chosen(monkeypatch, caplog, **call) -> str:
 
 
 @on_cpu
-def test_what_auto_takes_is_said_once(monkeypatch, caplog):
+def test_the_choice_of_auto_is_logged_once(monkeypatch, caplog):
     def choice(**call):
         return chosen(monkeypatch, caplog, **call)
 
@@ -54,8 +54,8 @@ def test_what_auto_takes_is_said_once(monkeypatch, caplog):
 
 @on_cpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_torchs_16_bit_kernel_is_left_alone_where_avx512_is_switched_off(dtype, monkeypatch, caplog):
-    """It packs keys for AVX-512 from 64 queries on, whatever ATEN_CPU_CAPABILITY says, and fails."""
+def test_auto_avoids_torchs_16_bit_kernel_without_avx512(dtype, monkeypatch, caplog):
+    """From 64 queries on it packs keys for AVX-512, even if ATEN_CPU_CAPABILITY disables that, and fails."""
     inputs = {T: [x.detach() for x in qkv(T, T, dtype=dtype)] for T in (63, 64)}
     possible = ["reference"] if attention_sdpa.CANNOT_PACK else ["sdpa", "reference"]
     for path in possible:
@@ -81,7 +81,7 @@ MASKS = {
 @pytest.mark.parametrize(("Tq", "Tk"), [(7, 7), (1, 9), (3, 9), (9, 4)])
 @pytest.mark.parametrize(("H", "H_kv"), [(4, 4), (4, 2), (3, 1)])
 def test_auto_on_a_cpu_is_right(mask, Tq, Tk, H, H_kv):
-    """Values and gradients, twice: the second call finds its mask kept."""
+    """Values and gradients, twice: the second call finds its mask in the cache."""
     inputs = qkv(Tq, Tk, H, H_kv, Dv=6, dtype=torch.float64)
     extras = ({}, {"alibi_slopes": torch.rand(H), "bias": torch.randn(H, 1, Tk, dtype=torch.float64)}, {})
     for extra in extras:
@@ -97,7 +97,7 @@ def test_auto_on_a_cpu_is_right(mask, Tq, Tk, H, H_kv):
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("scale", [0, -0.6, 1e-320])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_scale_that_is_not_positive(dtype, scale, mask):
+def test_scales_that_are_not_positive(dtype, scale, mask):
     inputs = qkv(dtype=dtype)
     results = []
     for fn in (attention, attention_reference):
@@ -130,7 +130,7 @@ def test_bias_gets_its_gradient_on_a_cpu():
 
 
 @on_cpu
-def test_kept_masks_are_few():
+def test_the_cache_of_dense_masks_is_bounded():
     mask = masks.sliding_window(3) & masks.FULL
     for T in range(2, 60):
         attention(*qkv(T, T + 1), mask=mask)
@@ -180,7 +180,7 @@ REFUSED = [
 
 @on_cpu
 @pytest.mark.parametrize(("call", "error", "text"), REFUSED, ids=lambda x: x if isinstance(x, str) else "")
-def test_what_is_refused(call, error, text):
+def test_invalid_calls_are_refused(call, error, text):
     call = dict(call)
     inputs = call.pop("inputs", None) or qkv()
     with pytest.raises(error, match=text):
@@ -188,7 +188,7 @@ def test_what_is_refused(call, error, text):
 
 
 @on_cpu
-def test_triton_without_a_gpu_says_why(monkeypatch):
+def test_triton_without_a_gpu_gives_the_reason(monkeypatch):
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
     with pytest.raises(
         NotImplementedError, match=r"cannot do this call: cpu is not a GPU from sm_80 up: .*INTERPRET=1"
@@ -197,7 +197,7 @@ def test_triton_without_a_gpu_says_why(monkeypatch):
 
 
 def test_without_triton():
-    """Where there is no triton all else works, and impl="triton" gives the reason."""
+    """All other paths work without triton, and impl="triton" gives the reason."""
     program = """
         import sys
         sys.modules["triton"] = None
@@ -221,7 +221,7 @@ def test_without_triton():
 @pytest.mark.parametrize("T", [1, 17, 256, 257], ids="T{}".format)
 @pytest.mark.parametrize("H_kv", [4, 1], ids="Hkv{}".format)
 def test_short_bfloat16_training_on_a_cpu_is_right(T, H_kv):
-    """Held to the rule for the kernels, under autocast too, which must not reach inside."""
+    """By the rule for the kernels, also under autocast, which must not change the dtypes inside."""
     for autocast in (False, True):
         check_auto(Case(T, T, H=4, H_kv=H_kv, D=24, Dv=16, dtype=torch.bfloat16), autocast)
 

@@ -1,4 +1,4 @@
-"""What attention does beside masks: softcap, ALiBi, bias, sinks, segments, dropout, lse; alone and together."""
+"""The features of attention beside masks: softcap, ALiBi, bias, sinks, segments, dropout, lse; alone and together."""
 
 from dataclasses import replace
 
@@ -17,13 +17,13 @@ BF16 = torch.bfloat16
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-def test_each_alone(feature, device):
+def test_each_feature_alone(feature, device):
     check(Case(70, 90, features=(feature,)), device)
 
 
 @pytest.mark.parametrize("mask", [masks.CAUSAL, masks.FULL, masks.sliding_window(30)], ids=["causal", "full", "win"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=["float32", "float16", "bfloat16"])
-def test_all_together(mask, dtype, device):
+def test_all_features_together(mask, dtype, device):
     check(Case(65, 80, D=24, Dv=8, mask=mask, dtype=dtype, features=FEATURES), device)
 
 
@@ -38,7 +38,7 @@ def test_bias_of_any_shape_that_broadcasts(shape, device):
 
 @pytest.mark.parametrize("axes", ["bhqk", "hqk", "qk", "bhq", "bhk", "bk", "q", "h", ""])
 def test_gradient_of_bias_of_any_shape_that_broadcasts(axes, device):
-    """One sum for each value of the bias, over all that it is broadcast to; no other feature in its way."""
+    """Each value of the bias gets the sum over all pairs that it is broadcast to."""
     check(Case(70, 90, B=2, features=("bias",), bias_axes=axes), device)
 
 
@@ -48,7 +48,7 @@ def test_gradient_of_bias_among_all_features(dtype, device):
     check(replace(case, features=FEATURES), device)
 
 
-def test_a_bias_that_gets_no_gradient_costs_none(device, monkeypatch):
+def test_no_gradient_is_computed_for_a_constant_bias(device, monkeypatch):
     def refuse(*args):
         raise AssertionError("it was computed")
 
@@ -58,7 +58,7 @@ def test_a_bias_that_gets_no_gradient_costs_none(device, monkeypatch):
 
 
 def test_gradient_of_bias_visits_what_the_mask_needs(device):
-    """Of a window's 5 x 5 tiles 9, twice for two heads; for a bias of shape (T, T) one program has one tile."""
+    """A window needs 9 of 5 x 5 tiles, twice for two heads; for a bias of shape (T, T), one program has one tile."""
     bias = torch.zeros(300, 300, device=device)
     q, k = torch.randn(1, 300, 2, 16, device=device), torch.randn(1, 300, 1, 16, device=device)
     problem = Problem(call_of(Arguments(q, k, k, masks.sliding_window(30), bias=bias)))
@@ -70,8 +70,8 @@ def test_gradient_of_bias_visits_what_the_mask_needs(device):
     assert counts.sum().item() == 2 * needed
 
 
-def test_bias_of_minus_infinity_hides(device):
-    """Also where it hides all: such a row is zero, as one that the mask leaves empty."""
+def test_a_bias_of_minus_infinity_hides_a_pair(device):
+    """A row with only hidden pairs is zero."""
     q, k, v = (torch.randn(1, 6, 1, 8, device=device) for _ in range(3))
     bias = torch.zeros(6, 6, device=device)
     bias[2] = -torch.inf
@@ -80,14 +80,14 @@ def test_bias_of_minus_infinity_hides(device):
     torch.testing.assert_close(out, attention_reference(q, k, v, bias=bias))
 
 
-def test_sinks_of_minus_infinity_are_none(device):
+def test_sinks_of_minus_infinity_change_nothing(device):
     q, k, v = (torch.randn(1, 6, 2, 8, device=device) for _ in range(3))
     sinks = torch.full((2,), -torch.inf, device=device)
     torch.testing.assert_close(attention(q, k, v, sinks=sinks, impl="triton"), attention(q, k, v, impl="triton"))
 
 
 def test_strided_values_of_heads(device):
-    """Slopes and sinks that are columns of something larger."""
+    """Slopes and sinks may be columns of a larger tensor."""
     q, k, v = (torch.randn(1, 6, 2, 8, device=device) for _ in range(3))
     columns = torch.rand(2, 3, device=device)
     options = {"alibi_slopes": columns[:, 1], "sinks": columns[:, 2]}
@@ -105,7 +105,7 @@ def test_lse_alone_is_differentiable(device):
 
 
 def test_two_halves_merge_by_lse(device):
-    """What lse is for: attention over two halves of the keys, put together, is attention over all of them."""
+    """Attention over two halves of the keys, combined by lse, equals attention over all keys."""
     q, k, v = (torch.randn(1, 70, 2, 16, device=device) for _ in range(3))
     parts = [
         attention(q, k[:, half], v[:, half], mask=masks.FULL, return_lse=True, impl="triton")
@@ -118,7 +118,7 @@ def test_two_halves_merge_by_lse(device):
 
 
 def test_a_mask_with_a_value_for_each_row(device):
-    """Prefix attention by a predicate of one's own: the first n keys are seen by all, n given for each row."""
+    """A user-defined prefix mask: all queries see the first n keys, with n given for each row."""
     prefix = masks.Mask(in_prefix, torch.tensor([3, 40, 0], dtype=torch.int32, device=device))
     check(Case(70, 70, B=3, H=1, mask=masks.CAUSAL | prefix), device)
     assert (masks.CAUSAL | prefix).dense(5, 5, device)[1, 0].all()
@@ -128,8 +128,8 @@ def in_prefix(q, k, length):
     return k < length
 
 
-def test_a_mask_of_ones_own(device):
-    """Predicate, integers and bands; forward, backward and reference come from it."""
+def test_a_user_defined_mask(device):
+    """Forward, backward and reference all come from its predicate, integers and bands."""
     band = masks.Band(least=0, most=50, exact=False)
     dilated = masks.Mask(dilated_window, 51, 3, bands=[band])
     check(Case(90, 130, mask=dilated, dtype=BF16), device)
@@ -141,7 +141,7 @@ def dilated_window(q, k, window, step):
 
 
 def test_packed_documents_stay_apart(device):
-    """A row of packed documents gives what each document gives by itself."""
+    """Packed documents give the same results as single ones."""
     lengths = [30, 1, 39]
     q, k, v = (torch.randn(1, 70, 2, 16, device=device) for _ in range(3))
     ids = masks.segment_ids(torch.tensor([0, 30, 31, 70], device=device), 70)
@@ -153,8 +153,8 @@ def test_packed_documents_stay_apart(device):
         torch.testing.assert_close(out, torch.cat(alone, dim=1))
 
 
-def test_dropout_is_a_function_of_place_and_seed(device):
-    """The same entries fall for any tile size and in any batch that holds the same row; another seed, other entries."""
+def test_dropout_depends_on_indices_and_seed(device):
+    """Tile size and batch do not change which entries are dropped; another seed does."""
     keep = dropout_keep(0.3, 7, (2, 2, 40, 50), device)
     assert torch.equal(keep[:1, :1, :9, :11], dropout_keep(0.3, torch.tensor([7]), (1, 1, 9, 11), device))
     assert not torch.equal(keep, dropout_keep(0.3, 8, (2, 2, 40, 50), device))
@@ -166,7 +166,7 @@ def test_dropout_is_a_function_of_place_and_seed(device):
 
 
 def test_dropout_is_uniform():
-    """Shares by key, by query and of neighbours that both survive are within five standard deviations of chance."""
+    """Shares by key, by query and of surviving neighbours are within five standard deviations of the expected ones."""
     p, n = 0.25, 1000
     keep = dropout_keep(p, 3, (2, 2, n, n), "cpu").double()
     for axes in ((0, 1, 2), (0, 1, 3)):

@@ -1,4 +1,4 @@
-"""A few fixed random calls of attention; a fault is found and can be repeated."""
+"""A few fixed random calls of attention; a failure is found and can be repeated."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def test_random_calls_equal_the_reference(number, device):
     assert fuzz_attention.run_case(20260, number, device) is None
 
 
-def test_a_fault_is_printed_as_a_line_that_repeats_it(monkeypatch, capsys):
+def test_a_failure_is_printed_as_a_line_that_repeats_it(monkeypatch, capsys):
     real = attention_chunked.chunked_forward
     assert fuzz_attention.main(["--cases", "1", "--seed", "3", "--only", "2"]) == 0
     monkeypatch.setattr(fuzz_attention, "check", lambda *args, impl="triton", **options: 1 / (impl == "triton"))

@@ -1,4 +1,4 @@
-"""The checks can fail: kernels broken on purpose are found out, by the very check that the other tests use."""
+"""The check that other tests use finds kernels that are broken on purpose."""
 
 from unittest import mock
 
@@ -17,11 +17,11 @@ pytestmark = pytest.mark.skipif(
 CASE = Case(130, 130, H=1, mask=masks.sliding_window(70))
 
 
-def test_unbroken(device):
+def test_unchanged_kernels_pass(device):
     check(CASE, device)
 
 
-def test_mask_flipped(device):
+def test_a_flipped_mask_is_found(device):
     flipped = masks.Mask(before_itself, 70, bands=masks.sliding_window(70).bands)
     real = mask.predicate
     with (
@@ -35,7 +35,7 @@ def before_itself(q, k, window):
     return (q > k) & (q - k < window)
 
 
-def test_scale_dropped(device):
+def test_a_missing_scale_is_found(device):
     real = problem.Problem.scoring
     with (
         mock.patch.object(problem.Problem, "scoring", lambda self: real(self)._replace(scale=problem.LOG2E)),
@@ -46,22 +46,22 @@ def test_scale_dropped(device):
 
 @pytest.mark.parametrize("module", [attention_forward, attention_backward], ids=["forward", "backward"])
 @pytest.mark.parametrize("which", ["count_full", "count_partial"])
-def test_tile_skipped(module, which, device):
+def test_a_skipped_tile_is_found(module, which, device):
     replacement = {"count_full": one_full_less, "count_partial": one_partial_less}[which]
     with mock.patch.object(module, which, replacement), pytest.raises(AssertionError):
         check(CASE, device)
 
 
 @pytest.mark.parametrize("module", [attention_forward, attention_backward], ids=["forward", "backward"])
-def test_tile_of_a_list_skipped(module, device):
+def test_a_skipped_tile_of_a_list_is_found(module, device):
     case = Case(130, 130, H=1, mask=masks.CAUSAL & masks.strided(50))
     check(case, device)
     with mock.patch.object(module, "count_partial", one_partial_less), pytest.raises(AssertionError):
         check(case, device)
 
 
-def test_tile_of_another_document_too_many_skipped(device):
-    """Lists made from segment ids as if two documents that share a tile did not."""
+def test_a_skipped_tile_of_two_documents_is_found(device):
+    """The lists of tiles ignore that two documents share a tile."""
     case = Case(130, 130, H=1, features=("segments",))
     real = tile_lists._by_segments
 

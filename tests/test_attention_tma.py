@@ -1,4 +1,4 @@
-"""Tiles by tensor descriptors: the same bits as by pointers, and pointers where the copy engine cannot read them."""
+"""Tiles loaded by tensor descriptors: the same bits as by pointers, which serve tensors the copy engine cannot read."""
 
 from contextlib import ExitStack, contextmanager
 
@@ -37,7 +37,7 @@ CASES = [
 @pytest.mark.skipif(not INTERPRETED, reason="a compiler may order sums differently")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_same_bits_as_pointers(case, device):
-    """Rows beyond the end and columns beyond D read as zero either way."""
+    """Rows beyond the end and columns beyond D read as zero both ways."""
     inputs, found = make_inputs(case, device), []
     for tma in (False, True):
         with in_all_kernels(tma, case, device), poisoned_outputs():
@@ -48,7 +48,7 @@ def test_same_bits_as_pointers(case, device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_right_on_a_gpu(case):
+def test_tma_is_correct_on_a_gpu(case):
     if configs.architecture(torch.device("cuda")) not in configs.HAS_TMA:
         pytest.skip("this GPU has no copy engine for tiles")
     with in_all_kernels(True, case, "cuda"):
@@ -70,7 +70,7 @@ def test_descriptors_take_the_place_of_pointers():
     assert launch(q, k, v, tma=False).args["k"] is k
 
 
-def test_one_that_cannot_be_read_leaves_all_to_pointers():
+def test_one_unreadable_tensor_means_pointers_for_all():
     q, k = (torch.zeros(2, 8, 3, 16, dtype=FP16) for _ in range(2))
     args = launch(q, k, torch.zeros(2, 8, 3, 20, dtype=FP16)[..., 4:], tma=True).args
     assert args["q"] is q and args["k"] is k and args["q_strides"] == q.stride()
@@ -88,17 +88,17 @@ def misfits() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("why", misfits())
-def test_what_the_copy_engine_cannot_read(why):
+def test_unreadable_tensors_get_no_descriptor(why):
     assert descriptor(misfits()[why], 32, 16) is None
 
 
-def test_a_stride_that_is_never_taken_does_not_matter():
-    """As one row of a batch, or one head, cut out of something odd."""
+def test_strides_of_axes_of_length_one_are_ignored():
+    """For example one row or one head of a tensor with odd strides."""
     x = torch.zeros(2 * 8 * 16 + 3, dtype=FP16).as_strided((1, 8, 1, 16), (259, 16, 3, 1))
     assert descriptor(x, 32, 16).strides == [16, 16, 16, 1]
 
 
 def test_a_projection_of_q_k_and_v_at_once_can_be_read():
-    """No copy is needed where k and v lie beside q in one tensor."""
+    """q, k and v in one tensor need no copy."""
     q, k, v = torch.zeros(2, 8, 3 * 4 * 16, dtype=FP32).view(2, 8, 12, 16).split(4, dim=2)
     assert all(descriptor(x, 32, 16).strides == [8 * 192, 16, 192, 1] for x in (q, k, v))

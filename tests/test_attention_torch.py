@@ -1,4 +1,4 @@
-"""What PyTorch builds on an operator: opcheck, torch.compile, autocast, activation checkpointing, double backward."""
+"""The operators under opcheck, torch.compile, autocast, activation checkpointing and double backward."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def in_prefix(q, k, length):
 
 @pytest.mark.parametrize("impl", ["triton", "auto", "chunked", "reference"])
 def test_compile_fullgraph(impl, device):
-    """One graph, also as lengths change; the same numbers as without it."""
+    """One graph, also for changing lengths, with the same numbers as eager mode."""
     torch._dynamo.reset()
 
     def loss(q, k, v, sinks):
@@ -90,7 +90,7 @@ def test_activation_checkpointing(dropout_p, device):
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
-def test_only_what_needs_a_gradient_gets_one(device):
+def test_only_tensors_that_require_a_gradient_get_one(device):
     q, k, v = qkv(device)
     v.requires_grad_(False)
     attention(q, k, v, impl="triton").sum().backward()
@@ -99,7 +99,7 @@ def test_only_what_needs_a_gradient_gets_one(device):
         assert not attention(q, k, v, impl="triton").requires_grad
 
 
-def test_double_backward_says_what_to_do(device):
+def test_double_backward_names_the_alternative(device):
     q, k, v = qkv(device)
     (grad,) = torch.autograd.grad(attention(q, k, v, impl="triton").square().sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match='impl="reference"'):

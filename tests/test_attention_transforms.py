@@ -1,4 +1,4 @@
-"""Forward-mode derivatives and torch.func: right where plain PyTorch runs, refused where operators would drop them."""
+"""Forward-mode derivatives and torch.func: correct in plain PyTorch, refused by operators, which would drop them."""
 
 import contextlib
 
@@ -27,7 +27,7 @@ def inputs_of(device: str) -> dict[str, torch.Tensor]:
 
 
 def function_of(name: str, device: str, impl: str, fn=attention):
-    """attention as a function of one of its arguments, and that argument."""
+    """Return attention as a function of one of its arguments, and that argument."""
     inputs = inputs_of(device)
     options = {} if fn is attention_reference else {"impl": impl}
 
@@ -44,7 +44,7 @@ def in_forward_mode(call, x: torch.Tensor, tangent: torch.Tensor) -> torch.Tenso
 
 @pytest.mark.parametrize("name", FOLLOWED)
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_tangents_are_the_gradients(name, impl, device):
+def test_tangents_agree_with_gradients(name, impl, device):
     call, x = function_of(name, device, impl)
     tangent = torch.randn(x.shape, device=device)
     expected = (grad(function_of(name, device, impl, attention_reference)[0])(x) * tangent).sum()
@@ -66,7 +66,7 @@ def test_kernels_refuse_tangents(name, impl, wants_grad, device):
 
 
 @pytest.mark.parametrize("impl", KERNELS)
-def test_kernels_refuse_tangents_of_what_flows_back(impl, device):
+def test_kernels_refuse_tangents_of_upstream_gradients(impl, device):
     call, x = function_of("q", device, impl)
     x.requires_grad_()
     out = call(x)
@@ -78,7 +78,7 @@ def test_kernels_refuse_tangents_of_what_flows_back(impl, device):
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("name", ["q", "v", "bias"])
 def test_torch_func_is_right(name, impl, device):
-    """grad, vjp, jacrev, hessian and vmap, alone and in one another."""
+    """grad, vjp, jacrev, hessian and vmap, alone and nested."""
     call, x = function_of(name, device, impl)
     reference, _ = function_of(name, device, impl, attention_reference)
     expected = grad(reference)(x)
@@ -116,7 +116,7 @@ def test_compiled_code_drops_no_tangent(impl, backend, device):
     whole = torch.compile(lambda x: jvp(call, (x,), (tangent,))[1], backend=backend)
     for transformed in (lambda: whole(x), lambda: in_forward_mode(compiled, x, tangent)):
         if impl == "auto":
-            # Where a graph breaks, attention sees the tangents and takes the reference; otherwise torch may refuse.
+            # If the graph breaks, attention sees the tangents and uses the reference; otherwise torch may refuse.
             with contextlib.suppress(NotImplementedError):
                 torch.testing.assert_close(transformed(), (grad(call)(x) * tangent).sum(), rtol=1e-4, atol=1e-5)
         else:
@@ -138,8 +138,8 @@ def decode(device: str, **changes):
 
 @pytest.mark.parametrize("impl", ["triton", "torch", "reference", "auto"])
 @pytest.mark.parametrize("name", ["q", "k_cache", "v_cache", "k_new", "v_new", "alibi_slopes", "sinks"])
-def test_decoding_refuses_whatever_wants_a_derivative(name, impl, device):
-    """A gradient or a tangent is never lost in silence; without a graph to build, parameters may come in."""
+def test_decoding_refuses_tensors_that_require_a_derivative(name, impl, device):
+    """A gradient or tangent is never dropped silently; under no_grad, parameters are allowed."""
     shape = {"q": (1, 1, 2, 8), "k_cache": (1, 16, 1, 8), "v_cache": (1, 16, 1, 8)}.get(name, (1, 1, 1, 8))
     x = torch.ones((2,) if name in ("alibi_slopes", "sinks") else shape, device=device)
 

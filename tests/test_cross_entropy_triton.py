@@ -1,4 +1,4 @@
-"""The loss's kernels by themselves: several programs, memory around the logits, tiles, and where they run."""
+"""The kernels of the loss: several programs, memory around the logits, tiles, and where they run."""
 
 import math
 from unittest import mock
@@ -13,7 +13,7 @@ TERMS = Terms(3.0, 0.01, 0.1, -100)
 
 
 def in_poison(values: torch.Tensor, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values as a view of memory that is NaN around each row and behind the last, and that memory."""
+    """Return the values as a view of memory that is NaN around each row and behind the last, and that memory."""
     memory = torch.full((values.shape[0] + 40, values.shape[1] + 3), math.nan, dtype=values.dtype, device=device)
     view = memory[: values.shape[0], : values.shape[1]]
     view.copy_(values)
@@ -28,7 +28,7 @@ def outside(memory: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 @pytest.mark.parametrize("columns", [16, 64, 4096])
 @pytest.mark.parametrize(("N", "V"), [(100, 65), (300, 3), (257, 16), (33, 64), (130, 200)])
 def test_many_programs(N, V, columns, dtype, device):
-    """More rows than a program takes: each is written, and nothing around them."""
+    """Every row is written, and nothing around them."""
     generator = torch.Generator().manual_seed(N + V)
     logits = (3 * torch.randn(N, V, generator=generator)).to(dtype)
     targets = torch.randint(V, (N,), generator=generator)
@@ -42,7 +42,7 @@ def test_many_programs(N, V, columns, dtype, device):
     by_dlosses, by_ones = (
         torch.autograd.grad(losses, exact, flow.double(), retain_graph=True)[0] for flow in (dlosses, torch.ones(N))
     )
-    # The interpreter cuts bfloat16's digits off, where a GPU rounds.
+    # The interpreter truncates to bfloat16, where a GPU rounds.
     rounding = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}[dtype]
     with mock.patch.object(cross_entropy_triton, "MOST_COLUMNS", columns):
         for gradient in (False, True):
@@ -65,12 +65,12 @@ def test_many_programs(N, V, columns, dtype, device):
     [(100, 65, 32, 128, 4), (3, 50304, 1, 4096, 3), (5, 3, 8, 16, 1), (9, 4096, 1, 4096, 9), (9, 2048, 2, 2048, 5)],
 )
 def test_tiles(N, V, rows, columns, programs):
-    """4,096 logits at most, of one row or of several short ones, and no more rows than there are."""
+    """A tile has at most 4,096 logits, of one row or several short ones, and no more rows than exist."""
     logits, numbers = torch.empty(N, V, device="meta"), torch.empty(N, device="meta")
     launch = loss_launch(logits, numbers.long(), numbers, numbers, Terms(0.0, 0.0, 0.0, -100), True)
     assert (launch.args["BLOCK_N"], launch.args["BLOCK_V"], launch.grid) == (rows, columns, (programs,))
     assert launch.options == {"num_warps": 8} and launch.args["GRADIENT"] is True
-    # What a loss lacks is compiled away.
+    # Terms that a loss lacks are compiled away.
     assert launch.args["terms"] == (None, 0.0, None, -100)
     assert gradient_launch(logits, numbers.long(), numbers, numbers, TERMS).args["terms"] == (3.0, 0.01, 0.1, -100)
 

@@ -1,4 +1,4 @@
-"""Every argument of every public function of kernels, of every type: taken and right, or refused in a sentence."""
+"""Every public function of kernels refuses arguments of any type with a message, or gives a correct result."""
 
 import inspect
 import itertools
@@ -18,7 +18,7 @@ REFUSALS = (TypeError, ValueError, NotImplementedError)
 
 
 def numbers_up_to(n: int, *shape: int) -> torch.Tensor:
-    """Eighths, whose products and sums are exact."""
+    """Return eighths, whose products and sums are exact."""
     return torch.arange(math.prod(shape)).remainder(n).view(shape) / 8
 
 
@@ -30,7 +30,7 @@ Q, K, CACHE = numbers_up_to(7, 1, 5, 2, 8), numbers_up_to(5, 1, 5, 1, 8), number
 IDS = torch.tensor([[0, 0, 1, 1, 1]], dtype=torch.int32)
 LENS = torch.tensor([3], dtype=torch.int32)
 TABLES = torch.ones(16, 8), torch.zeros(16, 8)
-# A call of each function to change one argument of; a function that is not here fails a test.
+# A valid call of each function, in which one argument is changed. A missing function fails a test.
 CALLS = {
     attention: {"q": Q, "k": K, "v": K, "seed": 7},
     attention_reference: {"q": Q, "k": K, "v": K, "seed": 7},
@@ -95,18 +95,18 @@ def described(value) -> str:
 
 
 def calls(function, base: dict):
-    """(name, value, arguments) for every parameter and value."""
+    """Yield (name, value, arguments) for every parameter and value."""
     for name, value in itertools.product(inspect.signature(function).parameters, VALUES):
         yield name, value, base | {name: value}
 
 
 def copied(arguments: dict) -> dict:
-    """The same arguments, with caches that a call may write to."""
+    """Copy the arguments, so that a call may write to caches."""
     return {name: x.clone() if name.endswith("_cache") and hasattr(x, "clone") else x for name, x in arguments.items()}
 
 
 def outcome(function, arguments: dict, name: str, value):
-    """What a call gives, or None where it is refused as it should be."""
+    """Return the result of a call, or None if it is refused with a proper message."""
     try:
         return function(**copied(arguments))
     except REFUSALS as error:
@@ -188,7 +188,7 @@ def test_masks(function):
     assert taken >= 1
 
 
-def test_every_public_function_is_tried():
+def test_every_public_function_is_tested():
     public = {getattr(kernels, name) for name in kernels.__all__} - {masks}
     assert public == set(CALLS)
     own = {

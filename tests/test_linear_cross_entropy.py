@@ -1,4 +1,4 @@
-"""The fused loss against the reference in float64, by the rule that attention is held to, and what it promises."""
+"""The fused loss: agrees with the reference in float64 by the rule for attention, and keeps its other promises."""
 
 from unittest import mock
 
@@ -59,7 +59,7 @@ def test_the_reference_is_the_formula(terms):
 
 
 def test_equals_torch_in_float64():
-    """Chunked, in float64, beside F.cross_entropy itself: values and gradients."""
+    """Values and gradients of the chunked path and of F.cross_entropy, in float64."""
     inputs = make_inputs(17, 65, 16, torch.float64, "cpu")
 
     def torch_own(x, weight, targets, **options):
@@ -125,14 +125,14 @@ def test_targets_out_of_range_are_nan_in_the_kernel(device):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_same_bits_again(impl, device):
+def test_repeated_calls_give_the_same_bits(impl, device):
     inputs = make_inputs(17, 300, 16, torch.bfloat16, device)
     with small_pieces(7 * 300 * 2):
         one, two = (run(linear_cross_entropy, inputs, impl=impl, **ALL_TERMS) for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_graph_can_be_gone_through_twice():
+def test_backward_can_run_twice():
     inputs = make_inputs(4, 65, 16, torch.float32, "cpu")
     x = inputs.x.detach().requires_grad_()
     loss = linear_cross_entropy(x, inputs.weight, inputs.targets, impl="chunked")
@@ -142,7 +142,7 @@ def test_a_graph_can_be_gone_through_twice():
 
 
 def test_the_upstream_gradient_is_not_rounded(device):
-    """1 / N of many tokens has no 16-bit value: the product is float32's."""
+    """16 bits cannot represent 1 / N for many tokens, so the product is in float32."""
     inputs = make_inputs(4, 65, 16, torch.bfloat16, device)
     x = inputs.x.detach().requires_grad_()
     loss = linear_cross_entropy(x, inputs.weight, inputs.targets, reduction="sum", impl="chunked")
@@ -150,7 +150,7 @@ def test_the_upstream_gradient_is_not_rounded(device):
     assert torch.equal(third, (one.float() * torch.tensor(1 / 3, device=device)).bfloat16())
 
 
-def test_no_gradient_is_made_that_is_not_wanted():
+def test_unneeded_gradients_are_not_computed():
     inputs = make_inputs(4, 65, 16, torch.float32, "cpu")
     x, weight = (t.detach().requires_grad_() for t in (inputs.x, inputs.weight))
     with mock.patch.object(chunks, "_to_gradient", side_effect=AssertionError), torch.no_grad():
@@ -164,7 +164,7 @@ def test_no_gradient_is_made_that_is_not_wanted():
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_autocast(impl, device):
-    """x and weight are cast; dweight, summed in float32, is not rounded to 16 bits on its way to a float32 weight."""
+    """x and weight are cast, but dweight, summed in float32 for a float32 weight, is not rounded to 16 bits."""
     inputs = make_inputs(17, 65, 16, torch.float32, device)
     with torch.autocast(device, torch.bfloat16), small_pieces(7 * 65 * 2):
         ours = run(linear_cross_entropy, inputs, impl=impl)
@@ -206,7 +206,7 @@ def test_operators(triton, device):
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_no_second_derivative(reduction):
+def test_second_derivatives_are_refused(reduction):
     inputs = make_inputs(4, 65, 16, torch.float32, "cpu")
     x = inputs.x.detach().requires_grad_()
     loss = linear_cross_entropy(x, inputs.weight, inputs.targets, reduction=reduction, impl="chunked").square().sum()
@@ -216,12 +216,12 @@ def test_no_second_derivative(reduction):
 
 
 def path_of(x, weight, targets) -> str:
-    """What auto takes."""
+    """Return the path of auto."""
     return public.__globals__["_choose"](x, weight, targets)
 
 
-def test_auto_takes_the_reference_where_logits_are_few():
-    """4 x 65 logits here, whatever the axes of x; 2^24 by default."""
+def test_auto_uses_the_reference_for_few_logits():
+    """Up to 4 x 65 logits here, for any axes of x; 2^24 by default."""
     inputs = make_inputs(4, 65, 16, torch.float32, "cpu")
     inputs.x = inputs.x.contiguous()
     for x, targets in ((inputs.x, inputs.targets), (inputs.x.view(2, 2, 16), inputs.targets.reshape(2, 2))):
@@ -236,7 +236,7 @@ def test_auto_takes_the_reference_where_logits_are_few():
         assert path_of(large[:rows], large[:4096], large[:rows, 0].long()) == path
 
 
-def test_auto_runs_what_it_takes():
+def test_auto_runs_the_path_that_it_chooses():
     inputs = make_inputs(4, 65, 16, torch.float32, "cpu")
     args = inputs.x, inputs.weight, inputs.targets
     for reduction in ("mean", "sum", "none"):
@@ -254,7 +254,7 @@ def test_auto_runs_what_it_takes():
     assert chunked.call_count == 2
 
 
-def test_auto_takes_the_kernels_on_a_gpu_that_runs_them():
+def test_auto_uses_the_kernels_on_a_supported_gpu():
     x = mock.MagicMock(is_cuda=True, shape=(4, 16))
     x.numel.return_value = 64
     changes = {"is_transformed": lambda *tensors: False, "MOST_LOGITS": 0}
@@ -263,7 +263,7 @@ def test_auto_takes_the_kernels_on_a_gpu_that_runs_them():
             assert path_of(x, torch.empty(65, 16), torch.empty(4)) == path
 
 
-def test_what_auto_takes_is_said_once(caplog):
+def test_the_choice_of_auto_is_logged_once(caplog):
     inputs = make_inputs(4, 65, 16, torch.float32, "cpu")
     args = inputs.x, inputs.weight, inputs.targets
     with (
@@ -293,8 +293,8 @@ def test_without_triton_the_kernels_are_refused():
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "reference", "auto"])
-def test_autocast_is_a_cast_of_both(impl, reduction, device):
-    """To the bit; float64 keeps its precision."""
+def test_autocast_casts_x_and_weight(impl, reduction, device):
+    """The bits are equal; float64 keeps its precision."""
     inputs = make_inputs(5, 65, 16, torch.float32, device)
     cast = inputs.x.bfloat16(), inputs.weight.bfloat16(), inputs.targets
     with torch.autocast(device, torch.bfloat16):
@@ -315,7 +315,7 @@ def test_autocast_is_a_cast_of_both(impl, reduction, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 def test_the_reference_sums_in_float32(dtype):
-    """Its logits have x's dtype, and all that follows float32."""
+    """Its logits have x's dtype; the rest is float32."""
     inputs = make_inputs(17, 300, 16, dtype, "cpu")
     args = inputs.x, inputs.weight, inputs.targets
     losses = linear_cross_entropy_reference(*args, reduction="none")
@@ -326,7 +326,7 @@ def test_the_reference_sums_in_float32(dtype):
 
 
 def test_the_reference_refuses_two_dtypes():
-    """Unless autocast makes them one."""
+    """Unless autocast makes them equal."""
     inputs = make_inputs(4, 65, 16, torch.float32, "cpu")
     args = inputs.x.bfloat16(), inputs.weight, inputs.targets
     with pytest.raises(TypeError, match="x and weight must have one dtype"):
@@ -335,7 +335,7 @@ def test_the_reference_refuses_two_dtypes():
         linear_cross_entropy_reference(*args)
 
 
-def test_tensors_without_data_have_a_loss_without_data():
+def test_meta_tensors_give_a_meta_loss():
     x, weight = (torch.empty(n, 8, device="meta", requires_grad=True) for n in (4, 65))
     for impl in ("auto", "chunked", "reference"):
         loss = linear_cross_entropy(x, weight, torch.empty(4, dtype=torch.int64, device="meta"), impl=impl)

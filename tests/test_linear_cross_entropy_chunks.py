@@ -1,4 +1,4 @@
-"""The pieces of the fused loss: chunks of rows, what is made for whom, operators and memory."""
+"""The parts of the fused loss: chunks of rows, gradients on demand, operators and memory."""
 
 import json
 import math
@@ -22,8 +22,8 @@ IMPLEMENTATIONS = ["triton", "chunked"]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("wanted", ["x", "weight"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_a_gradient_alone_is_the_one_among_both(impl, wanted, dtype, reduction, device):
-    """Over three chunks, to the bit; nothing is made or scaled for the other."""
+def test_one_gradient_alone_has_the_same_bits(impl, wanted, dtype, reduction, device):
+    """Over three chunks; nothing is computed or scaled for the other gradient."""
     inputs = make_inputs(17, 65, 16, dtype, device)
     grads = []
     for names in (("x", "weight"), (wanted,)):
@@ -50,7 +50,7 @@ def test_memory_behind_the_logits_does_not_reach_a_gradient(impl, reduction, dev
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("wanted", ["x", "weight"])
-def test_a_gradient_alone_is_the_references(wanted, reduction):
+def test_one_gradient_alone_agrees_with_the_reference(wanted, reduction):
     inputs = make_inputs(17, 65, 16, torch.float64, "cpu")
     grads = []
     for options in ({"impl": "chunked"}, {"impl": "reference"}):
@@ -61,7 +61,7 @@ def test_a_gradient_alone_is_the_references(wanted, reduction):
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
 
 
-def test_no_gradient_is_made_for_single_losses_before_the_backward_pass():
+def test_single_losses_get_gradients_only_in_the_backward_pass():
     inputs = make_inputs(4, 65, 16, torch.float32, "cpu")
     x, weight = (t.detach().requires_grad_() for t in (inputs.x, inputs.weight))
     with mock.patch.multiple(chunks, _to_gradient=None, add_product=None):
@@ -71,14 +71,14 @@ def test_no_gradient_is_made_for_single_losses_before_the_backward_pass():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_one_word(impl, dtype, device):
-    """V = 1: every loss is z_loss * lse^2, and a target that does not count names no row."""
+def test_a_vocabulary_of_one_word(impl, dtype, device):
+    """V = 1: every loss is z_loss * lse^2, and an ignored target is not a row."""
     check(make_inputs(5, 1, 16, dtype, device), impl)
     check(make_inputs(5, 1, 16, dtype, device), impl, z_loss=0.01, label_smoothing=0.5)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_the_kernels_run_where_they_are_asked_for(impl, device):
+def test_the_kernels_run_only_on_request(impl, device):
     inputs = make_inputs(4, 65, 16, torch.float32, device)
     weight = inputs.weight.detach().requires_grad_()
     kernels = chunks.cross_entropy_triton
@@ -106,7 +106,7 @@ def test_the_mean_under_autocast_keeps_the_weights_precision(impl, device):
 
 @pytest.mark.parametrize(("N", "V"), [(17, 65), (14, 64), (3, 129), (0, 5)])
 def test_chunks_share_one_buffer(N, V):
-    """Rows begin at multiples of 64 elements; every row comes once."""
+    """Rows begin at multiples of 64 elements; every row occurs once."""
     x, weight = torch.randn(N, 8), torch.randn(V, 8)
     seen, places = [], set()
     with mock.patch.dict(chunks.CHUNK_BYTES, cpu=7 * V * 4), warnings.catch_warnings():
@@ -119,7 +119,7 @@ def test_chunks_share_one_buffer(N, V):
     assert seen == list(range(N)) and len(places) == min(N, 1)
 
 
-def test_memory_is_taken_on_the_device_and_in_the_dtype():
+def test_memory_is_allocated_on_the_device_and_in_the_dtype():
     x = torch.empty(1, device="meta", dtype=torch.bfloat16)
     for options, dtype in (({}, torch.bfloat16), ({"dtype": torch.float32}, torch.float32)):
         made = chunks._empty(2, 3, like=x, **options)
@@ -129,7 +129,7 @@ def test_memory_is_taken_on_the_device_and_in_the_dtype():
 @pytest.mark.parametrize("is_first", [True, False])
 @pytest.mark.parametrize("hip", [None, "6.0"])
 def test_products_of_16_bits_are_summed_in_float32_on_a_gpu(is_first, hip):
-    """On CUDA by the product itself, where this machine may have no GPU to ask; on HIP as on a CPU."""
+    """On CUDA by the product itself, on HIP as on a CPU; tested without a GPU."""
     total = mock.MagicMock(dtype=torch.float32, is_cuda=True)
     a, b = (mock.MagicMock(dtype=torch.bfloat16) for _ in range(2))
     with mock.patch.object(torch, "addmm") as addmm, mock.patch.object(torch, "version", SimpleNamespace(hip=hip)):
@@ -142,7 +142,7 @@ def test_products_of_16_bits_are_summed_in_float32_on_a_gpu(is_first, hip):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=lambda dtype: str(dtype)[6:])
 def test_operators_in_every_dtype(dtype):
-    """The fakes say what the operators give, whichever gradients are wanted."""
+    """The fakes agree with the operators, whichever gradients are wanted."""
     inputs = make_inputs(5, 65, 16, dtype, "cpu")
     args = inputs.x, inputs.weight, inputs.targets, 5.0, 0.1, 0.1, -100, False
     tests = ("test_schema", "test_faketensor")
@@ -159,7 +159,7 @@ def test_operators_in_every_dtype(dtype):
 
 
 def peak_memory(fn, path) -> tuple[int, int]:
-    """Bytes allocated at most at once while fn runs, and in one piece, by torch's own account of every allocation."""
+    """Return the peak of allocated bytes while fn runs, and the largest allocation, by torch's profile."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         fn()
     profiler.export_chrome_trace(str(path))
@@ -173,8 +173,8 @@ def peak_memory(fn, path) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_memory_is_that_of_a_chunk(reduction, tmp_path):
-    """Forward and backward hold a few chunks and the gradients, however many rows there are."""
+def test_peak_memory_is_one_chunk(reduction, tmp_path):
+    """Forward and backward hold a few chunks and the gradients, for any number of rows."""
     N, V, C, chunk = 2048, 3000, 8, 1 << 20
     x, weight, targets = torch.randn(N, C), torch.randn(V, C).requires_grad_(), torch.randint(V, (N,))
     x.requires_grad_()
@@ -189,7 +189,7 @@ def test_memory_is_that_of_a_chunk(reduction, tmp_path):
     gradients = 4 * (N + V) * C
     assert largest <= 1.1 * chunk
     assert peak <= 3 * chunk + 3 * gradients + 16 * 4 * N
-    # Where there is more to see, it is seen.
+    # The measurement does find more memory if more is used.
     peak, largest = peak_memory(step("reference"), tmp_path / "reference.json")
     assert largest >= 4 * N * V and peak >= 8 * N * V
 
@@ -217,7 +217,7 @@ def test_chunks(N, V, itemsize, device, rows):
 
 
 def test_the_backward_pass_holds_gradients_twice(tmp_path):
-    """As they were made and as they are scaled; no third tensor of the weight's size."""
+    """Before and after scaling, with no third tensor of the weight's size."""
     x, weight, targets = torch.randn(64, 256), torch.randn(2048, 256).requires_grad_(), torch.randint(2048, (64,))
 
     def step():
@@ -228,7 +228,7 @@ def test_the_backward_pass_holds_gradients_twice(tmp_path):
     assert 2 * weight.nbytes <= peak <= 2.2 * weight.nbytes
 
 
-def test_float32_gradients_take_the_place_of_their_logits(tmp_path):
+def test_float32_gradients_overwrite_their_logits(tmp_path):
     logits, targets = torch.randn(64, 2048), torch.randint(2048, (64,))
     lse, options = logits.logsumexp(1), chunks.Options(0.0, 0.0, 0.0, -100, False)
     expected = logits.softmax(1) - torch.nn.functional.one_hot(targets, 2048)

@@ -1,4 +1,4 @@
-"""What linear_cross_entropy makes of unusual calls: no targets, torch.func, arguments of another type."""
+"""Unusual calls of linear_cross_entropy: no targets, torch.func, arguments of other types."""
 
 import contextlib
 import itertools
@@ -26,7 +26,7 @@ EVERY = [*KERNELS, "reference", "auto"]
 @pytest.mark.parametrize("N", [0, 3], ids="N{}".format)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 def test_over_no_target_the_loss_is_zero(dtype, N, impl, terms, device):
-    """And so are its gradients, even where a row that does not count has a logit that overflows."""
+    """Its gradients are zero too, even if a logit of an ignored row overflows."""
     inputs = make_inputs(N, 65, 16, dtype, device)
     targets = torch.full_like(inputs.targets, -100)
     for reduction in ("sum", "mean", "none"):
@@ -39,7 +39,7 @@ def test_over_no_target_the_loss_is_zero(dtype, N, impl, terms, device):
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 @pytest.mark.parametrize("impl", EVERY)
-def test_a_row_that_does_not_count_may_hold_anything(impl, reduction, device):
+def test_ignored_rows_may_hold_any_values(impl, reduction, device):
     inputs = make_inputs(5, 65, 16, torch.float32, device)
     clean = linear_cross_entropy(inputs.x, inputs.weight, inputs.targets, reduction=reduction, impl=impl, **ALL_TERMS)
     for wrong in (math.nan, math.inf, 1e38):
@@ -60,7 +60,7 @@ def test_a_models_loss_over_no_target_is_zero(softcap):
 
 @pytest.mark.parametrize("impl", EVERY)
 def test_one_position(impl, device):
-    """x (C,) and one target, without an axis."""
+    """x (C,) and a single target without axes."""
     inputs = make_inputs(2, 65, 16, torch.float32, device)
     rows = linear_cross_entropy(inputs.x, inputs.weight, inputs.targets, reduction="none", impl=impl)
     for reduction in ("none", "sum", "mean"):
@@ -70,7 +70,7 @@ def test_one_position(impl, device):
 
 
 def function_of(name: str, impl: str, reduction: str, device: str):
-    """The loss as a function of x or of the weight, and that tensor."""
+    """Return the loss as a function of x or of the weight, and that tensor."""
     inputs = make_inputs(5, 11, 8, torch.float32, device)
     tensors = {"x": inputs.x.clone(), "weight": inputs.weight.clone(), "targets": inputs.targets}
 
@@ -121,7 +121,7 @@ def test_kernels_refuse_torch_func_and_tangents(impl, name, reduction, device):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("impl", KERNELS)
-def test_kernels_refuse_tangents_of_what_flows_back(impl, reduction, device):
+def test_kernels_refuse_tangents_of_upstream_gradients(impl, reduction, device):
     loss, x = function_of("x", impl, reduction, device)
     x.requires_grad_()
     value, one = loss(x), torch.ones((), device=device)
@@ -145,7 +145,7 @@ def test_compiled_code_drops_no_tangent(impl, device):
     loss, x = function_of("x", impl, "mean", device)
     compiled = torch.compile(loss, backend="eager")
     if impl == "auto":
-        # torch may refuse; what it gives is right.
+        # torch may refuse, but its results must be correct.
         with contextlib.suppress(NotImplementedError):
             found = in_forward_mode(compiled, x, x)
             torch.testing.assert_close(found, (grad(loss)(x) * x).sum(), rtol=1e-4, atol=1e-5)
@@ -155,7 +155,7 @@ def test_compiled_code_drops_no_tangent(impl, device):
 
 
 def test_a_models_loss_has_forward_mode_derivatives():
-    """Along random weights, beside the gradient: what auto chooses on a CPU drops none."""
+    """Along random weights they agree with the gradient: on a CPU, auto drops none."""
     model = model_of(**PRESETS["gpt2"])
     tokens = torch.randint(VOCAB, (2, 9))
     weights = {name: p.detach() for name, p in model.named_parameters()}
@@ -220,8 +220,8 @@ FUZZED = [
 
 @pytest.mark.parametrize("impl", ["auto", "chunked", "triton", "reference", None], ids=str)
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
-def test_any_argument_of_any_type_is_taken_or_refused_in_a_sentence(autocast, impl):
-    """None (for impl): the reference by its own name."""
+def test_arguments_of_any_type_are_accepted_or_refused(autocast, impl):
+    """impl None calls linear_cross_entropy_reference."""
     call = linear_cross_entropy if impl else linear_cross_entropy_reference
     taken = 0
     for name, value in FUZZED:
@@ -243,7 +243,7 @@ def test_any_argument_of_any_type_is_taken_or_refused_in_a_sentence(autocast, im
     assert taken >= 10
 
 
-def test_a_target_that_is_no_index_is_an_index_error():
+def test_a_target_outside_the_vocabulary_is_an_index_error():
     for impl in EVERY:
         with pytest.raises(IndexError):
             linear_cross_entropy(torch.zeros(4, 8), torch.zeros(6, 8), torch.full((4,), 2**62), impl=impl)
@@ -260,7 +260,7 @@ def test_extreme_softcaps_are_finite(softcap, impl, device):
 
 
 def test_operators_keep_their_names():
-    """A compiled graph that was saved refers to them."""
+    """Saved compiled graphs refer to these names."""
     for name in ("total", "losses", "scaled", "losses_backward"):
         assert hasattr(torch.ops.linear_cross_entropy, name)
     assert chunks.guarded_total is not chunks.total_of

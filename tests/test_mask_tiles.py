@@ -1,4 +1,4 @@
-"""The tiles that masks need: proved against the predicates, and counted by the kernels themselves."""
+"""The tiles that masks need: checked against the predicates, and counted by the kernels."""
 
 import random
 
@@ -47,7 +47,7 @@ EXACT = [name for name in MASKS if name not in ("no bands", "loose band")]
 @triton.jit
 def list_tiles(tiles, masking, row, first, last, sizes, BLOCK: tl.constexpr, OVER_KEYS: tl.constexpr,
                LENGTH: tl.constexpr):  # fmt: skip
-    """tiles (2, LENGTH): what a program of the kernels visits, without and with the predicate; padded with -1."""
+    """Fill tiles (2, LENGTH) with the tiles a program visits, without and with the predicate, padded with -1."""
     spans = visits(masking, 0, row, first, last, sizes, BLOCK, OVER_KEYS)
     for i in range(LENGTH):
         tl.store(tiles + i, tl.where(i < count_full(spans), full_tile(spans, i), -1))
@@ -57,7 +57,7 @@ def list_tiles(tiles, masking, row, first, last, sizes, BLOCK: tl.constexpr, OVE
 
 
 def visited_tiles(mask: Mask, rows: range, Tq: int, Tk: int, block_rows: int, block: int, over_keys: bool):
-    """The tiles, without and with the predicate, for rows at these indices (queries if over_keys, else keys)."""
+    """Return the tiles, without and with the predicate, for rows at these indices (queries if over_keys, else keys)."""
     length = (Tk if over_keys else Tq) // block + 2
     out = torch.empty(2 * length + 2, dtype=torch.int32)
     shift = Tk - Tq if over_keys else 0
@@ -71,7 +71,7 @@ def visited_tiles(mask: Mask, rows: range, Tq: int, Tk: int, block_rows: int, bl
 
 
 def prove_tiles(mask: Mask, Tq: int, Tk: int, block_rows: int, block: int, over_keys: bool) -> tuple[int, int]:
-    """Each True lies in a tile that is visited, once; each full tile is all True. Returns (visited, needed)."""
+    """Check that each True is in one visited tile and full tiles are all True. Returns (visited, needed)."""
     dense = mask.dense(Tq, Tk)[0, 0]
     dense = dense if over_keys else dense.T
     n_rows, n_columns = dense.shape
@@ -93,7 +93,7 @@ def prove_tiles(mask: Mask, Tq: int, Tk: int, block_rows: int, block: int, over_
     return n_visited, n_needed
 
 
-# Integers alone: a GPU would only compile anew for every set of numbers.
+# Only integers: a GPU would compile again for every set of numbers.
 in_the_interpreter = pytest.mark.skipif(not INTERPRETED, reason="tiles are proved in the interpreter")
 LENGTHS = [(100, 100), (64, 64), (1, 90), (33, 100), (100, 33), (37, 1)]
 
@@ -102,7 +102,7 @@ LENGTHS = [(100, 100), (64, 64), (1, 90), (33, 100), (100, 33), (37, 1)]
 @pytest.mark.parametrize("over_keys", [True, False], ids=["rows", "columns"])
 @pytest.mark.parametrize("name", MASKS)
 def test_tiles_cover_the_mask(name, over_keys):
-    """For rows of queries (forward, dq) and of keys (dkdv); masks made of exact bands visit nothing in vain."""
+    """For rows of queries (forward, dq) and of keys (dkdv); masks of exact bands visit no unneeded tile."""
     visited, needed = 0, 0
     for Tq, Tk in LENGTHS:
         counts = prove_tiles(MASKS[name], Tq, Tk, 16, 32, over_keys)
@@ -115,7 +115,7 @@ def test_tiles_cover_the_mask(name, over_keys):
 
 @in_the_interpreter
 def test_full_tiles_of_two_bands():
-    """Of keys up to 69 and the last 90, in tiles of 16, for the queries 240 to 255."""
+    """For keys up to 69 and the last 90, in tiles of 16, and queries 240 to 255."""
     mask = sink_tokens(70) | sliding_window(90)
     full, partial = visited_tiles(mask, range(240, 256), 256, 256, 16, 16, True)
     assert (full, sorted(partial)) == ([0, 1, 2, 3, 11, 12, 13, 14], [4, 9, 10, 15])
@@ -149,7 +149,7 @@ def test_tiles_of_random_compositions(seed):
 
 
 def count_tiles(problem: Problem, device) -> list[tuple[str, Launch, int]]:
-    """What the three kernels themselves report: name, launch and tiles visited by one head."""
+    """Return what the three kernels report: name, launch and tiles visited by one head."""
     q, k = problem.call.q, problem.call.k
     B, Tq, H, D = q.shape
     out, lse = torch.zeros(B, Tq, H, D, device=device), torch.zeros(B, H, Tq, device=device)
@@ -173,7 +173,7 @@ def count_tiles(problem: Problem, device) -> list[tuple[str, Launch, int]]:
     ("name", "Tq"), [*((name, 130) for name in (*BUILT_IN, *COMPOSED)), *((name, 37) for name in BUILT_IN)]
 )
 def test_kernels_count_the_tiles_they_visit(name, Tq, monkeypatch):
-    """Exactly the tiles that hold a True, in all three kernels, for built-in masks; at most 1.15 x if composed."""
+    """Built-in masks visit exactly the tiles that hold a True in all kernels, composed ones at most 1.15 x that."""
     monkeypatch.setattr(configs, "INTERPRETER", configs.Config(32, 16, 4, 1))
     mask = BUILT_IN.get(name) or COMPOSED[name]
     B, Tk = max([1, *(len(t) for t in mask.tensors)]), 130
@@ -188,7 +188,7 @@ def test_kernels_count_the_tiles_they_visit(name, Tq, monkeypatch):
 @in_the_interpreter
 @pytest.mark.parametrize("kind", ["packed", "padded", "any order", "pair"])
 def test_other_documents_are_not_visited(kind, monkeypatch):
-    """Not a tile that lies wholly in other documents, and of those within one document none needs the predicate."""
+    """No tile between documents is visited, and no tile within one document needs the predicate."""
     monkeypatch.setattr(configs, "INTERPRETER", configs.Config(16, 16, 4, 1))
     T = 90
     packed = [[0] * 40 + [1] * 3 + [2] * 47, [n // 10 for n in range(T)]]
@@ -213,8 +213,8 @@ def test_other_documents_are_not_visited(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("length", [1, 3])
-def test_many_documents_one_after_another_need_no_tile_in_vain(length):
-    """Also where the ids of two documents fall into one class."""
+def test_packed_documents_need_no_unneeded_tile(length):
+    """Even if the ids of two documents fall into one class."""
     ids = torch.arange(600)[None] // length
     pattern = problem_of(FULL, 600, 600, segment_ids=ids.int()).call.pattern()
     found = tile_lists.tile_map(pattern, 600, 600, 8, 8, "cpu")
@@ -222,7 +222,7 @@ def test_many_documents_one_after_another_need_no_tile_in_vain(length):
     assert torch.equal(found.needed[0], tiles.any(3).any(1)) and torch.equal(found.full[0], tiles.all(3).all(1))
 
 
-def test_numbers_of_bands_that_differ_from_row_to_row_are_read_from_their_tensors():
+def test_bands_with_tensors_are_read_from_them():
     mask = prefix(first := lengths(3, 5)) | prefix(second := lengths(7, 2))
     masking = problem_of(mask, 32, 32, 2).masking(16, 16, True)
     numbers = [(band, list(zip(Band._fields, range(BAND * band, BAND * (band + 1))))) for band in range(2)]
@@ -241,8 +241,8 @@ def test_tiles_within_one_document_need_no_predicate():
     assert masking.lists[0][0, :, :2].tolist() == [[0, 1], [1, 1], [2, 1], [3, 1], [0, 1], [1, 1]]
 
 
-def test_lists_are_made_once():
-    """For a mask of integers; what depends on a row of the batch is made anew."""
+def test_tile_lists_are_cached():
+    """For a mask of integers; lists that depend on the row of the batch are not cached."""
     tile_lists._kept_lists.cache_clear()
     problems = [problem_of(strided(50), 80, 80) for _ in range(2)]
     first, again = (problem.masking(16, 16, True).lists[0] for problem in problems)

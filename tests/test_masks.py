@@ -1,4 +1,4 @@
-"""Masks: pinned to tables drawn by hand, and their tiles proved against their predicates."""
+"""Masks: compared with drawings, run in the kernels, combined and refused."""
 
 import copy
 
@@ -50,7 +50,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_table(name):
+def test_masks_match_drawings(name):
     mask, Tq, Tk, drawing = TABLES[name]
     rows = ["".join("#" if seen else "." for seen in row) for row in mask.dense(Tq, Tk)[0, 0].tolist()]
     assert rows == drawing.split()
@@ -58,7 +58,7 @@ def test_table(name):
 
 @pytest.mark.parametrize("name", [*BUILT_IN, *COMPOSED])
 def test_every_mask_in_the_kernels(name, device):
-    """Output and gradients, with few queries and with more queries than keys."""
+    """Output and gradients, with as many queries as keys and with fewer."""
     mask = BUILT_IN.get(name) or COMPOSED[name]
     mask = on_device(mask, device)
     B = max([1, *(len(t) for t in mask.tensors)])
@@ -69,8 +69,8 @@ def test_every_mask_in_the_kernels(name, device):
 
 @pytest.mark.parametrize(("B", "Tq", "Tk"), [(0, 5, 5), (2, 0, 5), (2, 5, 0), (1, 1, 1)])
 @pytest.mark.parametrize("impl", ["triton", "chunked"])
-def test_lists_of_nothing(B, Tq, Tk, impl, device):
-    """No rows, queries or keys where tiles come as lists, from a predicate, from tensors and from segments."""
+def test_tile_lists_of_empty_tensors(B, Tq, Tk, impl, device):
+    """Without rows, queries or keys, for lists from a predicate, from tensors and from segments."""
     q, k = (torch.randn(B, T, 1, 16, device=device, requires_grad=True) for T in (Tq, Tk))
     ids = tuple(torch.zeros(B, T, dtype=torch.int32, device=device) for T in (Tq, Tk))
     bias = torch.zeros(1, Tk, device=device, requires_grad=True)
@@ -97,14 +97,14 @@ def test_of_rows_takes_a_part_of_the_batch():
 
 
 def on_device(mask: Mask, device: str) -> Mask:
-    """The same mask with its tensors on the device."""
+    """Copy a mask with its tensors on the device."""
     moved = copy.copy(mask)
     moved.tensors = tuple(t.to(device) for t in mask.tensors)
     return moved
 
 
 def test_a_constant_is_part_of_the_key():
-    """It means what an integer means; masks with different ones are different kernels."""
+    """It acts like an integer, but each value compiles its own kernel."""
     constant, integer = (Mask(later_keys, kind(3), bands=[Band(k_begin=3)]) for kind in (Constant, int))
     assert torch.equal(constant.dense(9, 9), integer.dense(9, 9))
     assert constant.key == "later_keys(q, k, 3)" and constant.ints == () and integer.ints == (3,)
@@ -113,7 +113,7 @@ def test_a_constant_is_part_of_the_key():
 
 
 def test_random_blocks():
-    """As many as asked for, in the past, no matter how long the sequence; another seed draws others."""
+    """The number of blocks is as requested, all in the past, for any length; another seed draws others."""
     seen = random_blocks(3, 1, 8).dense(160, 160)[0, 0]
     blocks = seen.view(20, 8, 20, 8)
     assert torch.equal(blocks.any(3).any(1), blocks.all(3).all(1))
@@ -125,13 +125,13 @@ def test_random_blocks():
     blocks = random_blocks(2, 5, 2).dense(24, 24)[0, 0, ::2, ::2]  # as in earlier versions, whose models learned so
     drawn = [[0], [0, 1], [1, 2], [0, 3], [3, 4], [0, 3], [1, 6], [0, 7], [0, 7], [1, 6], [1, 2], [3, 10]]
     assert [row.nonzero().flatten().tolist() for row in blocks] == drawn
-    # Of many queries each key block within a share is drawn about as often.
+    # Over many queries, each key block of a share is drawn about equally often.
     many = torch.stack([random_blocks(1, seed, 1).dense(64, 64)[0, 0, -1] for seed in range(3000)]).float().mean(0)
     assert (many * 64 - 1).abs().max() < 5 * (63 / 3000) ** 0.5
 
 
 def test_bands_compose():
-    """Intersections and unions are arithmetic on integers; what is empty or covered goes."""
+    """Intersections and unions are arithmetic on integers; empty and covered bands are dropped."""
     assert (CAUSAL & sliding_window(5)).bands == sliding_window(5).bands
     assert (CAUSAL | sliding_window(5)).bands == CAUSAL.bands
     assert (FULL & CAUSAL).bands == CAUSAL.bands
@@ -148,8 +148,8 @@ def later_keys(q, k, start):
     return k >= start
 
 
-def test_names_stay_apart():
-    """Two predicates of one name are two masks; equal masks share their compiled predicate."""
+def test_predicates_with_equal_names_stay_apart():
+    """Two predicates with one name give two masks; equal masks share their compiled predicate."""
 
     def make(sign):
         def same_name(q, k):
@@ -168,8 +168,8 @@ def test_names_stay_apart():
     assert copy.deepcopy(CAUSAL) is CAUSAL
 
 
-def test_any_name_will_do():
-    """Also one that the compiled function uses itself."""
+def test_a_predicate_may_have_any_name():
+    """Even one that the compiled function uses itself."""
 
     def mask(q, k):
         return q - k > 1
@@ -177,7 +177,7 @@ def test_any_name_will_do():
     assert Mask(mask).dense(3, 3).sum() == 1 and (Mask(mask) | CAUSAL).dense(3, 3).sum() == 6
 
 
-def test_what_a_mask_refuses():
+def test_invalid_masks_are_refused():
     with pytest.raises(TypeError, match="integers and int32 tensors"):
         Mask(later_keys, 0.5)
     with pytest.raises(TypeError, match="integers and int32 tensors"):
@@ -202,7 +202,7 @@ def test_what_a_mask_refuses():
 
 
 def test_masks_of_many_parts():
-    """150 of them join one after another, and any number in pairs."""
+    """150 parts can be combined one after another, and any number in pairs."""
     union = CAUSAL
     for n in range(150):
         union = union | sink_tokens(n)
@@ -219,13 +219,13 @@ def test_a_layout_has_at_most_two_to_the_24_blocks():
         block_sparse(torch.ones(1).expand(4096, 4097), 64)
 
 
-def test_segment_ids_are_where_the_lengths_are():
+def test_segment_ids_are_on_the_device_of_the_lengths():
     assert masks.segment_ids(torch.tensor([0, 2, 3]), 5).tolist() == [[0, 0, 1, 2, 2]]
     ids = masks.segment_ids(torch.empty(4, dtype=torch.int32, device="meta"), 5)
     assert (ids.device.type, ids.dtype, ids.shape) == ("meta", torch.int32, (1, 5))
 
 
-def test_a_table_takes_what_int32_holds():
+def test_a_table_takes_numbers_of_32_bits():
     least, most = -(2**31), 2**31 - 1
     assert repr(masks.Table([least, most])) != repr(masks.Table([least, most - 1]))
     for n in (least - 1, most + 1):

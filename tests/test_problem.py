@@ -1,4 +1,4 @@
-"""What the kernels are told about a call."""
+"""How a call is prepared for the kernels."""
 
 import pytest
 import torch
@@ -27,5 +27,5 @@ def problem_with(**features) -> Problem:
     ],
     ids=lambda x: "-".join(x) or "plain" if isinstance(x, dict) else "",
 )
-def test_the_scale_waits_for_the_exponent_where_the_maximum_commutes_with_it(features, expected):
+def test_the_scale_is_folded_into_the_exponent_if_the_maximum_allows_it(features, expected):
     assert folds(problem_with(**features).scoring()) is expected
