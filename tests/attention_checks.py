@@ -132,8 +132,8 @@ def check(case: Case, device: str, slack: float = 1.0, impl: str = "triton") -> 
     """Compare a path with the reference in float64. Outputs are NaN before the kernels write them.
 
     slack: a factor on the allowed error for runs of many cases, since by chance the largest error of one small sample
-    can be more than twice that of the other. Such runs also allow dq, dk and dv the exact loss by a rounded delta, which
-    can exceed plain PyTorch's whole loss if a query sees two keys.
+    can be more than twice that of the other. Such runs also allow dq, dk and dv the exact loss by a rounded delta,
+    which can exceed plain PyTorch's whole loss if a query sees two keys.
     """
     inputs = make_inputs(case, device)
     with poisoned_outputs():
@@ -157,10 +157,10 @@ def truth_and_plain(inputs: Inputs) -> tuple[dict[str, Tensor], dict[str, Tensor
 
 
 def rounded_delta_loss(inputs: Inputs, error: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Return what the gradients of `names` lose because delta = sum(out * dout) uses a 16-bit out, as FlashAttention's.
+    """Return what the gradients of `names` lose because delta = sum(out * dout) uses a 16-bit out.
 
-    dbias and dsinks are sums over many rows in which the truth cancels, but this does not. An error of delta acts like a
-    gradient of lse with the other sign. The rule limits the error of out itself.
+    dbias and dsinks are sums over many rows in which the truth cancels, but this does not. An error of delta acts like
+    a gradient of lse with the other sign. The rule limits the error of out itself.
     """
     leaves = {name: x.detach().double().requires_grad_() for name, x in inputs.differentiable.items()}
     arguments = {
@@ -195,7 +195,7 @@ def assert_close(
     """Allow |ours - truth| twice what plain PyTorch loses at the same precision, and a rounding step of the output.
 
     This is FlashAttention's rule. The root mean square of the error is also bounded, relative to that of the truth, and
-    so is the part of the error that is a multiple of the truth: a wrong factor leaves one, rounding of either sign none.
+    so is the part of it that is a multiple of the truth: a wrong factor leaves one, rounding of either sign none.
 
     deviation: expected rounding in float32 (tests/rounding.py), a floor under each bound in case plain PyTorch is
     lucky. excused: a known error, allowed in addition to plain PyTorch's.
