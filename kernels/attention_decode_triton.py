@@ -281,16 +281,12 @@ class DecodeProblem(Problem):
     def scratch(self) -> dict:
         """Allocate what the splits leave for the combining kernel, with the other arguments of both kernels."""
         shape = self.B, self.H_kv, self.n_slots, self.n_rows
-        return {
-            "counts": self.call.q.new_empty(self.B, self.tiles_m, dtype=torch.int32),
-            "partial": self.empty(*shape, self.sizes.Dv, dtype=torch.float32),
-            "maxima": self.empty(*shape, dtype=torch.float32),
-            "sums": self.empty(*shape, dtype=torch.float32),
-            "sizes": self.sizes,
-            "n_slots": self.n_slots,
-            "BLOCK_M": self.block_m,
-            "BLOCK_DV": configs.block_dim(self.sizes.Dv),
-        }
+        counts = self.call.q.new_empty(self.B, self.tiles_m, dtype=torch.int32)
+        partial = self.empty(*shape, self.sizes.Dv, dtype=torch.float32)
+        maxima, sums = (self.empty(*shape, dtype=torch.float32) for _ in range(2))
+        scratch = {"counts": counts, "partial": partial, "maxima": maxima, "sums": sums, "sizes": self.sizes}
+        block_dv = configs.block_dim(self.sizes.Dv)
+        return scratch | {"n_slots": self.n_slots, "BLOCK_M": self.block_m, "BLOCK_DV": block_dv}
 
 
 def decode_launch(problem: DecodeProblem, scratch: dict) -> Launch:
@@ -302,24 +298,13 @@ def decode_launch(problem: DecodeProblem, scratch: dict) -> Launch:
     new, scoring = New(None, None, (), ()), scoring_of(call)
     if problem.has_new:
         new = New(call.k_new, call.v_new, call.k_new.stride(), call.v_new.stride())
-    args = {
-        "q": call.q,
-        "cache": cache,
-        "new": new,
-        "rotary": Rotary(cos, sin, 0 if cos is None else cos.shape[0]),
-        "cache_lens": call.cache_lens,
-        "q_strides": call.q.stride(),
-        # Bands for every mask: lists of tiles would need the lengths, which only the device knows.
-        "masking": masking_of(call),
-        "scoring": scoring,
-        "PREDICATE": mask.predicate(call.key).triton,
-        "HAS_NEW": problem.has_new,
-        "FOLD": folds(scoring),
-        "PAGE": problem.page,
-        "TILES": SPLIT // config.block_n,
-        "BLOCK_N": config.block_n,
-        **head_dim_constants(*problem.sizes[4:]),
-    }
+    rotary = Rotary(cos, sin, 0 if cos is None else cos.shape[0])
+    args = {"q": call.q, "cache": cache, "new": new, "rotary": rotary, "cache_lens": call.cache_lens}
+    # Bands for every mask: lists of tiles would need the lengths, which only the device knows.
+    args |= {"q_strides": call.q.stride(), "masking": masking_of(call), "scoring": scoring}
+    args |= {"PREDICATE": mask.predicate(call.key).triton, "HAS_NEW": problem.has_new, "FOLD": folds(scoring)}
+    args |= {"PAGE": problem.page, "TILES": SPLIT // config.block_n, "BLOCK_N": config.block_n}
+    args |= head_dim_constants(*problem.sizes[4:])
     grid = (problem.B * problem.H_kv * problem.tiles_m * (problem.n_slots + problem.has_new),)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return Launch(decode_kernel, grid, {**args, **scratch}, options)

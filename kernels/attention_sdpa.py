@@ -77,18 +77,9 @@ def attention_sdpa(call: Arguments) -> Tensor:
     else:
         attn_mask, is_causal = _attn_mask(call), False
     # A branch, since under torch.compile `enable_gqa=H_kv != H` would be a symbol, which torch refuses.
-    grouped = {}
-    if H != H_kv:
-        grouped["enable_gqa"] = True
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=attn_mask,
-        is_causal=is_causal,
-        scale=scale,
-        **grouped,
-    )  # (B, H, Tq, Dv)
+    options = {"enable_gqa": True} if H != H_kv else {}
+    options |= {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale}
+    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), **options)  # (B, H, Tq, Dv)
     return out.transpose(1, 2)
 
 

@@ -254,20 +254,10 @@ def call_of(arguments: Arguments) -> Call:
         seed = torch.randint(2**63 - 1, (1,), device=q.device)
     elif not isinstance(seed, Tensor):
         seed = torch.full((1,), int(seed), dtype=torch.int64, device=q.device)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    segments_q, segments_k, slopes, sinks = map(_packed, (segments_q, segments_k, alibi_slopes, sinks))
     return Call(
-        q,
-        k,
-        v,
-        *_operands(mask),
-        _packed(segments_q),
-        _packed(segments_k),
-        q.shape[3] ** -0.5 if scale is None else scale,
-        softcap or 0.0,
-        _packed(alibi_slopes),
-        bias,
-        _packed(sinks),
-        dropout_p,
-        seed,
+        q, k, v, *_operands(mask), segments_q, segments_k, scale, softcap or 0.0, slopes, bias, sinks, dropout_p, seed
     )
 
 
