@@ -112,14 +112,11 @@ def _prompt_object(line: str, where: str) -> dict[str, Any]:
 
 def follow(pieces: Generation, sink: Any) -> int | None:
     """Pass the pieces to the sink; returns the signal that interrupted them, or None."""
-    stop = StopRequest()
-    try:
+    with StopRequest() as stop:
         for piece in pieces:
             sink.take(piece)
             if stop.signal is not None:
                 pieces.stop()
-    finally:
-        stop.close()
     return stop.signal
 
 

@@ -153,10 +153,11 @@ class TorchAttention:
         else:
             starts = torch.tensor(lengths + [0] * padding, device=cached.kv[0].device)
             self.positions = (starts[:, None] + torch.arange(T, device=starts.device)).flatten()
-        self._groups = [
-            [_Group(kv, rows, visibility, held[rows], T) for rows in _rows_together(held, T, one_by_one)]
-            for kv, visibility, held in zip(cached.kv, cached.visibilities, filled)
-        ]
+        R, self._groups = len(lengths), []
+        for kv, visibility, held in zip(cached.kv, cached.visibilities, filled):
+            together = not one_by_one and (T == 1 or len(set(held)) == 1)
+            parts = [slice(0, R)] if together else [slice(i, i + 1) for i in range(R)]
+            self._groups.append([_Group(kv, rows, visibility, held[rows], T) for rows in parts])
         self._is_one_group = not padding and all(len(groups) == 1 for groups in self._groups)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -170,14 +171,6 @@ class TorchAttention:
         if self._padding:
             outputs.append(outputs[0].new_zeros(self._padding * self._T, outputs[0].shape[1]))
         return torch.cat(outputs)
-
-
-def _rows_together(filled: list[int], T: int, one_by_one: bool) -> list[slice]:
-    """Split rows into groups that go through attention together."""
-    R = len(filled)
-    if not one_by_one and (T == 1 or len(set(filled)) == 1):
-        return [slice(0, R)]
-    return [slice(i, i + 1) for i in range(R)]
 
 
 class _Group:

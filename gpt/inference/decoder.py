@@ -113,11 +113,9 @@ class Decoder:
             block.attn.attend = functools.partial(self._attend, layer)
         lengthen_tables(self._model, self.limit, self.dtype)
         self._visibilities, of_block = group_blocks(model)
-        sizes = {"rows": len(self._lengths), "limit": self.limit, "dtype": self.dtype, "device": self.device}
-        self._caches = [
-            KVCache(self.config, visibility.window, of_block.count(n), **sizes)
-            for n, visibility in enumerate(self._visibilities)
-        ]
+        shared = {"rows": len(self._lengths), "limit": self.limit, "dtype": self.dtype, "device": self.device}
+        windows = [visibility.window for visibility in self._visibilities]
+        self._caches = [KVCache(self.config, each, of_block.count(n), **shared) for n, each in enumerate(windows)]
         self._of_block = [(n, of_block[:layer].count(n)) for layer, n in enumerate(of_block)]  # see CachedRows
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, segment_ids: None) -> Tensor:

@@ -113,7 +113,7 @@ def generate(
             raise UserError(f"prompt {i}: {error}") if len(prompts) > 1 else error from None
         for j in (j for j in range(config.num_samples) if (i, j) not in done):
             stream = TextStream(tokenizer, config.stop)
-            jobs.append(_Sample(i, j, sample_seed(config.seed, i, j), tokens, count, stream))
+            jobs.append(_Sample(i, j, sample_seed(config.seed, i, j), tokens, count, stream, list(tokens)))
     for each in (model, draft or model):
         check_masks(each, min(each.config.seq_len, _longest(jobs)))
     state = _State()
@@ -147,20 +147,18 @@ class _Sample:
     prompt_tokens: list[int]
     left: int
     stream: TextStream
-    text: list[int] = field(init=False)
+    text: list[int]
     lookup: Ngrams = field(default_factory=Ngrams)
-
-    def __post_init__(self) -> None:
-        self.text = list(self.prompt_tokens)
-        self._seen, self._known = None, 0  # (V,) bool, and how many of the text's tokens it includes
+    seen: Tensor | None = None  # (V,) bool
+    known: int = 0  # how many of the text's tokens `seen` includes
 
     def seen_of(self, vocab_size: int) -> Tensor:
         """Return which tokens the text contains, (V,) bool."""
-        if self._seen is None:
-            self._seen = torch.zeros(vocab_size, dtype=torch.bool)
-        self._seen[self.text[self._known :]] = True
-        self._known = len(self.text)
-        return self._seen
+        if self.seen is None:
+            self.seen = torch.zeros(vocab_size, dtype=torch.bool)
+        self.seen[self.text[self.known :]] = True
+        self.known = len(self.text)
+        return self.seen
 
     def finished(self, reason: str) -> Piece:
         return Piece(self.prompt, self.sample, None, self.stream.flush(), finish_reason=reason)
@@ -173,9 +171,9 @@ class _Reader:
     values are kept while more samples of it are to come.
     """
 
-    def __init__(self, decoder: Decoder, rows: int, vocab_size: int, behind: int, device: torch.device) -> None:
-        self.decoder, self.vocab_size, self.behind, self.device = decoder, vocab_size, behind, device
-        self._starts = [0] * rows
+    def __init__(self, decoder: Decoder, vocab_size: int, behind: int) -> None:
+        self.decoder, self.vocab_size, self.behind = decoder, vocab_size, behind
+        self._starts = [0] * len(decoder.lengths)
         self._kept: Snapshot | None = None  # a row with the prompt of the next sample
 
     def begin(self, row: int, prompt: list[int], is_last: bool) -> None:
@@ -214,7 +212,7 @@ class _Reader:
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append tokens (B, T); returns logits (B, T, V) after each."""
-        return self.decoder.step(tokens.to(self.device))[..., : self.vocab_size].to(tokens.device)
+        return self.decoder.step(tokens.to(self.decoder.device))[..., : self.vocab_size].to(tokens.device)
 
     def keep(self, rows: Sequence[int]) -> None:
         self.decoder.keep(rows)
@@ -242,7 +240,7 @@ class _Drawer:
         options = {name: getattr(self.config, name) for name in ("batch_invariant", "quantize", "cuda_graphs")}
         capacity = min(model.config.seq_len, longest)
         decoder = Decoder(model, self.rows, capacity, dtype=dtype, overrun=self.count, **options)
-        return _Reader(decoder, self.rows, self.vocab_size, behind, model.embed.weight.device)
+        return _Reader(decoder, self.vocab_size, behind)
 
     def begin(self, row: int, jobs: deque[_Sample]) -> _Sample:
         """Take the next sample from the jobs and assign it to a row."""

@@ -1,6 +1,6 @@
 """Keys and values of a decoder's rows."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,23 +26,15 @@ class KVCache:
     than the text may grow, and drops the oldest tokens.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        window: int | None,
-        layers: int,
-        rows: int,
-        limit: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
+    def __init__(self, config: ModelConfig, window: int | None, layers: int, rows: int, limit: int, **kind: Any):
+        """limit: the most tokens of a row. kind: the tensor's dtype and device."""
         self.window, self.starts = window, [0] * rows
         # With room for two windows, tokens move at most once in `window` steps.
         size = min(limit, 2 * window + CHUNK + SLACK if window else limit)
         self.size = -(-size // ALIGNED) * ALIGNED
         # Zeros, not empty: masked values still meet a weight of 0, and 0 * NaN is NaN.
         shape = (layers, rows, 2, config.kv_heads, self.size, config.head_width)
-        self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.kv = torch.zeros(shape, **kind)
 
     def rows(self, rows: range) -> Tensor:
         """These rows' keys and values (layers, R, 2, H_kv, size, D), sharing memory."""

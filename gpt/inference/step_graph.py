@@ -39,16 +39,14 @@ class StepGraphs:
         if self._times[shape] <= WARM_UP:
             return self._run(tokens, at.to(tokens.device))
         if shape not in self._recorded:
-            self._recorded[shape] = self._record(tokens.clone(), at.to(tokens.device))
+            own = tokens.clone(), at.to(tokens.device)
+            replay, logits = record(lambda: self._run(*own))
+            self._recorded[shape] = _Recorded(replay, *own, logits)
         graph = self._recorded[shape]
         graph.tokens.copy_(tokens)
         graph.counts.copy_(at)
         graph.replay()
         return graph.logits.clone()
-
-    def _record(self, tokens: Tensor, counts: Tensor) -> _Recorded:
-        replay, logits = record(lambda: self._run(tokens, counts))
-        return _Recorded(replay, tokens, counts, logits)
 
 
 def can_record(device: torch.device) -> bool:

@@ -149,7 +149,13 @@ class GPT(nn.Module):
 
     def run(self, idx: Tensor, positions: Tensor | slice, segment_ids: Tensor | None = None) -> Tensor:
         """Compute `hidden` without its checks, for idx of any shape (...). positions: rows of the position tables."""
-        x, rotary = self._embedded(idx), None  # (..., C)
+        try:
+            x, rotary = self.embed(idx), None  # (..., C)
+        except IndexError:
+            last = self.config.vocab_size - 1
+            raise ValueError(f"idx holds a token id outside the vocabulary, 0 to {last}") from None
+        if self.embed_scale != 1.0:
+            x = x * self.embed_scale
         if self.config.position == "learned":
             x = x + self.position_embed.weight[positions]
         elif self.config.position == "sinusoidal":
@@ -165,15 +171,6 @@ class GPT(nn.Module):
             values = None if block.value_table is None else tables[block.value_table]
             x = block(x, values, rotary, segment_ids)
         return self.norm(x)
-
-    def _embedded(self, idx: Tensor) -> Tensor:
-        """Look up scaled embeddings (..., C)."""
-        try:
-            x = self.embed(idx)
-        except IndexError:
-            last = self.config.vocab_size - 1
-            raise ValueError(f"idx holds a token id outside the vocabulary, 0 to {last}") from None
-        return x * self.embed_scale if self.embed_scale != 1.0 else x
 
     def forward(self, idx: Tensor, *, positions: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
         """Compute logits (B, T, V) for idx (B, T), int64.
