@@ -1,4 +1,4 @@
-"""The gradients written by hand against finite differences and against the plain formulas."""
+"""Hand-written gradients against finite differences and the plain formulas."""
 
 from unittest import mock
 
@@ -29,7 +29,7 @@ def test_gradients_equal_finite_differences():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_values_equal_the_plain_formulas(dtype):
-    """To the rounding of the dtype, for values and gradients alike."""
+    """Values and gradients, to the rounding of the dtype."""
     eps = torch.finfo(dtype).eps
     x, w = random(3, 7, 24, dtype=dtype), random(24, dtype=dtype)
     ours, plain = RMSNormFunction.apply(x, w, 1e-6), F.rms_norm(x.double(), (24,), w.double(), 1e-6)

@@ -1,4 +1,4 @@
-"""The decoder against the model itself: every option, ragged rows, copies, cuts, windows, equal bits in any batch."""
+"""The decoder against the uncached model: options, rows of any lengths, copies, cuts, windows, batch invariance."""
 
 from types import SimpleNamespace
 
@@ -29,7 +29,7 @@ OPTIONS = {
 
 
 def model_of(seq_len: int = 48, **options) -> GPT:
-    """A small model whose every weight counts: none zero, and no norm's weight 1."""
+    """Make a small model in which every weight has an effect: none is 0, and no norm's weight is 1."""
     torch.manual_seed(0)
     shape = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": VOCAB, "seq_len": seq_len}
     model = GPT(ModelConfig(**(shape | options))).eval()
@@ -49,7 +49,7 @@ def uncached(model: GPT, tokens: list[int]) -> torch.Tensor:
 
 
 def assert_near(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-5) -> None:
-    """Apart by no more than the tolerance, of the largest logit."""
+    """Assert that logits differ by the tolerance at most, relative to the largest."""
     assert ours.shape == theirs.shape and ours.dtype == torch.float32
     assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
 
@@ -67,20 +67,20 @@ def test_logits_equal_the_uncached_models(model, lengths, invariant):
 
 @pytest.mark.parametrize("invariant", [False, True], ids=["default", "invariant"])
 def test_logits_by_attention_decode_equal_the_uncached_models(model, invariant, monkeypatch):
-    """Every option by the function that calls the kernel on a GPU."""
+    """Every option, with the function that calls the kernel on a GPU."""
     monkeypatch.setattr(decode, "decode_impl", lambda device: "torch")
     follow_the_model(model, (1, 9, 17), invariant)
 
 
 @pytest.mark.parametrize("name", ["modern", "window-alibi-post"])
 def test_logits_by_the_kernel_equal_the_uncached_models(name, monkeypatch):
-    """What a GPU does, here in Triton's interpreter."""
+    """The kernel of a GPU, in Triton's interpreter."""
     monkeypatch.setattr(decode, "decode_impl", lambda device: "triton")
     follow_the_model(model_of(n_layer=1, **OPTIONS[name]), (1, 9), False, steps=(1, 3))
 
 
 def follow_the_model(model: GPT, lengths: tuple[int, ...], invariant: bool, steps=(1, 1, 5, 1, 1)) -> None:
-    """A prompt, lone tokens, several tokens at once, lone tokens again."""
+    """Compare after a prompt, single tokens, several tokens at once, and single tokens again."""
     decoder = Decoder(model, len(lengths), 48, batch_invariant=invariant)
     texts = [text_of(n + 9, seed) for seed, n in enumerate(lengths)]
     for row, n in enumerate(lengths):
@@ -126,7 +126,7 @@ def test_a_row_may_be_empty_and_hold_one_token_after_a_cut():
 
 
 def test_nan_of_a_truncated_row_does_not_reach_other_rows():
-    """Not even as 0 * NaN: a shorter row masks the keys of the others' lengths."""
+    """Not even as 0 * NaN, though a shorter row has masked keys up to the longest row's length."""
     model = model_of()
     with torch.no_grad():
         model.embed.weight[3] = float("nan")
@@ -150,7 +150,7 @@ def test_long_prompts_go_in_chunks():
 @pytest.mark.parametrize("pattern", [None, "SL"])
 @pytest.mark.parametrize("position", ["rotary", "alibi"])
 def test_a_window_bounds_the_cache_and_can_go_back_by_the_slack(position, pattern):
-    """Rows that slide at different times, far past the buffer's end; beside a block that sees all, or without."""
+    """Rows slide at different times, far past the buffer's end, with and without a block that sees all keys."""
     model = model_of(seq_len=1000, window=6, position=position, window_pattern=pattern)
     decoder = Decoder(model, 2, 1000)
     cache = decoder._caches[0]
@@ -177,9 +177,9 @@ def test_a_window_bounds_the_cache_and_can_go_back_by_the_slack(position, patter
 
 @pytest.fixture(params=[None, "torch"], ids=["torch", "attention_decode"])
 def slid(request, monkeypatch) -> tuple[GPT, Decoder, list[int]]:
-    """A row of 700 tokens under a window of 6, whose buffer has slid to its last few hundred; and an empty row.
+    """A row of 700 tokens under a window of 6, whose buffer has slid, and an empty row.
 
-    Of prompts it takes 256, 256 and 188 tokens at a time: 336 fit, and the third part moves all but the last 69.
+    The prompt goes in as 256, 256 and 188 tokens. The buffer holds 336, so the third part drops all but the last 69.
     """
     monkeypatch.setattr(decode, "decode_impl", lambda device: request.param)
     model = model_of(seq_len=1000, window=6, n_kv_head=2, window_pattern="SL")
@@ -190,7 +190,7 @@ def slid(request, monkeypatch) -> tuple[GPT, Decoder, list[int]]:
 
 
 def test_a_row_that_has_slid_can_be_cut_to_the_last_token_whose_window_it_holds(slid):
-    """Each position from there on is right; one token before is refused, and nothing is cut."""
+    """Later positions work too; a cut to one token less is refused and changes nothing."""
     model, decoder, text = slid
     first = decoder._caches[0].starts[0] + 6 - 1
     snapshot, expected = decoder.snapshot(0), uncached(model, text)
@@ -205,7 +205,7 @@ def test_a_row_that_has_slid_can_be_cut_to_the_last_token_whose_window_it_holds(
 
 
 def test_a_snapshot_of_a_row_that_has_slid(slid):
-    """Into a row that is empty, that is longer, that has slid further, and after the source has moved on."""
+    """Restored into rows that are empty, longer, and have slid further, after its source has changed."""
     model, decoder, text = slid
     snapshot, expected = decoder.snapshot(0), uncached(model, [*text, 7])[-1]
     decoder.prefill(0, text_of(250, 1))
@@ -221,7 +221,7 @@ def test_a_snapshot_of_a_row_that_has_slid(slid):
 
 @pytest.mark.parametrize("name", ["modern", "window", "alibi-grouped"])
 def test_even_rows_go_through_attention_at_once(name, monkeypatch):
-    """One call a layer, without a mask where each query sees all that it is given; rows of other lengths with one."""
+    """One call for each layer, with a mask only if some query does not see all keys, such as for uneven rows."""
     calls = []
 
     def noting(q, k, v, attn_mask):
@@ -241,7 +241,7 @@ def test_even_rows_go_through_attention_at_once(name, monkeypatch):
 
 
 def test_padding_rows_of_a_tile_change_nothing(monkeypatch):
-    """Where a processor gives a tile's rows equal bits, which is not known of this one."""
+    """As on a processor that gives all rows of a tile equal bits; this one may not."""
     monkeypatch.setattr(Decoder, "_same_in_every_place", lambda self, tile: tile == 4)
     follow_the_model(model_of(window=7), (5, 1, 9, 5, 2), True)
 
@@ -270,7 +270,7 @@ def test_capacity_context_and_arguments_are_checked():
 
 
 def test_batch_invariant_rows_have_the_same_bits_in_any_batch(model):
-    """Alone, among ragged others before and after it, and in the second tile."""
+    """Alone, between rows of other lengths, and in the second tile."""
     text = text_of(20, 3)
 
     def run(rows: int, place: int) -> torch.Tensor:
@@ -295,7 +295,7 @@ def test_batch_invariant_rows_have_the_same_bits_in_any_batch(model):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_bfloat16_is_as_exact_as_autocast(preset):
-    """No further from the fp32 logits than twice what the model under autocast is, by the mean square."""
+    """The RMS error against fp32 logits is at most twice that of the model under autocast."""
     model, text = model_of(**PRESETS[preset]), text_of(30)
     exact = uncached(model, text)
     with torch.autocast("cpu", dtype=torch.bfloat16):

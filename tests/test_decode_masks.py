@@ -1,4 +1,4 @@
-"""Generation under masks of one's own: each block sees what its own mask shows, on every path, or it is refused."""
+"""Generation with custom masks: each block uses its own mask on every path, or the mask is refused."""
 
 import copy
 from types import SimpleNamespace
@@ -32,12 +32,12 @@ def long_ago(q, k, n):
 
 
 def within_window(q, k, window):
-    """The name and the parameter of the window's own predicate, with another meaning."""
+    """A predicate with the parameter name of the sliding window's, but another meaning."""
     return (q >= k) & ((q - k < window) | (k % 2 == 0))
 
 
 OWN = CAUSAL & Mask(no_multiple, 4)
-# Of each block: its mask, the model's options.
+# The masks of the blocks in turn, and the model's options.
 CASES = {
     "own": ([OWN], {}),
     "own-alibi": ([OWN], {"position": "alibi"}),
@@ -68,7 +68,7 @@ def tokenizer():
 
 
 def masked(tokenizer, name: str, **options) -> GPT:
-    """A model with the case's masks in turn on its blocks, and ALiBi slopes of each block's own."""
+    """Make a model whose blocks take the case's masks in turn, each with its own ALiBi slopes."""
     each, own = CASES[name]
     model = model_of(tokenizer, **({"n_head": 4, "n_kv_head": 2} | own | options)).eval()
     put_on(model, each)
@@ -84,7 +84,7 @@ def put_on(model: GPT, each: list[Mask]) -> None:
 
 
 def assert_follows_the_model(tokenizer, model: GPT, prompts, config: SamplingConfig, draft: GPT | None = None) -> None:
-    """Each log-probability is what the model in float64 gives the text so far; greedy tokens are its likeliest."""
+    """Assert that log-probabilities equal the float64 model's, and that greedy tokens are its likeliest."""
     exact = copy.deepcopy(model).double()
     pieces = list(generate(model, tokenizer, prompts, config, draft=draft))
     for i, prompt in enumerate(prompts):
@@ -107,7 +107,7 @@ def assert_follows_the_model(tokenizer, model: GPT, prompts, config: SamplingCon
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one", "three"])
 @pytest.mark.parametrize("name", CASES)
 def test_log_probabilities_equal_the_models(tokenizer, name, prompts):
-    """Alone, with its even rows, and beside rows of other lengths."""
+    """For one row, and for rows of different lengths."""
     config = SamplingConfig(max_new_tokens=16, temperature=0.0)
     assert_follows_the_model(tokenizer, masked(tokenizer, name), prompts, config)
 
@@ -121,7 +121,7 @@ def test_log_probabilities_by_every_way_to_sample(tokenizer, name, options):
 
 @pytest.mark.parametrize("name", ["own", "different-masks-of-one-window"])
 def test_a_draft_model_uses_its_own_masks(tokenizer, name):
-    """The draft is the model itself: every greedy proposal is taken, so its masks are honoured."""
+    """The draft is the model itself: since every greedy proposal is accepted, it uses its masks."""
     model, config = masked(tokenizer, name), SamplingConfig(max_new_tokens=16, temperature=0.0, draft_tokens=3)
     assert_follows_the_model(tokenizer, model, PROMPTS, config, draft=model)
     pieces = generate(model, tokenizer, PROMPTS[:1], config, draft=model)
@@ -132,14 +132,14 @@ def test_a_draft_model_uses_its_own_masks(tokenizer, name):
 @pytest.mark.parametrize("name", ["own-alibi", "own-named-as-the-window", "nothing-to-see-alibi", "layout"])
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_log_probabilities_by_attention_decode(tokenizer, name, impl, monkeypatch):
-    """What a GPU does: here by plain PyTorch, and by the kernel in Triton's interpreter."""
+    """The path of a GPU, by plain PyTorch and by the kernel in Triton's interpreter."""
     monkeypatch.setattr(decode, "decode_impl", lambda device: impl)
     config = SamplingConfig(max_new_tokens=4 if impl == "triton" else 16, temperature=0.0)
     assert_follows_the_model(tokenizer, masked(tokenizer, name), PROMPTS, config)
 
 
 def test_int8_weights_keep_masks(tokenizer):
-    """Weights that are multiples of their scale already lose nothing."""
+    """The weights are multiples of their scales, so int8 is exact."""
     model = masked(tokenizer, "own-alibi")
     for linear in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
         weight, scale = quantize_weight(linear.weight)
@@ -150,7 +150,7 @@ def test_int8_weights_keep_masks(tokenizer):
 
 @pytest.mark.parametrize("name", ["own", "own-under-a-window", "window-and-sinks"])
 def test_rolling_restarts_positions_at_0(tokenizer, name):
-    """Past a context of 16, a text is read again from its newer half on, which then begins at position 0."""
+    """Past a context of 16, the newer half of a text is read again from position 0."""
     model = masked(tokenizer, name, seq_len=16)
     config = SamplingConfig(max_new_tokens=40, temperature=0.0, rolling=True)
     pieces = list(generate(model, tokenizer, PROMPTS, config))
@@ -165,7 +165,7 @@ def test_rolling_restarts_positions_at_0(tokenizer, name):
 
 
 def test_a_mask_may_change_between_two_generations(tokenizer):
-    """On one block, on all, and back."""
+    """Of one block, of all, and back."""
     model, config = masked(tokenizer, "own"), SamplingConfig(max_new_tokens=8, temperature=0.0)
     for each in ([OWN, CAUSAL], CASES["strided"][0], [masks.sliding_window(2), OWN], [CAUSAL]):
         put_on(model, each)
@@ -173,7 +173,7 @@ def test_a_mask_may_change_between_two_generations(tokenizer):
 
 
 def test_only_a_sliding_window_drops_keys(tokenizer):
-    """Rows far longer than a window's buffer, in logits; other masks keep all keys, whatever their bands promise."""
+    """Compare logits of rows far longer than a window's buffer. Other masks keep all keys, whatever their bands."""
     own = masks.sliding_window(6) & Mask(no_multiple, 4)
     model = masked(tokenizer, "own", n_layer=4, seq_len=CHUNK + 300)
     put_on(model, [masks.sliding_window(6), own, masks.sliding_window(6), OWN])
@@ -209,7 +209,7 @@ def test_only_a_sliding_window_drops_keys(tokenizer):
     ids=["full", "prefix", "sinks", "own", "layout", "row-tensor", "none", "text"],
 )
 def test_masks_that_a_cache_cannot_serve_are_refused(tokenizer, mask, message):
-    """At once, by the model and by the draft; and by a decoder, as a ValueError."""
+    """At once, for the model and the draft, and by a decoder as a ValueError."""
     model, plain = model_of(tokenizer).eval(), model_of(tokenizer).eval()
     model.blocks[1].attn.mask = mask
     with pytest.raises(UserError, match=message):
@@ -222,7 +222,7 @@ def test_masks_that_a_cache_cannot_serve_are_refused(tokenizer, mask, message):
 
 @pytest.mark.parametrize("piece", [10, 70])
 def test_masks_are_checked_up_to_the_texts_length(tokenizer, monkeypatch, piece):
-    """A mask that looks ahead from position 20 on serves a text of 20 tokens; the look is taken in pieces."""
+    """A mask that looks ahead from position 20 on is accepted for 20 tokens. The check runs in pieces."""
     monkeypatch.setattr(attend, "PIECE", piece)
     model = model_of(tokenizer, seq_len=64).eval()
     model.blocks[0].attn.mask = CAUSAL | Mask(late, 20)
@@ -233,14 +233,14 @@ def test_masks_are_checked_up_to_the_texts_length(tokenizer, monkeypatch, piece)
 
 
 def test_a_mask_with_causal_bands_needs_no_check(tokenizer):
-    """At a length that would take days."""
+    """A check at this length would take days."""
     model = model_of(tokenizer).eval()
     put_on(model, [CAUSAL, masks.sliding_window(5) | CAUSAL & masks.strided(3)])
     attend.check_masks(model, 1 << 28)
 
 
 def test_a_query_that_sees_no_key_gets_zeros_from_any_attention(tokenizer, monkeypatch):
-    """torch promises nothing there: here it gives NaN, as a plain softmax does."""
+    """torch does not define that result: this stand-in gives NaN, as a plain softmax does."""
 
     def plain(q, k, v, attn_mask):
         scores = q @ k.mT * q.shape[-1] ** -0.5

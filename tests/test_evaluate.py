@@ -1,4 +1,4 @@
-"""Scoring against brute force: every token with exactly the tokens before it that its window shows."""
+"""Scoring against brute force: each token given exactly the tokens before it in its window."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ def model() -> GPT:
 
 
 def log_prob(model: GPT, before: list[int], token: int) -> float:
-    """One token after exactly these, alone in a batch."""
+    """Compute the log-probability of one token after exactly these, alone in a batch."""
     with torch.no_grad():
         return float(model(torch.tensor([before]))[0, -1].double().log_softmax(-1)[token])
 
@@ -68,7 +68,7 @@ def test_text_is_scored_as_by_brute_force(model, stride):
     ids = [256, *TEXT.encode()]
     nats = 0.0
     for j in range(1, len(ids)):
-        # The window that j is scored in ends at the first multiple of stride past 16 that reaches j, or with the text.
+        # The window of j ends at 16 plus the first multiple of stride that reaches j, or at the text's end.
         end = 16 if j <= 16 else min(16 + math.ceil((j - 16) / stride) * stride, len(ids) - 1)
         nats -= log_prob(model, ids[end - 16 : j], ids[j])
     found = score_texts(model, BYTE, [TEXT], stride=stride, batch_size=3)
@@ -129,7 +129,7 @@ def test_endings_are_scored_as_by_brute_force(model):
 
 
 def test_accuracy_raw_and_per_byte(model):
-    """Labels that agree with brute force give 1, the others 0, for each of the two rules apart."""
+    """For each of the two rules, labels that agree with brute force give 1 and others 0."""
     plain = [q for q in QUESTIONS if q is not QUESTIONS[0]]
 
     def best(question: Question, normalised: bool) -> int:
@@ -154,7 +154,7 @@ def test_accuracy_raw_and_per_byte(model):
 
 
 def test_length_matters_to_one_rule_only():
-    """A model that knows nothing finds the shorter ending likelier; per byte the two are equal and the first counts."""
+    """Under uniform probabilities the shorter ending is likelier; per byte both are equal, and the first counts."""
     model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=32, seq_len=16, vocab_size=257)).eval()  # a head of zeros
     found = multiple_choice(
         model, BYTE, [Question("a", ("longer", "b"), 1), Question("a", ("longer", "b"), 0)], ["a", "a"]
@@ -174,13 +174,13 @@ def test_shots_come_from_the_other_rows():
     assert QUESTIONS[1].answered == "the sun naïve"
     assert contexts == with_shots(QUESTIONS, QUESTIONS, 2, seed=0) != with_shots(QUESTIONS, QUESTIONS, 2, seed=1)
     assert with_shots(QUESTIONS, QUESTIONS, 0, seed=0) == [q.context for q in QUESTIONS]
-    # Of the same rows, read again.
+    # Equal questions are recognised, too.
     assert with_shots([replace(q) for q in QUESTIONS], QUESTIONS, 2, seed=0) == contexts
     with pytest.raises(UserError, match="k is 4, but there are only 3 other shots"):
         with_shots(QUESTIONS, QUESTIONS, 4, seed=0)
 
 
-# The harness, by a stand-in with its interface.
+# The harness: a stand-in with its interface.
 
 
 @pytest.fixture
@@ -209,7 +209,7 @@ def test_harness_loglikelihood(model, harness):
     assert found[0][1] is False
     with torch.no_grad():
         likeliest = int(model(torch.tensor([[256, 97, 98]]))[0, -1, :128].argmax())
-        # Only a token that is the likeliest of all counts as greedy.
+        # A token counts as greedy only if it is the likeliest of all.
         top = int(model(torch.tensor([[256, 97, 98]]))[0, -1].argmax())
     row = Row([256, 97, 98, likeliest], 1)
     assert next(score(model, [row]))[1] is (likeliest == top)
@@ -246,7 +246,7 @@ def test_harness_generates_until(model, harness):
 
 
 def test_harness_keeps_a_prompt_that_fits(model, harness):
-    """Though more tokens are asked for than fit behind it: 256, unless the task says otherwise."""
+    """Even if more new tokens are requested than fit after it: by default 256."""
     sampling = gpt.SamplingConfig(temperature=0, stop="\n")
     for options in ({"until": "\n"}, {"until": "\n", "max_gen_toks": 1000}):
         found = harness.generate_until(requests(("ab cd", options)))[0]
@@ -267,7 +267,7 @@ def test_harness_draws_as_the_task_asks(harness):
 
 
 def _after_document(tokenizer: ByteTokenizer) -> ByteTokenizer:
-    """The tokenizer with the document token before what it encodes."""
+    """Make a tokenizer that puts the document token first."""
     made = copy.copy(tokenizer)
     made.encode = lambda text, **options: [tokenizer.document_token, *tokenizer.encode(text, **options)]
     return made
@@ -315,7 +315,7 @@ def test_options_that_error_messages_suggest_work(tiny_run, tmp_path, capsys):
     assert "give --encoding-errors replace" in capsys.readouterr().err
     words = ["--encoding-errors", "replace", "--max-corpus-bytes", 30, "--cache-dir", tmp_path / "cache"]
     assert status_of(tiny_run, "--corpus", tmp_path / "a.txt", *words, "--json") == 0
-    # A cut text file's bytes: the one that is not UTF-8 has become three.
+    # The byte that is not UTF-8 becomes the three of U+FFFD.
     assert json.loads(capsys.readouterr().out)["bytes"] == 30 + 2
     elsewhere = ["--cache-dir", tmp_path / "a.txt", "--max-download-bytes", 3]
     assert status_of(tiny_run, "--corpus", "http://127.0.0.1:9/x.txt", *elsewhere) == 2

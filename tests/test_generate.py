@@ -1,4 +1,4 @@
-"""Drawing tokens, the cache, the context's edge, and streaming."""
+"""Generation: draws, the cache, the end of the context, and streaming."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_cached_greedy_tokens_equal_the_uncached_ones(preset):
 
 
 def test_tokens_are_drawn_after_the_softcap():
-    """A bound near 0 leaves the logits of a model that knows nothing."""
+    """A bound near 0 makes all logits equal."""
     tokenizer = tokenizer_of()
     capped, uniform = model_of(tokenizer, logit_softcap=1e-9).eval(), model_of(tokenizer).eval()
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_each_of_several_prompts_gets_the_text_it_gets_alone():
 
 
 def test_a_lone_string_and_models_with_too_few_tokens_are_refused():
-    """A string would be taken letter by letter."""
+    """A string is a sequence of letters, too."""
     tokenizer = tokenizer_of()
     model, small = model_of(tokenizer), model_of(tokenizer, vocab_size=tokenizer.vocab_size - 1)
     with pytest.raises(UserError, match=r"prompts must be a list of texts, not .the.: for a single text"):
@@ -107,7 +107,7 @@ def test_passing_the_context_is_an_error_unless_rolling():
 
 
 def test_rolling_continues_from_the_newer_half():
-    """At the edge of a context of 8 the next token is the one that the last 4 alone call for."""
+    """At the end of a context of 8 the next token depends on the last 4 alone."""
     tokenizer = tokenizer_of()
     model = model_of(tokenizer, seq_len=8).eval()
     prompt = tokenizer.encode("the quic")
@@ -125,7 +125,7 @@ def test_padding_of_the_vocabulary_is_never_drawn():
 
 
 def test_streamed_text_is_never_half_a_character():
-    """A byte model's random output, bytes and all, joins to the decoding of the whole."""
+    """The pieces of a byte model's random output join to the decoding of all tokens."""
     tokenizer = tokenizer_of("byte")
     model = model_of(tokenizer, seq_len=64)
     pieces = list(generate(model, tokenizer, ["é"], SamplingConfig(temperature=3.0, max_new_tokens=60)))

@@ -1,4 +1,4 @@
-"""gpt/inference/linear.py: every layout of the weights is the layer it was made of."""
+"""gpt/inference/linear.py: every layout of the weights computes the layer it was made from."""
 
 from types import SimpleNamespace
 from unittest import mock
@@ -68,7 +68,7 @@ def test_the_layout_depends_on_shape_dtype_and_rows():
 @pytest.mark.parametrize("activation", [None, "relu2", "gelu"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_inputs_and_residuals_of_another_dtype(layout, activation):
-    """x is taken in the weights' dtype; a residual keeps its own, which is that of the result."""
+    """x is cast to the weights' dtype; the result has the residual's."""
     torch.manual_seed(3)
     weight, bias, x = torch.randn(48, 33), torch.randn(48), torch.randn(4, 33).double()
     linear = make(layout, weight, bias)
@@ -94,7 +94,7 @@ def test_packed_products_include_the_activation(activation):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Layouts that say their name and what they were made of."""
+    """Layouts replaced by tuples of their name and arguments."""
     for name in ("PlainLinear", "TransposedLinear", "PackedLinear", "MklLinear"):
         monkeypatch.setattr(module, name, lambda *args, name=name: (name, *args))
     monkeypatch.setattr(module, "can_pack", lambda weight: True)

@@ -1,4 +1,4 @@
-"""The model against independent implementations, and the properties that any decoder must have."""
+"""The model against independent implementations, and properties of any decoder."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ VARIANTS = {
 
 
 def make_model(**options) -> GPT:
-    """A model whose every weight is random, so that zeros at the start hide nothing."""
+    """Make a model with random weights, so that no initial zero hides an error."""
     torch.manual_seed(0)
     model = GPT(ModelConfig(**{**SMALL, **options}))
     with torch.no_grad():
@@ -44,7 +44,7 @@ def model(request) -> GPT:
     return make_model(**VARIANTS[request.param])
 
 
-# Against others.
+# Other implementations.
 
 
 def test_equals_transformers_qwen3():
@@ -145,7 +145,7 @@ def test_a_token_changes_nothing_before_it(model):
 
 
 def test_packed_documents_stay_apart(model):
-    """Two documents in one row, positions restarting, give what each gives alone."""
+    """Two documents in one row, each with positions from 0, give the logits of each alone."""
     one, two = random_tokens(1, 9, seed=3), random_tokens(1, 15, seed=4)
     positions = torch.cat((torch.arange(9), torch.arange(15)))[None]
     segments = torch.tensor([[0] * 9 + [1] * 15], dtype=torch.int32)
@@ -163,7 +163,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(model):
 
 @pytest.mark.parametrize("tied", [False, True], ids="tied={}".format)
 def test_loss_in_chunks_has_the_gradients_of_the_logits(tied, monkeypatch):
-    """In chunks, with a softcap and a padded vocabulary: every gradient is that of forward's logits."""
+    """Also with a softcap and a padded vocabulary."""
     model = make_model(tied_embeddings=tied, logit_softcap=2.0, vocab_size=80)
     idx, targets = random_tokens(2, 24), random_tokens(2, 24, seed=2)
     logits = model(idx)
@@ -240,7 +240,7 @@ def test_qwen3_0_6b_has_its_published_size():
     "windows", [(None, None), (5, 5), (5, None)], ids=lambda windows: f"windows={windows[0]}-{windows[1]}"
 )
 def test_flops_per_token(windows):
-    """The linear layers as torch counts them; the scores and weighted sums by listing every visible pair."""
+    """torch counts the linear layers; scores and weighted sums are counted over every visible pair."""
     pattern = "SL" if windows == (5, None) else None
     model = make_model(n_kv_head=2, window=windows[0], window_pattern=pattern)
     T = 24
@@ -260,7 +260,7 @@ def test_a_pattern_says_which_blocks_have_the_window():
     config = ModelConfig(n_layer=6, window=3, window_pattern="SSL")
     assert [config.window_of(layer) for layer in range(6)] == [3, 3, None] * 2
     assert [ModelConfig(window=3).window_of(layer) for layer in range(6)] == [3] * 6
-    # A token that lies beyond all windows' reach is seen through the one block that sees all.
+    # A token out of reach of the windows has an effect only through a block that sees all keys.
     tokens = random_tokens(1, 16)
     other = tokens.clone()
     other[0, 0] = (other[0, 0] + 1) % 61
@@ -284,7 +284,7 @@ def test_invalid_window_patterns_are_refused(options, message):
 
 
 def test_value_embeddings_are_added_to_the_values_of_the_first_and_last_blocks():
-    """Against a model without them, to whose projections' values they are added from outside."""
+    """Against a model without them, where a hook adds them to the projected values."""
     options = {"n_layer": 5, "n_kv_head": 2, "activation": "relu2"}
     ours, plain = make_model(value_embeds=2, **options), make_model(**options)
     plain.load_state_dict(ours.state_dict(), strict=False)

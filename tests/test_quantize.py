@@ -1,4 +1,4 @@
-"""int8 weights: how far they are from the weights, the product, and what they cost in nats."""
+"""int8 weights: their rounding error, their product, and the loss that they cause."""
 
 from copy import deepcopy
 from unittest import mock
@@ -30,7 +30,7 @@ def test_rounding_is_within_half_a_step_of_each_channel(magnitude):
     assert torch.equal(scale, scale.bfloat16().float())
     error = (weight.double() - ints.double() * scale.double()[:, None]).abs()
     assert (error <= 0.5000001 * scale.double()[:, None]).all()
-    # A step is no larger than 127 of them need, but for a bfloat16's rounding.
+    # A step is the smallest of which 127 suffice, up to bfloat16 rounding.
     largest = weight.abs().amax(1)
     assert (scale <= largest / 127 * (1 + 2**-8))[largest > 0].all()
     assert (ints[3] == 0).all() and scale[3] == 1
@@ -40,7 +40,7 @@ def test_rounding_is_within_half_a_step_of_each_channel(magnitude):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [0, 1, 3, 16, 17], ids="M{}".format)
 def test_the_product_equals_that_of_dequantized_weights(shape, dtype, rows):
-    """Also for widths that torch's own product cannot read."""
+    """Also for widths that torch's product does not support."""
     layer = torch.nn.Linear(shape[1], shape[0])
     ints, scale = quantize_weight(layer.weight)
     x = randn(rows, shape[1]).to(dtype)
@@ -61,7 +61,7 @@ def test_the_product_equals_that_of_dequantized_weights(shape, dtype, rows):
 
 
 def dequantized(model) -> torch.nn.Module:
-    """The model with each matrix replaced by what its int8 weights stand for; a tied head gets its own."""
+    """Copy a model with each matrix rounded to its int8 values; a tied head gets its own matrix."""
     model = deepcopy(model)
     model.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())
     for layer in model.modules():
@@ -73,7 +73,7 @@ def dequantized(model) -> torch.nn.Module:
 
 @pytest.mark.parametrize("preset", ["modern", "gpt2"])
 def test_the_loss_equals_an_independent_computation(preset, monkeypatch):
-    """With 7 levels for 127, so that what is lost is large beside what it is computed from.
+    """With 7 levels instead of 127, so that the difference of the losses is large.
 
     Both losses are means in float32 of 270 tokens: a few rounding steps of each, where 1% of the difference is 2e-4.
     """
@@ -87,7 +87,7 @@ def test_the_loss_equals_an_independent_computation(preset, monkeypatch):
     assert abs(lost) > 0.02
     loss = quantization_loss(model, tokens, dtype=torch.float32)
     assert loss == pytest.approx(lost, abs=32 * 2.0**-24 * float(full))
-    # With bfloat16 activations beside it: their own rounding, and no more.
+    # bfloat16 activations add only their own rounding.
     assert quantization_loss(model, tokens) == pytest.approx(lost, abs=2.0**-9 * float(full))
 
 
@@ -105,7 +105,7 @@ def test_an_int8_decoder_equals_the_dequantized_model():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 16, 17], ids="M{}".format)
 def test_torchs_int8_product_is_used_for_few_rows_of_bfloat16(rows, dtype):
-    """The others are unpacked 2,048 channels at a time."""
+    """For others, weights are unpacked 2,048 channels at a time."""
     linear, x = Int8Linear(torch.nn.Linear(32, 5000), dtype), randn(rows, 32).to(dtype)
     with (
         mock.patch.object(torch, "_weight_int8pack_mm", side_effect=torch._weight_int8pack_mm) as product,
@@ -125,7 +125,7 @@ def test_other_devices_unpack_weights():
 
 
 def test_the_loss_computes_64_tokens_of_a_row_at_a_time():
-    """In a cache of as many as are read."""
+    """The cache has as many tokens as are read."""
     model = model_of(seq_len=130)
     tokens = torch.randint(VOCAB, (2, 131), generator=torch.Generator().manual_seed(2))
     with (

@@ -161,7 +161,7 @@ def test_samples_as_json(run_dir, tmp_path, capsys, where):
     for record in records:
         assert len(record["text"]) == len(record["tokens"]) == len(record["logprobs"]) == 5
         assert record["finish_reason"] == "length" and max(record["logprobs"]) < 0
-    # The seed that is reported gives the sample alone.
+    # The reported seed generates the sample alone.
     last = records[-2]
     assert status_of(str(run_dir), "--jsonl", "--max-new-tokens", "5", "--seed", str(last["seed"])) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] == last["tokens"]
@@ -229,7 +229,7 @@ def test_json_escapes_characters_that_the_output_cannot_encode(run_dir, tmp_path
     assert json.loads(stdout.buffer.getvalue())["id"] == "\ud800é"
 
 
-# What options do, seen from outside.
+# The effect of options.
 
 
 def run_of(run_dir, capsys, *words: str) -> dict:
@@ -277,7 +277,7 @@ def test_a_draft_with_another_tokenizer_is_refused(run_dir, capsys):
 
 
 def test_int8_reports_its_loss_and_the_text_it_was_measured_on(run_dir, capsys):
-    """On the validation text; on the model's own where the cache is gone."""
+    """On the validation text, or on the model's own text if the cache is gone."""
     words = [str(run_dir), "--prompt", "all", "--max-new-tokens", "3", "--quantize", "int8", "--dtype", "float32"]
     number = r"int8 weights: [+-]0\.\d{4} nats per token, on \d+ tokens of "
     assert status_of(*words) == 0
@@ -298,10 +298,10 @@ def command(run_dir, *words: str) -> list[str]:
 
 
 def test_ctrl_c_keeps_finished_and_partial_samples(run_dir, tmp_path):
-    """The finished sample, and the one that was under way, as far as it had come; status 4."""
+    """The status is 4."""
     (tmp_path / "prompts.txt").write_text("all\nwork\n")
     words = ["--prompt-file", str(tmp_path / "prompts.txt"), "--jsonl", "--rolling", "--max-new-tokens", "1000000"]
-    # Among many samples some end by a letter at once, others never see it.
+    # Among many samples some end at once, others never.
     words += ["--num-samples", "8", "--stop", "all", "--temperature", "1"]
     process = subprocess.Popen(command(run_dir, *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     first = process.stdout.readline()
@@ -325,7 +325,7 @@ def test_a_closed_pipe_is_not_an_error(run_dir):
 
 
 class Terminal:
-    """A command with a terminal of its own."""
+    """A command in its own terminal."""
 
     def __init__(self, *words: str) -> None:
         self.pid, self.end = pty.fork()
@@ -335,7 +335,7 @@ class Terminal:
         self.shown = ""
 
     def until(self, pattern: str) -> str:
-        """What the terminal shows from here up to the pattern."""
+        """Read the terminal up to a pattern."""
         while not (found := re.search(pattern, self.shown)):
             assert select.select([self.end], [], [], 60)[0], self.shown
             self.shown += os.read(self.end, 1000).decode("utf-8", "replace")
@@ -350,7 +350,7 @@ class Terminal:
 
 
 def test_a_session_at_the_terminal(run_dir):
-    """Two answers, a prompt that is refused, an answer stopped by Ctrl-C, Ctrl-C at the prompt, and Ctrl-D."""
+    """Two answers, a refused prompt, an answer stopped by Ctrl-C, Ctrl-C at the prompt, and Ctrl-D."""
     terminal = Terminal(*command(run_dir, "--interactive", "--rolling", "--max-new-tokens", "1000000", "--stop", "d"))
     terminal.until("an empty line or Ctrl-D ends.*> ".replace(".*", r"[\s\S]*"))
     terminal.type("all work\n")

@@ -1,4 +1,4 @@
-"""sample.py --output: never lost, and after a kill resumed as if nothing had happened."""
+"""sample.py --output: samples are not lost, and a command resumes after a kill."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ WORDS = ["--num-samples", "3", "--max-new-tokens", "6", "--device", "cpu", "--ba
 
 @pytest.fixture
 def place(tiny_run, tmp_path, monkeypatch) -> Path:
-    """The working directory, with `run`, prompts of two lines, and `whole.jsonl`, made without interruption."""
+    """A working directory with `run`, a file of two prompts, and `whole.jsonl` of an uninterrupted command."""
     monkeypatch.chdir(tmp_path)
     Path("run").symlink_to(tiny_run)
     Path("prompts.jsonl").write_text('{"prompt": "all ", "id": 1.5, "note": ["\\ud800", null]}\n{"prompt": "no"}\n')
@@ -39,7 +39,7 @@ def status_of(*words: str, prompts: str = "prompts.jsonl") -> int:
 
 
 def refused(capsys, *words: str, **options) -> str:
-    """The sentence with which the command is refused; no file has changed."""
+    """Run a command that must fail without changing a file; returns its message."""
     before = {path: path.read_bytes() for path in Path().iterdir() if path.is_file()}
     assert status_of(*words, **options) == 2
     assert {path: path.read_bytes() for path in Path().iterdir() if path.is_file()} == before
@@ -48,14 +48,14 @@ def refused(capsys, *words: str, **options) -> str:
 
 
 def samples(path: str) -> dict[tuple[int, int], dict]:
-    """The samples of a file by their key, each of them once; their log-probabilities rounded, as batches differ."""
+    """Read a file's samples by key, each once, with log-probabilities rounded, since batches differ."""
     records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     found = {(r["prompt_index"], r["sample_index"]): r for r in records}
     assert len(found) == len(records)
     return {key: r | {"logprobs": [round(x, 3) for x in r["logprobs"]]} for key, r in found.items()}
 
 
-# What is refused.
+# Refusals.
 
 
 def test_an_existing_file_is_refused_unless_overwrite_is_given(place, capsys):
@@ -104,7 +104,7 @@ def test_a_device_is_written_to(place):
     assert status_of("--output", "/dev/null") == 0
 
 
-# Going on.
+# Resuming.
 
 
 @pytest.mark.parametrize("cut", [0, 1, 3, 6], ids="after {}".format)
@@ -147,7 +147,7 @@ def test_resume_without_a_file_starts_one(place):
 
 
 def test_interrupted_samples_are_generated_again(place):
-    """They are at the end after a Ctrl-C; elsewhere too, if someone put files together."""
+    """After Ctrl-C they are at the end of the file; in concatenated files they may be anywhere."""
     records = [json.loads(line) for line in Path("whole.jsonl").read_text().splitlines()]
     for i in (1, 4, 5):
         records[i] |= {"finish_reason": "interrupted", "text": "a"}
@@ -208,7 +208,7 @@ def test_resume_refuses_a_file_that_is_not_samples(place, capsys, change, messag
 
 
 def test_finished_samples_survive_a_kill(place):
-    """Each is in the file as soon as it ends; what the command makes after the kill are the others."""
+    """Each is in the file as soon as it ends; a resumed command generates the others."""
     words = ["--output", "out.jsonl", "--num-samples", "40", "--batch-size", "1", "--batch-invariant"]
     command = [sys.executable, str(ROOT / "sample.py"), "run", "--prompt-file", "prompts.jsonl", *WORDS, *words]
     assert status_of(*words[2:], "--output", "undisturbed") == 0
@@ -225,7 +225,7 @@ def test_finished_samples_survive_a_kill(place):
 
 @contextlib.contextmanager
 def largest_file(size: int):
-    """No file grows beyond size bytes, as on a disk that is full."""
+    """Limit files to size bytes, like a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

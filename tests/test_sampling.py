@@ -1,4 +1,4 @@
-"""The distribution that tokens are drawn from, against a slow one in plain Python, and the draws."""
+"""The sampling distribution against a slow reference in plain Python, and the draws."""
 
 import math
 from unittest import mock
@@ -28,7 +28,7 @@ from gpt.inference.sampling import (
 
 
 def reference(logits, config: SamplingConfig, bias, seen) -> np.ndarray:
-    """The same distribution for one row, step by step in loops over numpy float64."""
+    """Compute the distribution of one row in loops over float64."""
     x = np.array(logits, np.float64)
     for i in range(len(x)):
         if seen[i]:
@@ -56,7 +56,7 @@ def normalised(x: np.ndarray, kept: set[int]) -> np.ndarray:
     return weights / weights.sum()
 
 
-# Quarters, and few of them, so that ties are common and a rounding step cannot decide who stays.
+# A few quarters, so that ties are common and rounding cannot decide which tokens stay.
 LOGITS = st.lists(st.integers(-12, 12).map(lambda i: i / 4), min_size=2, max_size=12)
 OPTIONS = st.fixed_dictionaries(
     {},
@@ -73,11 +73,11 @@ OPTIONS = st.fixed_dictionaries(
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(LOGITS, OPTIONS, st.sampled_from([1, 3, 1024]), st.randoms(use_true_random=False))
 def test_distribution_equals_a_slow_reference(logits, options, likeliest, random):
-    """Also where the nucleus is larger than the few tokens among which it is looked for first."""
+    """Also if the nucleus is larger than the number of tokens that are searched first."""
     config = SamplingConfig(**options)
     bias = [random.choice([0.0, 0.0, 1.5, -2.0]) for _ in logits]
     seen = [random.random() < 0.4 for _ in logits]
-    # A second row, which must not change the first.
+    # A second row must not change the first.
     rows = torch.tensor([logits, logits[::-1]])
     seen_rows = torch.tensor([seen, [not s for s in seen]])
     with mock.patch.object(sampling, "_LIKELIEST", likeliest):
@@ -116,7 +116,7 @@ def test_filters_on_four_known_probabilities(options, expected):
 
 
 def test_the_penalty_comes_before_the_bias():
-    """2 halves to 1 and then gains 3; biased first it would be 2.5. A negative logit is multiplied."""
+    """2 becomes 1, then 4; with the bias first it would become 2.5. A negative logit is multiplied."""
     seen = torch.tensor([True, False, True])
     bias = torch.tensor([3.0, 0.0, 0.0]).double()
     config = SamplingConfig(temperature=1.0, repetition_penalty=2.0)
@@ -134,7 +134,7 @@ def test_ties_at_the_edge_of_top_k_stay_and_of_top_p_do_not():
 
 
 def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> float:
-    """How many standard deviations the chi-square statistic is above its mean."""
+    """Compute by how many standard deviations the chi-square statistic exceeds its mean."""
     freedom = int((expected > 0).sum()) - 1
     assert counts[expected == 0].sum() == 0
     counts, expected = counts[expected > 0].double(), expected[expected > 0]
@@ -146,7 +146,7 @@ def grid(seeds: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_draws_are_uniform():
-    """Over neighbouring seeds and positions, whose pairs are independent along either, as are the three streams."""
+    """Over seeds and positions; neighbouring pairs and the three streams are independent."""
     u = uniforms(*grid(300, 300))
     assert 0 <= u.min() and u.max() < 1
     cells = torch.full((400,), len(u) / 400).double()

@@ -1,4 +1,4 @@
-"""Speculative decoding: the model's own distribution, whatever proposes; the same tokens where none are drawn."""
+"""Speculative decoding: the model's distribution, whatever proposes; the same tokens if proposals are not drawn."""
 
 import itertools
 import math
@@ -31,7 +31,7 @@ def model(tokenizer):
 
 
 def speculative(kind: str, tokenizer, model, prompts, *, seq_len: int = 32, **options):
-    """The same generation with a proposer: a model of its own, a slightly disturbed copy, or look-up."""
+    """Generate with a draft model, a slightly disturbed copy of the model, or lookup."""
     if kind == "ngram":
         return generate(model, tokenizer, prompts, SamplingConfig(speculate="ngram", **options))
     draft = model_of(tokenizer, seq_len=seq_len, n_layer=1) if kind == "draft" else disturbed(model)
@@ -63,7 +63,7 @@ def test_greedy_gives_the_same_tokens(tokenizer, model, kind, penalty):
 
 
 def test_lookup_gives_the_same_tokens_when_sampling_too(tokenizer, model):
-    """Its proposals are not drawn, so the model's draws decide alone."""
+    """Its proposals are not drawn, so only the model's draws decide."""
     options = {"temperature": 0.5, "num_samples": 2, "max_new_tokens": 12, "stop": "z", "batch_size": 4}
     options["repetition_penalty"] = 0.4  # it likes to repeat itself
     plain = list(generate(model, tokenizer, PROMPTS, SamplingConfig(**options)))
@@ -78,7 +78,7 @@ def test_lookup_gives_the_same_tokens_when_sampling_too(tokenizer, model):
 @pytest.mark.parametrize("kind", SPECULATIONS)
 @pytest.mark.parametrize("invariant", [False, True], ids=["", "invariant"])
 def test_a_sample_does_not_depend_on_its_batch(tokenizer, model, kind, invariant):
-    """Rows accept different numbers of tokens, end at different times, and one begins with a single token."""
+    """Rows accept different numbers of tokens and end at different times; one starts with a single token."""
     options = {"temperature": 1.0, "max_new_tokens": 8, "batch_invariant": invariant, "draft_tokens": 2, "stop": "e"}
     together = list(speculative(kind, tokenizer, model, PROMPTS, batch_size=3, **options))
     for i, prompt in enumerate(PROMPTS):
@@ -92,7 +92,7 @@ def test_a_sample_does_not_depend_on_its_batch(tokenizer, model, kind, invariant
 @pytest.mark.parametrize("position", ["rotary", "learned", "sinusoidal", "alibi"])
 @pytest.mark.parametrize("seq_len", [7, 20])
 def test_a_row_at_the_end_of_its_context_does_not_change_others(tokenizer, position, seq_len):
-    """Rows that have room, in model and draft, are proposed as many tokens as alone, whoever has none left."""
+    """Rows with room, in model and draft, get as many proposals as alone, even beside rows without room."""
     model = model_of(tokenizer, seq_len=20, position=position, window=9).eval()
     draft = model_of(tokenizer, seq_len=seq_len, n_layer=1, position=position)
     prompts = ["the quick brown fo", "dog", "the quick bro", "o"]
@@ -110,7 +110,7 @@ def test_a_row_at_the_end_of_its_context_does_not_change_others(tokenizer, posit
 @pytest.mark.parametrize("kind", ["draft", "ngram"])
 @pytest.mark.parametrize("seq_len", [5, 8])
 def test_rolling_with_proposals_gives_the_same_text(tokenizer, kind, seq_len):
-    """Greedy, past the context many times over, and a draft with a context of another size."""
+    """Greedy, many times past the context, with a draft whose context has another size."""
     model = model_of(tokenizer, seq_len=8).eval()
     options = {"temperature": 0.0, "max_new_tokens": 18, "rolling": True, "batch_size": 2}
     prompts = ["the quick brown fox", "do", ""]
@@ -129,7 +129,7 @@ def test_a_draft_that_is_the_model_is_always_accepted(tokenizer, model):
 
 
 def test_texts_end_within_accepted_proposals(tokenizer, model):
-    """With q forced every proposal of the draft is accepted; the text still ends where it must."""
+    """A bias forces q, so every proposal is accepted; the text still ends where it must."""
     for options, text, reason in (
         ({"stop": "qqqqq"}, "", "stop"),
         ({"max_new_tokens": 6}, "qqqqqq", "length"),
@@ -144,7 +144,7 @@ def test_texts_end_within_accepted_proposals(tokenizer, model):
 
 
 def small(layers: int, seed: int) -> GPT:
-    """A model of 4 characters whose next-token distributions are far from uniform."""
+    """Make a model of 4 characters whose distributions are far from uniform."""
     torch.manual_seed(seed)
     model = GPT(ModelConfig(n_layer=layers, n_head=2, n_embd=16, seq_len=8, vocab_size=4))
     with torch.no_grad():
@@ -153,7 +153,7 @@ def small(layers: int, seed: int) -> GPT:
     known, forward = {}, model.forward
 
     def remembering(idx, **options):
-        """There are few texts, and a decoder that asks for row after row asks for each of them many times."""
+        """Texts are few and repeat often."""
         key = (tuple(idx.flatten().tolist()), idx.shape)
         if options or len(idx) > 1:
             return forward(idx, **options)
@@ -175,7 +175,7 @@ FILTERS = [
 @pytest.mark.parametrize("options", FILTERS, ids=str)
 @pytest.mark.parametrize("kind", ["draft", "ngram"])
 def test_samples_follow_the_models_distribution(kind, options):
-    """The frequencies of all 64 texts of three tokens, against their exact probabilities."""
+    """Compare the frequencies of all 64 texts of three tokens with their exact probabilities."""
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer="char"), lambda: ["abcd"], document_token=False)
     model, draft = small(2, seed=2), small(1, seed=1) if kind == "draft" else None
     count = 2000
@@ -198,7 +198,7 @@ def test_samples_follow_the_models_distribution(kind, options):
 
 
 def exact(model: GPT, prompt: list[int], config: SamplingConfig) -> torch.Tensor:
-    """(64,) probabilities of the texts of three tokens, by the chain rule."""
+    """Compute the probabilities (64,) of the texts of three tokens by the chain rule."""
     bias = torch.tensor([0.0, config.logit_bias.get("b", 0.0), 0.0, 0.0]).double()
     result = torch.ones(64, dtype=torch.float64)
     for code, text in enumerate(itertools.product(range(4), repeat=3)):
@@ -214,7 +214,7 @@ def exact(model: GPT, prompt: list[int], config: SamplingConfig) -> torch.Tensor
 
 
 def test_judge_keeps_the_distribution_for_any_proposer():
-    """The first token alone, over many seeds: p comes out, though q was proposed; rows without proposals too."""
+    """Over many seeds the first token follows p though q proposed it; so do rows without proposals."""
     p = torch.tensor([0.5, 0.2, 0.3, 0.0]).double()
     q = torch.tensor([0.1, 0.6, 0.2, 0.1]).double()
     n = 40_000
@@ -226,7 +226,7 @@ def test_judge_keeps_the_distribution_for_any_proposer():
     for rows in (lengths == 0, lengths == 1):
         first = torch.bincount(tokens[rows, 0], minlength=4)
         assert abs(chi_square(first, p * int(rows.sum()))) < 4
-    # Accepted as often as the overlap of p and q, sum of min(p, q) = 0.5.
+    # The acceptance rate is the overlap of p and q: the sum of min(p, q), 0.5.
     assert (counts[lengths == 1] == 2).double().mean() == pytest.approx(0.5, abs=0.01)
     assert (counts[lengths == 0] == 1).all()
     second = torch.bincount(tokens[counts == 2, 1], minlength=4)
@@ -243,7 +243,7 @@ def test_ngrams_find_what_followed_the_longest_match():
 
 
 def test_a_refusal_draws_from_the_model_if_proposals_cover_its_distribution():
-    """q covers p everywhere, as it may by a rounding error; here by much, so that half of the proposals are refused."""
+    """q covers p everywhere, as rounding may cause; here by so much that half of the proposals are refused."""
     n, p, q = 400, torch.tensor([0.5, 0.25]), torch.tensor([0.5, 0.5])
     proposals = Proposals(torch.ones(n, 1, dtype=torch.int64), torch.ones(n, dtype=torch.int64), q.expand(n, 1, 2))
     positions = torch.tensor([[3, 4]]).expand(n, 2)

@@ -1,4 +1,4 @@
-"""A decoder's step as a CUDA graph, here on a stand-in that keeps to its rules: it replays operations on addresses."""
+"""A decoder's step as a CUDA graph, with a stand-in that replays operations on fixed addresses, as graphs do."""
 
 import contextlib
 import itertools
@@ -25,7 +25,7 @@ FORBIDDEN = {
 
 
 class Tape(TorchDispatchMode):
-    """What was called, with every number and every address as it was then, as a CUDA graph has it."""
+    """Records calls with their numbers and addresses, as a CUDA graph does."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +51,7 @@ class Tape(TorchDispatchMode):
 
 @pytest.fixture
 def tapes(monkeypatch) -> list[Tape]:
-    """The graphs that were recorded, oldest first."""
+    """Recorded graphs, oldest first."""
     found = []
 
     def record(run):
@@ -69,7 +69,7 @@ def tapes(monkeypatch) -> list[Tape]:
 
 @pytest.mark.parametrize("name", ["modern", "window-pattern", "gelu-odd"])
 def test_replayed_steps_equal_the_uncached_model(name, tapes):
-    """Ragged rows, steps of two shapes in turn, a cut, a copy, and rows that leave."""
+    """Rows of different lengths, steps of two shapes in turn, a cut, a copy, and dropped rows."""
     model = model_of(**({"n_layer": 1} | OPTIONS[name]))
     decoder, texts = Decoder(model, 3, 48), [text_of(n, n) for n in (3, 1, 9)]
     for row, text in enumerate(texts):
@@ -150,7 +150,7 @@ def test_graphs_on_a_gpu_equal_plain_steps(name):
 
 
 def test_record_returns_a_replay_and_its_result(monkeypatch):
-    """How to replay it, and the tensor that run returned while the graph was open."""
+    """The tensor is the one that run returned during the recording."""
     calls = []
 
     class Graph:

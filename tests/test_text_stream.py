@@ -1,4 +1,4 @@
-"""Which text may be shown while tokens are still coming."""
+"""The text that may be shown while tokens are generated."""
 
 import random
 
@@ -9,7 +9,7 @@ from gpt.inference.text_stream import TextStream
 
 
 class Letters:
-    """A tokenizer of characters for TextStream."""
+    """A tokenizer of single bytes for TextStream."""
 
     def decode_bytes(self, ids):
         return bytes(ids)
@@ -18,7 +18,7 @@ class Letters:
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.text("ab", max_size=20), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.integers(0, 99))
 def test_stop_strings_are_found_whatever_the_pieces(text, stops, seed):
-    """Against looking at every prefix of the text; and what is held back could really begin a stop string."""
+    """Against a search of every prefix; text that is held back can begin a stop string."""
     end = next((n for n in range(len(text) + 1) if any(text[:n].endswith(stop) for stop in stops)), None)
     expected = text
     if end is not None:
