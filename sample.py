@@ -86,7 +86,7 @@ def read_prompts(arguments: Arguments) -> list[dict[str, Any]]:
         return [{"prompt": read_all() if arguments.prompt == "-" else arguments.prompt or ""}]
     lines = enumerate(read_lines(path, "prompt file"), 1)
     numbered = [(number, line.removesuffix("\r")) for number, line in lines if line.strip()]
-    require(bool(numbered), f"the prompt file {path} holds no prompt")
+    require(bool(numbered), f"the prompt file {path} has no prompts")
     if path.suffix.lower() != ".jsonl":
         return [{"prompt": line} for _, line in numbered]
     return [_prompt_object(line, f"{path}, line {number}") for number, line in numbered]

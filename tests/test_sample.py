@@ -170,8 +170,8 @@ def test_samples_as_json(run_dir, tmp_path, capsys, where):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", "\n \n", "holds no prompt"),
-        ("a.jsonl", "", "holds no prompt"),
+        ("a.txt", "\n \n", "has no prompts"),
+        ("a.jsonl", "", "has no prompts"),
         ("a.jsonl", '{"prompt": "a"}\n\nall\n', "a.jsonl, line 3 is not JSON"),
         ("a.jsonl", '{"text": "a"}', 'line 1 must be an object {"prompt": "text"}'),
         ("a.jsonl", '{"prompt": "a", "tokens": 1}', "line 1: the output sets the field 'tokens' itself"),

@@ -10,7 +10,7 @@ from gpt.model.linear import activate
 
 SMALL = 600_000  # most weights of a small matrix
 # oneDNN's (name, algorithm) for our activations. It has neither swiglu nor relu2.
-_FUSED = {"relu": ("relu", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
+_FUSED = {None: ("none", ""), "relu": ("relu", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 
 
 class PlainLinear:
@@ -51,12 +51,9 @@ class PackedLinear(PlainLinear):
         x = x if x.dtype == self.dtype else x.to(self.dtype)
         if residual is not None and residual.dtype == self.dtype and activation is None:
             return self.sum(x, residual, self.weight, self.bias, "add")
-        if activation in _FUSED:
-            name, algorithm = _FUSED[activation]
-            y = self.product(x, self.weight, self.bias, name, [], algorithm)
-        else:
-            y = self.product(x, self.weight, self.bias, "none", [], "")
-            y = y if activation is None else activate(y, activation)
+        name, algorithm = _FUSED.get(activation, _FUSED[None])
+        y = self.product(x, self.weight, self.bias, name, [], algorithm)
+        y = y if activation in _FUSED else activate(y, activation)
         return y if residual is None else residual.add_(y)
 
 

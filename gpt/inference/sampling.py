@@ -80,7 +80,7 @@ class SamplingConfig:
         check_fields(self, SamplingConfig)  # the command line's subclass has no mapping
         require(all(self.stop), "stop must not be an empty string")
         for text in self.stop:
-            require(not re.search("[\ud800-\udfff]", text), f"stop {text!a} is not text: no sample can hold it")
+            require(not re.search("[\ud800-\udfff]", text), f"stop {text!a} is not text: no sample can contain it")
         if not isinstance(self.logit_bias, Mapping):
             object.__setattr__(self, "logit_bias", dict(map(_parse_bias, self.logit_bias)))
         for token, number in self.logit_bias.items():
