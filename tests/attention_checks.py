@@ -151,7 +151,7 @@ def truth_and_plain(inputs: Inputs) -> tuple[dict[str, Tensor], dict[str, Tensor
     """`run` the reference in float64, and plain PyTorch at the inputs' precision."""
     truth = run(attention_reference, inputs, torch.float64)
     plain = run(attention_reference, inputs, upcast=False)
-    # The kernels return lse in float32 for all inputs, so 16-bit rounding is no excuse.
+    # The kernels return lse in float32 for all inputs, so 16-bit rounding excuses no error in it.
     plain["lse"] = run(attention_reference, inputs)["lse"]
     return truth, plain
 

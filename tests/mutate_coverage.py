@@ -189,7 +189,7 @@ class Coverage:
 
     @cache  # noqa: B019 - lives as long as the program
     def _wanted(self, module: str, digest: str, lines: range) -> int:
-        """Map lines to a bit mask of their numbers in an earlier source; new lines stand for all functions."""
+        """Map lines to a bit mask of their numbers in an earlier source; a new line counts as all functions."""
         places = self._places(module, digest)
         old = [places[line] for line in lines if line in places]
         if not old:

@@ -151,7 +151,7 @@ def test_long_on_a_gpu(T, D, device):
 
 @pytest.mark.gpu
 def test_repeated_calls_give_the_same_bits_on_a_gpu(device):
-    """There are no atomic additions."""
+    """The kernels add nothing atomically."""
     inputs = make_inputs(Case(1000, 1000, B=2, H=8, H_kv=2, D=64, dtype=BF16), device)
     first = run(attention, inputs, impl="triton")
     for _ in range(200):

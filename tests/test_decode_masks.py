@@ -240,7 +240,7 @@ def test_a_mask_with_causal_bands_needs_no_check(tokenizer):
 
 
 def test_a_query_that_sees_no_key_gets_zeros_from_any_attention(tokenizer, monkeypatch):
-    """torch does not define that result: this stand-in gives NaN, as a plain softmax does."""
+    """torch does not define that result: the replacement here gives NaN, as a plain softmax does."""
 
     def plain(q, k, v, attn_mask):
         scores = q @ k.mT * q.shape[-1] ** -0.5

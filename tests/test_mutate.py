@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -226,6 +227,15 @@ def test_an_uncovered_mutant_is_reported(toy):
 def test_an_equivalent_mutant_is_skipped(toy):
     assert "return a * 1" not in toy[1]
     assert "return a / 1" not in toy[1]
+
+
+def test_every_listed_equivalent_is_a_mutant_of_the_program():
+    listed = mutate.load_equivalent(SimpleNamespace(folder=ROOT))
+    made = set()
+    for module in {module for module, *_ in listed}:
+        source = (ROOT / module).read_text(encoding="utf-8")
+        made |= {(module, *mutant.difference(source)) for mutant in all_mutants(module, source)}
+    assert listed <= made
 
 
 def test_an_unnoticed_mutant_survives(toy):

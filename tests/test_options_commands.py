@@ -63,7 +63,7 @@ def argv_of(program: str, options: dict[str, Any]) -> list[str]:
 
 
 class Ran:
-    """What a command did in a folder: what it wrote and printed, its decoders, and the rows that a model was given."""
+    """The effects of a command in a folder: files, output, decoders, and the rows given to a model."""
 
     def __init__(self, program: str, folder: Path, options: dict[str, Any]) -> None:
         self.folder, self.error, self.status = folder, "", None
@@ -105,7 +105,7 @@ class Ran:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """What stdout has as JSON."""
+        """Parse stdout as JSON."""
         return [json.loads(line) for line in self.out.splitlines()]
 
     @property
@@ -119,7 +119,7 @@ class Ran:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """Two runs, texts, questions, and two token files of another program."""
+    """Make two runs, texts, questions, and two token files of another program."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "text.txt").write_text(TEXT[:300])
     (folder / "other.txt").write_text(TEXT[300:400])
@@ -142,7 +142,7 @@ def made(tmp_path_factory) -> Path:
 
 
 def likeliest(ran: Ran) -> int:
-    """How many tokens of a sample are those that the model finds likeliest."""
+    """Count the tokens of a sample that the model finds likeliest."""
     model, tokenizer = gpt.load(ran.folder / "run", "cpu")
     (tokens,) = ran.tokens
     with torch.no_grad():
@@ -151,7 +151,7 @@ def likeliest(ran: Ran) -> int:
 
 
 def recording(patch: pytest.MonkeyPatch) -> None:
-    """A device on which steps are recorded, or so the decoder thinks."""
+    """Let the decoder take the CPU for a device on which steps are recorded."""
     patch.setattr(gpt.inference.decoder, "can_record", lambda device: True)
     patch.setattr(gpt.inference.decoder, "decode_impl", lambda device: "torch")
 
