@@ -253,6 +253,7 @@ def plain(tokens: np.ndarray) -> np.ndarray:
 
 
 def targets_in(tokens: np.ndarray, max_tokens: int | None) -> int:
+    """Count the targets of a validation pass: each token but the first, max_tokens at most. UserError if none."""
     if len(tokens) < 2:
         raise UserError(f"the validation part has {len(tokens)} tokens, too few to predict any: give more text")
     return min(len(tokens) - 1, max_tokens or len(tokens))

@@ -54,7 +54,7 @@ class TokenWriter:
         os.fsync(self._file.fileno())
 
     def state(self) -> dict[str, Any]:
-        """What another writer needs to continue after these tokens, once sync has flushed them."""
+        """Return what another writer needs to continue after these tokens, once sync has flushed them."""
         return {"tokens": self.tokens, "sha256": self._digest.hexdigest()}
 
     def _continue(self, state: dict[str, Any]) -> None:
@@ -107,7 +107,8 @@ def read_tokens(path: Path, tokenizer: Tokenizer, *, verify: bool = False) -> np
     _, version, width, tokens, fingerprint, digest = _FIELDS.unpack_from(header)
     if version != VERSION or width not in (2, 4):
         raise UserError(
-            f"{path} is a token file of version {version}, {width} bytes per token: known are version {VERSION}, 2 or 4"
+            f"{path} is a token file of version {version}, {width} bytes per token: known is version {VERSION}, "
+            "2 or 4 bytes"
         )
     if tokens == 0 or size != HEADER_BYTES + tokens * width:
         raise UserError(
