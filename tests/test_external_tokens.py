@@ -17,7 +17,7 @@ from gpt.data.corpus import check_length
 from gpt.data.external_tokens import TokenParts
 from gpt.data.loader import target_bytes
 from gpt.data.mixture import Mixture
-from gpt.data.packing import make_loader, packed_validation
+from gpt.data.packing import make_loader, validation_batches
 from gpt.data.token_files import read_tokens
 from gpt.data.tokenizers import ByteTokenizer
 from gpt.errors import UserError
@@ -113,7 +113,7 @@ def test_the_loader_reads_several_files_in_place(packing, monkeypatch):
     for _ in range(20):
         ours, theirs = (loader.next_batch() for loader in loaders)
         assert all(a.equal(b) for a, b in zip(ours, theirs, strict=True))
-    batches = [list(packed_validation(tokens, packing, 249, **options)) for tokens in (whole, parts)]
+    batches = [list(validation_batches(tokens, packing, 249, **options)) for tokens in (whole, parts)]
     assert all(a.equal(b) for ours, theirs in zip(*batches, strict=True) for a, b in zip(ours, theirs, strict=True))
 
 
