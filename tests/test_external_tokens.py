@@ -52,8 +52,8 @@ def test_files_are_mapped_in_place(tmp_path, make, kind):
     write(folder / "input.txt", "not read either")
     corpus = make(folder, "byte")
     train, val = (read_tokens(path, corpus.tokenizer) for path in (corpus.train, corpus.val))
-    assert isinstance(train, np.memmap)
-    assert Path(train.filename) == folder / "train.bin"
+    assert isinstance(train.base, np.memmap)
+    assert Path(train.base.filename) == folder / "train.bin"
     assert train.dtype == (np.uint32 if kind == "llm.c-uint32" else np.uint16)
     assert (train.tolist(), val.tolist()) == (IDS.tolist(), IDS[:500].tolist())
     assert (corpus.train_tokens, corpus.val_tokens, corpus.documents) == (len(IDS), 500, 4)

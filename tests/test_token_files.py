@@ -20,7 +20,7 @@ def token_file(tmp_path) -> Path:
 
 def test_round_trip(token_file):
     tokens = read_tokens(token_file, ByteTokenizer(), verify=True)
-    assert isinstance(tokens, np.memmap)
+    assert isinstance(tokens.base, np.memmap)
     assert tokens.dtype == np.uint16
     assert tokens.tolist() == [*range(257), 7]
     assert token_file.stat().st_size == HEADER_BYTES + 2 * 258

@@ -91,7 +91,7 @@ class TrainLoader(Loader):
         width = self.seq_len + 1
         if len(tokens) < width:
             raise UserError(f"{len(tokens)} training tokens fill no window: seq_len {self.seq_len} needs {width}")
-        self._tokens = plain(tokens)
+        self._tokens = tokens
         self._go_to(0, 0)
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, ...]:
@@ -215,11 +215,6 @@ def target_bytes(tokens: np.ndarray, tokenizer: Tokenizer, max_tokens: int | Non
     stop = 1 + targets_in(tokens, max_tokens)
     parts = (tokens[start : min(start + (1 << 20), stop)] for start in range(1, stop, 1 << 20))
     return sum(int(tokenizer.token_bytes[np.asarray(ids)].sum()) for ids in parts)
-
-
-def plain(tokens: np.ndarray) -> np.ndarray:
-    """Convert a memmap to a plain array, whose slices are faster. TokenParts stay as they are."""
-    return tokens.view(np.ndarray) if isinstance(tokens, np.ndarray) else tokens
 
 
 def targets_in(tokens: np.ndarray, max_tokens: int | None) -> int:

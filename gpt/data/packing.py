@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt.data.loader import Loader, TrainLoader, order_keys, permuted, plain, targets_in
+from gpt.data.loader import Loader, TrainLoader, order_keys, permuted, targets_in
 from gpt.errors import UserError
 from gpt.model.config import IGNORE_INDEX
 
@@ -48,8 +48,7 @@ def piece_starts(tokens: np.ndarray, document_token: int, seq_len: int) -> np.nd
     """Return the start of each piece, and the end of the last one; (pieces + 1,) int64.
 
     A piece is a document; one longer than seq_len is cut into pieces of seq_len and a shorter last one. The last token
-    has no target, so no piece holds it. Takes 8 bytes per piece, twice that while working; about a second for 10^9
-    tokens.
+    has no target, so no piece holds it. Takes 8 bytes per piece, and twice that while working.
     """
     last, begin, parts = len(tokens) - 1, 0, []
     for at in range(0, last, _BLOCK):
@@ -106,15 +105,13 @@ class BestFitLoader(Loader):
     An epoch has every piece (see piece_starts) once, in random order by a permutation that is computed rather than
     stored. Each POOL of consecutive pieces is packed, longest first (first-fit decreasing), and its rows are shuffled.
     So every token that has a target is an input once per epoch, and little of a row is empty.
-
-    The state counts pools and rows, and so does not depend on batch_size or world_size.
     """
 
     def __init__(self, tokens: np.ndarray, document_token: int, **options: int) -> None:
         super().__init__(**options)
         if len(tokens) < 2:
             raise UserError(f"{len(tokens)} training tokens are too few to predict any")
-        self._tokens = plain(tokens)
+        self._tokens = tokens
         self._starts = piece_starts(self._tokens, document_token, self.seq_len)
         self._count = len(self._starts) - 1
         self._go_to(0, 0, 0)
@@ -180,7 +177,6 @@ def validation_batches(
     last batch may have fewer rows. Each rank gets every world_size-th batch; all get the same number of batches.
     """
     targets = targets_in(tokens, max_tokens)
-    tokens = plain(tokens)
     rows: Iterator[Row] = ([(at, min(seq_len, targets - at))] for at in range(0, targets, seq_len))
     if packing == "best_fit":
         starts = piece_starts(tokens[: targets + 1], document_token, seq_len)
