@@ -285,21 +285,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     try:
         form = json.loads(path.read_bytes())
-        return _from_form(form)
+        _check(isinstance(form, dict) and form.get("format") == FORMAT, f'"format" is not "{FORMAT}"')
+        _check(form.get("version") == VERSION, f'"version" is {form.get("version")!r}, known is {VERSION}')
+        kind, kinds = form.get("kind"), list(KINDS)
+        known = f"known are {', '.join(kinds[:-1])} and {kinds[-1]}"
+        _check(isinstance(kind, str) and kind in KINDS, f'"kind" is {kind!r}, {known}')
+        return KINDS[kind].from_form(form)
     except OSError as error:
         raise UserError(f"{path}: cannot read the tokenizer ({error.strerror or error})") from None
     except (ValueError, RecursionError) as error:  # from JSON, base64, tiktoken's regex or _check
         raise UserError(f"{path} is not a tokenizer of this program, or is damaged: {error}") from None
-
-
-def _from_form(form: Any) -> Tokenizer:
-    """Build the tokenizer of a parsed file. ValueError says what is wrong with it."""
-    _check(isinstance(form, dict) and form.get("format") == FORMAT, f'"format" is not "{FORMAT}"')
-    _check(form.get("version") == VERSION, f'"version" is {form.get("version")!r}, known is {VERSION}')
-    kind = form.get("kind")
-    known = ", ".join([*KINDS][:-1]) + f" and {[*KINDS][-1]}"
-    _check(isinstance(kind, str) and kind in KINDS, f'"kind" is {kind!r}, known are {known}')
-    return KINDS[kind].from_form(form)
 
 
 def _tokens(entries: Any) -> list[bytes | None]:
