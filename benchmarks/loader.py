@@ -38,7 +38,7 @@ def write_tokens(path: Path, count: int) -> tuple[np.ndarray, float]:
     tokens[starts] = DOCUMENT
     tokens[0] = DOCUMENT
     tokens.tofile(path)
-    return np.memmap(path, np.uint16, "r"), count / (len(starts) + 1)
+    return np.memmap(path, np.uint16, "r").view(np.ndarray), count / (len(starts) + 1)
 
 
 def loader_seconds(tokens: np.ndarray, packing: str, rows: int) -> dict[str, float]:

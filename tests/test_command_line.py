@@ -153,6 +153,7 @@ def test_every_recipe_loads(path, request):
         ("[data]\ncorpus_weights = 3", "corpus_weights must be a list of numbers, not 3"),
         ("[data]\ncorpus_weights = [1, 'a']", r"corpus_weights must be a list of numbers, not the list \[1, 'a'\]"),
         ("[data]\ncorpus_weights = [1, 0]", "corpus_weights must be positive"),
+        ("[data]\ncorpus_weights = [1, inf]", "corpus_weights must be positive and finite"),
         ("[data]\ncorpus = ['a', 'b']\ncorpus_weights = [1]", "corpus_weights has 1 numbers for 2 entries of corpus"),
         ("[train]\nrun_dir = 3", "run_dir must be a path, not 3"),
         ("[train]\nresume = 'yes'", "resume must be true or false, not 'yes'"),

@@ -337,7 +337,7 @@ def test_an_unreadable_subfolder_is_refused(tmp_path, make, monkeypatch):
 
 
 def test_unknown_tokenizer_is_refused_before_any_work(make):
-    with pytest.raises(UserError, match="did you mean gpt2"):
+    with pytest.raises(UserError, match="did you mean 'gpt2'"):
         make("missing.txt", "gpt-2")
 
 

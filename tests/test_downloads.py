@@ -1,5 +1,6 @@
 """What is fetched into the cache first: files behind URLs, stdin, Hugging Face datasets."""
 
+import datetime
 import gzip
 import hashlib
 import http.server
@@ -271,6 +272,7 @@ def test_reading_a_dataset_stops_at_the_cap(make, hub):
         ([{"text": "a"}], {"error": ConnectionError("gone")}, r"hf:name after row 1 \(ConnectionError: gone\)"),
         ([{"text": "a"}, {"body": "b", "id": 1}], {}, r"row 2 has no field 'text': it has body, id; .*--text-field"),
         ([{"text": 3}], {}, r"hf:name, row 1: the field 'text' is not text but a number"),
+        ([{"text": datetime.date(2020, 1, 1)}], {}, r"hf:name, row 1: the field 'text' is not text but of type date"),
         ([{"text": "x" * 200}] * 9, {}, r"hf:name has more than 1000 bytes: .*--max-corpus-bytes"),
         ([{"text": "x"}], {"num_bytes": 1001}, r"hf:name has more than 1000 bytes: .*--max-corpus-bytes"),
     ],

@@ -17,7 +17,7 @@ from gpt.data.corpus import check_length
 from gpt.data.external_tokens import TokenParts
 from gpt.data.loader import target_bytes
 from gpt.data.mixture import Mixture
-from gpt.data.packing import make_loader, packed_validation
+from gpt.data.packing import make_loader, validation_batches
 from gpt.data.token_files import read_tokens
 from gpt.data.tokenizers import ByteTokenizer
 from gpt.errors import UserError
@@ -52,8 +52,8 @@ def test_files_are_mapped_in_place(tmp_path, make, kind):
     write(folder / "input.txt", "not read either")
     corpus = make(folder, "byte")
     train, val = (read_tokens(path, corpus.tokenizer) for path in (corpus.train, corpus.val))
-    assert isinstance(train, np.memmap)
-    assert Path(train.filename) == folder / "train.bin"
+    assert isinstance(train.base, np.memmap)
+    assert Path(train.base.filename) == folder / "train.bin"
     assert train.dtype == (np.uint32 if kind == "llm.c-uint32" else np.uint16)
     assert (train.tolist(), val.tolist()) == (IDS.tolist(), IDS[:500].tolist())
     assert (corpus.train_tokens, corpus.val_tokens, corpus.documents) == (len(IDS), 500, 4)
@@ -113,7 +113,7 @@ def test_the_loader_reads_several_files_in_place(packing, monkeypatch):
     for _ in range(20):
         ours, theirs = (loader.next_batch() for loader in loaders)
         assert all(a.equal(b) for a, b in zip(ours, theirs, strict=True))
-    batches = [list(packed_validation(tokens, packing, 249, **options)) for tokens in (whole, parts)]
+    batches = [list(validation_batches(tokens, packing, 249, **options)) for tokens in (whole, parts)]
     assert all(a.equal(b) for ours, theirs in zip(*batches, strict=True) for a, b in zip(ours, theirs, strict=True))
 
 

@@ -73,9 +73,10 @@ def test_token_files_of_a_corpus(tmp_path, make, capsys):
         (lambda p: write(p, llm_c(p).read_bytes()[:-1]), (), r"x\.bin is damaged"),
         (lambda p: llama(p, [1 << 30]), (), "this is not a token file"),
         (lambda p: nanogpt(p, [300]), ("--tokenizer", "byte"), r"x\.bin holds the id 300, but the tokenizer has 257"),
-        (nanogpt, ("--tokenizer", "gtp2"), "did you mean gpt2"),
+        (nanogpt, ("--tokenizer", "gtp2"), "did you mean 'gpt2'"),
         (nanogpt, ("--tokenizer", "char"), "a char tokenizer is learned from text"),
         (nanogpt, ("--sample-tokens", "-1"), "sample_tokens must be at least 0"),
+        (nanogpt, ("--sample-tokens", "1048576"), "sample_tokens must be at least 0 and below 1048576"),
     ],
 )
 def test_an_unreadable_bin_is_refused(tmp_path, spoil, words, message):

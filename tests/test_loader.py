@@ -9,7 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpt.data.loader import Batches, TrainLoader, permuted, target_bytes, validation_batches
+from gpt.data.loader import Batches, TrainLoader, permuted, target_bytes
+from gpt.data.packing import validation_batches
 from gpt.data.token_files import TokenWriter, read_tokens
 from gpt.data.tokenizers import ByteTokenizer, CharTokenizer
 from gpt.errors import UserError

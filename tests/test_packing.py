@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 
 import gpt
 from gpt.config import ModelConfig
-from gpt.data.loader import DOCUMENT_INPUTS, TrainLoader, validation_batches
+from gpt.data.loader import DOCUMENT_INPUTS, TrainLoader
 from gpt.data.packing import (
     BestFitLoader,
     DocumentLoader,
     check_packing,
     document_inputs,
     pack,
-    packed_validation,
     piece_starts,
     read_pieces,
+    validation_batches,
 )
 from gpt.data.token_files import read_tokens
 from gpt.errors import UserError
@@ -164,7 +164,7 @@ def test_a_packed_pass_has_the_loss_of_each_document_alone(packing, position):
     for weight in model.parameters():
         weight *= 4 if weight.ndim > 1 else 1  # so that it matters what a token sees
     tokens = corpus(lengths_of(40), numbered=False)
-    batches = list(packed_validation(tokens, packing, DOCUMENT, batch_size=4, seq_len=24))
+    batches = list(validation_batches(tokens, packing, DOCUMENT, batch_size=4, seq_len=24))
     packed = sum(
         model.loss(x, y, reduction="sum", **dict(zip(DOCUMENT_INPUTS, rest, strict=True))).item()
         for x, y, *rest in batches
@@ -201,7 +201,7 @@ def test_validation_has_the_streams_targets_once(lengths, seq_len, batch_size, w
     lengths[-1] += 2
     tokens = corpus(lengths)
     options = {"batch_size": batch_size, "seq_len": seq_len, "max_tokens": max_tokens, "world_size": world_size}
-    ranks = [list(packed_validation(tokens, packing, DOCUMENT, rank=r, **options)) for r in range(world_size)]
+    ranks = [list(validation_batches(tokens, packing, DOCUMENT, rank=r, **options)) for r in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1
     pairs = Counter()
     for batches in ranks:

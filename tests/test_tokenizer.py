@@ -322,9 +322,9 @@ def test_gpt2_itself():
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("gtp2", "did you mean gpt2"),
-        ("cl100k", "did you mean cl100k_base"),
-        ("bp", "did you mean bpe"),
+        ("gtp2", "did you mean 'gpt2'"),
+        ("cl100k", "did you mean 'cl100k_base'"),
+        ("bp", "did you mean 'bpe'"),
         ("", "choose char, byte"),
     ],
 )

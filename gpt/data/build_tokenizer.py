@@ -1,8 +1,8 @@
 """Builds the tokenizer that a config names: learned from the corpus, or one of tiktoken's encodings."""
 
-import difflib
 from typing import Literal
 
+from gpt.command_line import did_you_mean
 from gpt.data.config import TokenizerConfig
 from gpt.data.tokenizer_base import Texts
 from gpt.data.tokenizers import KINDS, BPETokenizer, Tokenizer
@@ -34,9 +34,8 @@ def check_name(name: str) -> None:
 
     names = [*KINDS, *tiktoken.list_encoding_names()]
     if name not in names:
-        near = difflib.get_close_matches(name, names, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"unknown tokenizer {name!r}: {hint}choose {', '.join(names[:-1])} or {names[-1]}")
+        known = f"choose {', '.join(names[:-1])} or {names[-1]}"
+        raise UserError(f"unknown tokenizer {name!r}: {known}{did_you_mean(name, names)}")
 
 
 def _named(name: str) -> BPETokenizer:
@@ -51,10 +50,8 @@ def _named(name: str) -> BPETokenizer:
             f"the tokenizer {name} could not be downloaded ({type(error).__name__}): connect to the network, set "
             "TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer char, byte or bpe"
         ) from error
-    ranks = encoding._mergeable_ranks
-    tokens: list[bytes | None] = [None] * (max(ranks.values()) + 1)
-    for token, rank in ranks.items():
-        tokens[rank] = token
+    by_rank = {rank: token for token, rank in encoding._mergeable_ranks.items()}
+    tokens = [by_rank.get(rank) for rank in range(max(by_rank) + 1)]
     return BPETokenizer(name, encoding._pat_str, tokens, encoding._special_tokens)
 
 

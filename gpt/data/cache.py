@@ -106,12 +106,10 @@ def _resumed(work: Path) -> tuple[Path | None, int | None]:
         return None, None
     make_folder(work)
     lock = os.open(work, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with suppress(OSError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(lock), os.stat(work)):  # else another process has just finished it
             return work, lock
-    except OSError:
-        pass
     os.close(lock)
     return None, None
 
@@ -135,8 +133,7 @@ def is_own(work: Path) -> bool:
 
 def strange_in(folder: Path) -> Path | None:
     """Return a file in a folder of the cache that this program did not write, or None."""
-    others = (path for path in folder.iterdir() if path.name not in WRITTEN or path.is_dir())
-    return next(others, None)
+    return next((path for path in folder.iterdir() if path.name not in WRITTEN or path.is_dir()), None)
 
 
 def discard(folder: Path) -> None:

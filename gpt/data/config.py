@@ -42,7 +42,7 @@ class DataConfig:
         check_fields(self)
         require(all(entry.strip() for entry in self.corpus), "corpus has an empty entry: give a path or a name")
         weights = self.corpus_weights
-        require(all(0 < w < math.inf for w in weights), f"corpus_weights must be positive, not {weights}")
+        require(all(0 < w < math.inf for w in weights), f"corpus_weights must be positive and finite, not {weights}")
         require(
             len(weights) in (0, len(self.corpus)) or not self.corpus,
             f"corpus_weights has {len(weights)} numbers for {len(self.corpus)} entries of corpus: give one for each",

@@ -34,8 +34,6 @@ from gpt.data.tokenize_corpus import write_tokens
 from gpt.data.tokenizers import Tokenizer, load_tokenizer
 from gpt.errors import UserError
 
-__all__ = ["Corpus", "OnProgress", "cache_folder", "check_length", "prepare"]
-
 log = logging.getLogger(__name__)
 
 FORMAT = 2  # of a cached corpus; part of the cache key

@@ -107,11 +107,16 @@ def spool_stdin(folder: Path, progress: OnProgress | None = None, *, limit: int 
 
     def blocks() -> Blocks:
         size = 0
-        while block := _read_stdin():
-            size += len(block)
-            if size > limit:
-                raise UserError(f"stdin has more than {limit} bytes: raise --max-download-bytes, or save it to a file")
-            yield block, 0
+        try:
+            while block := sys.stdin.buffer.read(_CHUNK):
+                size += len(block)
+                if size > limit:
+                    raise UserError(
+                        f"stdin has more than {limit} bytes: raise --max-download-bytes, or save it to a file"
+                    )
+                yield block, 0
+        except OSError as error:
+            raise UserError(f"cannot read stdin: {error.strerror or error}") from None
 
     with unfinished(folder) as work:  # the folder is named after the content
         digest, size = _spool(blocks(), work, "stdin", "reading stdin", progress)
@@ -123,13 +128,6 @@ def spool_stdin(folder: Path, progress: OnProgress | None = None, *, limit: int 
                 for name in ("content", "record.json"):
                     os.rename(work / name, copy / name)
     return _stored(final, "stdin")
-
-
-def _read_stdin() -> bytes:
-    try:
-        return sys.stdin.buffer.read(_CHUNK)
-    except OSError as error:
-        raise UserError(f"cannot read stdin: {error.strerror or error}") from None
 
 
 def spool_dataset(spec: str, data: DataConfig, folder: Path, progress: OnProgress | None = None) -> Source:

@@ -44,13 +44,13 @@ class TokenFile:
     width: int  # bytes per token
     tokens: int
 
-    def open(self) -> np.memmap:
+    def open(self) -> np.ndarray:
         """Map the ids (tokens,), read-only. UserError if the file has changed or is gone."""
         try:
             status = os.stat(self.path)
             if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
                 raise UserError(f"the token file {self.path} has changed since it was checked: start again")
-            return np.memmap(self.path, f"<u{self.width}", "r", self.offset, (self.tokens,))
+            return np.memmap(self.path, f"<u{self.width}", "r", self.offset, (self.tokens,)).view(np.ndarray)
         except OSError as error:
             raise UserError(f"cannot read the token file {self.path}: {error.strerror or error}") from None
 
@@ -227,7 +227,7 @@ def count_ids(file: TokenFile, tokenizer: Tokenizer, on_read: OnRead | None = No
     return uses
 
 
-def read_index(path: Path, tokenizer: Tokenizer) -> "np.memmap | TokenParts":
+def read_index(path: Path, tokenizer: Tokenizer) -> "np.ndarray | TokenParts":
     """Map the ids of the files in an index. UserError if it is damaged, or a file has changed."""
     try:
         index: dict[str, Any] = json.loads(path.read_bytes())
@@ -252,9 +252,6 @@ class TokenParts:
 
     Supports what loaders need of an array: length, slices, single ids and comparison. np.asarray copies all of it.
     """
-
-    ndim = 1
-    __hash__ = None
 
     def __init__(self, parts: list[np.ndarray]) -> None:
         self._parts = parts

@@ -61,10 +61,9 @@ class Form(NamedTuple):
 
 def form_by_name(name: str) -> Form:
     """Return the form that a file's name suggests: text by default."""
-    name = name.lower()
-    packing = next((ending for ending in MAGIC if name.endswith("." + ending)), "")
-    ending = name.removesuffix("." + packing).rpartition(".")[2] if packing else name.rpartition(".")[2]
-    return Form(_NAMES.get(ending, "text"), packing)
+    parts = name.lower().split(".")
+    packing = parts.pop() if parts[1:] and parts[-1] in MAGIC else ""
+    return Form(_NAMES.get(parts[-1], "text"), packing)
 
 
 def not_text(head: bytes) -> tuple[str, str] | None:

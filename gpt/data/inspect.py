@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from gpt.arguments import check_fields
 from gpt.command_line import parse_flags
 from gpt.data.build_tokenizer import build_tokenizer, encoding_at_hand, learns_from
 from gpt.data.config import TokenizerConfig
@@ -16,6 +17,7 @@ from gpt.data.provenance import tokenized_folders
 from gpt.data.token_files import read_tokens
 from gpt.data.tokenizers import Tokenizer, load_tokenizer
 from gpt.errors import EXIT_DONE, UserError, require
+from gpt.option import option
 from gpt.streams import check_output
 
 _CHUNK = 1 << 22  # tokens read at a time
@@ -32,12 +34,12 @@ class Arguments:
     """A run directory, a folder of a tokenized corpus, one token file of it, or another program's .bin."""
     tokenizer: str | None = None
     """The tokenizer of a .bin: gpt2 or another of tiktoken's encodings, or byte. None: show its ids as numbers."""
-    sample_tokens: int = 100
+    sample_tokens: int = option(100, at_least=0, below=1 << 20)
     """Number of tokens at the start to show as text."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(self.command == "inspect", f"unknown command {self.command!r}: run python -m gpt.corpus inspect PATH")
-        require(0 <= self.sample_tokens < 1 << 20, f"sample_tokens must be at least 0, not {self.sample_tokens}")
         require(
             self.tokenizer is None or not learns_from(self.tokenizer),
             f"a {self.tokenizer} tokenizer is learned from text: name another",

@@ -200,8 +200,10 @@ class _Values:
 
 
 def kind_of(value: Any) -> str:
+    """Name the type of a value of JSON, or of a dataset, whose rows hold values of other types too."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return kinds.get(type(value), "a number")
+    kinds |= {int: "a number", float: "a number"}
+    return kinds.get(type(value), f"of type {type(value).__name__}")
 
 
 def instead(names: Iterable[str]) -> str:

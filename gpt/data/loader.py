@@ -1,11 +1,12 @@
-"""Turns tokens into batches: training windows in a seeded order that resumes exactly, and a fixed validation pass.
+"""Turns tokens into training batches: windows in a seeded order that resumes exactly.
 
-gpt.data.packing has the loaders that keep documents apart, gpt.data.mixture the loader of several corpora.
+gpt.data.packing has the loaders that keep documents apart and the validation pass, gpt.data.mixture the loader of
+several corpora.
 """
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -15,9 +16,6 @@ from torch import Tensor
 
 from gpt.data.tokenizers import Tokenizer
 from gpt.errors import UserError
-from gpt.model.config import IGNORE_INDEX
-
-__all__ = ["Batches", "Loader", "TrainLoader", "permuted", "target_bytes", "validation_batches"]
 
 DOCUMENT_INPUTS = ("positions", "segment_ids")  # GPT.loss's names for what packed batches have besides x and y
 _ROUNDS = 6
@@ -93,7 +91,7 @@ class TrainLoader(Loader):
         width = self.seq_len + 1
         if len(tokens) < width:
             raise UserError(f"{len(tokens)} training tokens fill no window: seq_len {self.seq_len} needs {width}")
-        self._tokens = plain(tokens)
+        self._tokens = tokens
         self._go_to(0, 0)
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, ...]:
@@ -209,34 +207,6 @@ def permuted(indices: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
     return values.astype(np.int64)
 
 
-def validation_batches(
-    tokens: np.ndarray,
-    *,
-    batch_size: int,
-    seq_len: int,
-    max_tokens: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the inputs and targets (B, seq_len) int64 of one pass over tokens (N,), in the text's order.
-
-    Each token but the first is a target exactly once, or the first max_tokens of them. The last row is padded with
-    input 0 and target IGNORE_INDEX; the last batch may have fewer rows. Each rank gets every world_size-th batch. All
-    ranks get the same number of batches: an empty one is a single row without targets.
-    """
-    targets = targets_in(tokens, max_tokens)
-    tokens = plain(tokens)
-    per_batch = batch_size * seq_len
-    for first in range(0, targets, world_size * per_batch):
-        start = first + rank * per_batch
-        used = max(0, min(per_batch, targets - start))
-        rows = max(1, -(-used // seq_len))
-        x, y = np.zeros(rows * seq_len, np.int64), np.full(rows * seq_len, IGNORE_INDEX, np.int64)
-        x[:used] = tokens[start : start + used]
-        y[:used] = tokens[start + 1 : start + 1 + used]
-        yield torch.from_numpy(x.reshape(rows, seq_len)), torch.from_numpy(y.reshape(rows, seq_len))
-
-
 def target_bytes(tokens: np.ndarray, tokenizer: Tokenizer, max_tokens: int | None = None) -> int:
     """Count the UTF-8 bytes of validation_batches' targets.
 
@@ -247,12 +217,8 @@ def target_bytes(tokens: np.ndarray, tokenizer: Tokenizer, max_tokens: int | Non
     return sum(int(tokenizer.token_bytes[np.asarray(ids)].sum()) for ids in parts)
 
 
-def plain(tokens: np.ndarray) -> np.ndarray:
-    """Convert a memmap to a plain array, whose slices are faster. TokenParts stay as they are."""
-    return tokens.view(np.ndarray) if isinstance(tokens, np.ndarray) else tokens
-
-
 def targets_in(tokens: np.ndarray, max_tokens: int | None) -> int:
+    """Count the targets of a validation pass: each token but the first, max_tokens at most. UserError if none."""
     if len(tokens) < 2:
         raise UserError(f"the validation part has {len(tokens)} tokens, too few to predict any: give more text")
     return min(len(tokens) - 1, max_tokens or len(tokens))

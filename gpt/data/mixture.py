@@ -17,9 +17,9 @@ from gpt.config import Config
 from gpt.data.build_tokenizer import learns_from
 from gpt.data.config import DataConfig, TokenizerConfig
 from gpt.data.corpus import Corpus, check_length, prepare
+from gpt.data.downloads import OnProgress
 from gpt.data.loader import Loader, order_keys
 from gpt.data.packing import make_loader
-from gpt.data.sources import OnProgress
 from gpt.data.tokenizers import Tokenizer
 from gpt.distributed import World
 from gpt.errors import UserError
@@ -43,11 +43,8 @@ def prepare_all(
         return [prepare(data, tokenizer, fixed_tokenizer=fixed_tokenizer, progress=progress)]
     if fixed_tokenizer is None and learns_from(tokenizer.tokenizer):
         fixed_tokenizer = prepare(replace(data, corpus_weights=()), tokenizer, progress=progress).tokenizer
-    corpora = []
-    for entry in data.corpus:
-        alone = replace(data, corpus=(entry,), corpus_weights=())
-        corpora.append(prepare(alone, tokenizer, fixed_tokenizer=fixed_tokenizer, progress=progress))
-    return corpora
+    alone = [replace(data, corpus=(entry,), corpus_weights=()) for entry in data.corpus]
+    return [prepare(each, tokenizer, fixed_tokenizer=fixed_tokenizer, progress=progress) for each in alone]
 
 
 def check_lengths(corpora: Sequence[Corpus], data: DataConfig, seq_len: int) -> None:

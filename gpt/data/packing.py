@@ -1,4 +1,4 @@
-"""Training rows that keep documents apart.
+"""Training rows that keep documents apart, and the validation pass under every packing.
 
 A token attends only to its own document (`segment_ids`), and positions count from 0 at the start of each document, or
 of the part that is in the row. The targets are those of the plain stream: a document's last token predicts the document
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt.data.loader import Loader, TrainLoader, order_keys, permuted, plain, targets_in, validation_batches
+from gpt.data.loader import Loader, TrainLoader, order_keys, permuted, targets_in
 from gpt.errors import UserError
 from gpt.model.config import IGNORE_INDEX
 
@@ -48,8 +48,7 @@ def piece_starts(tokens: np.ndarray, document_token: int, seq_len: int) -> np.nd
     """Return the start of each piece, and the end of the last one; (pieces + 1,) int64.
 
     A piece is a document; one longer than seq_len is cut into pieces of seq_len and a shorter last one. The last token
-    has no target, so no piece holds it. Takes 8 bytes per piece, twice that while working; about a second for 10^9
-    tokens.
+    has no target, so no piece holds it. Takes 8 bytes per piece, and twice that while working.
     """
     last, begin, parts = len(tokens) - 1, 0, []
     for at in range(0, last, _BLOCK):
@@ -106,15 +105,13 @@ class BestFitLoader(Loader):
     An epoch has every piece (see piece_starts) once, in random order by a permutation that is computed rather than
     stored. Each POOL of consecutive pieces is packed, longest first (first-fit decreasing), and its rows are shuffled.
     So every token that has a target is an input once per epoch, and little of a row is empty.
-
-    The state counts pools and rows, and so does not depend on batch_size or world_size.
     """
 
     def __init__(self, tokens: np.ndarray, document_token: int, **options: int) -> None:
         super().__init__(**options)
         if len(tokens) < 2:
             raise UserError(f"{len(tokens)} training tokens are too few to predict any")
-        self._tokens = plain(tokens)
+        self._tokens = tokens
         self._starts = piece_starts(self._tokens, document_token, self.seq_len)
         self._count = len(self._starts) - 1
         self._go_to(0, 0, 0)
@@ -162,10 +159,10 @@ class BestFitLoader(Loader):
         self._epoch, self._pool, self._row = epoch, pool, min(row, len(packed))
 
 
-def packed_validation(
+def validation_batches(
     tokens: np.ndarray,
-    packing: str,
-    document_token: int | None,
+    packing: str = "stream",
+    document_token: int | None = None,
     *,
     batch_size: int,
     seq_len: int,
@@ -173,27 +170,28 @@ def packed_validation(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yield a validation pass under a packing. Takes validation_batches' arguments and has its targets, each once.
+    """Yield the batches of one pass over tokens (N,), in the text's order; each has the tensors of Loader.next_batch.
 
-    documents: the same rows, with documents kept apart. best_fit: rows packed as for training, in the text's order.
+    Each token but the first is a target exactly once, or the first max_tokens of them. stream: rows (seq_len,) of
+    consecutive tokens. documents: the same rows, with documents kept apart. best_fit: rows packed as for training. The
+    last batch may have fewer rows. Each rank gets every world_size-th batch; all get the same number of batches.
     """
-    options = {"batch_size": batch_size, "seq_len": seq_len, "rank": rank, "world_size": world_size}
-    if packing != "best_fit":
-        for x, y in validation_batches(tokens, max_tokens=max_tokens, **options):
-            yield (x, y) if packing == "stream" else (x, y, *document_inputs(x, document_token))
-        return
-    tokens = plain(tokens)[: targets_in(tokens, max_tokens) + 1]
-    starts = piece_starts(tokens, document_token, seq_len)
-    lengths = np.diff(starts)
-    rows = (
-        row
-        for at in range(0, len(lengths), POOL)
-        for row in pack(starts[:-1][at : at + POOL].tolist(), lengths[at : at + POOL].tolist(), seq_len)
-    )
+    targets = targets_in(tokens, max_tokens)
+    rows: Iterator[Row] = ([(at, min(seq_len, targets - at))] for at in range(0, targets, seq_len))
+    if packing == "best_fit":
+        starts = piece_starts(tokens[: targets + 1], document_token, seq_len)
+        lengths = np.diff(starts)
+        rows = (
+            row
+            for at in range(0, len(lengths), POOL)
+            for row in pack(starts[:-1][at : at + POOL].tolist(), lengths[at : at + POOL].tolist(), seq_len)
+        )
     while together := list(islice(rows, world_size * batch_size)):
-        # All ranks yield the same number of batches; an empty one yields a row without targets.
         mine = together[rank * batch_size : (rank + 1) * batch_size]
-        yield read_pieces(tokens, mine or [[]], seq_len)
+        x, y, *apart = read_pieces(tokens, mine or [[]], seq_len)  # without rows of its own, one without targets
+        if packing == "documents":
+            apart = document_inputs(x, document_token)
+        yield (x, y) if packing == "stream" else (x, y, *apart)
 
 
 def make_loader(tokens: np.ndarray, packing: str, document_token: int | None, **options: int) -> Loader:

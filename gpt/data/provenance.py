@@ -13,8 +13,8 @@ def write_provenance(corpus: Corpus, path: Path) -> None:
     """Record every source of a corpus with its size and SHA-256, and how the text was split."""
     sources = [{"name": name, "bytes": size, "sha256": sha256} for name, size, sha256 in corpus.sources]
     counts = ("digest", "documents", "train_tokens", "val_tokens", "train_bytes", "val_bytes")
-    record = {key: getattr(corpus, key) for key in counts} | {"sources": sources}
-    record |= {"tokenizer": corpus.tokenizer.fingerprint}
+    record = {key: getattr(corpus, key) for key in counts}
+    record |= {"sources": sources, "tokenizer": corpus.tokenizer.fingerprint}
     record |= {"parts": corpus.parts} if corpus.parts else {}
     write_whole(path, (json.dumps(record, indent=1) + "\n").encode())
 

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -57,34 +57,31 @@ def find_sources(data: DataConfig, downloads: Path, progress: OnProgress | None 
 
 def _named(spec: str, data: DataConfig, downloads: Path, progress: OnProgress | None) -> Iterator[Source]:
     """Yield the files of one entry of data.corpus, in order."""
+    path = Path(os.path.expanduser(spec))
     try:
-        yield from _expand(spec, data, downloads, progress)
+        if spec == STDLIB:
+            yield from _stdlib()
+        elif spec == STDIN:
+            yield _recognized(spool_stdin(downloads, progress, limit=data.max_download_bytes), "", data)
+        elif re.match(r"https?://", spec, re.IGNORECASE):
+            source = download(spec, downloads, progress, limit=data.max_download_bytes)
+            yield _recognized(source, urlsplit(spec).path, data)
+        elif spec.startswith("hf:"):
+            yield spool_dataset(spec, data, downloads, progress)
+        elif path.is_dir():
+            yield from _texts(spec, [path], data)
+        elif path.is_file():
+            yield _recognized(Source(str(path), path, path.stat().st_size), path.name, data)
+        elif path.exists():
+            raise UserError(f"{path} is not a regular file: it is read several times, so save its text to a file first")
+        elif glob.has_magic(spec):
+            yield from _texts(spec, [Path(match) for match in glob.glob(str(path), recursive=True)], data)
+        else:
+            raise UserError(
+                f"the corpus {spec} does not exist: no such file or folder, and the working directory is {Path.cwd()}"
+            )
     except OSError as error:
         raise UserError(f"cannot read the corpus {spec}: {error.strerror or error}") from None
-
-
-def _expand(spec: str, data: DataConfig, downloads: Path, progress: OnProgress | None) -> Iterable[Source]:
-    if spec == STDLIB:
-        return _stdlib()
-    if spec == STDIN:
-        return [_recognized(spool_stdin(downloads, progress, limit=data.max_download_bytes), "", data)]
-    if re.match(r"https?://", spec, re.IGNORECASE):
-        source = download(spec, downloads, progress, limit=data.max_download_bytes)
-        return [_recognized(source, urlsplit(spec).path, data)]
-    if spec.startswith("hf:"):
-        return [spool_dataset(spec, data, downloads, progress)]
-    path = Path(os.path.expanduser(spec))
-    if path.is_dir():
-        return _texts(spec, [path], data)
-    if path.is_file():
-        return [_recognized(Source(str(path), path, path.stat().st_size), path.name, data)]
-    if path.exists():
-        raise UserError(f"{path} is not a regular file: it is read more than once, so save its text to a file first")
-    if glob.has_magic(spec):
-        return _texts(spec, [Path(match) for match in glob.glob(str(path), recursive=True)], data)
-    raise UserError(
-        f"the corpus {spec} does not exist: no such file or folder, and the working directory is {Path.cwd()}"
-    )
 
 
 def _recognized(source: Source, name: str, data: DataConfig, *, searched: bool = False) -> Source | None:

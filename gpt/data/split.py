@@ -81,7 +81,7 @@ class Split:
 def find_split(sources: list[Source], data: DataConfig) -> Split:
     """Make the split that data specifies. Both sides get text if there is more than one character or document.
 
-    Reads documents only until each side has one. Raises UserError if there is no document.
+    Reads documents only until each side has one. Raises UserError for an empty corpus.
     """
     split = Split(data.split_seed, data.val_fraction)
     lowest, highest, count = math.inf, -math.inf, 0

@@ -114,7 +114,7 @@ def _write_journal(folder: Path, tokenizer: Tokenizer, counts: Counts, writers: 
 
 
 def _resume(folder: Path, tokenizer: Tokenizer) -> tuple[Counts, dict[Side, TokenWriter]]:
-    """Open the token files behind what the journal counts; from their start if there is no valid journal."""
+    """Open the token files at the position that the journal records, or at the start without a valid journal."""
     paths = {side: folder / f"{side}.tokens" for side in SIDES}
     writers: dict[Side, TokenWriter] = {}
     try:

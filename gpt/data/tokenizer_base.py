@@ -93,7 +93,8 @@ class Tokenizer(ABC):
         Raises UserError for a lone surrogate and for a character that a character tokenizer lacks; TypeError for
         anything but a string.
         """
-        check_encode(text, allow_special)
+        if not isinstance(allow_special, bool):
+            raise TypeError(f"allow_special must be True or False, not {shown(allow_special)}")
         if not (allow_special and self.specials):
             return self.encode_to_array(text).tolist()
         return self._guarded(text, self._encode_with_specials).tolist()
@@ -103,7 +104,8 @@ class Tokenizer(ABC):
         return self._guarded(text, self._encode)
 
     def _guarded(self, text: str, encode: Callable[[str], np.ndarray]) -> np.ndarray:
-        check_encode(text)
+        if not isinstance(text, str):
+            raise TypeError(f"text must be text, not {shown(text)}")
         try:
             return encode(text)
         except UnicodeEncodeError as error:
@@ -170,13 +172,6 @@ class Tokenizer(ABC):
     @abstractmethod
     def build(cls, config: TokenizerConfig, texts: Texts, document_token: bool) -> Self:
         """Build a new tokenizer. texts: returns the text that learns_from names, from its start."""
-
-
-def check_encode(text: Any, allow_special: Any = False) -> None:
-    if not isinstance(text, str):
-        raise TypeError(f"text must be text, not {shown(text)}")
-    if not isinstance(allow_special, bool):
-        raise TypeError(f"allow_special must be True or False, not {shown(allow_special)}")
 
 
 def _integers(ids: Any) -> list[int]:

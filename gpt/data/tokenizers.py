@@ -31,7 +31,7 @@ from gpt.data.tokenizer_base import (
     UnknownCharacter,
     spelled,
 )
-from gpt.errors import UserError
+from gpt.errors import UserError, require
 from gpt.stop import aside
 
 __all__ = ["DOCUMENT", "KINDS", "BPETokenizer", "ByteTokenizer", "CharTokenizer", "StreamDecoder", "Tokenizer"]
@@ -87,9 +87,9 @@ class CharTokenizer(Tokenizer):
     @classmethod
     def from_form(cls, form: dict[str, Any]) -> Self:
         characters, document, first = form.get("characters"), form.get("document_token"), form.get("first", "")
-        _check(isinstance(characters, str) and isinstance(document, bool), '"characters" or "document_token" is wrong')
-        _check(list(characters) == sorted(set(characters)), '"characters" are not sorted and distinct')
-        _check(isinstance(first, str) and first in characters, '"first" is not one of "characters"')
+        require(isinstance(characters, str) and isinstance(document, bool), '"characters" or "document_token" is wrong')
+        require(list(characters) == sorted(set(characters)), '"characters" are not sorted and distinct')
+        require(isinstance(first, str) and first in characters, '"first" is not one of "characters"')
         return cls(characters, document_token=document, first=first)
 
     @classmethod
@@ -246,21 +246,21 @@ class BPETokenizer(Tokenizer):
     @classmethod
     def from_form(cls, form: dict[str, Any]) -> Self:
         name, pattern = form.get("name"), form.get("pattern")
-        _check(isinstance(name, str) and isinstance(pattern, str), '"name" or "pattern" is not a string')
+        require(isinstance(name, str) and isinstance(pattern, str), '"name" or "pattern" is not a string')
         normalization, document = form.get("normalization"), form.get("document", DOCUMENT)
-        _check(normalization in (None, "NFC") and isinstance(document, str), '"normalization" or "document" is wrong')
+        require(normalization in (None, "NFC") and isinstance(document, str), '"normalization" or "document" is wrong')
         specials = form.get("special_tokens")
         tokens, added = _tokens(form.get("tokens")), form.get("added", {})
-        _check(isinstance(added, dict), '"added" is not a table')
-        _check(all(isinstance(x, list) and len(x) == 2 for x in added.values()), '"added" is not a table of pairs')
+        require(isinstance(added, dict), '"added" is not a table')
+        require(all(isinstance(x, list) and len(x) == 2 for x in added.values()), '"added" is not a table of pairs')
         added = {spelling: tuple(value) for spelling, value in added.items()}
         unreached = form.get("unreached", {})
         ids = isinstance(unreached, dict) and all(i.isdecimal() for i in unreached)
-        _check(ids, '"unreached" is not a table of ids')
+        require(ids, '"unreached" is not a table of ids')
         unreached = dict(zip(map(int, unreached), _tokens(list(unreached.values()))))
         check_tokens(tokens, specials, added, unreached)
         tokenizer = cls(name, pattern, tokens, specials, normalization, document, added, unreached)
-        _check(tokenizer.decode(tokenizer.encode(_PROBE)) == _PROBE, '"pattern" leaves text out')
+        require(tokenizer.decode(tokenizer.encode(_PROBE)) == _PROBE, '"pattern" leaves text out')
         return tokenizer
 
     @classmethod
@@ -285,26 +285,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     try:
         form = json.loads(path.read_bytes())
-        return _from_form(form)
+        require(isinstance(form, dict) and form.get("format") == FORMAT, f'"format" is not "{FORMAT}"')
+        require(form.get("version") == VERSION, f'"version" is {form.get("version")!r}, known is {VERSION}')
+        kind, kinds = form.get("kind"), list(KINDS)
+        known = f"known are {', '.join(kinds[:-1])} and {kinds[-1]}"
+        require(isinstance(kind, str) and kind in KINDS, f'"kind" is {kind!r}, {known}')
+        return KINDS[kind].from_form(form)
     except OSError as error:
         raise UserError(f"{path}: cannot read the tokenizer ({error.strerror or error})") from None
-    except (ValueError, RecursionError) as error:  # from JSON, base64, tiktoken's regex or _check
+    except (ValueError, RecursionError) as error:  # from JSON, base64, tiktoken's regex or require
         raise UserError(f"{path} is not a tokenizer of this program, or is damaged: {error}") from None
-
-
-def _from_form(form: Any) -> Tokenizer:
-    """Build the tokenizer of a parsed file. ValueError says what is wrong with it."""
-    _check(isinstance(form, dict) and form.get("format") == FORMAT, f'"format" is not "{FORMAT}"')
-    _check(form.get("version") == VERSION, f'"version" is {form.get("version")!r}, known is {VERSION}')
-    kind = form.get("kind")
-    known = ", ".join([*KINDS][:-1]) + f" and {[*KINDS][-1]}"
-    _check(isinstance(kind, str) and kind in KINDS, f'"kind" is {kind!r}, known are {known}')
-    return KINDS[kind].from_form(form)
 
 
 def _tokens(entries: Any) -> list[bytes | None]:
     strings = isinstance(entries, list) and all(entry is None or isinstance(entry, str) for entry in entries)
-    _check(strings and len(entries) <= MAX_VOCAB, '"tokens" is not a list of strings')
+    require(strings and len(entries) <= MAX_VOCAB, '"tokens" is not a list of strings')
     try:
         tokens = [None if entry is None else base64.b64decode(entry, validate=True) for entry in entries]
     except binascii.Error as error:
@@ -320,23 +315,18 @@ def check_tokens(
 ) -> list[bytes | None]:
     """Return the tokens. ValueError unless the arguments, as BPETokenizer takes them, form a byte-level vocabulary."""
     given = [token for token in tokens if token is not None]
-    _check(len(set(given)) == len(given), '"tokens" holds one twice')
-    _check(b"" not in given and {bytes([i]) for i in range(256)} <= set(given), '"tokens" lacks single bytes')
+    require(len(set(given)) == len(given), '"tokens" holds one twice')
+    require(b"" not in given and {bytes([i]) for i in range(256)} <= set(given), '"tokens" lacks single bytes')
     added, unreached = added or {}, unreached or {}
-    _check(isinstance(specials, dict) and "" not in [*specials, *added], '"special_tokens" is not a table')
-    _check(all(type(late) is bool for _, late in added.values()), '"added" does not say when they are found')
-    _check(not {None, b""} & set(unreached.values()), '"unreached" holds a token without bytes')
-    _check(not set(specials) & set(added), '"special_tokens" and "added" share a spelling')
+    require(isinstance(specials, dict) and "" not in [*specials, *added], '"special_tokens" is not a table')
+    require(all(type(late) is bool for _, late in added.values()), '"added" does not say when they are found')
+    require(not {None, b""} & set(unreached.values()), '"unreached" holds a token without bytes')
+    require(not set(specials) & set(added), '"special_tokens" and "added" share a spelling')
     ids = [*specials.values(), *(i for i, _ in added.values()), *unreached]
-    _check(all(type(i) is int and 0 <= i < MAX_VOCAB for i in ids), '"special_tokens" holds an impossible id')
+    require(all(type(i) is int and 0 <= i < MAX_VOCAB for i in ids), '"special_tokens" holds an impossible id')
     free = all(i >= len(tokens) or tokens[i] is None for i in ids)
-    _check(free and len(set(ids)) == len(ids), '"special_tokens" holds an id that is taken')
+    require(free and len(set(ids)) == len(ids), '"special_tokens" holds an id that is taken')
     return tokens
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 def composed(text: str) -> str:

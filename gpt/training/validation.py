@@ -11,7 +11,7 @@ import torch
 
 from gpt.config import Config
 from gpt.data.loader import DOCUMENT_INPUTS, target_bytes, targets_in
-from gpt.data.packing import packed_validation
+from gpt.data.packing import validation_batches
 from gpt.data.tokenizers import Tokenizer
 from gpt.device import autocast
 from gpt.distributed import World
@@ -73,7 +73,7 @@ def _batches(
     T = config.model.seq_len
     options = {"batch_size": max(config.train.batch_size, 8192 // T), "seq_len": T}
     options |= {"rank": world.rank, "world_size": world.size, "max_tokens": limit}
-    for batch in packed_validation(tokens, config.data.packing, tokenizer.document_token, **options):
+    for batch in validation_batches(tokens, config.data.packing, tokenizer.document_token, **options):
         x, y, *places = (part.to(world.device) for part in batch)
 
         def nats(x=x, y=y, places=places) -> float:
