@@ -95,5 +95,5 @@ def whole_model(model: GPT, mode: Mode, world: World) -> GPT | None:
     if not world.main:
         return None
     whole = GPT(model.config).to(world.device)
-    whole.load_state_dict(weights, strict=False)  # a tied head is no parameter of its own
+    whole.load_state_dict(weights, strict=False)  # a tied head has no parameter in weights
     return whole
