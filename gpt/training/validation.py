@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,20 @@ def evaluate(
     """
     weights, losses = config.data.corpus_weights, []
     total, done = sum(targets_in(part, limit) for part in tokens), 0
+    T = config.model.seq_len
+    rows = {"batch_size": max(config.train.batch_size, 8192 // T), "seq_len": T}
+    rows |= {"rank": world.rank, "world_size": world.size, "max_tokens": limit}
     model.eval()
     try:
         for part in tokens:
             nats = count = 0
-            for some_nats, some in _batches(parallel, world, part, tokenizer, config, limit):
+            for batch in packed_validation(part, config.data.packing, tokenizer.document_token, **rows):
                 if watch(done + count * world.size, total):
                     return None
-                nats, count = nats + some_nats(), count + some
+                count += int((batch[1] >= 0).sum())
+                x, y, *places = (tensor.to(world.device) for tensor in batch)
+                with autocast(world.device, config.train.eval_dtype or config.train.dtype):
+                    nats += float(parallel.eval_loss(x, y, **dict(zip(DOCUMENT_INPUTS, places))))
             nats, count = world.sum(nats, count)
             losses.append(nats / count)
             done += int(count)
@@ -64,23 +70,6 @@ def evaluate(
     nats, size = (sum(map(math.prod, zip(shares, values, strict=True))) for values in (losses, sizes))
     each = {f"val_loss_{i}": loss for i, loss in enumerate(losses, 1)} if len(tokens) > 1 else {}
     return {"val_loss": nats, "bits_per_byte": nats / math.log(2) / size, **each}
-
-
-def _batches(
-    parallel: Parallel, world: World, tokens: Any, tokenizer: Tokenizer, config: Config, limit: int | None
-) -> Iterator[tuple[Callable[[], float], int]]:
-    """Iterate over this rank's batches: a function that sums the batch's losses, and its number of targets."""
-    T = config.model.seq_len
-    options = {"batch_size": max(config.train.batch_size, 8192 // T), "seq_len": T}
-    options |= {"rank": world.rank, "world_size": world.size, "max_tokens": limit}
-    for batch in packed_validation(tokens, config.data.packing, tokenizer.document_token, **options):
-        x, y, *places = (part.to(world.device) for part in batch)
-
-        def nats(x=x, y=y, places=places) -> float:
-            with autocast(world.device, config.train.eval_dtype or config.train.dtype):
-                return float(parallel.eval_loss(x, y, **dict(zip(DOCUMENT_INPUTS, places))))
-
-        yield nats, int((batch[1] >= 0).sum())
 
 
 def limits(config: Config, tokens: Sequence[Any], *, ends: bool) -> list[int | None]:
