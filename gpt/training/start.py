@@ -53,7 +53,10 @@ def start(config: Config, world: World, lock: RunLock, stop: StopRequest) -> Job
     check_alike(world, start_facts(config))
     with stop.at_once():
         tokenizer, checkpoint = earlier_run(config, lock, say=say)
-    corpora = _corpora(config, world, stop, tokenizer)
+    # Rank 0 tokenizes the corpora, then the other ranks read them from the cache.
+    with stop.at_once(), world.main_first(), CorpusProgress() as progress:
+        shown = progress if world.main else None
+        corpora = prepare_all(config.data, config.tokenizer, fixed_tokenizer=tokenizer, progress=shown)
     corpus = together(corpora)
     config = _checked(config, world, corpora, corpus, checkpoint)
     if options.dry_run:
@@ -69,13 +72,6 @@ def start(config: Config, world: World, lock: RunLock, stop: StopRequest) -> Job
         return None
     _open_run(job, lock, corpus, checkpoint, state)
     return job
-
-
-def _corpora(config: Config, world: World, stop: StopRequest, tokenizer: Tokenizer | None) -> list[Corpus]:
-    """Prepare the corpora: rank 0 tokenizes them, then the other ranks read them from the cache."""
-    with stop.at_once(), world.main_first(), CorpusProgress() as progress:
-        shown = progress if world.main else None
-        return prepare_all(config.data, config.tokenizer, fixed_tokenizer=tokenizer, progress=shown)
 
 
 def _checked(
