@@ -64,7 +64,7 @@ def _evaluate(job: Job, limit: int | None, progress: Callable[[int, int], None])
     """Evaluate the averaged weights on the first `limit` targets of each corpus; None if a rank was told to stop."""
     watch = lambda done, total: progress(done, total) or job.heard()
     with job.averaged():
-        return evaluate(job.model, job.parallel, job.world, job.val_tokens, job.tokenizer, job.config, limit, watch)
+        return evaluate(job.parallel, job.val_tokens, job.tokenizer, job.config, limit, watch)
 
 
 def evaluated(job: Job) -> list[dict[str, float]] | None:
@@ -95,7 +95,7 @@ def validate(job: Job) -> bool:
     job.at.evaluated(results[0]["val_loss"])
     with job.averaged():
         stopped = lambda: job.stop.reason is not None
-        sample = sample_text(job.model, job.parallel, job.world, job.tokenizer, job.config, stopped)
+        sample = sample_text(job.parallel, job.tokenizer, job.config, stopped)
     job.monitor.say(sample)
     return True
 
