@@ -13,7 +13,6 @@ from gpt.data.mixture import check_lengths, make_mixture, prepare_all, together
 from gpt.data.packing import check_packing
 from gpt.data.progress_bar import CorpusProgress
 from gpt.data.token_files import read_tokens
-from gpt.data.tokenizers import Tokenizer
 from gpt.device import give_back_freed_memory, require_compiler
 from gpt.distributed import World
 from gpt.interop.initial import copy_initial_weights
@@ -62,7 +61,7 @@ def start(config: Config, world: World, lock: RunLock, stop: StopRequest) -> Job
     if options.dry_run:
         say(describe(config, device, corpus.train_tokens, world.size, [c.val_tokens for c in corpora]))
         return None
-    job = _job(config, world, stop, corpora, corpus.tokenizer, is_new=checkpoint is None)
+    job = _job(config, world, stop, corpora, is_new=checkpoint is None)
     state = {}
     if checkpoint is not None:
         with stop.at_once():
@@ -88,17 +87,9 @@ def _checked(
     return config
 
 
-def _job(
-    config: Config,
-    world: World,
-    stop: StopRequest,
-    corpora: Sequence[Corpus],
-    tokenizer: Tokenizer,
-    *,
-    is_new: bool,
-) -> Job:
+def _job(config: Config, world: World, stop: StopRequest, corpora: Sequence[Corpus], *, is_new: bool) -> Job:
     """Build data, model and optimizers, with initial weights for a new run."""
-    options, device = config.train, world.device
+    options, device, tokenizer = config.train, world.device, corpora[0].tokenizer  # all corpora have the same one
     val_tokens = [read_tokens(c.val, tokenizer) for c in corpora]
     loader = make_mixture([read_tokens(c.train, tokenizer) for c in corpora], tokenizer, config, world)
     model = GPT(config.model).to(device)
