@@ -103,6 +103,13 @@ def test_resume_tells_other_text_from_another_rounding(batch_size, accumulated, 
     assert line.count(f"({reason})") == line.count("(") == changed
 
 
+def test_the_order_in_a_saved_recipe_does_not_matter():
+    """A checkpoint of an earlier version lists the same values in another order."""
+    now = recipe(load_config(["--corpus-weights", "1", "2.5", "--dropout", "0.1"]))
+    saved = json.loads(json.dumps(dict(reversed(now.items()))))
+    assert [*saved] != [*now] and differences(saved, now, 4) is None
+
+
 def test_the_best_checkpoint_is_kept_separately_and_can_be_loaded(folder, capsys):
     """From step 4 on the rate is far too high, so the validation loss has its minimum early."""
     run(max_steps=4, eval_interval=2, checkpoint_interval=2)

@@ -67,10 +67,10 @@ def test_a_save_waits_for_the_previous_one(tmp_path, gate):
     model, optimizers = trained()
     saver = Saver(tmp_path, keep=2)
     saver.save(training_tensors(model, optimizers), {"step": 1})
-    first = saver._thread
+    first = saver._saving
     second = threading.Thread(target=saver.save, args=(training_tensors(model, optimizers), {"step": 2}))
     second.start()
-    assert saver._thread is first and not list_checkpoints(tmp_path)
+    assert saver._saving is first and not list_checkpoints(tmp_path)
     gate.set()
     second.join()
     saver.close()
@@ -96,12 +96,24 @@ def test_a_thread_error_is_raised_once_and_keeps_the_older_checkpoint(tmp_path, 
     assert verify(tmp_path / "step_00000001") is None
 
 
-def test_an_exit_waits_for_the_thread(tmp_path, gate):
-    """Python joins non-daemon threads at exit."""
-    model, optimizers = trained()
-    saver = Saver(tmp_path, keep=1)
-    saver.save(training_tensors(model, optimizers), {"step": 1})
-    assert saver._thread.is_alive() and not saver._thread.daemon
+@pytest.mark.parametrize("end", ["", "raise KeyboardInterrupt"], ids=["end", "ctrl-c"])
+def test_an_exit_waits_for_the_thread(tmp_path, end):
+    program = f"""
+import sys, threading, time, torch
+from pathlib import Path
+from gpt.training import saver
+store, begun = saver.store, threading.Event()
+def slow(*arguments, **options):
+    begun.set()
+    time.sleep(0.5)
+    store(*arguments, **options)
+saver.store = slow
+saver.Saver(Path(sys.argv[1]), keep=1).save({{"model.safetensors": {{"a": torch.ones(3)}}}}, {{"step": 1}})
+begun.wait()
+{end}
+"""
+    subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, check=not end)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000001"]
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
@@ -121,7 +133,7 @@ def test_other_ranks_write_no_checkpoint(tmp_path, monkeypatch):
     saver = Saver(None, keep=1)
     saver.save({}, {"step": 1})
     saver.prune(1)
-    assert saver._thread is None
+    assert saver._saving is None
 
 
 def test_metrics_are_flushed_before_the_checkpoint_that_relies_on_them(tmp_path, monkeypatch):
@@ -151,7 +163,7 @@ def test_pruning_waits_for_the_previous_save(tmp_path, gate):
     second.start()
     gate.set()
     second.join()
-    assert saver._thread is None
+    assert saver._saving is None
     assert list_checkpoints(tmp_path) == []  # the save is of a course that the run has left
 
 
@@ -160,7 +172,7 @@ def test_check_does_not_wait(tmp_path, gate):
     saver = Saver(tmp_path, keep=1)
     saver.save(training_tensors(model, optimizers), {"step": 1})
     saver.check()
-    assert saver._thread.is_alive()
+    assert not saver._saving.done()
 
 
 def test_an_interrupt_in_the_thread_is_raised(tmp_path, monkeypatch):
@@ -186,7 +198,7 @@ def late(monkeypatch):
         written.append(f"step {state['step']} is written")
 
     def wait(self):
-        if self._thread is not None and self._thread.is_alive():
+        if self._saving is not None and not self._saving.done():
             waited.set()
         close(self)
 

@@ -220,12 +220,12 @@ def test_eval_only_is_stopped_by_a_signal_and_by_a_limit(long_text, capsys, monk
 
 def test_a_stop_ends_the_sample(folder, capsys, monkeypatch):
     model, tokenizer = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=16, seq_len=8, vocab_size=257)), ByteTokenizer()
-    config, world = load_config(flags(sample_tokens=50, sample_prompt="x")), World(torch.device("cpu"))
-    asked = []
+    config = load_config(flags(sample_tokens=50, sample_prompt="x"))
+    parallel, asked = Parallel(model, World(torch.device("cpu")), "none"), []
     stopped = lambda: asked.append(1) or len(asked) == 3
-    text = validation.sample_text(model, Parallel(model, world, "none"), world, tokenizer, config, stopped)
+    text = validation.sample_text(parallel, tokenizer, config, stopped)
     assert text.startswith("  | x") and len(asked) <= 5
-    assert len(validation.sample_text(model, Parallel(model, world, "none"), world, tokenizer, config)) > len(text)
+    assert len(validation.sample_text(parallel, tokenizer, config, lambda: False)) > len(text)
 
 
 def test_watch_is_called_with_the_progress_before_each_batch():
@@ -234,7 +234,7 @@ def test_watch_is_called_with_the_progress_before_each_batch():
     tokens = [torch.randint(256, (9000,), generator=torch.Generator().manual_seed(n)).numpy() for n in (0, 1)]
     config = replace(config, data=replace(config.data, corpus=("a", "b"), corpus_weights=(1.0, 1.0)))
     watch = lambda done, total: heard.append((done, total))
-    validation.evaluate(model, Parallel(model, world, "none"), world, tokens, ByteTokenizer(), config, None, watch)
+    validation.evaluate(Parallel(model, world, "none"), tokens, ByteTokenizer(), config, None, watch)
     assert heard == [(done, 17998) for done in (0, 8192, 8999, 17191)]
 
 

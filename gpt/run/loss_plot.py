@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from gpt.files import write_whole
@@ -36,15 +37,11 @@ class Curve:
 
     def smoothed(self) -> list[tuple[float, float]]:
         """Average each point with its neighbours, equally many on both sides, fewer at the ends."""
-        sums = [0.0]
-        for _, value in self.points:
-            sums.append(sums[-1] + value)
-        reach, n = int(len(self.points) * WINDOW / 2), len(self.points)
-        smooth = []
+        reach, smooth = int(len(self.points) * WINDOW / 2), []
         for i, (step, _) in enumerate(self.points):
             before = min(reach, i)
-            first, end = i - before, min(i + before + 1, n)
-            smooth.append((step, (sums[end] - sums[first]) / (end - first)))
+            values = [value for _, value in self.points[i - before : i + before + 1]]
+            smooth.append((step, fmean(values)))
         return smooth
 
 

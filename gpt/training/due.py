@@ -1,5 +1,6 @@
 """Log, evaluate and save after the steps at which each is due."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -59,14 +60,17 @@ def save_step(job: Job) -> None:
     job.checkpoint, job.saved_step = save(job, "step"), job.at.step
 
 
+def _evaluate(job: Job, limit: int | None, progress: Callable[[int, int], None]) -> dict[str, float] | None:
+    """Evaluate the averaged weights on the first `limit` targets of each corpus; None if a rank was told to stop."""
+    watch = lambda done, total: progress(done, total) or job.heard()
+    with job.averaged():
+        return evaluate(job.parallel, job.val_tokens, job.tokenizer, job.config, limit, watch)
+
+
 def evaluated(job: Job) -> list[dict[str, float]] | None:
     """Evaluate this step; None if a rank was told to stop first."""
-    watch = lambda done, total: job.monitor.evaluating(done, total) or job.heard()
-    run = lambda limit: evaluate(
-        job.model, job.parallel, job.world, job.val_tokens, job.tokenizer, job.config, limit, watch
-    )
-    with job.averaged():
-        return evaluations(run, job.config, job.val_tokens, job.at)
+    run = lambda limit: _evaluate(job, limit, job.monitor.evaluating)
+    return evaluations(run, job.config, job.val_tokens, job.at)
 
 
 def evaluate_only(job: Job) -> None:
@@ -75,11 +79,7 @@ def evaluate_only(job: Job) -> None:
     Raises Stopped on all ranks if one was told to stop.
     """
     ticker = Ticker(print if job.world.main else lambda text: None)
-    watch = lambda done, total: ticker(done, total) or job.heard()
-    limit = job.config.train.eval_tokens
-    with job.averaged():
-        result = evaluate(job.model, job.parallel, job.world, job.val_tokens, job.tokenizer, job.config, limit, watch)
-    if result is None:
+    if (result := _evaluate(job, job.config.train.eval_tokens, ticker)) is None:
         raise Stopped(job.stop.reason or "a signal to another process")
     if job.world.main:
         loss, bits = result["val_loss"], result["bits_per_byte"]
@@ -95,7 +95,7 @@ def validate(job: Job) -> bool:
     job.at.evaluated(results[0]["val_loss"])
     with job.averaged():
         stopped = lambda: job.stop.reason is not None
-        sample = sample_text(job.model, job.parallel, job.world, job.tokenizer, job.config, stopped)
+        sample = sample_text(job.parallel, job.tokenizer, job.config, stopped)
     job.monitor.say(sample)
     return True
 

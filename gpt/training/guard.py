@@ -39,7 +39,7 @@ class Reading:
         return f"gradient's norm is {self.grad_norm}" if math.isfinite(self.loss) else f"loss is {self.loss}"
 
     def note(self, step: int) -> str | None:
-        """Report the skipped steps in a line; None if there are none."""
+        """Describe the skipped steps in one line; None if no step was skipped."""
         if not self.skipped:
             return None
         why = "loss or gradient was not finite" + ", or the loss far above the recent ones" * self.spikes_skipped

@@ -119,10 +119,8 @@ class Job:
     def throughput(self) -> dict[str, float]:
         """Return tokens per second over all ranks, and MFU if the device's peak is known."""
         rate = self.rate.tokens_per_second(self.at.step, self.tokens_per_step)
-        numbers, peak = {"tokens_per_second": round(rate, 1)}, peak_flops(self.device)
-        if peak is not None:
-            numbers["mfu"] = round(mfu(rate, self.model.flops_per_token(), peak, self.world.size), 4)
-        return numbers
+        share = mfu(rate, self.model.flops_per_token(), peak_flops(self.device), self.world.size)
+        return {"tokens_per_second": round(rate, 1)} | ({} if share is None else {"mfu": round(share, 4)})
 
     def state(self) -> dict[str, Any]:
         """Return the states of data, loss scale and guard for a checkpoint, as JSON values. Waits for the device."""

@@ -128,15 +128,22 @@ def optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Ten
     A state of a whole group is named groups.N.STATE, where N counts the groups of all optimizers.
     Raises UserError for a state that is neither a tensor nor a number.
     """
-    names = {p: name for name, p in model.named_parameters()}
-    counters = {
+    tensors = {
         f"groups.{n}.{key}": _as_tensor(optimizer.param_groups[own][key], None, optimizer, key)
         for n, (optimizer, own) in enumerate(_groups(optimizers))
         for key in sorted(key for number, key in _counters(optimizer) if number == own)
     }
-    return counters | {
-        f"{names[p]}.{key}": _as_tensor(value, p, optimizer, key)
-        for optimizer in optimizers
+    for optimizer in optimizers:
+        for name, (p, state, key) in _states(model, optimizer).items():
+            tensors[name] = _as_tensor(state[key], p, optimizer, key)
+    return tensors
+
+
+def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[Tensor, dict[str, Any], str]]:
+    """Name the states of weights; each as its weight, and the dict and key that hold it."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {
+        f"{names[p]}.{key}": (p, state, key)
         for p, state in optimizer.state.items()
         for key, value in state.items()
         if value is not None
@@ -199,39 +206,28 @@ def restore_optimizers(model: nn.Module, optimizers: Optimizers, tensors: dict[s
 
     Raises UserError if it does not fit these optimizers and this model.
     """
-    names = {p: name for name, p in model.named_parameters()}
     wanted: dict[str, tuple[Tensor, dict[str, Any], str]] = {}
     for optimizer in optimizers:
         before = [set(group) for group in optimizer.param_groups]
         if any(p not in optimizer.state for group in optimizer.param_groups for p in group["params"]):
             begin_states(optimizer)
-        own = {
-            f"{names[p]}.{key}": (p, state, key)
-            for p, state in optimizer.state.items()
-            for key, value in state.items()
-            if value is not None
-        }
-        if own.keys() & tensors.keys():
+        if (own := _states(model, optimizer)).keys() & tensors.keys():
             wanted |= own
             continue
         optimizer.state.clear()  # the saved optimizer had taken no step, or keeps no states
         for group, keys in zip(optimizer.param_groups, before, strict=True):
             for key in group.keys() - keys:
                 del group[key]
-    counters = {name for name in tensors if name.startswith("groups.")}
+    groups = {str(n): group for n, group in enumerate(_groups(optimizers))}
+    counters = {name for name in tensors if name.startswith("groups.") and name.split(".")[1] in groups}
     for key in sorted((tensors.keys() - counters) ^ wanted.keys()):
         who = "this run's" if key in wanted else "the checkpoint's"
         raise UserError(f"only {who} optimizer keeps {key!r}: resume with the same --optimizer and model")
     for name, (p, state, key) in wanted.items():
         _put(tensors[name], p, state, key, name)
-    groups = _groups(optimizers)
     for name in sorted(counters):
         _, n, key = name.split(".", 2)
-        if not n.isdecimal() or int(n) >= len(groups):
-            raise UserError(
-                f"only the checkpoint's optimizer keeps {name!r}: resume with the same --optimizer and model"
-            )
-        _put_counter(tensors[name], *groups[int(n)], key, name)
+        _put_counter(tensors[name], *groups[n], key, name)
 
 
 @torch.no_grad()

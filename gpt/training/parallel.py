@@ -43,7 +43,7 @@ class Parallel:
     """
 
     def __init__(self, model: GPT, world: World, mode: Mode, *, compiled: bool = False):
-        self.mode = mode
+        self.model, self.world, self.mode = model, world, mode
         self.loss: Callable[..., Tensor] = model.loss
         self._eval_loss = model.loss
         if mode == "fsdp":
@@ -86,14 +86,13 @@ class Parallel:
             self._eval_loss.reshard()
         return loss
 
-
-def whole_model(model: GPT, mode: Mode, world: World) -> GPT | None:
-    """Return a model that rank 0 can run alone; None on the others. Under fsdp all ranks must call it together."""
-    if mode != "fsdp":
-        return model if world.main else None
-    weights = gathered(model.named_parameters(), world)
-    if not world.main:
-        return None
-    whole = GPT(model.config).to(world.device)
-    whole.load_state_dict(weights, strict=False)  # a tied head is no parameter of its own
-    return whole
+    def whole_model(self) -> GPT | None:
+        """Return a model that rank 0 can run alone; None on the others. Under fsdp all ranks must call it together."""
+        if self.mode != "fsdp":
+            return self.model if self.world.main else None
+        weights = gathered(self.model.named_parameters(), self.world)
+        if not self.world.main:
+            return None
+        whole = GPT(self.model.config).to(self.world.device)
+        whole.load_state_dict(weights, strict=False)  # a tied head has no parameter in weights
+        return whole

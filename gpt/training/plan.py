@@ -56,14 +56,12 @@ def saved_bytes(model: GPT, batch_size: int, dtype: str, packing: str = "stream"
     """
     device = model.embed.weight.device
     own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-    alive = []  # keeps the storages, since a freed address could be reused
+    kept: dict[int, torch.UntypedStorage] = {}  # the storages themselves, since a freed address could be reused
 
     def pack(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
-        if storage._cdata not in own and storage._cdata not in kept:
-            kept[storage._cdata] = storage.nbytes()
-            alive.append(storage)
+        if storage._cdata not in own:
+            kept.setdefault(storage._cdata, storage)
         return x
 
     def pack_inputs(block: torch.nn.Module, args: tuple) -> None:
@@ -80,7 +78,7 @@ def saved_bytes(model: GPT, batch_size: int, dtype: str, packing: str = "stream"
     del loss
     for handle in handles:
         handle.remove()
-    return sum(kept.values())
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def activation_bytes(model: GPT, config: Config) -> int:

@@ -19,7 +19,7 @@ class Profiler:
 
     def __init__(self, run_dir: Path, steps: int, say: Callable[[str], None]) -> None:
         self.run_dir, self.say = run_dir, say
-        self.profile, self.taken = None, 0
+        self.profile = None
         if steps:
             schedule = torch.profiler.schedule(wait=SKIPPED - 1, warmup=1, active=steps, repeat=1)
             self.profile = torch.profiler.profile(schedule=schedule, on_trace_ready=self._write)
@@ -27,19 +27,18 @@ class Profiler:
 
     def step(self) -> None:
         if self.profile is not None:
-            self.taken += 1  # before profile.step(), which may write the trace
             self.profile.step()
 
     def close(self) -> None:
         """End the trace, and write it if it is not written yet."""
         if self.profile is not None:
             self.profile.stop()
-            self.profile = None
-            if self.taken <= SKIPPED:
+            if self.profile.step_num <= SKIPPED:
                 self.say(f"no step was traced: the first {SKIPPED} steps never are")
+            self.profile = None
 
     def _write(self, profile: torch.profiler.profile) -> None:
-        if self.taken <= SKIPPED:
+        if profile.step_num <= SKIPPED:
             return
         profile.export_chrome_trace(str(self.run_dir / TRACE))
         by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"

@@ -102,7 +102,7 @@ def run_files(train: TrainConfig) -> RunFiles:
     return files
 
 
-def claim_run_dir(train: TrainConfig, lock: RunLock) -> Path:
+def claim_run_dir(train: TrainConfig, lock: RunLock) -> None:
     """Create the run directory, lock it and write run.json; with overwrite, delete the earlier run."""
     try:
         make_folder(train.run_dir)
@@ -115,7 +115,6 @@ def claim_run_dir(train: TrainConfig, lock: RunLock) -> Path:
             files.record()
     except OSError as error:
         raise UserError(f"cannot use the run directory {train.run_dir}: {error.strerror or error}") from error
-    return train.run_dir
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:

@@ -1,14 +1,14 @@
 """Write checkpoints in a thread during training, from a copy of the state or from the state itself."""
 
-import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpt.errors import UserError
 from gpt.files import flush
 from gpt.run.checkpoint import TensorFiles, prune, store
+from gpt.run.metrics import writing
 
 
 def snapshot(tensors: TensorFiles) -> TensorFiles:
@@ -31,8 +31,8 @@ class Saver:
         self, directory: Path | None, *, keep: int, metrics: Path | None = None, in_place: bool = False
     ) -> None:
         self.directory, self.keep, self.metrics, self.in_place = directory, keep, metrics, in_place
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self._saving: Future[None] | None = None
 
     def save(self, tensors: TensorFiles, state: dict[str, Any], *, kinds: tuple[str, ...] = ("step",)) -> None:
         """Start to write the tensors and the state (JSON values). kinds: as for gpt.run.checkpoint.store."""
@@ -40,8 +40,7 @@ class Saver:
         if self.directory is None:
             return
         held = tensors if self.in_place else snapshot(tensors)
-        self._thread = threading.Thread(target=self._write, args=(held, state, kinds), name="saver")
-        self._thread.start()
+        self._saving = self._pool.submit(self._write, held, state, kinds)
 
     def before_change(self) -> None:
         """Wait until no save reads the given tensors."""
@@ -56,9 +55,9 @@ class Saver:
 
     def check(self) -> None:
         """Raise the error of a finished save, without waiting."""
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        if self._saving is not None and self._saving.done():
+            saving, self._saving = self._saving, None
+            saving.result()
 
     def wait(self) -> None:
         """Wait for the current save, and raise its error."""
@@ -66,18 +65,13 @@ class Saver:
         self.check()
 
     def close(self) -> None:
-        """Wait for the current save."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Wait for the current save, without raising its error."""
+        if self._saving is not None:
+            self._saving.exception()
 
     def _write(self, tensors: TensorFiles, state: dict[str, Any], kinds: tuple[str, ...]) -> None:
-        try:
-            if self.metrics is not None:
+        if self.metrics is not None:
+            with writing(self.metrics):
                 flush(self.metrics)
                 flush(self.metrics.parent)
-            store(self.directory, tensors, state, keep=self.keep, kinds=kinds)
-        except OSError as error:
-            self._error = UserError(f"cannot write {self.metrics}: {error.strerror}; the checkpoints are untouched")
-        except BaseException as error:
-            self._error = error
+        store(self.directory, tensors, state, keep=self.keep, kinds=kinds)

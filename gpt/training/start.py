@@ -13,7 +13,6 @@ from gpt.data.mixture import check_lengths, make_mixture, prepare_all, together
 from gpt.data.packing import check_packing
 from gpt.data.progress_bar import CorpusProgress
 from gpt.data.token_files import read_tokens
-from gpt.data.tokenizers import Tokenizer
 from gpt.device import give_back_freed_memory, require_compiler
 from gpt.distributed import World
 from gpt.interop.initial import copy_initial_weights
@@ -53,13 +52,16 @@ def start(config: Config, world: World, lock: RunLock, stop: StopRequest) -> Job
     check_alike(world, start_facts(config))
     with stop.at_once():
         tokenizer, checkpoint = earlier_run(config, lock, say=say)
-    corpora = _corpora(config, world, stop, tokenizer)
+    # Rank 0 tokenizes the corpora, then the other ranks read them from the cache.
+    with stop.at_once(), world.main_first(), CorpusProgress() as progress:
+        shown = progress if world.main else None
+        corpora = prepare_all(config.data, config.tokenizer, fixed_tokenizer=tokenizer, progress=shown)
     corpus = together(corpora)
     config = _checked(config, world, corpora, corpus, checkpoint)
     if options.dry_run:
         say(describe(config, device, corpus.train_tokens, world.size, [c.val_tokens for c in corpora]))
         return None
-    job = _job(config, world, stop, corpora, corpus.tokenizer, is_new=checkpoint is None)
+    job = _job(config, world, stop, corpora, is_new=checkpoint is None)
     state = {}
     if checkpoint is not None:
         with stop.at_once():
@@ -69,13 +71,6 @@ def start(config: Config, world: World, lock: RunLock, stop: StopRequest) -> Job
         return None
     _open_run(job, lock, corpus, checkpoint, state)
     return job
-
-
-def _corpora(config: Config, world: World, stop: StopRequest, tokenizer: Tokenizer | None) -> list[Corpus]:
-    """Prepare the corpora: rank 0 tokenizes them, then the other ranks read them from the cache."""
-    with stop.at_once(), world.main_first(), CorpusProgress() as progress:
-        shown = progress if world.main else None
-        return prepare_all(config.data, config.tokenizer, fixed_tokenizer=tokenizer, progress=shown)
 
 
 def _checked(
@@ -92,17 +87,9 @@ def _checked(
     return config
 
 
-def _job(
-    config: Config,
-    world: World,
-    stop: StopRequest,
-    corpora: Sequence[Corpus],
-    tokenizer: Tokenizer,
-    *,
-    is_new: bool,
-) -> Job:
+def _job(config: Config, world: World, stop: StopRequest, corpora: Sequence[Corpus], *, is_new: bool) -> Job:
     """Build data, model and optimizers, with initial weights for a new run."""
-    options, device = config.train, world.device
+    options, device, tokenizer = config.train, world.device, corpora[0].tokenizer  # all corpora have the same one
     val_tokens = [read_tokens(c.val, tokenizer) for c in corpora]
     loader = make_mixture([read_tokens(c.train, tokenizer) for c in corpora], tokenizer, config, world)
     model = GPT(config.model).to(device)

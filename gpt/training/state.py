@@ -76,26 +76,24 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError):
         raise UserError(f"{path} is not a training state: it is not JSON") from None
-    count = _is_count
-    table = lambda of: lambda value: isinstance(value, dict) and all(map(of, value.values()))
-    number = lambda value: type(value) in (int, float) and math.isfinite(value)
+    is_number = lambda value: type(value) in (int, float) and math.isfinite(value)
     checks = {
-        "step": count,
-        "tokens": count,
-        "metrics_bytes": count,
+        "step": _is_count,
+        "tokens": _is_count,
+        "metrics_bytes": _is_count,
         "loader": _is_data_position,
-        "scaler": table(number),
-        "evaluations_since_best": count,
-        "skipped": count,
+        "scaler": lambda value: isinstance(value, dict) and all(map(is_number, value.values())),
+        "evaluations_since_best": _is_count,
+        "skipped": _is_count,
         "evaluation_due": lambda value: isinstance(value, bool),
         "guard": lambda value: (
             isinstance(value, dict)
-            and count(value.get("in_a_row"))
+            and _is_count(value.get("in_a_row"))
             and isinstance(value.get("losses"), list)
-            and all(map(number, value["losses"]))
+            and all(map(is_number, value["losses"]))
         ),
         "recipe": lambda value: isinstance(value, dict),
-        "best": lambda value: value is None or (isinstance(value, dict) and number(value.get("val_loss"))),
+        "best": lambda value: value is None or (isinstance(value, dict) and is_number(value.get("val_loss"))),
         "wandb_id": lambda value: value is None or isinstance(value, str),
     }
     if not isinstance(state, dict) or "step" not in state:

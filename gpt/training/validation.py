@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,8 @@ from gpt.device import autocast
 from gpt.distributed import World
 from gpt.inference.generation import generate
 from gpt.inference.sampling import SamplingConfig
-from gpt.model import GPT
 from gpt.run.layout import METRICS
-from gpt.training.parallel import Parallel, whole_model
+from gpt.training.parallel import Parallel
 from gpt.training.progress import Progress
 
 DEFAULT_TOKENS = 1 << 18  # that an evaluation reads of each corpus without --eval-tokens
@@ -29,58 +28,41 @@ Watch = Callable[[int, int], bool]  # (finished targets, all targets) -> whether
 
 @torch.no_grad()
 def evaluate(
-    model: GPT,
-    parallel: Parallel,
-    world: World,
-    tokens: Sequence[Any],
-    tokenizer: Tokenizer,
-    config: Config,
-    limit: int | None = None,
-    watch: Watch = lambda done, total: False,
+    parallel: Parallel, tokens: Sequence[Any], tokenizer: Tokenizer, config: Config, limit: int | None, watch: Watch
 ) -> dict[str, float] | None:
     """Compute the validation loss over all ranks: each token but the first once, in windows of the context.
 
-    limit: read only the first targets of each corpus. All ranks call watch together before each batch; returns None if
-    it tells to stop. Several corpora give their weighted mean, and the loss of each as val_loss_1, val_loss_2, ...
+    limit: the number of targets to read of each corpus, from its start; None: all. All ranks call watch together before
+    each batch; returns None if it tells to stop. Several corpora give their weighted mean, and the loss of each as
+    val_loss_1, val_loss_2, ...
     """
-    weights, losses = config.data.corpus_weights, []
+    world, weights, losses = parallel.world, config.data.corpus_weights, []
     total, done = sum(targets_in(part, limit) for part in tokens), 0
-    model.eval()
+    T = config.model.seq_len
+    rows = {"batch_size": max(config.train.batch_size, 8192 // T), "seq_len": T}
+    rows |= {"rank": world.rank, "world_size": world.size, "max_tokens": limit}
+    parallel.model.eval()
     try:
         for part in tokens:
             nats = count = 0
-            for some_nats, some in _batches(parallel, world, part, tokenizer, config, limit):
+            for batch in validation_batches(part, config.data.packing, tokenizer.document_token, **rows):
                 if watch(done + count * world.size, total):
                     return None
-                nats, count = nats + some_nats(), count + some
+                count += int((batch[1] >= 0).sum())
+                x, y, *places = (tensor.to(world.device) for tensor in batch)
+                with autocast(world.device, config.train.eval_dtype or config.train.dtype):
+                    nats += float(parallel.eval_loss(x, y, **dict(zip(DOCUMENT_INPUTS, places))))
             nats, count = world.sum(nats, count)
             losses.append(nats / count)
             done += int(count)
     finally:
-        model.train()
+        parallel.model.train()
     # Average bytes of text per target.
     sizes = [max(1, target_bytes(part, tokenizer, limit)) / targets_in(part, limit) for part in tokens]
     shares = [weight / sum(weights) for weight in weights] if len(tokens) > 1 else [1.0]
     nats, size = (sum(map(math.prod, zip(shares, values, strict=True))) for values in (losses, sizes))
     each = {f"val_loss_{i}": loss for i, loss in enumerate(losses, 1)} if len(tokens) > 1 else {}
     return {"val_loss": nats, "bits_per_byte": nats / math.log(2) / size, **each}
-
-
-def _batches(
-    parallel: Parallel, world: World, tokens: Any, tokenizer: Tokenizer, config: Config, limit: int | None
-) -> Iterator[tuple[Callable[[], float], int]]:
-    """Iterate over this rank's batches: a function that sums the batch's losses, and its number of targets."""
-    T = config.model.seq_len
-    options = {"batch_size": max(config.train.batch_size, 8192 // T), "seq_len": T}
-    options |= {"rank": world.rank, "world_size": world.size, "max_tokens": limit}
-    for batch in validation_batches(tokens, config.data.packing, tokenizer.document_token, **options):
-        x, y, *places = (part.to(world.device) for part in batch)
-
-        def nats(x=x, y=y, places=places) -> float:
-            with autocast(world.device, config.train.eval_dtype or config.train.dtype):
-                return float(parallel.eval_loss(x, y, **dict(zip(DOCUMENT_INPUTS, places))))
-
-        yield nats, int((batch[1] >= 0).sum())
 
 
 def limits(config: Config, tokens: Sequence[Any], *, ends: bool) -> list[int | None]:
@@ -162,22 +144,12 @@ def _losses_written(metrics: Path, step: int, size: int | None) -> tuple[list[fl
     return losses, length
 
 
-def sample_text(
-    model: GPT,
-    parallel: Parallel,
-    world: World,
-    tokenizer: Tokenizer,
-    config: Config,
-    stopped: Callable[[], bool] = lambda: False,
-) -> str | None:
+def sample_text(parallel: Parallel, tokenizer: Tokenizer, config: Config, stopped: Callable[[], bool]) -> str | None:
     """Generate a sample on rank 0, until stopped(); None on other ranks or without sample_tokens.
 
     It has its own random generator.
     """
-    if not config.log.sample_tokens:
-        return None
-    whole = whole_model(model, parallel.mode, world)
-    if whole is None:
+    if not config.log.sample_tokens or (whole := parallel.whole_model()) is None:
         return None
     sampling = SamplingConfig(max_new_tokens=config.log.sample_tokens, rolling=True, seed=config.train.seed)
     pieces, text = generate(whole, tokenizer, [config.log.sample_prompt], sampling), config.log.sample_prompt
