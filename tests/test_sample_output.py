@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from gpt.command_line import parse_flags
-from gpt.errors import run_command
-from gpt.inference.sample_output import Records
+from gpt.errors import UserError, run_command
+from gpt.inference.sample_output import Records, SampleFile
+from gpt.inference.sampling import SamplingConfig
 from sample import Arguments, main
 
 ROOT = Path(__file__).parents[1]
@@ -99,6 +100,15 @@ def test_files_of_a_run_that_the_command_loads_are_not_overwritten(place, tiny_r
         message = refused(capsys, "--output", str(path), "--overwrite", *words, run=run)
         assert message == f"error: {path} is an input of this command: give another --output"
         assert path.read_bytes() == before
+
+
+def test_a_file_that_another_command_creates_meanwhile_is_kept(tmp_path):
+    path = tmp_path / "out.jsonl"
+    file = SampleFile(path, [{"prompt": "a"}], SamplingConfig())
+    path.write_text("theirs\n")
+    with pytest.raises(UserError, match=r"cannot write .*out\.jsonl: File exists"), file.open():
+        pytest.fail("opened")
+    assert path.read_text() == "theirs\n"
 
 
 def test_a_link_to_the_prompts_is_refused(place, capsys):
