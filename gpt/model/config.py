@@ -110,29 +110,11 @@ class ModelConfig:
         return self.mlp_dim or default
 
 
+_OLDER = {"norm": "layernorm", "norm_eps": 1e-5, "bias": True, "qk_norm": False, "tied_embeddings": True}
 PRESETS: dict[str, dict[str, Any]] = {
     "modern": {},
     # Radford et al. 2019, as released.
-    "gpt2": {
-        "position": "learned",
-        "norm": "layernorm",
-        "norm_eps": 1e-5,
-        "activation": "gelu_tanh",
-        "bias": True,
-        "qk_norm": False,
-        "tied_embeddings": True,
-        "init": "gpt2",
-    },
+    "gpt2": _OLDER | {"position": "learned", "activation": "gelu_tanh", "init": "gpt2"},
     # Vaswani et al. 2017, the decoder without its cross-attention.
-    "transformer": {
-        "position": "sinusoidal",
-        "norm": "layernorm",
-        "norm_eps": 1e-5,
-        "norm_order": "post",
-        "activation": "relu",
-        "bias": True,
-        "qk_norm": False,
-        "tied_embeddings": True,
-        "init": "xavier",
-    },
+    "transformer": _OLDER | {"position": "sinusoidal", "norm_order": "post", "activation": "relu", "init": "xavier"},
 }
