@@ -24,7 +24,7 @@ from gpt.inference.sample_output import FIELDS, Records, SampleFile, Screen
 from gpt.inference.sampling import SamplingConfig, sample_seed
 from gpt.option import check_contradictions, option
 from gpt.run import load
-from gpt.run.layout import FILES, RECORD
+from gpt.run.layout import FILES, RECORD, checkpoints_of
 from gpt.stop import StopRequest
 from gpt.streams import check_output, do_without_output
 
@@ -111,20 +111,19 @@ def _prompt_object(line: str, where: str) -> dict[str, Any]:
 
 
 def follow(pieces: Generation, sink: Any) -> int | None:
-    """Pass the pieces to the sink; returns the signal that interrupted them, or None."""
+    """Pass the pieces to the sink, and print on stderr how many proposals were accepted.
+
+    Returns the signal that interrupted them, or None.
+    """
     with StopRequest() as stop:
         for piece in pieces:
             sink.take(piece)
             if stop.signal is not None:
                 pieces.stop()
-    return stop.signal
-
-
-def report(pieces: Generation) -> None:
-    """Print how many proposals were accepted, on stderr."""
     if pieces.proposed:
         share = pieces.accepted / pieces.proposed
         print(f"{pieces.accepted} of {pieces.proposed} proposed tokens accepted ({share:.0%})", file=sys.stderr)
+    return stop.signal
 
 
 def read_line() -> str:
@@ -171,9 +170,7 @@ def interact(arguments: Arguments, model: gpt.GPT, tokenizer: Tokenizer, draft: 
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             continue
-        number = follow(pieces, Screen([{"prompt": ""}], 1))
-        report(pieces)
-        if number == signal.SIGTERM:
+        if follow(pieces, Screen([{"prompt": ""}], 1)) == signal.SIGTERM:
             return EXIT_STOPPED
 
 
@@ -203,23 +200,24 @@ def main(arguments: Arguments) -> int:
     if file is not None:
         with file.open() as opened:
             number = follow(pieces, Records(opened, prompts, config))
-    elif arguments.jsonl:
-        number = follow(pieces, Records(sys.stdout, prompts, config))
     else:
-        number = follow(pieces, Screen(prompts, config.num_samples))
-    report(pieces)
-    if number is not None:
-        print("interrupted", file=sys.stderr)
-    return EXIT_DONE if number is None else EXIT_STOPPED
+        sink = Records(sys.stdout, prompts, config) if arguments.jsonl else Screen(prompts, config.num_samples)
+        number = follow(pieces, sink)
+    if number is None:
+        return EXIT_DONE
+    print("interrupted", file=sys.stderr)
+    return EXIT_STOPPED
 
 
 def sample_file(arguments: Arguments, prompts: list[dict[str, Any]]) -> SampleFile | None:
     """Check --output, and return its file if it is given. Raises UserError."""
-    path, run, options = arguments.output, arguments.run, arguments.sampling
-    if path is None:
+    if arguments.output is None:
         return None
-    own = [run / name for name in (RECORD, *FILES)] + [path for path in (arguments.prompt_file,) if path is not None]
-    return SampleFile(path, prompts, options, resume=arguments.resume, overwrite=arguments.overwrite, read=own)
+    read = [arguments.prompt_file] if arguments.prompt_file is not None else []
+    for run in filter(None, (arguments.run, arguments.draft)):
+        read += [*(run / name for name in (RECORD, *FILES)), *checkpoints_of(run).glob("*/*")]
+    options = {"resume": arguments.resume, "overwrite": arguments.overwrite, "read": read}
+    return SampleFile(arguments.output, prompts, arguments.sampling, **options)
 
 
 if __name__ == "__main__":

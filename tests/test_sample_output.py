@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from gpt.command_line import parse_flags
-from gpt.errors import run_command
-from gpt.inference.sample_output import Records
+from gpt.errors import UserError, run_command
+from gpt.inference.sample_output import Records, SampleFile
+from gpt.inference.sampling import SamplingConfig
 from sample import Arguments, main
 
 ROOT = Path(__file__).parents[1]
@@ -31,8 +32,8 @@ def place(tiny_run, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def status_of(*words: str, prompts: str = "prompts.jsonl") -> int:
-    words = ["run", "--prompt-file", prompts, *WORDS, *words]
+def status_of(*words: str, run: str = "run", prompts: str = "prompts.jsonl") -> int:
+    words = [run, "--prompt-file", prompts, *WORDS, *words]
     with pytest.raises(SystemExit) as stop:
         run_command(lambda: main(parse_flags(Arguments, words, prog="sample.py")))
     return stop.value.code
@@ -89,6 +90,25 @@ def test_an_existing_file_is_refused_unless_overwrite_is_given(place, capsys):
 )
 def test_outputs_that_must_not_be_written_are_refused(place, capsys, words, message):
     assert message in refused(capsys, *words)
+
+
+@pytest.mark.parametrize(("run", "words"), [("copy", []), ("run", ["--draft", "copy"])], ids=["run", "draft"])
+def test_files_of_a_run_that_the_command_loads_are_not_overwritten(place, tiny_run, capsys, run, words):
+    shutil.copytree(tiny_run, "copy")
+    for path in [Path("copy/tokenizer.json"), *Path("copy/checkpoints").glob("*/model.safetensors")]:
+        before = path.read_bytes()
+        message = refused(capsys, "--output", str(path), "--overwrite", *words, run=run)
+        assert message == f"error: {path} is an input of this command: give another --output"
+        assert path.read_bytes() == before
+
+
+def test_a_file_that_another_command_creates_meanwhile_is_kept(tmp_path):
+    path = tmp_path / "out.jsonl"
+    file = SampleFile(path, [{"prompt": "a"}], SamplingConfig())
+    path.write_text("theirs\n")
+    with pytest.raises(UserError, match=r"cannot write .*out\.jsonl: File exists"), file.open():
+        pytest.fail("opened")
+    assert path.read_text() == "theirs\n"
 
 
 def test_a_link_to_the_prompts_is_refused(place, capsys):

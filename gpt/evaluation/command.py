@@ -78,9 +78,8 @@ class Arguments:
     @property
     def text_options(self) -> dict[str, Any]:
         """The options of DataConfig that this command has, too: how to read the text."""
-        return {
-            f.name: getattr(self, f.name) for f in fields(DataConfig) if f.name != "corpus" and hasattr(self, f.name)
-        }
+        names = [f.name for f in fields(DataConfig) if f.name != "corpus"]
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
 
 def read_questions(path: Path) -> list[Question]:

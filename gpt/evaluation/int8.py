@@ -38,9 +38,8 @@ def loss_of_int8(run_dir: Path, model: GPT, tokenizer: Tokenizer, dtype: str | N
         width = min(T, len(tokens))
         rows = min(len(tokens) // width, max(1, 2048 // width))
         tokens = torch.from_numpy(tokens[: rows * width].astype("int64")).view(rows, width)
-    lost = quantization_loss(
-        model, tokens.to(model.embed.weight.device), dtype=None if dtype is None else getattr(torch, dtype)
-    )
+    kind = None if dtype is None else getattr(torch, dtype)
+    lost = quantization_loss(model, tokens.to(model.embed.weight.device), dtype=kind)
     return f"int8 weights: {lost:+.4f} nats per token, on {tokens[:, 1:].numel():,} tokens of {what}"
 
 

@@ -189,13 +189,13 @@ class _Group:
         self.begin = 0 if window is None else max(0, min(filled) + 1 - window)
         self.end = max(filled) + T
         self.k, self.v = (part.unbind(0) for part in kv.narrow(4, self.begin, self.end - self.begin).unbind(2))
-        if not self.is_even:
+        if self.is_even:
+            new = kv.select(4, filled[0]) if T == 1 else kv.narrow(4, filled[0], T).transpose(3, 4)
+        else:  # T is 1
             at = torch.tensor(filled, device=self.device)
             self.where = (torch.arange(len(filled), device=self.device), slice(None), at)
             new = kv
-        else:
-            new = kv.select(4, filled[0]) if T == 1 else kv.narrow(4, filled[0], T)
-        self.k_new, self.v_new = (part.unbind(0) for part in new.unbind(2))  # (R, H_kv, [T or size,] D) of each layer
+        self.k_new, self.v_new = (part.unbind(0) for part in new.unbind(2))  # of each layer: (R, [T,] H_kv, D), or all
         self.bias, self.blind = self._bias_of_lone_queries() if T == 1 else (None, None)
 
     def _bias_of_lone_queries(self) -> tuple[Tensor | None, Tensor | None]:
@@ -225,15 +225,12 @@ class _Group:
         """
         if q.shape[0] != len(self.filled):
             q, k, v = q[self.rows], k[self.rows], v[self.rows]
-        if not self.is_even:
-            self.k_new[layer][self.where] = k
-            self.v_new[layer][self.where] = v
-        elif self.T == 1:
+        if self.is_even:
             self.k_new[layer].copy_(k)
             self.v_new[layer].copy_(v)
         else:
-            self.k_new[layer].copy_(k.transpose(1, 2))
-            self.v_new[layer].copy_(v.transpose(1, 2))
+            self.k_new[layer][self.where] = k
+            self.v_new[layer][self.where] = v
         k, v = self.k[layer], self.v[layer]  # (R, H_kv, Tk, D) each
         if self.T > 1:
             options = {"mask": self.visibility.mask, "alibi_slopes": self.visibility.slopes}

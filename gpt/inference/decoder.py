@@ -177,10 +177,19 @@ class Decoder:
         return CachedRows([cache.rows(rows) for cache in self._caches], self._visibilities, self._of_block)
 
     def _advance(self, rows: range, T: int) -> list[list[int]]:
-        """Make room for T more tokens of these rows; returns how many each had, and how many each cache held."""
-        for row in rows:
-            self._make_room(row, T)
+        """Make room for T more tokens of these rows; returns how many each had, and how many each cache held.
+
+        Raises ValueError if they do not fit.
+        """
         lengths = self._lengths[rows.start : rows.stop]
+        for row, length in zip(rows, lengths):
+            if length + T > self.limit:
+                raise ValueError(
+                    f"{length + T} tokens are more than row {row} can hold: the capacity is {self.capacity}, "
+                    f"the model's context {self.config.seq_len}"
+                )
+            for cache in self._caches:
+                cache.make_room(row, length, T)
         self._lengths[rows.start : rows.stop] = [n + T for n in lengths]
         starts = (cache.starts[rows.start : rows.stop] for cache in self._caches)
         return [lengths, *([n - start for n, start in zip(lengths, each)] for each in starts)]
@@ -228,17 +237,6 @@ class Decoder:
         """Compute the head's input (R * T, C) for tokens (R, T)."""
         self._attention = attention
         return self._model.run(tokens.flatten(), attention.positions)
-
-    def _make_room(self, row: int, T: int) -> None:
-        """Make room for T more tokens in every cache. Raises ValueError if they do not fit."""
-        length = self._lengths[row]
-        if length + T > self.limit:
-            raise ValueError(
-                f"{length + T} tokens are more than row {row} can hold: the capacity is {self.capacity}, "
-                f"the model's context {self.config.seq_len}"
-            )
-        for cache in self._caches:
-            cache.make_room(row, length, T)
 
     @_plainly
     def _same_in_every_place(self, tile: int) -> bool:

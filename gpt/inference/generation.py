@@ -104,7 +104,7 @@ def generate(
     if tokenizer.document_token is not None:
         ends.setdefault(tokenizer.document_token, "end")
     jobs: deque[_Sample] = deque()
-    done = set(done)
+    done, longest = set(done), 0
     for i, prompt in enumerate(prompts):
         try:
             tokens = tokenizer.encode(prompt) or [tokenizer.start_token]
@@ -112,12 +112,12 @@ def generate(
         except UserError as error:
             raise UserError(f"prompt {i}: {error}") if len(prompts) > 1 else error from None
         for j in (j for j in range(config.num_samples) if (i, j) not in done):
-            stream = TextStream(tokenizer, config.stop)
+            stream, longest = TextStream(tokenizer, config.stop), max(longest, len(tokens) + count)
             jobs.append(_Sample(i, j, sample_seed(config.seed, i, j), tokens, count, stream, list(tokens)))
     for each in (model, draft or model):
-        check_masks(each, min(each.config.seq_len, _longest(jobs)))
+        check_masks(each, min(each.config.seq_len, longest))
     state = _State()
-    make_drawer = partial(_Drawer, model, draft, jobs, config, bias, vocab_size)
+    make_drawer = partial(_Drawer, model, draft, config, len(jobs), longest, bias, vocab_size)
     return Generation(_generate(state, make_drawer, jobs, ends), state)
 
 
@@ -130,11 +130,6 @@ def room_for(prompt: Sequence[int], config: SamplingConfig, context: int) -> int
             "lower --max-new-tokens, shorten the prompt, or add --rolling"
         )
     return wanted
-
-
-def _longest(jobs: Collection["_Sample"]) -> int:
-    """Return the length of the longest text, in tokens."""
-    return max((len(job.prompt_tokens) + job.left for job in jobs), default=0)
 
 
 @dataclass
@@ -220,18 +215,20 @@ class _Reader:
 
 
 class _Drawer:
-    """Draws the next tokens of all rows: proposals if any, the model's logits, and draws from them."""
+    """Draws the next tokens of all rows: proposals if any, the model's logits, and draws from them.
+
+    samples: how many are to come; longest: tokens of the longest text.
+    """
 
     def __init__(
-        self, model: GPT, draft: GPT | None, jobs: Sequence[_Sample], config: SamplingConfig, bias, vocab_size
+        self, model: GPT, draft: GPT | None, config: SamplingConfig, samples: int, longest: int, bias, vocab_size: int
     ):
         self.config, self.bias, self.vocab_size = config, bias, vocab_size
         self.device = _sampling_device(model)
-        longest = _longest(jobs)
         self.count = (config.draft_tokens or 4) if draft is not None or config.speculate is not None else 0
         # Other rows' proposals decide how many tokens a step has, and so its bits.
         alone = config.batch_invariant and self.count > 0
-        self.rows = 1 if alone else min(config.batch_size, len(jobs))
+        self.rows = 1 if alone else min(config.batch_size, samples)
         self.reader = self._reader(model, longest, behind=1)
         self.draft = None if draft is None else self._reader(draft, longest, behind=2)
 

@@ -26,9 +26,8 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     Scales are float32 values that bfloat16 can represent, so that a bfloat16 product does not round them again.
     """
     largest = weight.detach().float().abs().amax(dim=1)
-    scale = (
-        torch.where(largest > 0, largest / LEVELS, 1.0).bfloat16().float().clamp_min(torch.finfo(torch.float32).tiny)
-    )
+    scale = torch.where(largest > 0, largest / LEVELS, 1.0).bfloat16().float()
+    scale.clamp_min_(torch.finfo(torch.float32).tiny)
     return (weight.float() / scale[:, None]).round_().clamp_(-LEVELS, LEVELS).to(torch.int8), scale
 
 

@@ -101,13 +101,15 @@ class SampleFile:
         read: Sequence[Path] = (),
     ) -> None:
         self.path, self.resume, self.overwrite = path, resume, overwrite
+        self._prompts, self._config = prompts, config
+        self._is_new = not os.path.lexists(path)
         self.done: set[Key] = set()
         self._unfinished: set[int] = set()  # numbers of the lines of interrupted samples
         self._end = 0  # of the last complete line, in bytes
         self._check(read)
         if resume and path.exists():
             try:
-                self._read(prompts, config)
+                self._read()
             except OSError as error:
                 raise UserError(f"cannot read {path}: {error.strerror}") from error
 
@@ -124,14 +126,14 @@ class SampleFile:
         choice = "add --resume to continue it, --overwrite to replace it, or give another --output"
         require(self.resume or self.overwrite, f"{self.path} exists: {choice}")
 
-    def _read(self, prompts: Sequence[dict[str, Any]], config: SamplingConfig) -> None:
+    def _read(self) -> None:
         """Find the finished samples of a file to resume."""
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):  # truncated by a kill
                     return
                 self._end += len(line)
-                record = self._sample(line, number, prompts, config)
+                record = self._sample(line, number)
                 key = record["prompt_index"], record["sample_index"]
                 if record.get("finish_reason") == "interrupted":
                     self._unfinished.add(number)
@@ -141,9 +143,7 @@ class SampleFile:
                 else:
                     self.done.add(key)
 
-    def _sample(
-        self, line: bytes, number: int, prompts: Sequence[dict[str, Any]], config: SamplingConfig
-    ) -> dict[str, Any]:
+    def _sample(self, line: bytes, number: int) -> dict[str, Any]:
         """Parse a line. Raises UserError unless it is a sample of these prompts with this seed."""
         advice = "give another --output, or --overwrite to replace the file"
         try:
@@ -154,9 +154,9 @@ class SampleFile:
             good = False
         require(good, f"{self.path}, line {number} is not a sample: {advice}")
         where = f"{self.path}, line {number} is from other prompts or options"
-        require(i < len(prompts), f"{where}: this command has no prompt {i}; {advice}")
-        require(j < config.num_samples, f"{where}: this command has no sample {j} of a prompt; {advice}")
-        ours = prompts[i] | {"seed": sample_seed(config.seed, i, j)}
+        require(i < len(self._prompts), f"{where}: this command has no prompt {i}; {advice}")
+        require(j < self._config.num_samples, f"{where}: this command has no sample {j} of a prompt; {advice}")
+        ours = self._prompts[i] | {"seed": sample_seed(self._config.seed, i, j)}
         for key in sorted(ours.keys() | record.keys() - set(FIELDS)):
             same = key in ours and key in record and json.dumps(ours[key]) == json.dumps(record[key])
             require(same, f"{where}: its {key!r} differs; {advice}")
@@ -164,12 +164,15 @@ class SampleFile:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[IO[str]]:
-        """Open the file at the end of its last complete sample. Raises UserError if it cannot be written."""
+        """Open the file at the end of its last complete sample. Raises UserError if it cannot be written.
+
+        Without resume and overwrite, also if another process has created it.
+        """
         try:
             if self.resume and self.path.exists():
                 self._cut()
-            is_new = not (self.resume or self.overwrite or os.path.lexists(self.path))
-            with self.path.open("a" if self.resume else "x" if is_new else "w", encoding="utf-8") as file:
+            mode = "a" if self.resume else "x" if self._is_new and not self.overwrite else "w"
+            with self.path.open(mode, encoding="utf-8") as file:
                 yield file
                 if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     os.fsync(file.fileno())

@@ -101,10 +101,8 @@ def _parse_bias(word: str) -> tuple[int | str, float]:
 def token_id(tokenizer: Tokenizer, token: int | str, what: str) -> int:
     """Return the id of a token. Raises UserError, naming the option `what`, unless it is exactly one."""
     if isinstance(token, int):
-        require(
-            0 <= token < tokenizer.vocab_size,
-            f"{what}: {shown(token)} is not a token id (0 to {tokenizer.vocab_size - 1})",
-        )
+        last = tokenizer.vocab_size - 1
+        require(0 <= token <= last, f"{what}: {shown(token)} is not a token id (0 to {last})")
         return token
     try:
         ids = tokenizer.encode(token, allow_special=True)

@@ -39,10 +39,8 @@ def judge(target: Tensor, proposals: Proposals, seeds: Tensor, positions: Tensor
     # After a refusal, draw from what the proposal did not cover of the model's distribution; else from all of it.
     row = torch.arange(len(target), device=target.device)
     p = target[row, accepted]  # (B, V)
-    covered = torch.where(
-        (accepted < proposals.lengths).unsqueeze(1), proposals.probs[row, accepted.clamp(max=K - 1)], 0.0
-    )
-    rest = (p - covered).clamp_(min=0)
+    q, is_refused = proposals.probs[row, accepted.clamp(max=K - 1)], accepted < proposals.lengths
+    rest = (p - torch.where(is_refused.unsqueeze(1), q, 0.0)).clamp_(min=0)
     rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
     tokens = torch.cat((proposals.tokens, proposals.tokens[:, :1]), dim=1)
     tokens[row, accepted] = draw(rest, own[row, accepted])

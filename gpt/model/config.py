@@ -73,10 +73,8 @@ class ModelConfig:
         require(grouped, f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         width = self.head_width
         require(8 <= width <= 256, f"the head width must be 8 to 256, not {width}: it is head_dim, or n_embd / n_head")
-        require(
-            self.position != "rotary" or self.head_width % 2 == 0,
-            f"rotary positions need an even head width, not {self.head_width}",
-        )
+        fits = self.position != "rotary" or width % 2 == 0
+        require(fits, f"rotary positions need an even head width, not {width}")
         pattern = self.window_pattern
         require(
             pattern is None or (pattern and set(pattern) <= {"S", "L"}),
@@ -108,36 +106,15 @@ class ModelConfig:
 
     @property
     def mlp_width(self) -> int:
-        if self.mlp_dim is not None:
-            return self.mlp_dim
-        if self.activation == "swiglu":
-            return -(-8 * self.n_embd // (3 * 64)) * 64
-        return 4 * self.n_embd
+        default = -(-8 * self.n_embd // (3 * 64)) * 64 if self.activation == "swiglu" else 4 * self.n_embd
+        return self.mlp_dim or default
 
 
+_OLDER = {"norm": "layernorm", "norm_eps": 1e-5, "bias": True, "qk_norm": False, "tied_embeddings": True}
 PRESETS: dict[str, dict[str, Any]] = {
     "modern": {},
     # Radford et al. 2019, as released.
-    "gpt2": {
-        "position": "learned",
-        "norm": "layernorm",
-        "norm_eps": 1e-5,
-        "activation": "gelu_tanh",
-        "bias": True,
-        "qk_norm": False,
-        "tied_embeddings": True,
-        "init": "gpt2",
-    },
+    "gpt2": _OLDER | {"position": "learned", "activation": "gelu_tanh", "init": "gpt2"},
     # Vaswani et al. 2017, the decoder without its cross-attention.
-    "transformer": {
-        "position": "sinusoidal",
-        "norm": "layernorm",
-        "norm_eps": 1e-5,
-        "norm_order": "post",
-        "activation": "relu",
-        "bias": True,
-        "qk_norm": False,
-        "tied_embeddings": True,
-        "init": "xavier",
-    },
+    "transformer": _OLDER | {"position": "sinusoidal", "norm_order": "post", "activation": "relu", "init": "xavier"},
 }

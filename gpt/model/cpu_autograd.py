@@ -48,21 +48,22 @@ class RotateFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        half = x.shape[-1] // 2
-        y = x * cos
-        y[..., :half].addcmul_(x[..., half:], sin[..., :half])
-        y[..., half:].addcmul_(x[..., :half], sin[..., half:])
-        return y
+        return _rotated(x, cos, *sin.chunk(2, dim=-1))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        half = dy.shape[-1] // 2
-        dx = dy * cos
-        dx[..., :half].addcmul_(dy[..., half:], sin[..., half:])
-        dx[..., half:].addcmul_(dy[..., :half], sin[..., :half])
-        return dx, None, None
+        first, second = sin.chunk(2, dim=-1)
+        return _rotated(dy, cos, second, first), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Compute x * cos plus each half of x (..., D) times the sines (..., D/2) of the other half."""
+    half, y = x.shape[-1] // 2, x * cos
+    y[..., :half].addcmul_(x[..., half:], first)
+    y[..., half:].addcmul_(x[..., :half], second)
+    return y
 
 
 class ReLUSquaredFunction(torch.autograd.Function):

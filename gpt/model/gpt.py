@@ -161,10 +161,7 @@ class GPT(nn.Module):
         elif self.config.position == "sinusoidal":
             x = x + self.position_table[positions]
         elif self.config.position == "rotary":
-            rotary = (
-                self.cos[positions].unsqueeze(-2),
-                self.sin[positions].unsqueeze(-2),
-            )  # each broadcasts to (..., 1, D)
+            rotary = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)  # broadcast to (..., 1, D)
         x = self.dropout(x)
         tables = [table(idx) for table in self.value_embeds]  # each (..., H_kv D)
         for block in self.blocks:
