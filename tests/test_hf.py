@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import gpt
 from gpt.errors import UserError
+from gpt.interop import hf_config
 from tests.hf_checks import CASES, checkpoint, checkpoints, edit, make_theirs, random_tokens  # noqa: F401 - fixtures
 
 
@@ -68,6 +69,12 @@ def test_a_shorter_context_cuts_the_position_table(checkpoints, case):
 def test_a_longer_context_than_the_learned_table_is_refused(checkpoints):
     with pytest.raises(UserError, match="has 24 learned positions: seq_len 25 is too long"):
         gpt.from_hf(checkpoints("gpt2")[1], seq_len=25)
+
+
+def test_an_unusable_device_is_named_before_a_download(monkeypatch):
+    monkeypatch.setattr(hf_config, "fetch", lambda source: pytest.fail("the download began"))
+    with pytest.raises(UserError, match="device 'gpu' cannot be used here"):
+        gpt.from_hf("openai-community/gpt2", device="gpu")
 
 
 @pytest.mark.parametrize(

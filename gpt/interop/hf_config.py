@@ -112,7 +112,7 @@ def from_hf(source: str | Path, *, seq_len: int | None = None, device: Device = 
     seq_len: a shorter context than the checkpoint's; a learned position table is cut to it.
     Raises UserError if the checkpoint cannot be read, is damaged, or has options that this model lacks.
     """
-    folder, device = fetch(source), pick_device(device)
+    device, folder = pick_device(device), fetch(source)
     family, config = config_from_hf(folder)
     given, positions = DEFAULTS[family] | read_json(folder / "config.json"), config.seq_len
     if seq_len is not None:
