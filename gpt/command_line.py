@@ -76,7 +76,7 @@ def join_help_lines(kind: type) -> None:
     for cls in filter(is_dataclass, kind.__mro__):
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
         for field, after in itertools.pairwise(body):
-            if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
+            if isinstance(after, ast.Expr):
                 text = " ".join(ast.literal_eval(after.value).split())
                 hint = cls.__annotations__[field.target.id]
                 cls.__annotations__[field.target.id] = typing.Annotated[hint, tyro.conf.arg(help=text)]
