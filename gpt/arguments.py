@@ -90,7 +90,7 @@ def fit_argument(name: str, value: Any, hint: Any) -> Any:
         return _fit(value, hint)
     except _Misfit:
         rule = _rule(hint)
-        lone = ": for a single text write [text]" if isinstance(value, str) and "a list of" in rule else ""
+        lone = ": for a single text write [text]" if isinstance(value, str) and "texts" in rule else ""
         raise UserError(f"{name} must be {rule}, not {shown(value)}{lone}") from None
 
 
@@ -128,7 +128,10 @@ def _fit(value: Any, hint: Any) -> Any:
     if hint in (int, float):
         kinds = (int, np.integer) if hint is int else (int, float, np.integer, np.floating)
         _if(isinstance(value, kinds) and not isinstance(value, bool), value)
-        return value.item() if isinstance(value, np.generic) else value
+        try:
+            return hint(value)
+        except OverflowError:  # an integer beyond every float
+            raise _Misfit from None
     if hint is Path:
         return Path(_if(isinstance(value, str | Path), value))
     if origin is not None and issubclass(origin, Mapping):

@@ -76,7 +76,7 @@ def join_help_lines(kind: type) -> None:
     for cls in filter(is_dataclass, kind.__mro__):
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
         for field, after in itertools.pairwise(body):
-            if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
+            if isinstance(after, ast.Expr):
                 text = " ".join(ast.literal_eval(after.value).split())
                 hint = cls.__annotations__[field.target.id]
                 cls.__annotations__[field.target.id] = typing.Annotated[hint, tyro.conf.arg(help=text)]
@@ -86,10 +86,11 @@ def parse_flags(kind: type[T], argv: Sequence[str], *, default: T | None = None,
     """Parse flags into a dataclass with tyro, without prefixes. Raises UserError for an unknown flag or a bad value."""
     known = options_of(kind)
     for word in argv:
-        name = word[2:].split("=")[0].replace("-", "_")
+        spelled = word.split("=")[0]
+        name = spelled[2:].replace("-", "_")
         if word.startswith("--") and name != "help" and name.removeprefix("no_") not in known:
-            hint = did_you_mean(word.split("=")[0], known)
-            raise UserError(f"{word.split('=')[0]} is not an option of {prog}{hint} ({prog} --help lists them)")
+            hint = did_you_mean(spelled, known)
+            raise UserError(f"{spelled} is not an option of {prog}{hint} ({prog} --help lists them)")
     argv = checked_words(argv, known)
     join_help_lines(kind)
     extra = {} if default is None else {"default": default}

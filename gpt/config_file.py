@@ -20,16 +20,11 @@ _OPTIONS = options_of(Config)
 
 def convert(value: Any, kind: Any, where: str) -> Any:
     """Convert a TOML value to an annotated type. Raises UserError, starting with `where`, if it does not fit."""
-    if types.NoneType in typing.get_args(kind):
-        kind = next(part for part in typing.get_args(kind) if part is not types.NoneType)
-        if value in ("none", "None"):
-            return None
-    if typing.get_origin(kind) is tuple and isinstance(value, str):
+    if value in ("none", "None") and types.NoneType in typing.get_args(kind):
+        return None
+    if isinstance(value, str) and kind == tuple[str, ...]:
         value = [value]
-    fitted = fit_argument(where, value, kind)
-    if typing.get_args(kind)[:1] == (float,):
-        return tuple(map(float, fitted))
-    return float(fitted) if kind is float else fitted
+    return fit_argument(where, value, kind)
 
 
 def read_toml(path: Path) -> dict[str, dict[str, Any]]:

@@ -71,16 +71,10 @@ def path_to_text(path: str | Path) -> str:
 
 def path_from_text(text: str) -> str:
     """Decode the text of path_to_text. Raises ValueError for a NUL that path_to_text did not write."""
-    pieces = text.split("\0")
-    escaped = [bytes([byte]) + rest.encode() for byte, rest in map(_unescaped, pieces[1:])]
-    return os.fsdecode(b"".join([pieces[0].encode(), *escaped]))
-
-
-def _unescaped(piece: str) -> tuple[int, str]:
-    """Return the byte given by the first two digits, and the text after them."""
-    if not re.match("[89a-f][0-9a-f]", piece):
+    text = re.sub("\0([89a-f][0-9a-f])", lambda found: chr(0xDC00 | int(found[1], 16)), text)
+    if "\0" in text:
         raise ValueError("a path cannot hold a NUL")
-    return int(piece[:2], 16), piece[2:]
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
 
 
 def is_folder(path: Path) -> bool:

@@ -9,12 +9,7 @@ from typing import Any, NamedTuple
 
 from gpt.errors import UserError
 
-_BOUNDS = {
-    "at_least": ("at least", operator.ge),
-    "above": ("above", operator.gt),
-    "at_most": ("at most", operator.le),
-    "below": ("below", operator.lt),
-}
+_BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
 @dataclass(frozen=True)
@@ -85,8 +80,8 @@ def marked(options: Any, mark: Callable[[Rules], Any]) -> dict[str, Any]:
 def check_bounds(name: str, value: float, rules: Rules) -> None:
     """Raise UserError for a number outside its option's bounds."""
     bounds = {key: bound for key in _BOUNDS if (bound := getattr(rules, key)) is not None}
-    if not all(_BOUNDS[key][1](value, bound) for key, bound in bounds.items()):
-        limits = " and ".join(f"{_BOUNDS[key][0]} {bound}" for key, bound in bounds.items())
+    if not all(_BOUNDS[key](value, bound) for key, bound in bounds.items()):
+        limits = " and ".join(f"{key.replace('_', ' ')} {bound}" for key, bound in bounds.items())
         raise UserError(f"{name} must be {limits}, not {value}")
 
 

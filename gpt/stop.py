@@ -35,7 +35,7 @@ class StopRequest:
     A second SIGTERM does not: torchrun sends it again to each process of a job that was told to stop.
 
     max_minutes: since the process started; 0 sets no limit. `reason` tells why to stop; within at_once() a stop is
-    raised. close(), or the end of a `with` block, restores the earlier signal handlers.
+    raised. The end of a `with` block restores the earlier signal handlers.
     """
 
     def __init__(self, max_minutes: float = 0.0) -> None:
@@ -99,9 +99,6 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

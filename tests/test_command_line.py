@@ -155,11 +155,13 @@ def test_every_recipe_loads(path, request):
         ("[data]\ncorpus_weights = [1, 0]", "corpus_weights must be positive"),
         ("[data]\ncorpus_weights = [1, inf]", "corpus_weights must be positive and finite"),
         ("[data]\ncorpus = ['a', 'b']\ncorpus_weights = [1]", "corpus_weights has 1 numbers for 2 entries of corpus"),
-        ("[train]\nrun_dir = 3", "run_dir must be a path, not 3"),
+        ("[data]\ncorpus_weights = 'a'", "corpus_weights must be a list of numbers, not 'a'$"),
+        (f"[optim]\nlearning_rate = 1{'0' * 400}", "learning_rate must be a number, not a much longer number"),
+        ("[train]\nrun_dir = 3", "run_dir must be a path or None, not 3"),
         ("[train]\nresume = 'yes'", "resume must be true or false, not 'yes'"),
         ('[model]\npreset = "gpt9"', "preset must be one of modern, gpt2, transformer"),
     ],
-    ids=lambda value: value.replace("\n", " ") if "=" in value and "[" in value else "",
+    ids=lambda value: value.replace("\n", " ")[:60] if "=" in value and "[" in value else "",
 )
 def test_a_wrong_file_is_named_with_its_fault(tmp_path, text, message):
     file = tmp_path / "bad.toml"

@@ -65,6 +65,8 @@ SENTENCES = [
     ({"words": "a"}, "words must be a list of texts, not 'a': for a single text write [text]"),
     ({"words": 1}, "words must be a list of texts, not 1"),
     ({"numbers": [1, None]}, "numbers must be a list of numbers, not the list [1, None]"),
+    ({"numbers": "a"}, "numbers must be a list of numbers, not 'a'"),
+    ({"number": 10**400}, "number must be a number or None, not a much longer number"),
     ({"numbers": {1: 2}}, "numbers must be a list of numbers, not the dict {1: 2}"),
     ({"tokens": [1.5]}, "tokens must be a list of whole numbers or texts, not the list [1.5]"),
     ({"pairs": [(1, "a", "b")]}, "pairs must be a list of tuples (a whole number, text), not the list [(1, 'a', 'b')]"),
@@ -112,6 +114,7 @@ def test_values_are_converted_to_their_annotations():
     check_fields(options)
     assert vars(options) == wanted | {"models": (model,)}
     assert [type(x) for x in (options.count, options.number, options.word)] == [int, float, str]
+    assert all(type(x) is float for x in (*options.numbers, *options.weights.values()))
     check_fields(Sample(count=(1 << 31) - 1, seed=1 - (1 << 63), number=2**31 - 1))
 
 

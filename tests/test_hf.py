@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import gpt
 from gpt.errors import UserError
+from gpt.interop import hf_config
 from tests.hf_checks import CASES, checkpoint, checkpoints, edit, make_theirs, random_tokens  # noqa: F401 - fixtures
 
 
@@ -70,11 +71,18 @@ def test_a_longer_context_than_the_learned_table_is_refused(checkpoints):
         gpt.from_hf(checkpoints("gpt2")[1], seq_len=25)
 
 
+def test_an_unusable_device_is_named_before_a_download(monkeypatch):
+    monkeypatch.setattr(hf_config, "fetch", lambda source: pytest.fail("the download began"))
+    with pytest.raises(UserError, match="device 'gpu' cannot be used here"):
+        gpt.from_hf("openai-community/gpt2", device="gpu")
+
+
 @pytest.mark.parametrize(
     ("case", "changes", "message"),
     [
         ("llama", {"model_type": "mixtral"}, "model_type 'mixtral' is not supported: known are gpt2, llama"),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0}}, "rope_type 'llama3'"),
+        ("llama", {"rope_parameters": {"rope_theta": 10**400}}, "wrong kind: int too large to convert to float"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
         (
             "llama",
@@ -87,10 +95,10 @@ def test_a_longer_context_than_the_learned_table_is_refused(checkpoints):
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("llama", {"hidden_size": "delete"}, "lacks the key 'hidden_size'"),
         ("llama", {"hidden_size": "wide"}, "config.json"),
-        ("llama", {"hidden_size": True}, "wrong kind: n_embd True is not a whole number"),
-        ("llama", {"vocab_size": None}, "wrong kind: vocab_size None is not a whole number"),
-        ("llama", {"num_hidden_layers": 1.5}, "wrong kind: n_layer 1.5 is not a whole number"),
-        ("gpt2", {"n_inner": 128.0}, "wrong kind: mlp_dim 128.0 is not a whole number"),
+        ("llama", {"hidden_size": True}, "config.json: n_embd must be a whole number, not True"),
+        ("llama", {"vocab_size": None}, "config.json: vocab_size must be a whole number, not None"),
+        ("llama", {"num_hidden_layers": 1.5}, "config.json: n_layer must be a whole number, not 1.5"),
+        ("gpt2", {"n_inner": 128.0}, "config.json: mlp_dim must be a whole number or None, not 128.0"),
         ("gpt2", {"model_type": ["gpt2"]}, "model_type .'gpt2'. is not supported"),
         ("llama", {"intermediate_size": 80}, r"up_proj|gate_proj.* has shape \(72, 32\), not \(80, 32\)"),
         ("llama", {"num_hidden_layers": 1}, "that this model lacks: model.layers.1"),

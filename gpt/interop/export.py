@@ -35,22 +35,18 @@ CLASSES = {
 WRITTEN = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 WRITTEN += ("ranks.tiktoken",)
 Dtype = Literal["float32", "bfloat16", "float16"]
-_NONE, _ANY = (None,), None
-_LLAMA = {
+_ANY = None
+# Options that every family has, or that a trained model no longer needs.
+_COMMON = ("n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_dim", "seq_len", "vocab_size", "rope_theta")
+_COMMON += ("norm_eps", "tied_embeddings", "dropout", "init")
+_LLAMA = dict.fromkeys(_COMMON, _ANY) | {
     "position": ("rotary",),
     "norm": ("rmsnorm",),
     "norm_order": ("pre",),
     "activation": ("swiglu", "relu2"),
     "qk_norm": (False,),
     "bias": _ANY,
-    "window": _NONE,
-    "window_pattern": _NONE,
-    "value_embeds": (0,),
-    "logit_softcap": _NONE,
 }
-# Options that every family has, or that a trained model no longer needs.
-_COMMON = {"n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_dim", "seq_len", "vocab_size", "rope_theta"}
-_COMMON |= {"norm_eps", "tied_embeddings", "dropout", "init"}
 # The option values that each family supports: without an entry, the default alone. Families are tried in this order.
 FITS: dict[str, dict[str, tuple | None]] = {
     "gpt2": _LLAMA
@@ -88,7 +84,7 @@ def misfits(family: str, model: GPT) -> list[str]:
     config, found = model.config, []
     for f in fields(config):
         option, value = f.name, getattr(config, f.name)
-        allowed = FITS[family].get(option, _ANY if option in _COMMON else (f.default,))
+        allowed = FITS[family].get(option, (f.default,))
         if allowed is not None and value not in allowed:
             found.append(f"{option} {value} (not {' or '.join(map(str, allowed))})")
     if family == "gpt2" and config.kv_heads != config.n_head:

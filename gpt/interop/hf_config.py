@@ -99,10 +99,7 @@ LLAMA_NAMES = {
     "seq_len": "max_position_embeddings",
     "norm_eps": "rms_norm_eps",
 }
-# Keys that must be true or false, and options that must be whole numbers; every checkpoint has those NEEDED.
-SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
-NEEDED = ("n_layer", "n_head", "n_embd", "seq_len", "vocab_size")
-SIZES = (*NEEDED, "n_kv_head", "head_dim", "mlp_dim", "window")
+SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")  # must be true or false
 
 
 @checked
@@ -112,7 +109,7 @@ def from_hf(source: str | Path, *, seq_len: int | None = None, device: Device = 
     seq_len: a shorter context than the checkpoint's; a learned position table is cut to it.
     Raises UserError if the checkpoint cannot be read, is damaged, or has options that this model lacks.
     """
-    folder, device = fetch(source), pick_device(device)
+    device, folder = pick_device(device), fetch(source)
     family, config = config_from_hf(folder)
     given, positions = DEFAULTS[family] | read_json(folder / "config.json"), config.seq_len
     if seq_len is not None:
@@ -188,16 +185,12 @@ def config_from_hf(folder: Path) -> tuple[str, ModelConfig]:
         options |= options_of(family, given, misfits)
     except KeyError as error:
         raise UserError(f"{path} lacks the key {error}") from None
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} holds a value of the wrong kind: {error}") from None
     if odd := [key for key in SWITCHES if not isinstance(given.get(key), bool | None)]:
         raise UserError(f"{path} holds a value of the wrong kind: {odd[0]} {given[odd[0]]!r} is not true or false")
-    wrong = [
-        key for key in SIZES if type(options.get(key)) is not int and (key in NEEDED or options.get(key) is not None)
-    ]
-    if wrong:
-        key, value = wrong[0], options[wrong[0]]
-        raise UserError(f"{path} holds a value of the wrong kind: {key} {value!r} is not a whole number")
+    if options["vocab_size"] is None:  # a ModelConfig may leave it to the tokenizer, but a checkpoint has its rows
+        raise UserError(f"{path}: vocab_size must be a whole number, not None")
     if misfits:
         raise UserError(f"{path} has options that this model lacks: {'; '.join(misfits)}")
     options["tied_embeddings"] = bool(options["tied_embeddings"]) and not has_other_head(folder, family)
@@ -205,8 +198,6 @@ def config_from_hf(folder: Path) -> tuple[str, ModelConfig]:
         return family, ModelConfig(**options)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except TypeError as error:
-        raise UserError(f"{path} holds a value of the wrong kind: {error}") from None
 
 
 def _renamed(family: str, content: dict[str, Any], path: Path) -> dict[str, Any]:

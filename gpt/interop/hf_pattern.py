@@ -25,7 +25,7 @@ _INSIDE = re.compile(rf"\[\^?(?![:\]])|{_ESCAPE}|&(?!&)|~(?!~)|-(?!-)|[^\\\[&~-]
 
 
 def unlike(pattern: str) -> str | None:
-    """Return the rest of a pattern from the first part that the two may read differently; None if there is none."""
+    """Return a pattern from the first part that the two engines may read differently; None if they agree."""
     at = brackets = 0
     while at < len(pattern):
         part = (_INSIDE if brackets else _OUTSIDE).match(pattern, at)

@@ -128,17 +128,12 @@ def write_hf_tokenizer(tokenizer: Tokenizer, folder: Path, *, seq_len: int) -> N
 
     Raises UserError if tokenizer.json cannot express the tokenizer.
     """
-    import tokenizers
-
     text = json.dumps(to_tokenizer_json(tokenizer), ensure_ascii=False)
-    theirs = tokenizers.Tokenizer.from_str(text)
-    theirs.encode_special_tokens = True
-    for spelling in tokenizer.specials if tokenizer.characters is None else ():
-        if theirs.encode(spelling).ids != tokenizer.encode(spelling):
-            raise UserError(
-                f"tokenizer.json cannot distinguish the special token {spelling!r} from its spelling in text"
-            )
     try:
+        theirs = _library(text)
+        for spelling in tokenizer.specials if tokenizer.characters is None else ():
+            if theirs.encode(spelling).ids != tokenizer.encode(spelling):
+                raise ValueError(f"it cannot distinguish the special token {spelling!r} from its spelling in text")
         _compare(tokenizer, theirs)
     except ValueError as error:
         raise UserError(f"tokenizer.json cannot express the tokenizer: {error}") from None
