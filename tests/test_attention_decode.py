@@ -13,7 +13,7 @@ from kernels.attention_arguments import DecodeArguments
 from kernels.attention_decode import _decode
 from kernels.attention_decode_reference import rotated
 from kernels.attention_decode_triton import SPLIT, DecodeProblem
-from kernels.mask import Band
+from kernels.mask import FAR, Band
 from kernels.operators import decode_call_of
 from tests.decode_checks import (
     CASES,
@@ -271,3 +271,9 @@ def test_triton_refuses_an_unsupported_head_dim(device):
     tensors = {name: torch.zeros(2, T, 2, 300, device=device) for name, T in (("q", 1), ("k_cache", 8), ("v_cache", 8))}
     with pytest.raises(NotImplementedError, match="head_dim 300"):
         attention_decode(**tensors, cache_lens=torch.zeros(2, dtype=torch.int32, device=device), impl="triton")
+
+
+def test_a_cache_beyond_the_largest_position_is_refused():
+    q, cache = torch.zeros(1, 1, 1, 16), torch.zeros(1, 1, 1, 16).expand(1, FAR, 1, 16)
+    with pytest.raises(ValueError, match=f"the lengths of q and k_cache must be below {FAR}, not 1 and {FAR}"):
+        attention_decode(q, cache, cache, torch.ones(1, dtype=torch.int32))

@@ -178,3 +178,8 @@ def test_text_is_utf8_whatever_the_locale():
         with pytest.raises(UserError, match=r"--sample-prompt is not valid UTF-8: '\\udcff'"):
             load_config(words)
     assert load_config(["--run-dir", "a\udcff"]).train.run_dir == Path("a\udcff")
+
+
+def test_an_unknown_preset_is_refused_before_a_config_is_built():
+    with pytest.raises(UserError, match="unknown preset 'x': choose modern, gpt2 or transformer"):
+        load_config(["--preset", "x"])

@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from gpt.data import readers
 from gpt.data import tokenizers as tokenizer_module
 from gpt.data.config import DataConfig
 from gpt.data.corpus import Corpus, check_length
+from gpt.data.provenance import write_provenance
 from gpt.data.readers import Source
 from gpt.data.split import find_split, read_documents
 from gpt.data.token_files import read_tokens
@@ -272,12 +274,13 @@ def test_a_missing_path_is_refused(make, entry):
         make(entry)
 
 
-def test_empty_file_names_it(tmp_path, make):
+@pytest.mark.parametrize("content", [b"", codecs.BOM_UTF8], ids=repr)
+def test_empty_file_names_it(tmp_path, make, content):
     with pytest.raises(UserError, match=r"empty\.txt is empty"):
-        make(write(tmp_path / "empty.txt", b""))
+        make(write(tmp_path / "empty.txt", content))
 
 
-@pytest.mark.parametrize("content", [b" \n\t\r\n ", codecs.BOM_UTF8, "\u3000\u2028".encode()], ids=repr)
+@pytest.mark.parametrize("content", [b" \n\t\r\n ", codecs.BOM_UTF8 + b" ", "\u3000\u2028".encode()], ids=repr)
 def test_white_space_alone_is_refused(tmp_path, make, content):
     with pytest.raises(UserError, match="is empty: it holds nothing but white space"):
         make(write(tmp_path / "blank.txt", content))
@@ -369,3 +372,22 @@ def test_check_length(tmp_path, make):
     short = make(write(tmp_path / "short", "0123456789"))
     with pytest.raises(UserError, match="validation part has 1 tokens"):
         check_length(short, 4)
+
+
+def test_the_record_names_digest_counts_sources_and_tokenizer(tmp_path, make):
+    corpus = make(write(tmp_path / "poem.txt", POEM))
+    write_provenance(corpus, tmp_path / "corpus.json")
+    record = json.loads((tmp_path / "corpus.json").read_text())
+    (source,) = record.pop("sources")
+    assert source == {"name": corpus.sources[0][0], "bytes": len(POEM.encode()), "sha256": corpus.sources[0][2]}
+    assert record.pop("tokenizer") == corpus.tokenizer.fingerprint
+    assert {key: getattr(corpus, key) for key in record} == record
+    assert record.keys() == {"digest", "documents", "train_tokens", "val_tokens", "train_bytes", "val_bytes"}
+
+
+def test_one_document_beside_a_file_without_text_is_split_at_its_tail(tmp_path, make):
+    write(tmp_path / "a.txt", "\ufeff")  # a byte order mark alone
+    write(tmp_path / "b.txt", POEM)
+    corpus = make(tmp_path)
+    _, val = sides(corpus)
+    assert corpus.documents == 1 and len(val.encode()) == pytest.approx(0.1 * len(POEM.encode()), abs=4)

@@ -383,3 +383,15 @@ def test_a_bpe_learns_from_parts_spread_evenly_over_the_text(tmp_path, monkeypat
     assert abs(len(numbers) - 99 * share) <= 2
     gaps = np.diff(numbers)
     assert gaps.min() >= int(1 / share) and gaps.max() <= int(1 / share) + 2
+
+
+def test_a_journal_without_one_of_its_files_starts_anew_and_leaves_no_file_open(tmp_path, make, monkeypatch, killed):
+    path, closed, close = write(tmp_path / "poem.txt", POEM * 8), [], TokenWriter.close
+    left, _ = killed(path, "byte")
+    (left / "val.tokens").unlink()
+    (left / "val.tokens").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenWriter, "close", lambda self: closed.append(self) or close(self))
+        with pytest.raises(IsADirectoryError):
+            tokenize_corpus._resume(left, ByteTokenizer())
+    assert len(closed) == 1

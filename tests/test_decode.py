@@ -11,6 +11,7 @@ from gpt.inference import attend
 from gpt.inference import decoder as decode
 from gpt.inference.decoder import Decoder
 from gpt.inference.kv_cache import CHUNK, SLACK
+from gpt.inference.prepare import prepared
 from gpt.model import GPT
 
 VOCAB = 61
@@ -319,3 +320,15 @@ def test_a_bfloat16_model_decodes_in_bfloat16():
     decoder = Decoder(model, 1, 40)
     assert decoder.dtype == torch.bfloat16
     assert decoder.prefill(0, [1, 2, 3]).isfinite().all()
+
+
+def test_a_decoder_shares_no_state_with_a_model_in_training():
+    model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=16, seq_len=8, vocab_size=11, dropout=0.5))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(generator=torch.Generator().manual_seed(p.numel()))
+    tokens = [3, 1, 4, 1, 5]
+    expected = model.eval()(torch.tensor([tokens]))[0, -1]
+    torch.testing.assert_close(Decoder(model.train(), 1, 8).prefill(0, tokens), expected)
+    twin = prepared(model, lambda linear: linear, torch.float32)
+    assert not twin.training and list(twin.parameters()) == [] != list(model.parameters())

@@ -20,7 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 import gpt.training.muon
 from gpt.config import ModelConfig
-from gpt.distributed import World, full
+from gpt.distributed import World, _device_of, full
 from gpt.model import GPT
 from gpt.run.checkpoint import verify
 from gpt.run.metrics import read_metrics
@@ -345,3 +345,8 @@ def children_of(pid: int) -> list[int]:
 def rank_of(pid: int) -> str | None:
     entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     return next((entry[5:].decode() for entry in entries if entry.startswith(b"RANK=")), None)
+
+
+def test_without_a_gpu_ranks_run_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _device_of(1, "auto") == torch.device("cpu")

@@ -310,3 +310,20 @@ def test_a_broken_pipe_is_reported(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot read stdin: Input/output error"):
         spool_stdin(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_stdin_that_is_stored_already_stays_untouched(tmp_path, monkeypatch):
+    """A training that reads the file keeps it."""
+    made = []
+    for _ in range(2):
+        monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(POEM.encode()), isatty=lambda: False))
+        made.append(spool_stdin(tmp_path).path.stat().st_ino)
+    assert made[0] == made[1] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_server_is_told_who_asks(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("urllib.request.urlopen", lambda request, timeout: asked.append(request.headers) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        download("http://localhost/a.txt", tmp_path)
+    assert asked == [{"User-agent": "gpt-on-triton"}]

@@ -3,9 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from gpt.training import due as module
 from gpt.training.due import Due, validate_and_save
+from gpt.training.job import Job, Rate
 
 # the step is saved already, the run ends here, it is the best so far: the kinds of checkpoint that are written
 TABLE = {
@@ -37,3 +39,16 @@ def test_what_an_evaluation_saves(row, progress_ends, monkeypatch):
     assert written == expected
     assert job.saved_step == (7 if saved or ends else 5)
     assert job.checkpoint == ("step_00000007" if saved else f"{[*expected, 'step'][0]}_0000000{7 if expected else 5}")
+
+
+def test_the_rate_counts_the_tokens_since_the_last_line(monkeypatch):
+    monkeypatch.setattr("time.perf_counter", lambda: 14.0)
+    job = SimpleNamespace(
+        rate=Rate(step=5, since=10.0),
+        at=SimpleNamespace(step=7),
+        tokens_per_step=600,
+        device=torch.device("cpu"),
+        model=SimpleNamespace(flops_per_token=lambda: 1),
+        world=SimpleNamespace(size=1),
+    )
+    assert Job.throughput(job) == {"tokens_per_second": 300.0}

@@ -226,3 +226,8 @@ def test_an_array_of_objects_without_the_field_is_refused_under_any_name(tmp_pat
     for name in ("x.txt", "x.json", "x"):
         with pytest.raises(UserError, match="body"):
             make(write(tmp_path / name, b'[{"body": "a"}, {"body": "b"}]'), "byte")
+
+
+def test_a_table_that_begins_like_json_and_is_none_is_text(tmp_path):
+    (source,) = find_sources(DataConfig((str(write(tmp_path / "x.csv", "{notes} of a day\n")),)), tmp_path)
+    assert source.kind == "text"

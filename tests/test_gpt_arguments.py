@@ -129,3 +129,9 @@ def test_an_iterator_is_not_consumed():
 
 def texts_of(texts: Iterable[str]) -> Any:
     return texts
+
+
+@pytest.mark.parametrize("table", [f.name for f in dataclasses.fields(gpt.Config)])
+def test_a_table_of_a_config_must_be_its_dataclass(table):
+    with pytest.raises(gpt.UserError, match=f"{table} must be .*Config, not "):
+        gpt.Config(**{table: {"n_layer": 2}})

@@ -3,6 +3,7 @@
 import math
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from gpt.run.metrics import read_metrics
 from gpt.training.command import load_config
 from gpt.training.guard import Guard, LossScale, Reading
 from gpt.training.monitor import Monitor
+from gpt.training.step import clip
 from train import main
 
 TEXT = "".join(f"{a} and {b} went up the hill, said {c}.\n" for a in "JKLM" for b in "abcdef" for c in "xyz")
@@ -257,3 +259,25 @@ def test_steps_between_logs_do_not_wait_for_the_device(folder, capsys, monkeypat
     assert len(at) == 9
     assert at[0] == at[1] == at[2] == at[3] < at[4] == at[5] == at[6] == at[7] < at[8] < waits.count
     assert at[4] - at[3] == 1  # all that a log needs is read at once
+
+
+def test_a_restored_guard_forgets_the_steps_skipped_since():
+    guard = Guard(torch.device("cpu"))
+    state = guard.state_dict()
+    guard.update(torch.tensor(math.nan), torch.tensor(1.0))
+    guard.load_state_dict(state)
+    guard.update(torch.tensor(1.0), torch.tensor(1.0))
+    assert guard.read().skipped == 0
+
+
+def test_clipping_undoes_the_loss_scale():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    for most, expected in ((0.0, [3.0, 4.0]), (1.0, [0.6, 0.8]), (10.0, [3.0, 4.0])):
+        weight.grad = 1024 * torch.tensor([3.0, 4.0])
+        job = SimpleNamespace(
+            config=SimpleNamespace(optim=SimpleNamespace(grad_clip=most)),
+            loss_scale=SimpleNamespace(enabled=True, scale=torch.tensor(1024.0)),
+            weights=[weight],
+        )
+        clip(job, torch.tensor(5.0))
+        torch.testing.assert_close(weight.grad, torch.tensor(expected))

@@ -118,3 +118,11 @@ def test_tiktokens_patterns_are_rewritten(pattern):
 def test_a_pattern_without_an_equivalent_is_refused():
     assert for_oniguruma(r"\p{N}{1,3}+x" + REST) is None
     assert for_oniguruma(r"\w+" + REST) is None
+
+
+@pytest.mark.parametrize(
+    "script", ["Han", "Hiragana", "Katakana", "Hangul", "Latin", "Cyrillic", "Greek", "Arabic", "Hebrew", "Thai"]
+)
+def test_scripts_with_the_same_characters_in_both_libraries_are_accepted(script):
+    assert unlike(rf"\p{{{script}}}+|[\P{{{script}}}]") is None
+    assert unlike(rf"\p{{{script}X}}") is not None

@@ -1,6 +1,7 @@
 """A tokenizer.json is encoded as the tokenizers library encodes it, or refused with the reason."""
 
 import copy
+import json
 import random
 
 import pytest
@@ -285,3 +286,20 @@ def test_long_text_is_not_cut_where_that_changes_ids(tmp_path, monkeypatch):
             text = " ".join(draw.choices(parts, weights=[9, 9, 9, 9, 9, 9, 9, 1], k=100))
             agree(ours, content, [text])
             assert [i for segment in ours.segments([text]) for i in ours.encode(segment)] == ours.encode(text)
+
+
+@pytest.mark.parametrize("damage", ["name", "id"])
+def test_characters_with_other_special_tokens_are_refused(tmp_path, damage):
+    path = tmp_path / "tokenizer.json"
+    write_hf_tokenizer(tokenizer.CharTokenizer("abc", document_token=True), tmp_path, seq_len=8)
+    content = json.loads(path.read_text())
+    (special,) = content["added_tokens"]
+    vocab = content["model"]["vocab"]
+    if damage == "name":
+        vocab["<end>"] = vocab.pop(special["content"])
+        special["content"] = "<end>"
+    else:
+        vocab[special["content"]] = special["id"] = 7
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="its special tokens are not those of a character tokenizer"):
+        read_hf_tokenizer(tmp_path)

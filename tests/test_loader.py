@@ -365,3 +365,11 @@ def test_a_rollback_changes_the_windows_at_once():
     assert {int(x) % 10 for x in torch.cat(changed)[:, 0]} == {int(x) % 10 for x in torch.cat(going_on)[:, 0]}
     loader.load_state_dict(state)
     assert all(loader.next_batch()[0].equal(x) for x in going_on)
+
+
+@pytest.mark.parametrize(("ahead", "device", "threads"), [(None, "cpu", 0), (None, "cuda", 1), (True, "cpu", 1)])
+def test_batches_are_read_ahead_for_a_gpu(ahead, device, threads):
+    loader = TrainLoader(np.arange(200) % 50, batch_size=3, seq_len=7, seed=1)
+    batches = Batches(loader, torch.device(device), ahead=ahead)
+    assert (batches._thread is not None) == threads
+    batches.close()

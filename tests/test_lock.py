@@ -102,3 +102,13 @@ def test_a_lock_can_be_taken_again_after_its_block(tmp_path):
         with lock:
             assert lock.take() is True
         assert open_files() == before
+
+
+def test_others_may_read_the_lock_and_not_write_it(tmp_path):
+    before = os.umask(0)
+    try:
+        with RunLock(tmp_path) as lock:
+            lock.take()
+    finally:
+        os.umask(before)
+    assert (tmp_path / ".lock").stat().st_mode & 0o777 == 0o644

@@ -231,3 +231,8 @@ def test_a_table_takes_numbers_of_32_bits():
     for n in (least - 1, most + 1):
         with pytest.raises(TypeError, match="a list of 32-bit ints"):
             masks.Table([0, n])
+
+
+def test_few_global_tokens_are_bands_and_many_are_a_list():
+    assert len(masks.global_tokens([3, 4, 9]).bands) == 4
+    assert masks.global_tokens(range(0, 2 * masks.MAX_BANDS, 2)).bands == (Band(),)

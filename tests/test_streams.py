@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from gpt.streams import Outlet
+from gpt.streams import LostOutput, Outlet
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,9 @@ def test_ascii_becomes_utf_8_unless_requested(encoding, chosen, expected, monkey
     outlet.write("é ☃ \udcff")
     outlet.flush()
     assert raw.getvalue() == expected and outlet.error is None
+
+
+def test_a_result_cannot_be_written_to_a_closed_stream():
+    with pytest.raises(LostOutput, match="standard output is closed"):
+        Outlet(None, is_needed=True).write("x")
+    assert Outlet(None, is_needed=False).write("x") == 1

@@ -347,3 +347,9 @@ def test_no_network_says_what_to_do(monkeypatch, error):
     with pytest.raises(UserError, match="cl100k_base could not be downloaded") as caught:
         build_tokenizer(TokenizerConfig("cl100k_base"), list)
     assert "TIKTOKEN_CACHE_DIR" in str(caught.value)
+
+
+def test_a_pair_that_is_seen_once_is_not_merged():
+    merged = lambda text: set(merge_order(train_bpe([text], 300))[256:])
+    assert merged("ab cd") == set()
+    assert merged("ab cd ab") == {b"ab"}

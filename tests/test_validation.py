@@ -4,6 +4,7 @@ import json
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from gpt.training.command import load_config
 from gpt.training.monitor import Ticker
 from gpt.training.parallel import Parallel
 from gpt.training.saver import Saver
+from gpt.training.validation import recover_evaluation
 from tests.train_checks import SHORT, TEXT, flags, lasting, names_in, run
 
 pytestmark = pytest.mark.numeric  # an evaluation that is made again gives the same number on any processor
@@ -255,3 +257,11 @@ def test_what_an_interrupted_evaluation_had_written(tmp_path):
         metrics.write_bytes(first + written)
         assert validation._losses_written(metrics, 5, len(first)) == expected
     assert validation._losses_written(tmp_path / "none", 5, 0) == ([], 0)
+
+
+def test_ranks_other_than_0_add_nothing_to_a_recovered_evaluation(tmp_path):
+    sums = []
+    world = SimpleNamespace(main=False, sum=lambda *values: sums.append(values) or values)
+    at = SimpleNamespace(evaluation_due=True, step=3)
+    recover_evaluation(at, tmp_path / "checkpoints" / "step_00000003", {}, None, [], world)
+    assert sums == [(0.0, 0, 0)]

@@ -123,10 +123,9 @@ def spool_stdin(folder: Path, progress: OnProgress | None = None, *, limit: int 
         if size == 0:
             raise UserError("the corpus -, stdin, is empty: nothing came through the pipe")
         final = folder / digest[:32]
-        if not (final / "record.json").is_file():
-            with publish(final) as copy:
-                for name in ("content", "record.json"):
-                    os.rename(work / name, copy / name)
+        with publish(final) as copy:  # or keep an earlier copy
+            for name in ("content", "record.json"):
+                os.rename(work / name, copy / name)
     return _stored(final, "stdin")
 
 

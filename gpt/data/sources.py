@@ -1,6 +1,7 @@
 """Finds the files behind a corpus: files, folders, globs, http(s) URLs, Hugging Face datasets, stdin and the library of
 the Python that runs. gpt/data/readers.py reads them."""
 
+import codecs
 import glob
 import logging
 import os
@@ -37,7 +38,7 @@ def find_sources(data: DataConfig, downloads: Path, progress: OnProgress | None 
     total = 0
     for source in (source for spec in data.corpus for source in _named(spec, data, downloads, progress)):
         key = os.path.realpath(source.path)
-        if source.size == 0 or key in found:
+        if key in found or not _holds_text(source):
             continue
         if cap is not None:
             left = cap - total
@@ -53,6 +54,13 @@ def find_sources(data: DataConfig, downloads: Path, progress: OnProgress | None 
     if not found:
         raise UserError(f"the corpus {', '.join(data.corpus)} is empty: name a file with text")
     return list(found.values())
+
+
+def _holds_text(source: Source) -> bool:
+    """Tell whether a file has more than a byte order mark."""
+    if source.size != len(codecs.BOM_UTF8) or not source.plain:
+        return source.size > 0
+    return source.path.read_bytes() != codecs.BOM_UTF8
 
 
 def _named(spec: str, data: DataConfig, downloads: Path, progress: OnProgress | None) -> Iterator[Source]:

@@ -103,8 +103,8 @@ def find_split(sources: list[Source], data: DataConfig) -> Split:
 
 def _text_bytes(sources: list[Source], errors: str) -> int:
     """Count the UTF-8 bytes of a single document."""
-    source = sources[0]
-    if len(sources) == 1 and source.plain and source.coding == "utf-8" and errors == "strict" and source.limit is None:
+    source = sources[0]  # a plain file holds a document: this one
+    if source.plain and source.coding == "utf-8" and errors == "strict" and source.limit is None:
         mark = codecs.BOM_UTF8  # not part of the text; tokenizing refuses invalid UTF-8
         with open(source.path, "rb") as file:
             return source.size - len(mark) * (file.read(len(mark)) == mark)
