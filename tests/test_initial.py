@@ -82,6 +82,13 @@ def test_another_model_than_the_source_is_refused(tiny_run, tmp_path, words, mes
     assert not (tmp_path / "run").exists()
 
 
+def test_options_that_the_weights_do_not_depend_on_may_differ_from_the_source(tiny_run, tmp_path):
+    words = ["--seq-len", 5, "--dropout", 0.25, "--init", "xavier"]
+    assert start(tmp_path, "--init-from", tiny_run, *words) == 0
+    config = gpt.load(tmp_path / "run", "cpu")[0].config
+    assert (config.seq_len, config.dropout, config.init) == (5, 0.25, "xavier")
+
+
 def test_a_run_without_its_tokenizer_gets_no_other(tiny_run, tmp_path):
     source = shutil.copytree(tiny_run, tmp_path / "source")
     (source / "tokenizer.json").unlink()

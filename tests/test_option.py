@@ -8,8 +8,12 @@ import pytest
 
 from gpt.arguments import check_fields
 from gpt.config_file import TABLES
+from gpt.data.inspect import Arguments as InspectArguments
 from gpt.errors import UserError
+from gpt.evaluation.command import Arguments as EvaluateArguments
+from gpt.interop.export import Arguments as ExportArguments
 from gpt.option import option, options_of, rules_of
+from gpt.training.command import Arguments as TrainArguments
 from sample import Arguments as SampleArguments
 
 
@@ -72,3 +76,12 @@ def test_rules_name_options_of_the_same_dataclass(kind):
     for f in fields(kind):
         others = {*rules_of(f).contradicts, *(rules_of(f).acts_with or ())[:1]}
         assert others <= own - {f.name}
+
+
+@pytest.mark.parametrize(
+    "kind", [TrainArguments, SampleArguments, EvaluateArguments, InspectArguments, ExportArguments]
+)
+def test_seeds_and_counts_of_bytes_and_tokens_may_have_63_bits(kind):
+    large = ("seed", "split_seed", "max_corpus_bytes", "max_download_bytes", "eval_tokens")
+    options = options_of(kind)
+    assert {name for name in large if name in options} == {name for name in options if options[name].rules.is_wide}
